@@ -1,0 +1,500 @@
+"""The one attention function of the gallery, over intervals of keys.
+
+    score(t, s) = (q_t . k_s + position(t, s)) * scale        for s in [lower_t, upper_t]
+    out_t       = sum_s softmax_s(score(t, s)) v_s            zeros where the interval is empty
+
+`attend` computes it in tiles with an online softmax (Milakov and Gimelshein 2018; Dao et al. 2022, FlashAttention,
+algorithm 1) and its own backward that recomputes the scores of a tile from the saved log-sum-exp. Tiles that no
+interval touches are skipped, so time is O(T x span) and memory O(T). `attend_naive` is the definition, written
+plainly: read it first.
+
+Letters: see spans.py.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from .spans import Spans
+
+
+class Position(NamedTuple):
+    """A score term that depends on the distance between query and key.
+
+    Query t stands at key column S - T + t, so distance(t, s) = S - T + t - s, and the term of (t, s) reads row
+    `far - distance` of the table: row 0 is the greatest distance, as in Transformer-XL's relative encoding.
+
+    table: (H, R), a bias per head and distance; or (H, R, D) with `query` (B, H, T, D), the term query . row.
+    far: the distance of row 0.
+    """
+
+    table: torch.Tensor
+    far: int
+    query: torch.Tensor | None = None
+
+
+def attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Spans,
+    *,
+    position: Position | None = None,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    implementation: str = "eager",
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of every query over the keys in its interval.
+
+    query (B, H, T, D), key (B, H, S, D), value (B, H, S, Dv), in any floating type; half types are computed in
+    float32. spans: key columns that each query sees. scale: default 1 / sqrt(D). dropout: on the probabilities.
+    implementation: "eager", the tiles of this file; "sdpa", torch's fused kernels on the same intervals.
+
+    Returns out (B, H, T, Dv) in query's type, zeros where a query sees nothing; with return_lse also the logarithm
+    of each query's softmax denominator, lse (B, H, T), -inf where it sees nothing. Two results over disjoint keys
+    are joined by it, see `join`. Gradients reach every tensor argument, through lse too.
+
+    Raises ValueError if shapes do not fit, a visible distance has no row in the table, or the implementation cannot
+    do what is asked.
+    """
+    spans = _check(query, key, value, spans, position)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    if implementation == "sdpa":
+        if return_lse:
+            raise ValueError('implementation="sdpa" has no log-sum-exp to return; use implementation="eager"')
+        if position is not None and position.query is not None:
+            raise ValueError(
+                'implementation="sdpa" has no position term that depends on the query; use implementation="eager"'
+            )
+        return _attend_sdpa(query, key, value, spans, position, scale, dropout)
+    if implementation != "eager":
+        raise ValueError(f'implementation is {implementation!r}; it must be "eager" or "sdpa"')
+    table, far, position_query = (None, 0, None) if position is None else position
+    # One draw from torch's generator a call: the tiles' own streams follow from it, the same in forward and backward.
+    seed = int(torch.randint(2**62, ()).item()) if dropout > 0.0 else 0
+    out, lse = _TiledAttention.apply(query, key, value, position_query, table, far, spans, scale, dropout, seed)
+    return (out, lse) if return_lse else out
+
+
+def join(
+    first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The attention over two disjoint sets of keys from the (out, lse) over each: one softmax over their union."""
+    (out1, lse1), (out2, lse2) = first, second  # (B, H, T, Dv), (B, H, T)
+    top = torch.maximum(lse1, lse2).detach()
+    top = top.masked_fill(top == -math.inf, 0.0)
+    weight1, weight2 = (lse1 - top).exp(), (lse2 - top).exp()
+    total = weight1 + weight2
+    nothing = total == 0.0
+    share = (weight1 / total.masked_fill(nothing, 1.0))[..., None].to(out1.dtype)
+    out = out1 * share + out2 * (1 - share)  # zeros where both are empty, since both outs are
+    return out, (total.masked_fill(nothing, 1.0).log() + top).masked_fill(nothing, -math.inf)
+
+
+def attend_naive(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spans: Spans,
+    *,
+    position: Position | None = None,
+    scale: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`attend` by its definition, with the full T x S scores: for reading, for tests, and to look at attention maps.
+
+    Arguments as in `attend`. Returns out (B, H, T, Dv), lse (B, H, T) and the probabilities (B, H, T, S).
+    """
+    spans = _check(query, key, value, spans, position)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    dtype = _compute_dtype(query)
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    scores = query @ key.mT  # (B, H, T, S)
+    if position is not None:
+        t, s = scores.shape[-2:]
+        distance = (s - t) + torch.arange(t, device=query.device)[:, None] - torch.arange(s, device=query.device)
+        row = (position.far - distance).clamp(0, position.table.shape[1] - 1)  # (T, S); clamped rows are never seen
+        if position.query is None:
+            scores = scores + position.table.to(dtype)[:, row]
+        else:
+            term = position.query.to(dtype) @ position.table.to(dtype).mT  # (B, H, T, R)
+            scores = scores + term.gather(-1, row.expand_as(scores))
+    visible = spans.visible(key.shape[2])[:, None]  # (B or 1, 1, T, S)
+    scores = (scores * scale).masked_fill(~visible, -math.inf)
+    lse = scores.logsumexp(-1)  # (B, H, T)
+    seen = visible.any(-1)  # (B or 1, 1, T)
+    probabilities = torch.exp(scores - lse.masked_fill(~seen, 0.0)[..., None])  # (B, H, T, S)
+    return probabilities @ value, lse, probabilities
+
+
+_NEVER = 1e30  # a masked score is -_NEVER: finite, so that no inf - inf arises; its exponential is exactly 0
+
+
+def _compute_dtype(x):
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _check(query, key, value, spans, position):
+    """Raises ValueError unless the shapes fit; returns the intervals cut to the keys that exist."""
+    b, h, t, d = query.shape
+    s = key.shape[2]
+    if key.shape != (b, h, s, d) or value.shape[:3] != (b, h, s):
+        raise ValueError(
+            f"query is {tuple(query.shape)}, so key must be ({b}, {h}, S, {d}) and value ({b}, {h}, S, Dv); "
+            f"got {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if spans.lower.shape not in ((b, t), (1, t)):
+        raise ValueError(f"spans have shape {tuple(spans.lower.shape)}; {b} rows of {t} queries need ({b} or 1, {t})")
+    spans = spans.clamp(s)
+    if position is not None:
+        table, far, position_query = position
+        shape = (h, table.shape[1]) if position_query is None else (h, table.shape[1], d)
+        if table.shape != shape or (position_query is not None and position_query.shape != query.shape):
+            raise ValueError(
+                f"position.table has shape {tuple(table.shape)}, must be {shape}; position.query, if given, "
+                f"{tuple(query.shape)}, got {None if position_query is None else tuple(position_query.shape)}"
+            )
+        nearest, farthest = spans.distances(s - t)
+        if farthest > far or nearest < far - table.shape[1] + 1:
+            raise ValueError(
+                f"keys are seen at distances {nearest} to {farthest}, but position.table has rows for "
+                f"{far - table.shape[1] + 1} to {far} only"
+            )
+    return spans
+
+
+# --------------------------------------------------------------------------------------------------- the tiles
+
+
+class _TiledAttention(torch.autograd.Function):
+    """The tiles of `attend`. A batch group's tensors are heads-major, (H * rows, T, D), so that a table of positions
+    serves all of its rows in one product."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, position_query, table, far, spans, scale, dropout, seed):
+        b, h, t, d = query.shape
+        s = key.shape[2]
+        out = torch.empty(b, h, t, value.shape[-1], dtype=query.dtype, device=query.device)
+        lse = torch.empty(b, h, t, dtype=_compute_dtype(query), device=query.device)
+        with torch.autocast(query.device.type, enabled=False):
+            tiling = _Tiling(spans, b, h, t, s, d)
+            for rows in tiling.groups:
+                scorer = _Scorer(query, key, position_query, table, far, spans, scale, rows, tiling)
+                group_value = _pack(value, rows, lse.dtype)  # (H * rows, S, Dv)
+                for tile in tiling.query_tiles(rows):
+                    tile_out, tile_lse = _forward_tile(scorer, group_value, tile, dropout, seed)
+                    out[rows, :, tile.queries] = _unpack(tile_out, h)
+                    lse[rows, :, tile.queries] = _unpack(tile_lse, h)
+        ctx.save_for_backward(query, key, value, position_query, table, out, lse)
+        ctx.spans, ctx.far, ctx.scale, ctx.dropout, ctx.seed = spans, far, scale, dropout, seed
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_out, grad_lse):
+        query, key, value, position_query, table, out, lse = ctx.saved_tensors
+        dtype = lse.dtype
+        b, h, t, d = query.shape
+        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+        grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
+        grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+        grad_position_query = None
+        if position_query is not None:
+            grad_position_query = torch.empty_like(position_query, memory_format=torch.contiguous_format)
+        grad_table = None
+        with torch.autocast(query.device.type, enabled=False):
+            tiling = _Tiling(ctx.spans, b, h, t, key.shape[2], d)
+            if table is not None:
+                grad_table = _TableGradient(table, dtype, tiling)
+            for rows in tiling.groups:
+                scorer = _Scorer(query, key, position_query, table, ctx.far, ctx.spans, ctx.scale, rows, tiling)
+                group_value = _pack(value, rows, dtype)
+                group_grad = _pack(torch.zeros_like(out) if grad_out is None else grad_out, rows, dtype)
+                # The softmax's derivative subtracts sum_s p_s dp_s from dp; it equals grad_out . out, and the
+                # gradient of lse, whose derivative is p itself, is one more constant of the row.
+                offset = (group_grad * _pack(out, rows, dtype)).sum(-1)  # (H * rows, T)
+                if grad_lse is not None:
+                    offset = offset - _pack(grad_lse, rows, dtype)
+                group_lse = _pack(lse, rows, dtype)
+                group_lse = group_lse.masked_fill(group_lse == -math.inf, _NEVER)  # exp(score - _NEVER) is 0
+                gq, gk, gv = (torch.zeros_like(x) for x in (scorer.query, scorer.key, group_value))
+                gp = torch.zeros_like(scorer.position_query) if position_query is not None else None
+                for tile in tiling.query_tiles(rows):
+                    _backward_tile(
+                        scorer, group_value, group_grad, group_lse, offset, tile, ctx.dropout, ctx.seed,
+                        gq, gk, gv, gp, grad_table,
+                    )  # fmt: skip
+                grad_query[rows] = _unpack(gq, h)
+                grad_key[rows] = _unpack(gk, h)
+                grad_value[rows] = _unpack(gv, h)
+                if gp is not None:
+                    grad_position_query[rows] = _unpack(gp, h)
+        return (
+            grad_query, grad_key, grad_value, grad_position_query,
+            None if grad_table is None else grad_table.result().to(table.dtype),
+            None, None, None, None, None,
+        )  # fmt: skip
+
+
+def _forward_tile(scorer: _Scorer, value, tile: _Tile, dropout, seed):
+    """Output (n, t, Dv) and log-sum-exp (n, t) of one tile of queries: an online softmax over its key tiles."""
+    n, t = value.shape[0], tile.queries.stop - tile.queries.start
+    if not tile.keys:
+        return value.new_zeros(n, t, value.shape[-1]), value.new_full((n, t), -math.inf)
+    top = total = out = None
+    for keys, cut in tile.keys:
+        scores = scorer.scores(tile.queries, keys, cut)  # (n, t, s)
+        tile_top = scores.amax(-1, keepdim=True)  # (n, t, 1)
+        new_top = tile_top if top is None else torch.maximum(top, tile_top)
+        probabilities = scores.sub_(new_top).exp_()
+        tile_total = probabilities.sum(-1, keepdim=True)
+        if dropout > 0.0:
+            probabilities.mul_(_dropout_mask(probabilities, dropout, seed, scorer.group, tile, keys))
+        if out is None:
+            out, total = torch.bmm(probabilities, value[:, keys]), tile_total
+        else:
+            shrink = top.sub_(new_top).exp_()
+            out = torch.baddbmm(out.mul_(shrink), probabilities, value[:, keys])
+            total = total.mul_(shrink).add_(tile_total)
+        top = new_top
+    out.div_(total)
+    lse = total.log_().add_(top).squeeze(-1)
+    nothing = top.squeeze(-1) <= -_NEVER / 2  # only masked keys so far: the interval is empty
+    if tile.has_empty:
+        out.masked_fill_(nothing[..., None], 0.0)
+        lse.masked_fill_(nothing, -math.inf)
+    return out, lse
+
+
+def _backward_tile(
+    scorer, value, grad_out, lse, offset, tile, dropout, seed, grad_query, grad_key, grad_value, grad_position, grad_table
+):
+    """Adds the gradients that one tile of queries gives; all buffers are heads-major."""
+    queries = tile.queries
+    q, g = scorer.query[:, queries], grad_out[:, queries]  # (n, t, D), (n, t, Dv)
+    for keys, cut in tile.keys:
+        probabilities = scorer.scores(queries, keys, cut).sub_(lse[:, queries, None]).exp_()  # (n, t, s)
+        grad = torch.baddbmm(-offset[:, queries, None], g, value[:, keys].mT) if dropout == 0.0 else None
+        if dropout > 0.0:
+            mask = _dropout_mask(probabilities, dropout, seed, scorer.group, tile, keys)
+            grad = torch.bmm(g, value[:, keys].mT).mul_(mask).sub_(offset[:, queries, None])
+            mask.mul_(probabilities)
+        kept = probabilities if dropout == 0.0 else mask
+        grad_value[:, keys].baddbmm_(kept.mT, g)
+        grad.mul_(probabilities).mul_(scorer.scale)  # of the scores before the scale
+        grad_query[:, queries].baddbmm_(grad, scorer.key[:, keys])
+        grad_key[:, keys].baddbmm_(grad.mT, q)
+        if grad_table is not None:
+            grad_table.add(scorer, grad, queries, keys, grad_position)
+
+
+class _Tile(NamedTuple):
+    """A tile of queries, and the tiles of keys that its intervals touch, each with whether an interval cuts it."""
+
+    queries: slice
+    keys: list[tuple[slice, bool]]
+    has_empty: bool
+
+
+class _Tiling:
+    """How the problem is cut: batch rows into groups, queries and keys into tiles.
+
+    A tile of scores should stay in the cores' caches and be large enough that the calls cost nothing: about
+    `budget` scores in all heads of a group.
+    """
+
+    budget = 2**18
+
+    def __init__(self, spans, b, h, t, s, d):
+        self.spans, self.columns, self.offset, self.t = spans, s, s - t, t
+        self.query_size = max(1, min(t, 64 if d <= 128 else 32))
+        reach = max(1, min(s, spans.widest + self.query_size))
+        rows = max(1, min(b, self.budget // (h * self.query_size * reach)))
+        self.key_size = max(64, self.budget // (h * rows * self.query_size))
+        self.groups = [slice(i, min(i + rows, b)) for i in range(0, b, rows)]
+
+    def query_tiles(self, rows):
+        for i, (first, last, full_first, full_last) in enumerate(self.spans.tiles(rows, self.query_size)):
+            queries = slice(i * self.query_size, min((i + 1) * self.query_size, self.t))
+            keys = []
+            if first <= last:
+                parts = -(-(last + 1 - first) // self.key_size)
+                size = -(-(last + 1 - first) // parts)
+                for start in range(first, last + 1, size):
+                    stop = min(start + size, last + 1)
+                    keys.append((slice(start, stop), start < full_first or stop - 1 > full_last))
+            yield _Tile(queries, keys, full_first > self.columns)
+
+
+class _Scorer:
+    """Scores of any tile of a batch group, masked: the part that forward and backward share."""
+
+    def __init__(self, query, key, position_query, table, far, spans, scale, rows, tiling):
+        dtype = _compute_dtype(query)
+        self.heads, self.group = query.shape[1], rows.start
+        self.query = _pack(query, rows, dtype)  # (H * rows, T, D)
+        self.key = _pack(key, rows, dtype)  # (H * rows, S, D)
+        self.scale, self.offset = scale, tiling.offset
+        self.lower, self.upper = (x if x.shape[0] == 1 else x[rows] for x in (spans.lower, spans.upper))
+        self.position_query = None
+        self.table = None
+        if table is not None:
+            self.pad = tiling.query_size + tiling.key_size
+            self.far = far + self.pad  # rows of distances that no interval holds: a tile's corners read them, masked
+            self.table = _pad_rows(table.to(dtype), self.pad)  # (H, R + 2 pad[, D])
+            if position_query is not None:
+                self.position_query = _pack(position_query, rows, dtype)
+            self.toeplitz: dict[tuple[int, int, int], torch.Tensor] = {}
+
+    def scores(self, queries: slice, keys: slice, cut: bool) -> torch.Tensor:
+        """Scaled scores (H * rows, t, s) of a tile; about -_NEVER where the key is outside the interval."""
+        q, k = self.query[:, queries], self.key[:, keys].mT
+        if self.table is None:
+            scores = torch.bmm(q, k)
+        elif self.position_query is not None:
+            scores = torch.baddbmm(self._position(queries, keys), q, k)
+        else:
+            scores = torch.bmm(q, k)
+            scores.view(self.heads, -1, *scores.shape[1:]).add_(self._bias(queries, keys)[:, None])
+        scores.mul_(self.scale)
+        if cut:
+            column = torch.arange(keys.start, keys.stop, device=q.device)
+            hidden = column < self.lower[:, queries, None]  # (rows or 1, t, s)
+            hidden |= column > self.upper[:, queries, None]
+            mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=q.device).masked_fill_(hidden, -_NEVER)
+            scores.view(self.heads, -1, *scores.shape[1:]).add_(mask)
+        return scores
+
+    def table_rows(self, queries: slice, keys: slice) -> slice:
+        """Rows of the padded table for the tile, from its greatest distance to its least: t + s - 1 of them."""
+        greatest = self.offset + queries.stop - 1 - keys.start
+        count = (queries.stop - queries.start) + (keys.stop - keys.start) - 1
+        return slice(self.far - greatest, self.far - greatest + count)
+
+    def _position(self, queries, keys):
+        q = self.position_query[:, queries]
+        n, t, d = q.shape
+        term = torch.bmm(q.reshape(self.heads, -1, d), self.table[:, self.table_rows(queries, keys)].mT)
+        return shear(term.view(n, t, -1))  # (n, t, s)
+
+    def _bias(self, queries, keys):
+        """The bias (H, t, s) of a tile. It depends on how far the tile stands from the diagonal only, so few differ."""
+        rows = self.table_rows(queries, keys)
+        size = (queries.stop - queries.start, keys.stop - keys.start)
+        place = (rows.start, *size)
+        if place not in self.toeplitz:
+            row = self.table[:, None, rows].expand(-1, size[0], -1).contiguous()  # (H, t, t + s - 1)
+            self.toeplitz[place] = shear(row).contiguous()
+        return self.toeplitz[place]
+
+
+def shear(x: torch.Tensor) -> torch.Tensor:
+    """A view (n, t, s) of x (n, t, t + s - 1), contiguous: row i starts at column t - 1 - i.
+
+    Columns of x are distances, falling by one; so row i of the result holds distances from its own query.
+    This is the relative shift of Dai et al. 2019, appendix B, without a copy.
+    """
+    n, t, width = x.shape
+    return x.as_strided((n, t, width - t + 1), (t * width, width - 1, 1), x.storage_offset() + t - 1)
+
+
+class _TableGradient:
+    """Gathers the gradient of a position table, and of the queries that meet it."""
+
+    def __init__(self, table, dtype, tiling):
+        self.pad = tiling.query_size + tiling.key_size
+        self.total = _pad_rows(torch.zeros_like(table, dtype=dtype), self.pad)  # (H, R + 2 pad[, D])
+
+    def add(self, scorer, grad, queries, keys, grad_position):
+        """grad (n, t, s): of the tile's scores."""
+        n, t, s = grad.shape
+        rows = scorer.table_rows(queries, keys)
+        if scorer.position_query is None:
+            grad = grad.view(scorer.heads, -1, t, s).sum(1)  # (H, t, s)
+        skew = grad.new_zeros(grad.shape[0], t, t + s - 1)
+        shear(skew).copy_(grad)
+        if scorer.position_query is None:
+            self.total[:, rows] += skew.sum(1)
+            return
+        skew = skew.view(scorer.heads, -1, t + s - 1)  # (H, rows * t, t + s - 1)
+        q = scorer.position_query[:, queries]
+        self.total[:, rows].baddbmm_(skew.mT, q.reshape(scorer.heads, -1, q.shape[-1]))
+        grad_position[:, queries] += torch.bmm(skew, scorer.table[:, rows]).view(n, t, -1)
+
+    def result(self):
+        return self.total[:, self.pad : self.total.shape[1] - self.pad]
+
+
+def _dropout_mask(like, dropout, seed, group, tile, keys):
+    """0 or 1 / (1 - dropout) for every probability of a tile: a stream of its own, so backward draws it again."""
+    generator = torch.Generator(device=like.device)
+    generator.manual_seed(hash((seed, group, tile.queries.start, keys.start)) % 2**63)
+    return torch.empty_like(like).bernoulli_(1.0 - dropout, generator=generator).div_(1.0 - dropout)
+
+
+def _pack(x, rows, dtype):
+    """(B, H, T, ...) to the heads-major (H * rows, T, ...) of a batch group."""
+    return x[rows].transpose(0, 1).to(dtype).flatten(0, 1)
+
+
+def _unpack(x, heads):
+    """(H * rows, T, ...) back to (rows, H, T, ...)."""
+    return x.unflatten(0, (heads, -1)).transpose(0, 1)
+
+
+def _pad_rows(table, pad):
+    return F.pad(table, (pad, pad)) if table.dim() == 2 else F.pad(table, (0, 0, pad, pad))
+
+
+# ----------------------------------------------------------------------------------------------- fused kernels
+
+
+def _attend_sdpa(query, key, value, spans, position, scale, dropout):
+    """torch's fused kernels over the same intervals, one call for each tile of queries.
+
+    Keys are split once and joined again for each tile, so that autograd's work stays linear in T as well.
+    """
+    b, h, t, d = query.shape
+    s = key.shape[2]
+    if position is None and t > 1 and s == t and spans.is_causal:
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)
+    size = 256
+    key_parts, value_parts = key.split(size, dim=2), value.split(size, dim=2)
+    outs = []
+    for i, (first, last, full_first, full_last) in enumerate(spans.tiles(slice(0, b), size)):
+        queries = slice(i * size, min((i + 1) * size, t))
+        if first > last:
+            outs.append(value.new_zeros(b, h, queries.stop - queries.start, value.shape[-1]))
+            continue
+        parts = slice(first // size, last // size + 1)
+        start, stop = parts.start * size, min(parts.stop * size, s)
+        k, v = torch.cat(key_parts[parts], dim=2), torch.cat(value_parts[parts], dim=2)
+        bias = None
+        nothing = None
+        if position is not None:
+            distance = (s - t) + torch.arange(queries.start, queries.stop, device=query.device)[:, None]
+            distance = distance - torch.arange(start, stop, device=query.device)
+            row = (position.far - distance).clamp(0, position.table.shape[1] - 1)
+            bias = (position.table[:, row] * scale).to(query.dtype)[None]  # (1, H, t, s)
+        if start < full_first or stop - 1 > full_last:
+            lower, upper = spans.lower[:, None, queries, None], spans.upper[:, None, queries, None]
+            column = torch.arange(start, stop, device=query.device)
+            visible = (column >= lower) & (column <= upper)  # (B or 1, 1, t, s)
+            nothing = upper < lower  # the kernels give NaN for these rows: let them see all, then drop it
+            visible = visible | nothing
+            hidden = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, -math.inf)
+            bias = hidden if bias is None else bias + hidden
+        out = F.scaled_dot_product_attention(
+            query[:, :, queries], k, v, attn_mask=bias, dropout_p=dropout, scale=scale
+        )  # (B, H, t, Dv)
+        if nothing is not None:
+            out = out.masked_fill(nothing, 0.0)
+        outs.append(out)
+    return torch.cat(outs, dim=2) if len(outs) != 1 else outs[0]

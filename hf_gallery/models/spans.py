@@ -1,0 +1,108 @@
+"""Which keys a query may see: an interval of key columns for every query.
+
+Every variant of the gallery is such an interval (plus at most one extra source), so masks never exist as T x S
+matrices: two integers a query say everything, and tiles of scores outside all intervals are never computed.
+
+Letters, for the whole package: B batch rows, T queries (the new tokens), S key columns, C cached columns,
+H heads, D head size, E hidden size, V vocabulary, R rows of a table of distances.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+class Spans:
+    """The interval [lower, upper] of key columns that each query sees, both ends included.
+
+    lower, upper: int64 (B or 1, T); one row serves all batch rows. `upper < lower` is an empty interval: the query
+    sees nothing. The object is immutable, and remembers what was once worked out of it: a model makes it once for
+    all of its layers.
+    """
+
+    def __init__(self, lower: torch.Tensor, upper: torch.Tensor):
+        if lower.shape != upper.shape or lower.dim() != 2:
+            raise ValueError(
+                f"lower has shape {tuple(lower.shape)} and upper {tuple(upper.shape)}; both must be (batch or 1, queries)"
+            )
+        self.lower = lower
+        self.upper = upper
+        self._known: dict = {}
+
+    def _once(self, key, work):
+        if key not in self._known:
+            self._known[key] = work()
+        return self._known[key]
+
+    def clamp(self, columns: int) -> Spans:
+        """The same intervals cut to the columns [0, columns) that exist."""
+
+        def work():
+            if self.lower.numel() and (self.lower.amin() < 0 or self.upper.amax() >= columns):
+                return Spans(self.lower.clamp(min=0), self.upper.clamp(max=columns - 1))
+            return None  # not self: an object that holds itself would live until the cycle collector runs
+
+        return self._once(("clamp", columns), work) or self
+
+    @property
+    def widest(self) -> int:
+        """The number of keys in the largest interval."""
+        return self._once("widest", lambda: int((self.upper - self.lower).amax()) + 1 if self.lower.numel() else 0)
+
+    def distances(self, offset: int) -> tuple[int, int]:
+        """The least and greatest distance from a query to a key it sees; query t stands at column offset + t.
+
+        (0, -1) if nobody sees anything.
+        """
+
+        def work():
+            at = offset + torch.arange(self.lower.shape[1], device=self.lower.device)
+            empty = self.upper < self.lower
+            if bool(empty.all()):
+                return 0, -1
+            nearest = (at - self.upper).masked_fill(empty, _FAR).amin()
+            return int(nearest), int((at - self.lower).masked_fill(empty, -_FAR).amax())
+
+        return self._once(("distances", offset), work)
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether query t sees exactly the columns [0, t], in every row."""
+
+        def work():
+            t = torch.arange(self.lower.shape[1], device=self.lower.device)
+            return bool((self.lower == 0).all() and (self.upper == t).all())
+
+        return self._once("causal", work)
+
+    def tiles(self, rows: slice, size: int) -> list[tuple[int, int, int, int]]:
+        """For each tile of `size` queries of the given rows: (first, last, full_first, full_last).
+
+        Every key that some query of the tile sees lies in [first, last]; all of its queries see all of
+        [full_first, full_last]. first > last where the whole tile sees nothing.
+        """
+
+        def work():
+            lower, upper = (x if x.shape[0] == 1 else x[rows] for x in (self.lower, self.upper))
+            empty = upper < lower
+            bounds = []
+            for x, fill, outside, reduce in (
+                (lower, _FAR, _FAR, torch.amin),
+                (upper, -1, -1, torch.amax),
+                (lower, _FAR, -1, torch.amax),
+                (upper, -1, _FAR, torch.amin),
+            ):
+                x = torch.nn.functional.pad(x.masked_fill(empty, fill), (0, -x.shape[1] % size), value=outside)
+                bounds.append(reduce(x.view(x.shape[0], -1, size), dim=(0, 2)))  # (tiles,)
+            return [tuple(tile) for tile in torch.stack(bounds, dim=1).tolist()]
+
+        shared = self.lower.shape[0] == 1
+        return self._once(("tiles", 0 if shared else (rows.start, rows.stop), size), work)
+
+    def visible(self, columns: int) -> torch.Tensor:
+        """The dense mask (B or 1, T, columns), True where the query sees the column. For small cases and tests."""
+        column = torch.arange(columns, device=self.lower.device)
+        return (column >= self.lower[..., None]) & (column <= self.upper[..., None])
+
+
+_FAR = 2**40  # beyond every column, for intervals that are empty
