@@ -1,0 +1,45 @@
+"""Settings of the whole suite: no network, one thread, nothing written outside a temporary folder."""
+
+import os
+import shutil
+import tempfile
+
+# Before anything imports transformers or datasets, which read these once.
+_CACHES = tempfile.mkdtemp(prefix="hf_gallery_tests_")
+os.environ["HF_HOME"] = _CACHES
+os.environ["HF_MODULES_CACHE"] = os.path.join(_CACHES, "modules")
+os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHES, "datasets")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+hypothesis.settings.register_profile(
+    "suite",
+    deadline=None,
+    derandomize=True,  # the same examples on every machine: a red test stays red
+    max_examples=25,
+    print_blob=True,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow, hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("suite")
+
+
+def pytest_configure(config):
+    torch.set_num_threads(1)  # the models here are so small that a second thread only waits
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(_CACHES, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def _uninitialised_memory_is_nan():
+    """torch.empty gives NaN, so that a place which nobody wrote shows; and every test starts from one seed."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(before[0], warn_only=before[1])

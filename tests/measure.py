@@ -1,0 +1,53 @@
+"""What a computation costs, counted and not timed: products of matrices, and bytes alive."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def flops(function, *arguments):
+    """Floating point operations of the matrix products that `function(*arguments)` does."""
+    with FlopCounterMode(display=False) as counter:
+        function(*arguments)
+    return counter.get_total_flops()
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made inside the block and still alive: now, and at most (`peak`)."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = self.largest = 0
+        self._seen = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            if isinstance(x, torch.Tensor):
+                self._watch(x.untyped_storage(), given)
+        return result
+
+    def _watch(self, storage, given):
+        place = storage._cdata
+        if place in self._seen or place in given:  # views, results written in place, tensors from outside
+            return
+        size = storage.nbytes()
+        self._seen[place] = weakref.finalize(storage, self._release, place, size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        self.largest = max(self.largest, size)
+
+    def _release(self, place, size):
+        self._seen.pop(place, None)
+        self.now -= size
+
+
+def peak_bytes(function, *arguments):
+    """(bytes alive at the worst moment of the call, bytes of its largest tensor), its arguments not counted."""
+    with LiveBytes() as live:
+        function(*arguments)
+    return live.peak, live.largest
