@@ -392,22 +392,26 @@ def test_dropout_keeps_a_share_and_scales_it(position):
     torch.testing.assert_close(dropped[kept], whole[kept] / 0.7, rtol=1e-9, atol=0.0)
     seen = whole > 1e-12
     assert abs(kept[seen].double().mean() - 0.7) < 0.01
-    # every row, head, tile and call draws for itself
-    full = Spans(torch.zeros(1, 150, dtype=torch.long), torch.full((1, 150), 169))
-    mask = (probabilities_of(inputs, full, 0.5) != 0).double() - 0.5
-    again = (probabilities_of(inputs, full, 0.5, seed=1) != 0).double() - 0.5
-    pairs = {
-        "rows": (mask[0], mask[1]),
-        "last rows": (mask[1], mask[2]),
-        "heads": (mask[:, 0], mask[:, 1]),
-        "tiles of queries": (mask[:, :, :64], mask[:, :, 64:128]),
-        "neighbours": (mask[..., 1:], mask[..., :-1]),
-        "queries": (mask[:, :, 1:], mask[:, :, :-1]),
-        "calls": (mask, again),
-    }
-    for name, (x, y) in pairs.items():
-        assert abs((x * y).mean()) * 4 < 5 / math.sqrt(x.numel()), name
-    assert torch.equal(mask, (probabilities_of(inputs, full, 0.5) != 0).double() - 0.5)
+
+
+def test_dropout_draws_are_independent():
+    """No two rows, heads, tiles or calls share their draw: a pattern that repeats at some lag would show."""
+    inputs, _ = problem(b=3, h=16, t=140, s=700, d=2, dv=2, dtype=torch.float32)
+    spans = Spans(torch.zeros(1, 140, dtype=torch.long), torch.full((1, 140), 699))
+    with torch.no_grad():
+        mask, again, other = ((probabilities_of(inputs, spans, 0.5, seed) != 0).float() - 0.5 for seed in (0, 0, 1))
+    assert torch.equal(mask, again)
+    assert abs((mask * other).mean()) * 4 < 5 / math.sqrt(mask.numel())
+    lines = mask.flatten(0, 1).view(48, -1)
+    products = (lines @ lines.T / lines.shape[1] * 4).fill_diagonal_(0.0)
+    assert products.abs().max() < 6 / math.sqrt(lines.shape[1])  # rows and heads
+    for dim in (-1, -2):  # keys and queries
+        n = mask.shape[dim]
+        spectrum = torch.fft.rfft(mask, n=2 * n, dim=dim)
+        lags = torch.fft.irfft(spectrum.abs().square(), n=2 * n, dim=dim).movedim(dim, -1)[..., 1:n]
+        pairs = torch.arange(n - 1, 0, -1) * (mask.numel() // n)
+        lags = lags.sum(dim=(0, 1, 2)) * 4 / pairs
+        assert (lags.abs() * pairs.sqrt()).max() < 6
 
 
 def test_dropout_is_right_on_average():
