@@ -1,0 +1,487 @@
+"""SegmentTrainer: transformers' Trainer for documents longer than a step.
+
+Each batch row is a lane that reads documents segment after segment (lanes.py). The model's cache goes from step to
+step, detached, so a model with memory trains on context that reaches back before the step; a row of the cache is
+reset where its lane starts another document. Everything else is transformers' Trainer: optimizer, schedulers, mixed
+precision, accumulation, checkpoints, callbacks and logging are its own.
+
+    training     self._training.cache    -> training_step -> self._training.cache     over all steps of an epoch
+    evaluation   self._evaluation.cache  -> prediction_step -> ...                    over one evaluation, then dropped
+
+What is overridden, and why, stands at each method.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import tempfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+from transformers import Trainer
+from transformers.trainer_utils import sort_checkpoints
+
+from ..models.cache import GalleryCache
+from .lanes import IGNORED, DocumentLanes
+
+TRAINER_STATE = "trainer_state.json"  # transformers writes it last: a checkpoint without it was cut off
+LANES_FILE = "lanes_{rank}.json"
+CACHE_FILE = "lanes_{rank}.safetensors"
+
+# Entries of a model's config that do not decide what its weights and its cache mean, or that Trainer itself changes.
+VOLATILE = {
+    "transformers_version", "_name_or_path", "architectures", "auto_map", "dtype", "torch_dtype", "use_cache",
+    "pad_token_id", "bos_token_id", "eos_token_id",
+}  # fmt: skip
+
+
+class SegmentTrainer(Trainer):
+    """Trains and evaluates a causal model on long documents, segment by segment, with its cache carried along.
+
+    model, args and further keyword arguments: as transformers.Trainer. `train_dataset` and `eval_dataset` hold one
+        tokenised document per row, in a column `input_ids` (list of int, any length); other columns are ignored.
+        The model's forward takes `past_key_values` and `shift_labels`, and its cache has `reset_rows`, `detach`,
+        `save` and `load`, as all causal models of the gallery do.
+    args.per_device_train_batch_size: lanes of each process (B). args.per_device_eval_batch_size: the same for
+        evaluation, where it changes speed but not results. args.data_seed, else args.seed: of the shuffle.
+        args.train_sampling_strategy: "random" or "sequential".
+    segment_length: tokens that a lane reads in a step (L). Default: the model config's segment_length.
+    predict_eos: the last token of a document predicts config.eos_token_id; otherwise it predicts nothing.
+
+    A batch holds input_ids, attention_mask and shift_labels (B, L); shift_labels[b, t] is the token after
+    input_ids[b, t] in its document, even where that one stands in the next step, so every token but a document's
+    first is predicted once an epoch. `labels` is the same tensor, for compute_loss_func and compute_metrics.
+    In transformers' logs a sample is one segment of one lane.
+
+    Several processes (torchrun, accelerate launch): the documents are dealt over world_size * lanes lanes, by length,
+    see DocumentLanes. All processes take the same number of steps; one that runs dry before the others gets batches
+    of padding, which count for nothing. The loss is the mean over all tokens of an update, on all processes and
+    accumulation steps (num_items_in_batch), if args.average_tokens_across_devices is left on.
+
+    Evaluation carries a cache of its own. It reports `eval_loss`, the mean over all predicted tokens, `eval_tokens`,
+    their number, and `eval_bits_per_token`; with a byte-level tokenizer as processing_class also
+    `eval_bits_per_byte`, which is the same number. (No bits with label smoothing or a compute_loss_func, whose loss
+    is no likelihood.)
+
+    Checkpoints hold, beside the Trainer's own files, lanes_RANK.json (setup and position) and lanes_RANK.safetensors
+    (cache) of each process. train(resume_from_checkpoint=...) goes on from there bit for bit.
+
+    Raises ValueError for arguments that have no meaning here (data_collator, dataloader_drop_last, batch_eval_metrics,
+    torch.nn.DataParallel, tensor, context and sequence parallelism), and from train() for a checkpoint of another
+    setup, before anything is changed.
+    """
+
+    def __init__(
+        self,
+        model: Any = None,
+        args: Any = None,
+        *,
+        segment_length: int | None = None,
+        predict_eos: bool = False,
+        **kwargs: Any,
+    ):
+        if kwargs.get("data_collator") is not None:
+            raise ValueError(
+                "data_collator is given; SegmentTrainer makes its own batches from lanes, so leave it out"
+            )
+        use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        super().__init__(model, args, **kwargs)
+        if use_cache is not None:
+            # Trainer switches it off, for models that train without a past. Ours train with it, and a checkpoint that
+            # says use_cache=False would forget its past when it is loaded.
+            self.model.config.use_cache = use_cache
+        if self.args.label_names is None:
+            self.label_names = ["labels"]  # not shift_labels too, which Trainer would gather a second time
+        self._refuse_what_lanes_cannot_do()
+        config = self.model.config
+        self.segment_length = segment_length if segment_length is not None else getattr(config, "segment_length", None)
+        if not isinstance(self.segment_length, int) or self.segment_length < 1:
+            raise ValueError(
+                f"segment_length is {self.segment_length!r}; it counts the tokens that a lane reads in a step, so "
+                "give SegmentTrainer(segment_length=...) an int of 1 or more (its default is the model config's)"
+            )
+        self._eos_token_id = self._eos_of(config) if predict_eos else None
+        self._training = _Carried()
+        self._evaluation: _Carried | None = None
+        self._train_lanes: DocumentLanes | None = None
+
+    def _refuse_what_lanes_cannot_do(self):
+        args = self.args
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"this process sees {args.n_gpu} GPUs and would split each batch over them (DataParallel), which "
+                "parts the lanes from their cache; start one process per GPU with "
+                f"`torchrun --nproc-per-node {args.n_gpu} ...`, or set CUDA_VISIBLE_DEVICES to one of them"
+            )
+        for kind, size in (
+            ("tensor", self.get_tp_size()),
+            ("context", self.get_cp_size()),
+            ("sequence", self.get_sp_size()),
+        ):
+            if size > 1:
+                raise ValueError(
+                    f"{kind} parallelism over {size} processes is not served: each process has its own lanes"
+                )
+        if args.dataloader_drop_last:
+            raise ValueError("dataloader_drop_last is True; lanes have no last batch to drop, so leave it False")
+        if args.batch_eval_metrics:
+            raise ValueError("batch_eval_metrics is True; metrics are computed at the end here, so leave it False")
+        if args.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy is {args.train_sampling_strategy!r}; lanes are read in 'random' or "
+                "'sequential' order, and always balanced by length"
+            )
+
+    @staticmethod
+    def _eos_of(config):
+        eos = config.eos_token_id
+        eos = eos[0] if isinstance(eos, (list, tuple)) else eos
+        if eos is None:
+            raise ValueError(
+                "predict_eos is True, but the model config's eos_token_id is None; set it, or predict_eos=False"
+            )
+        return eos
+
+    # ---- batches
+
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs) -> DataLoader:
+        """Lanes in place of samplers, for training, evaluation and prediction alike. It is not prepared by accelerate,
+        which would deal the batches over the processes a second time; Trainer moves batches to the device itself."""
+        lanes = self._train_lanes if is_training else None
+        if lanes is None or lanes.lanes != batch_size:  # other than planned: auto_find_batch_size
+            lanes = self._make_lanes(dataset, batch_size, is_training)
+        if is_training:
+            self._train_lanes = lanes
+        return _LaneLoader(lanes, self.args)
+
+    def _make_lanes(self, dataset, lanes: int, is_training: bool) -> DocumentLanes:
+        args = self.args
+        pad = self.model.config.pad_token_id
+        return DocumentLanes(
+            dataset,
+            lanes=lanes,
+            segment_length=self.segment_length,
+            seed=args.data_seed if args.data_seed is not None else args.seed,
+            shuffle=is_training and args.train_sampling_strategy == "random",
+            eos_token_id=self._eos_token_id,
+            pad_token_id=0 if pad is None else pad,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+
+    # ---- the cache from step to step
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As Trainer's, with the cache: its rows are reset as the batch says, it goes into the forward, and what comes
+        out is kept. Training and evaluation both pass here, each with a cache of its own."""
+        inputs = dict(inputs)
+        reset, position, following = inputs.pop("reset"), tuple(inputs.pop("position")), tuple(inputs.pop("following"))
+        evaluating = self._evaluation is not None
+        carried = self._evaluation if evaluating else self._training
+        if bool(reset.all()):
+            carried.cache = None  # nothing goes on: begin anew, and let go of columns that no row needs
+        elif carried.cache is None or carried.position != position:
+            raise RuntimeError(
+                f"the batch is of (epoch, step) {position}, the cache belongs before {carried.position}: batches must "
+                "come in order, from the first of an epoch or of a resumed checkpoint"
+            )
+        else:
+            carried.cache.reset_rows(reset)
+        if evaluating:
+            num_items_in_batch = None  # the mean over this batch; evaluation_loop weighs it by its tokens
+        elif num_items_in_batch is not None:
+            # 0 where this process ran dry and tokens are not counted over all of them: 0 / 0 would end the training
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        shift_labels = inputs["shift_labels"]
+        loss, outputs = super().compute_loss(
+            model,
+            {**inputs, "past_key_values": carried.cache, "use_cache": True},
+            return_outputs=True,
+            num_items_in_batch=num_items_in_batch,
+        )
+        cache = outputs.get("past_key_values") if isinstance(outputs, dict) else None
+        if not hasattr(cache, "reset_rows") or not hasattr(cache, "detach"):
+            raise ValueError(
+                f"model is a {type(self.model).__name__}, whose past_key_values is a {type(cache).__name__} without "
+                "reset_rows() and detach(); give a model with a GalleryCache, or use transformers.Trainer"
+            )
+        carried.cache, carried.position = cache.detach(), following
+        if evaluating:
+            tokens = int((shift_labels != IGNORED).sum())
+            if tokens == 0:
+                loss = torch.zeros_like(loss)  # a mean over nothing is NaN
+            carried.loss += float(loss) * tokens
+            carried.tokens += tokens
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As Trainer's, with a cache of its own, and with the mean loss over tokens: Trainer takes the mean over
+        steps, which weighs a token by how full its step was and so depends on the number of lanes."""
+        self._evaluation = _Carried()
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
+            )
+            total = torch.tensor([[self._evaluation.loss, self._evaluation.tokens]], dtype=torch.float64)
+        finally:
+            self._evaluation = None
+        if self.args.world_size > 1:
+            total = self.accelerator.gather(total.to(self.args.device)).cpu()
+        loss, tokens = total.sum(0).tolist()
+        metrics = {"loss": loss / tokens, "tokens": int(tokens)}
+        if self.label_smoother is None and self.compute_loss_func is None:
+            metrics["bits_per_token"] = metrics["loss"] / math.log(2)
+            if _is_byte_level(self.processing_class):
+                metrics["bits_per_byte"] = metrics["bits_per_token"]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    # ---- checkpoints
+
+    def train(self, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None):
+        """As Trainer's. First lanes are planned, and a checkpoint is compared with this setup, while nothing has been
+        loaded yet.
+
+        resume_from_checkpoint: a folder, or True for the newest whole checkpoint in args.output_dir (one whose writing
+        was cut off is passed over). Raises ValueError if it was written in another setup: other lanes, processes,
+        segment_length, gradient_accumulation_steps, seed, order, predict_eos, documents or model config.
+        """
+        if self.train_dataset is not None:  # else Trainer says what is missing
+            folder = self._checkpoint_to_resume(resume_from_checkpoint)
+            state = None if folder is None else self._read_lanes(folder)
+            count = self._train_batch_size
+            if state is not None and self.args.auto_find_batch_size:
+                count = state["setup"]["per_device_train_batch_size"]  # as Trainer will
+            lanes = self._make_lanes(self.train_dataset, count, is_training=True)
+            carried = _Carried() if state is None else self._resumed(folder, state, lanes)
+            self._train_lanes, self._training = lanes, carried
+            if folder is not None:
+                resume_from_checkpoint = folder
+        return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _save_rng_state(self, output_dir):
+        """Also writes this process's lanes and cache. Here, because Trainer calls it on every process, after the
+        weights and before trainer_state.json, which makes a checkpoint whole, and not if args.save_only_model."""
+        super()._save_rng_state(output_dir)
+        names = {"rank": self.args.process_index}
+        cache = self._training.cache
+        if cache is not None:
+            cache.save(os.path.join(output_dir, CACHE_FILE.format(**names)))
+        state = {
+            "position": self._training.position,
+            "setup": self._setup(self._train_lanes),
+            "config": _comparable(self.model.config),
+            "cache": cache is not None,
+        }
+        _write_json(os.path.join(output_dir, LANES_FILE.format(**names)), state)
+
+    def _setup(self, lanes: DocumentLanes) -> dict[str, Any]:
+        """What must be the same for a run to go on, under the names of the arguments that set it."""
+        setup = lanes.setup()
+        return {
+            "per_device_train_batch_size": setup["lanes"],
+            "world_size": setup["world_size"],
+            "segment_length": setup["segment_length"],
+            "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
+            "seed": setup["seed"],
+            "train_sampling_strategy": self.args.train_sampling_strategy,
+            "predict_eos": setup["eos_token_id"],
+            "train_dataset": setup["documents"],
+            "dtype": str(self.model.dtype),
+        }
+
+    def _checkpoint_to_resume(self, resume_from_checkpoint) -> str | None:
+        if resume_from_checkpoint is None or resume_from_checkpoint is False:
+            return None
+        if self.args.ignore_data_skip:
+            raise ValueError(
+                "ignore_data_skip is True, which begins the epoch anew; the cache in a checkpoint belongs to its "
+                "step, so leave ignore_data_skip False to resume"
+            )
+        if resume_from_checkpoint is not True:
+            folder = os.fspath(resume_from_checkpoint)
+            if not os.path.isfile(os.path.join(folder, TRAINER_STATE)):
+                raise ValueError(
+                    f"resume_from_checkpoint is {folder!r}, which is no whole checkpoint: it has no {TRAINER_STATE}; "
+                    "give an earlier one, or True for the newest whole one in output_dir"
+                )
+            return folder
+        for folder in reversed(sort_checkpoints(self.args.output_dir)):
+            if _is_whole(folder):
+                return folder
+        raise ValueError(
+            f"resume_from_checkpoint is True, but {self.args.output_dir!r} holds no whole checkpoint; give a "
+            "folder, or False to begin anew"
+        )
+
+    def _read_lanes(self, folder: str) -> dict[str, Any]:
+        path = os.path.join(folder, LANES_FILE.format(rank=self.args.process_index))
+        if not os.path.isfile(path):
+            raise ValueError(
+                f"resume_from_checkpoint is {folder!r}, which has no {os.path.basename(path)}: it was not written by "
+                f"a SegmentTrainer, or with save_only_model, or by fewer processes than the {self.args.world_size} of "
+                "now; resume with what wrote it, or load its weights with from_pretrained and begin anew"
+            )
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+
+    def _resumed(self, folder: str, state: dict[str, Any], lanes: DocumentLanes) -> _Carried:
+        """Position and cache of a checkpoint, once its setup has been found to be this one."""
+        written = f"but checkpoint {folder!r} was written with"
+        anew = "or begin anew without resume_from_checkpoint"
+        for name, now in self._setup(lanes).items():
+            then = state["setup"].get(name)
+            if then == now:
+                continue
+            remedy = {
+                "world_size": f"start {then} processes (torchrun --nproc-per-node {then})",
+                "train_dataset": "pass the documents that it was trained on, in the same order",
+                "predict_eos": f"pass predict_eos={then is not None}, with config.eos_token_id {then}",
+                "dtype": f"load the model with dtype={then!r}",
+            }.get(name, f"set {name}={then!r}")
+            raise ValueError(f"{name} is {now!r}, {written} {then!r}; {remedy}, {anew}")
+        config = _comparable(self.model.config)
+        for name in sorted({*config, *state["config"]}):
+            then, now = state["config"].get(name), config.get(name)
+            if then != now:
+                raise ValueError(
+                    f"{name} is {now!r} in the model's config, {written} {then!r}; build the model with "
+                    f"from_pretrained({folder!r}), {anew}"
+                )
+        cache = None
+        if state["cache"]:
+            path = os.path.join(folder, CACHE_FILE.format(rank=self.args.process_index))
+            if not os.path.isfile(path):
+                raise ValueError(
+                    f"resume_from_checkpoint is {folder!r}, which lacks {os.path.basename(path)}; resume from another "
+                    f"checkpoint, {anew}"
+                )
+            cache = self._cache_class().load(path).to(self.args.device)
+        return _Carried(cache, tuple(state["position"]))
+
+    def _cache_class(self):
+        """The model's own GalleryCache: another class than ours where its code came with a checkpoint."""
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        for parent in type(model).__mro__:
+            found = getattr(sys.modules.get(parent.__module__), "GalleryCache", None)
+            if found is not None:
+                return found
+        return GalleryCache
+
+
+@dataclass
+class _Carried:
+    """What goes from one step to the next."""
+
+    cache: Any = None
+    position: tuple[int, int] = (0, 0)  # (epoch, step) that comes next
+    loss: float = 0.0  # sum over tokens, in evaluation
+    tokens: int = 0
+
+
+class _LaneLoader(DataLoader):
+    """Batches of an epoch of lanes, in order. Its length is known and the same every epoch."""
+
+    def __init__(self, lanes: DocumentLanes, args: Any):
+        super().__init__(
+            _LaneBatches(lanes),
+            batch_sampler=_Steps(len(lanes)),
+            collate_fn=_only,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
+            persistent_workers=args.dataloader_persistent_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            # Of its own, or each epoch and each evaluation would draw from the generator that dropout uses.
+            generator=torch.Generator(),
+        )
+
+    def set_epoch(self, epoch: int):
+        """Called by Trainer before each epoch."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class _Steps(Sampler):
+    """[(epoch, step)] for each step. The epoch travels in the index, since workers hold copies of the dataset."""
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self):
+        for step in range(self.steps):
+            yield [(self.epoch, step)]
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+
+class _LaneBatches(Dataset):
+    """Whole batches by (epoch, step). Its length is what Trainer counts as samples: segments of all lanes."""
+
+    def __init__(self, lanes: DocumentLanes):
+        self.lanes = lanes
+
+    def __len__(self) -> int:
+        return len(self.lanes) * self.lanes.lanes * self.lanes.world_size
+
+    def __getitem__(self, position: tuple[int, int]) -> dict[str, Any]:
+        batch = self.lanes.batch(*position)
+        return {
+            **batch,
+            "labels": batch["shift_labels"],
+            "position": position,
+            "following": self.lanes.after(*position),
+        }
+
+
+def _only(batches: list[Any]) -> Any:
+    (batch,) = batches
+    return batch
+
+
+def _is_whole(folder: str) -> bool:
+    """Whether all processes wrote their part of a checkpoint to the end."""
+    path = os.path.join(folder, LANES_FILE.format(rank=0))
+    if not os.path.isfile(path) or not os.path.isfile(os.path.join(folder, TRAINER_STATE)):
+        return False
+    with open(path, encoding="utf-8") as file:
+        ranks = range(json.load(file)["setup"]["world_size"])
+    return all(os.path.isfile(os.path.join(folder, LANES_FILE.format(rank=rank))) for rank in ranks)
+
+
+def _comparable(config: Any) -> dict[str, Any]:
+    """A model config as plain values, without what says nothing about weights and cache."""
+    values = json.loads(config.to_json_string(use_diff=False))
+    return {name: value for name, value in values.items() if name not in VOLATILE}
+
+
+def _is_byte_level(tokenizer: Any) -> bool:
+    """Whether every token but the special ones is one byte: then bits per token are bits per byte."""
+    if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
+        return False
+    sample = "aé€😀"  # 1 + 2 + 3 + 4 bytes in utf-8
+    plain = len(tokenizer) - len(set(tokenizer.all_special_ids))
+    return plain == 256 and len(tokenizer(sample, add_special_tokens=False)["input_ids"]) == len(sample.encode())
+
+
+def _write_json(path: str, content: Any):
+    """All or nothing: a file beside it takes its place once it is written."""
+    handle, beside = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".partial")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(content, file, indent=2)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
