@@ -1,0 +1,113 @@
+"""Clocks and counters: times side by side, bytes alive, resident memory."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what was asked of it; the CPU has by then."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(
+    functions: Mapping[Name, Callable[[], object]],
+    repeats: int,
+    device: torch.device | None = None,
+    tick: Callable[[], None] = lambda: None,
+) -> dict[Name, list[float]]:
+    """Seconds of each function, `repeats` times, in turns: what slows the machine for a while slows all of them.
+
+    Each is called once before, unmeasured. Every round starts with another function, since the first of a round
+    may find colder caches. `tick` is called after every round. Medians of these times compare fairly.
+    """
+    device = device or torch.device("cpu")
+    names = list(functions)
+    times: dict[Name, list[float]] = {name: [] for name in names}
+    for turn in range(repeats + 1):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            synchronize(device)
+            start = time.perf_counter()
+            functions[name]()
+            synchronize(device)
+            if turn:
+                times[name].append(time.perf_counter() - start)
+        tick()
+    return times
+
+
+def median(values: list[float]) -> float:
+    """The middle value."""
+    return float(statistics.median(values))
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages made inside the block and still alive: now (`now`) and at most (`peak`).
+
+    Counted at each operation, so it is exact, the same on every run and independent of the allocator; what a kernel
+    allocates and frees inside one operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._alive: dict[int, object] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {x.untyped_storage()._cdata for x in tree_iter((args, kwargs)) if isinstance(x, torch.Tensor)}
+        result = function(*args, **(kwargs or {}))
+        for x in tree_iter(result):
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage._cdata not in given and storage._cdata not in self._alive:
+                    size = storage.nbytes()
+                    self._alive[storage._cdata] = weakref.finalize(storage, self._release, storage._cdata, size)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+        return result
+
+    def _release(self, place: int, size: int) -> None:
+        self._alive.pop(place, None)
+        self.now -= size
+
+
+def peak_bytes(function: Callable[[], object]) -> int:
+    """Bytes of tensors alive at the worst moment of a call, beyond those that were there before."""
+    with LiveBytes() as live:
+        function()
+    return live.peak
+
+
+def resident_peak() -> int:
+    """The most bytes of memory that this process ever held at once (resident-set high-water mark).
+
+    Linux tells it for this program alone in /proc/self/status; getrusage would also count the parent's, from before
+    the program was loaded.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
