@@ -1,5 +1,10 @@
-"""Lanes of documents, and SegmentTrainer on both causal variants: what is trained on, resumed and evaluated is what a
+"""Lanes of documents, and SegmentTrainer on every causal variant: what is trained on, resumed and evaluated is what a
 plain loop over the documents says."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import hypothesis
@@ -7,20 +12,21 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from variants import VARIANTS, VOCAB, WORDS, causal
 
-from hf_gallery.training import DocumentLanes
+from hf_gallery.training import DocumentLanes, SegmentTrainer
 
 
-def texts(*lengths, vocabulary=50, seed=0):
+def texts(*lengths, vocabulary=WORDS, seed=0):
     """One document per length, of random tokens."""
     rng = np.random.default_rng(seed)
     return [rng.integers(0, vocabulary, size=n).tolist() for n in lengths]
 
 
 def dataset(documents):
-    return datasets.Dataset.from_dict(
-        {"input_ids": documents, "name": [f"document {i}" for i in range(len(documents))]}
-    )
+    return datasets.Dataset.from_dict({"input_ids": documents, "name": [str(i) for i in range(len(documents))]})
 
 
 def read_back(lanes, epoch=0):
@@ -53,8 +59,8 @@ def read_back(lanes, epoch=0):
     eos=st.sampled_from([None, 99]),
 )
 def test_lanes_read_every_token_once(lengths, lanes, segment_length, world_size, seed, shuffle, eos):
-    """Over all ranks, an epoch reads every document once, whole and in order; each token predicts the one after it, over
-    segment borders too, and the last predicts eos or nothing. All ranks take the same number of steps, every epoch."""
+    """Over all ranks, an epoch reads every document once, whole and in order; each token predicts the one after it,
+    over segment borders too, and the last predicts eos or nothing. All ranks take the same number of steps."""
     hypothesis.assume(max(lengths) > 1)
     documents = [[100 * i + j for j in range(n)] for i, n in enumerate(lengths)]
     last = -100 if eos is None else eos
@@ -201,3 +207,403 @@ def test_lanes_refuse_wrong_counts(change):
     (name,) = change
     with pytest.raises(ValueError, match=f"{name} is {change[name]}"):
         DocumentLanes(texts(4), **{"lanes": 2, "segment_length": 4, "world_size": 2, **change})
+
+
+# ---- SegmentTrainer
+
+LENGTHS = (13, 9, 25, 2, 17, 6, 1, 30)  # one document of one token: it has nothing to predict
+# Where a test is of the trainer more than of the model.
+MAIN = [variant for variant in VARIANTS if variant.name in ("transformer", "transformer_xl")]
+main = pytest.mark.parametrize("variant", MAIN, ids=[variant.name for variant in MAIN])
+NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
+
+
+def arguments(folder, **changes):
+    plain = {"optim": "sgd", "learning_rate": 0.05, "lr_scheduler_type": "linear", "max_grad_norm": 0.0}
+    quiet = {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    return TrainingArguments(str(folder), **{**plain, **quiet, "per_device_train_batch_size": 2, "seed": 5, **changes})
+
+
+def trainer(
+    model, folder, documents=None, *, segment_length=4, evaluate=None, callbacks=None, predict_eos=False, **changes
+):
+    return SegmentTrainer(
+        model,
+        arguments(folder, **changes),
+        segment_length=segment_length,
+        predict_eos=predict_eos,
+        train_dataset=dataset(texts(*LENGTHS) if documents is None else documents),
+        eval_dataset=None if evaluate is None else dataset(evaluate),
+        callbacks=callbacks,
+    )
+
+
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(a, b):
+    """To the last bit."""
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, different
+
+
+@causal()
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_training_equals_a_plain_loop(variant, accumulation, tmp_path):
+    """Losses and weights are those of a loop that reads each document by itself, in a cache of its own, segment by
+    segment, and takes the mean over all tokens of an update."""
+    a, b, c = texts(14, 9, 6)
+    lanes = [[a], [b, c]]  # by length, each to the emptier lane; lane 0 is dry in the last step of an epoch
+    epochs, steps, length = 2, 5, 4
+    model = variant.make(**NO_DROPOUT)
+    own = trainer(
+        variant.make(**NO_DROPOUT),
+        tmp_path,
+        [a, b, c],
+        segment_length=length,
+        train_sampling_strategy="sequential",
+        num_train_epochs=epochs,
+        gradient_accumulation_steps=accumulation,
+    )
+    own.train()
+
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    updates = epochs * -(-steps // accumulation)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda update: 1 - update / updates)
+    expected = []
+    model.train()
+    for _ in range(epochs):
+        queues = [[(d, i) for d in lane for i in range(0, len(d), length)] for lane in lanes]
+        caches = [None, None]
+        for first in range(0, steps, accumulation):
+            total, count = 0.0, 0
+            for step in range(first, min(first + accumulation, steps)):
+                for row, queue in enumerate(queues):
+                    if step >= len(queue):
+                        continue
+                    document, start = queue[step]
+                    piece = torch.tensor(document[start : start + length])
+                    target = torch.tensor(document[start + 1 : start + length + 1], dtype=torch.long)
+                    cache = None if start == 0 else caches[row]
+                    output = model(piece[None], past_key_values=cache, use_cache=True)
+                    caches[row] = output.past_key_values.detach()
+                    total = total + F.cross_entropy(output.logits[0, : len(target)], target, reduction="sum")
+                    count += len(target)
+            loss = total / count
+            expected.append(loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    assert losses(own) == pytest.approx(expected, rel=1e-4)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(own.model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+
+
+class Stop(TrainerCallback):
+    """Ends the process's training as a kill would: an exception after the update, when its checkpoint is written."""
+
+    def __init__(self, update):
+        self.update = update
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.update:
+            raise KeyboardInterrupt
+
+
+@causal()
+def test_resuming_is_bit_for_bit(variant, tmp_path):
+    """With dropout, momentum and accumulation, losses and weights of a run that was cut off in its second epoch, and
+    went on in new objects, are those of an unbroken one."""
+    changes = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "max_grad_norm": 1.0}
+    whole = trainer(variant.make(), tmp_path / "whole", **changes)
+    whole.train()
+    per_epoch = whole.state.max_steps // 2
+    assert per_epoch > 4
+    # Elsewhere the variants do not differ: in the first epoch, and where the next one begins with empty caches.
+    for update in (per_epoch + 2, 3, per_epoch)[: 3 if variant is VARIANTS[0] else 1]:
+        folder = tmp_path / str(update)
+        saving = {**changes, "save_strategy": "steps", "save_steps": update}
+        cut = trainer(variant.make(), folder, callbacks=[Stop(update)], **saving)
+        with pytest.raises(KeyboardInterrupt):
+            cut.train()
+        # Other weights, which the checkpoint's must replace.
+        resumed = trainer(variant.make(seed=1), folder, **changes)
+        resumed.train(resume_from_checkpoint=True)
+        assert losses(cut) == losses(whole)[:update]
+        assert losses(resumed) == losses(whole)
+        assert_same(weights(resumed.model), weights(whole.model))
+
+
+@torch.no_grad()
+def mean_loss(model, documents):
+    """Over all tokens but the first of each document, each document by itself in one forward."""
+    total = 0.0
+    for document in documents:
+        tokens = torch.tensor(document)
+        total += F.cross_entropy(model(tokens[None]).logits[0, :-1], tokens[1:], reduction="sum").item()
+    return total / sum(len(document) - 1 for document in documents)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of VARIANTS[0] in the middle of an epoch."""
+    own = trainer(VARIANTS[0].make(), tmp_path_factory.mktemp("run"), max_steps=3, save_strategy="steps", save_steps=3)
+    own.train()
+    return Path(own.args.output_dir) / "checkpoint-3"
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        (
+            "per_device_train_batch_size is 3, .* 2; set per_device_train_batch_size=2",
+            {"per_device_train_batch_size": 3},
+        ),
+        ("segment_length is 5, .* 4; set segment_length=4", {"segment_length": 5}),
+        ("gradient_accumulation_steps is 2, .* 1; set", {"gradient_accumulation_steps": 2}),
+        ("seed is 6, .* 5; set seed=5", {"seed": 6}),
+        ("train_sampling_strategy is 'sequential', .* 'random'", {"train_sampling_strategy": "sequential"}),
+        ("predict_eos is 95, .* None; pass predict_eos=False", {"predict_eos": True}),
+        ("train_dataset is '8 documents, 103 tokens, .*; pass the documents", {"documents": texts(*LENGTHS, seed=1)}),
+        ("num_hidden_layers is 2 in the model's config, .* 3; build the model with", {"num_hidden_layers": 2}),
+        ("dtype is 'torch.float64', .* 'torch.float32'; load the model with", {"dtype": torch.float64}),
+        ("ignore_data_skip is True", {"ignore_data_skip": True}),
+    ],
+    ids=lambda x: next(iter(x)) if isinstance(x, dict) else "",
+)
+def test_a_checkpoint_of_another_setup_is_refused(checkpoint, message, change, tmp_path):
+    """By argument, both values and remedy, with model and trainer as they were."""
+    config = {name: change[name] for name in ("num_hidden_layers", "dtype") if name in change}
+    own = trainer(VARIANTS[0].make(**config), tmp_path, **{k: v for k, v in change.items() if k not in config})
+    before, held = weights(own.model), own._training
+    with pytest.raises(ValueError, match=message):
+        own.train(resume_from_checkpoint=str(checkpoint))
+    assert_same(weights(own.model), before)
+    assert own._training is held and own.state.global_step == 0
+
+
+def test_a_checkpoint_that_is_not_whole_is_refused_or_passed_over(tmp_path):
+    """Cut off at any file: by name it is refused, and True takes the one before."""
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    whole = trainer(VARIANTS[0].make(), tmp_path, **changes)
+    whole.train()
+    newest = tmp_path / "checkpoint-4"
+    (newest / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match="no trainer_state.json"):
+        trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=str(newest))
+    resumed = trainer(VARIANTS[0].make(seed=1), tmp_path, max_steps=4)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same(weights(resumed.model), weights(whole.model))
+    for name, message in (
+        ("lanes_0.safetensors", "lacks lanes_0.safetensors"),
+        ("lanes_0.json", "has no lanes_0.json"),
+    ):
+        (tmp_path / "checkpoint-2" / name).unlink()
+        with pytest.raises(ValueError, match=message):
+            trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=True)
+
+
+@causal()
+def test_evaluation_is_the_mean_over_tokens(variant, tmp_path):
+    """It equals one long forward over each document alone, whatever the number of lanes and the segments."""
+    documents = texts(*LENGTHS, seed=3)
+    model = variant.make()
+    expected = mean_loss(model, documents)
+    for lanes, segment_length in ((1, 4), (3, 4), (11, 4), (2, 9), (2, 40)):
+        changes = {"per_device_eval_batch_size": lanes, "segment_length": segment_length}
+        metrics = trainer(model, tmp_path, evaluate=documents, **changes).evaluate()
+        assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+        assert metrics["eval_bits_per_token"] == pytest.approx(expected / np.log(2), rel=1e-5)
+        assert metrics["eval_tokens"] == sum(len(document) - 1 for document in documents)
+        assert "eval_bits_per_byte" not in metrics
+
+
+def test_evaluation_on_several_sets_and_with_metrics(tmp_path):
+    """Trainer's own ways go on working: a dictionary of sets, compute_metrics, predict, predict_eos."""
+    first, second = texts(9, 6, 11, seed=3), texts(5, 8, seed=4)
+    own = SegmentTrainer(
+        VARIANTS[0].make(),
+        arguments(tmp_path, per_device_eval_batch_size=2),
+        segment_length=4,
+        predict_eos=True,
+        eval_dataset={"first": dataset(first), "second": dataset(second)},
+        compute_metrics=lambda p: {"right": int((p.predictions.argmax(-1) == p.label_ids).sum())},
+    )
+    metrics = own.evaluate()
+    assert metrics["eval_first_tokens"] == 26 and metrics["eval_second_tokens"] == 13
+    output = own.predict(dataset(second))
+    assert output.metrics["test_loss"] == pytest.approx(metrics["eval_second_loss"])
+    assert output.metrics["test_right"] == metrics["eval_second_right"]
+    assert (output.label_ids != -100).sum() == 13 and (output.label_ids == own.model.config.eos_token_id).sum() == 2
+
+
+@main
+def test_evaluation_leaves_training_alone(variant, tmp_path):
+    """Neither its cache nor its random numbers: with dropout on, a run that evaluates after every update is the run
+    that never does, to the last bit."""
+    quiet = trainer(variant.make(), tmp_path / "quiet")
+    quiet.args.max_steps = 8
+    quiet.train()
+    changes = {"max_steps": 8, "eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}
+    watched = trainer(variant.make(), tmp_path / "watched", evaluate=texts(9, 30, 2), **changes)
+    watched.train()
+    assert len([entry for entry in watched.state.log_history if "eval_loss" in entry]) == 8
+    assert losses(watched) == losses(quiet)
+    assert_same(weights(watched.model), weights(quiet.model))
+
+
+@causal()
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_checkpointed_activations_give_the_same_training(variant, tmp_path):
+    plain = trainer(variant.make(), tmp_path, max_steps=6)
+    plain.train()
+    saving = trainer(variant.make(), tmp_path, max_steps=6, gradient_checkpointing=True)
+    saving.train()
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
+    for name, parameter in plain.model.named_parameters():
+        torch.testing.assert_close(saving.model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+
+
+@main
+def test_bf16_on_the_processor(variant, tmp_path):
+    exact = trainer(variant.make(**NO_DROPOUT), tmp_path, max_steps=5)
+    exact.train()
+    half = trainer(variant.make(**NO_DROPOUT), tmp_path, max_steps=5, bf16=True, save_strategy="steps", save_steps=3)
+    half.train()
+    assert losses(half) == pytest.approx(losses(exact), rel=0.05)
+    assert losses(half) != losses(exact), "bf16 was on"
+    resumed = trainer(variant.make(**NO_DROPOUT, seed=1), tmp_path, max_steps=5, bf16=True)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert_same(weights(resumed.model), weights(half.model))
+
+
+def test_batches_from_workers_are_the_same(tmp_path):
+    changes = {"num_train_epochs": 2, "data_seed": 9}
+    here = trainer(VARIANTS[0].make(), tmp_path, **changes)
+    here.train()
+    there = trainer(
+        VARIANTS[0].make(), tmp_path, dataloader_num_workers=1, dataloader_persistent_workers=True, **changes
+    )
+    there.train()
+    assert losses(there) == losses(here)
+
+
+@causal(lambda variant: variant.name in ("transformer", "transformer_xl", "transformer_xl_adaptive"))
+def test_transformers_own_trainer(variant, tmp_path):
+    """Independent examples, padded, with accumulation: the loss is the mean over the predicted tokens of an update."""
+    documents = texts(12, 7, 9, 12, 5, 12, 8, 3)
+    examples = datasets.Dataset.from_list(
+        [
+            {
+                "input_ids": document + [VOCAB - 1] * (12 - len(document)),
+                "attention_mask": [1] * len(document) + [0] * (12 - len(document)),
+                "labels": document + [-100] * (12 - len(document)),
+            }
+            for document in documents
+        ]
+    )
+    model = variant.make(**NO_DROPOUT)
+    expected = mean_loss(model, documents)
+    settings = arguments(tmp_path, gradient_accumulation_steps=4, max_steps=40, learning_rate=0.02)
+    own = Trainer(model, settings, train_dataset=examples, eval_dataset=examples)
+    own.train()
+    assert losses(own)[0] == pytest.approx(expected, rel=1e-4)
+    assert losses(own)[-1] < 0.8 * losses(own)[0]
+    assert own.evaluate()["eval_loss"] < losses(own)[0]
+
+
+@pytest.mark.parametrize(
+    ("message", "change"),
+    [
+        ("segment_length is None", {"segment_length": None}),
+        ("segment_length is 0", {"segment_length": 0}),
+        ("dataloader_drop_last is True", {"dataloader_drop_last": True}),
+        ("batch_eval_metrics is True", {"batch_eval_metrics": True}),
+        ("train_sampling_strategy is 'group_by_length'", {"train_sampling_strategy": "group_by_length"}),
+    ],
+)
+def test_arguments_without_a_meaning_here_are_refused(message, change, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        trainer(VARIANTS[0].make(), tmp_path, **change)
+
+
+def test_more_that_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="data_collator is given"):
+        SegmentTrainer(VARIANTS[0].make(), arguments(tmp_path), segment_length=4, data_collator=lambda rows: rows)
+    with pytest.raises(ValueError, match="eos_token_id is None"):
+        trainer(VARIANTS[0].make(eos_token_id=None), tmp_path, predict_eos=True)
+    encoder = VARIANTS[0].make("masked")
+    with pytest.raises(ValueError, match="GalleryTransformerForMaskedLM, .* without reset_rows"):
+        trainer(encoder, tmp_path, max_steps=1).train()
+
+
+def test_the_config_keeps_its_cache(tmp_path):
+    """Trainer writes use_cache=False into the config, with which a loaded checkpoint would forget its past."""
+    model = VARIANTS[0].make()
+    trainer(model, tmp_path, max_steps=1).train()
+    assert model.config.use_cache is True
+
+
+def trained_and_resumed(variant, folder, lanes):
+    """Trains on all processes, resumes from the middle, and returns what this process saw: losses, metrics, weights."""
+    changes = {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "max_grad_norm": 1.0}
+    changes |= {"per_device_train_batch_size": lanes, "save_strategy": "steps", "save_steps": 5}
+    whole = trainer(variant.make(**NO_DROPOUT), folder / "whole", evaluate=texts(9, 30, 2, 4, 4), **changes)
+    whole.train()
+    metrics = whole.evaluate()
+    resumed = trainer(variant.make(**NO_DROPOUT, seed=1), folder / "resumed", **changes)
+    resumed.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-5"))
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(resumed.model), weights(whole.model))
+    return {"losses": losses(whole), "eval_loss": metrics["eval_loss"], "weights": weights(whole.model)}
+
+
+ONE_OF_TWO = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_training import MAIN, trained_and_resumed
+for variant in MAIN:
+    folder = Path(sys.argv[2]) / variant.name
+    result = trained_and_resumed(variant, folder, lanes=1)
+    torch.save(result, folder / f"result_{os.environ['RANK']}.pt")
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
+def test_two_processes_train_as_one_with_all_lanes(tmp_path):
+    """torchrun with 2 processes of 1 lane gives the losses, weights and evaluation of 1 process with 2 lanes, and
+    resumes bit for bit. One process runs dry before the other."""
+    script = tmp_path / "one_of_two.py"
+    script.write_text(ONE_OF_TWO)
+    here = Path(__file__).parent
+    run = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, here, tmp_path],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(here.parent), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    for variant in MAIN:
+        folder = tmp_path / variant.name
+        assert (folder / "whole" / "checkpoint-5" / "lanes_1.safetensors").is_file()
+        one = trained_and_resumed(variant, folder / "one", lanes=2)
+        for rank in (0, 1):
+            two = torch.load(folder / f"result_{rank}.pt", weights_only=True)
+            assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+            assert two["eval_loss"] == pytest.approx(one["eval_loss"], rel=1e-5)
+            for name, value in one["weights"].items():
+                torch.testing.assert_close(two["weights"][name], value, rtol=1e-3, atol=1e-5)
