@@ -125,7 +125,7 @@ def attend_naive(
         else:
             term = position.query.to(dtype) @ position.table.to(dtype).mT  # (B, H, T, R)
             scores = scores + term.gather(-1, row.expand_as(scores))
-    visible = spans.visible(key.shape[2])[:, None]  # (B or 1, 1, T, S)
+    visible = spans.visible(key.shape[2]).to(query.device)[:, None]  # (B or 1, 1, T, S)
     scores = (scores * scale).masked_fill(~visible, -math.inf)
     lse = scores.logsumexp(-1)  # (B, H, T)
     seen = visible.any(-1)  # (B or 1, 1, T)
@@ -231,14 +231,14 @@ class _TiledAttention(torch.autograd.Function):
                         scorer, group_value, group_grad, group_lse, offset, tile, ctx.dropout, ctx.seed,
                         gq, gk, gv, gp, grad_table,
                     )  # fmt: skip
-                grad_query[rows] = _unpack(gq, h)
+                grad_query[rows] = _unpack(gq.mul_(ctx.scale), h)
                 grad_key[rows] = _unpack(gk, h)
                 grad_value[rows] = _unpack(gv, h)
                 if gp is not None:
-                    grad_position_query[rows] = _unpack(gp, h)
+                    grad_position_query[rows] = _unpack(gp.mul_(ctx.scale), h)
         return (
             grad_query, grad_key, grad_value, grad_position_query,
-            None if grad_table is None else grad_table.result().to(table.dtype),
+            None if grad_table is None else grad_table.result(1.0 if position_query is not None else ctx.scale),
             None, None, None, None, None,
         )  # fmt: skip
 
@@ -288,7 +288,7 @@ def _backward_tile(
             mask.mul_(probabilities)
         kept = probabilities if dropout == 0.0 else mask
         grad_value[:, keys].baddbmm_(kept.mT, g)
-        grad.mul_(probabilities).mul_(scorer.scale)  # of the scores before the scale
+        grad.mul_(probabilities)  # of the scores
         grad_query[:, queries].baddbmm_(grad, scorer.key[:, keys])
         grad_key[:, keys].baddbmm_(grad.mT, q)
         if grad_table is not None:
@@ -311,10 +311,11 @@ class _Tiling:
     """
 
     budget = 2**18
+    queries = 64
 
     def __init__(self, spans, b, h, t, s, d):
         self.spans, self.columns, self.offset, self.t = spans, s, s - t, t
-        self.query_size = max(1, min(t, 64 if d <= 128 else 32))
+        self.query_size = max(1, min(t, self.queries))
         reach = max(1, min(s, spans.widest + self.query_size))
         rows = max(1, min(b, self.budget // (h * self.query_size * reach)))
         self.key_size = max(64, self.budget // (h * rows * self.query_size))
@@ -339,18 +340,20 @@ class _Scorer:
     def __init__(self, query, key, position_query, table, far, spans, scale, rows, tiling):
         dtype = _compute_dtype(query)
         self.heads, self.group = query.shape[1], rows.start
-        self.query = _pack(query, rows, dtype)  # (H * rows, T, D)
+        self.query = _pack(query, rows, dtype) * scale  # (H * rows, T, D)
         self.key = _pack(key, rows, dtype)  # (H * rows, S, D)
-        self.scale, self.offset = scale, tiling.offset
-        self.lower, self.upper = (x if x.shape[0] == 1 else x[rows] for x in (spans.lower, spans.upper))
+        self.offset = tiling.offset
+        self.lower, self.upper = (x if x.shape[0] == 1 else x[rows] for x in spans.on(query.device))
         self.position_query = None
         self.table = None
         if table is not None:
-            self.pad = tiling.query_size + tiling.key_size
+            self.pad = tiling.query_size - 1
             self.far = far + self.pad  # rows of distances that no interval holds: a tile's corners read them, masked
             self.table = _pad_rows(table.to(dtype), self.pad)  # (H, R + 2 pad[, D])
-            if position_query is not None:
-                self.position_query = _pack(position_query, rows, dtype)
+            if position_query is None:
+                self.table = self.table * scale
+            else:
+                self.position_query = _pack(position_query, rows, dtype) * scale
             self.toeplitz: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def scores(self, queries: slice, keys: slice, cut: bool) -> torch.Tensor:
@@ -363,7 +366,6 @@ class _Scorer:
         else:
             scores = torch.bmm(q, k)
             scores.view(self.heads, -1, *scores.shape[1:]).add_(self._bias(queries, keys)[:, None])
-        scores.mul_(self.scale)
         if cut:
             column = torch.arange(keys.start, keys.stop, device=q.device)
             hidden = column < self.lower[:, queries, None]  # (rows or 1, t, s)
@@ -409,8 +411,8 @@ class _TableGradient:
     """Gathers the gradient of a position table, and of the queries that meet it."""
 
     def __init__(self, table, dtype, tiling):
-        self.pad = tiling.query_size + tiling.key_size
-        self.total = _pad_rows(torch.zeros_like(table, dtype=dtype), self.pad)  # (H, R + 2 pad[, D])
+        self.dtype, self.pad = table.dtype, tiling.query_size - 1
+        self.total = _pad_rows(torch.zeros_like(table, dtype=dtype), self.pad).contiguous()  # (H, R + 2 pad[, D])
 
     def add(self, scorer, grad, queries, keys, grad_position):
         """grad (n, t, s): of the tile's scores."""
@@ -428,8 +430,8 @@ class _TableGradient:
         self.total[:, rows].baddbmm_(skew.mT, q.reshape(scorer.heads, -1, q.shape[-1]))
         grad_position[:, queries] += torch.bmm(skew, scorer.table[:, rows]).view(n, t, -1)
 
-    def result(self):
-        return self.total[:, self.pad : self.total.shape[1] - self.pad]
+    def result(self, scale):
+        return (self.total[:, self.pad : self.total.shape[1] - self.pad] * scale).to(self.dtype)
 
 
 def _dropout_mask(like, dropout, seed, group, tile, keys):
@@ -450,6 +452,8 @@ def _unpack(x, heads):
 
 
 def _pad_rows(table, pad):
+    if pad == 0:
+        return table
     return F.pad(table, (pad, pad)) if table.dim() == 2 else F.pad(table, (0, 0, pad, pad))
 
 
@@ -484,7 +488,7 @@ def _attend_sdpa(query, key, value, spans, position, scale, dropout):
             row = (position.far - distance).clamp(0, position.table.shape[1] - 1)
             bias = (position.table[:, row] * scale).to(query.dtype)[None]  # (1, H, t, s)
         if start < full_first or stop - 1 > full_last:
-            lower, upper = spans.lower[:, None, queries, None], spans.upper[:, None, queries, None]
+            lower, upper = (x[:, None, queries, None] for x in spans.on(query.device))
             column = torch.arange(start, stop, device=query.device)
             visible = (column >= lower) & (column <= upper)  # (B or 1, 1, t, s)
             nothing = upper < lower  # the kernels give NaN for these rows: let them see all, then drop it

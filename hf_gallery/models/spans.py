@@ -44,6 +44,10 @@ class Spans:
 
         return self._once(("clamp", columns), work) or self
 
+    def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(lower, upper) on a device. The planning above stays where the intervals were made, mostly the CPU."""
+        return self._once(("on", device), lambda: (self.lower.to(device), self.upper.to(device)))
+
     @property
     def widest(self) -> int:
         """The number of keys in the largest interval."""

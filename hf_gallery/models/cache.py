@@ -1,0 +1,314 @@
+"""GalleryCache: all state that a gallery model carries from one forward to the next.
+
+Each layer's state is a dictionary of tensors with the batch rows first. Those named in TIMED hold columns of time,
+(B, H, C, D) or (B, C, E), aligned so that each row's last token stands in the last column (see rows.py); what a row
+has not filled yet is never read, because the cache knows how many tokens each row has seen. So a row is emptied by
+setting that number to zero, and rows are moved by picking them from every tensor alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers.cache_utils import Cache
+
+TIMED = ("keys", "values", "hidden")  # state with columns of time, in the last dimension but one
+
+State = dict[str, torch.Tensor]
+
+
+class GalleryCache(Cache):
+    """The past of a batch of rows, for one model.
+
+    A model's forward takes it as `past_key_values`, advances it in place and returns it. `get_seq_length()` counts
+    the columns seen, padding included, as generate() needs; `seen` (B,) counts each row's own tokens.
+
+    config: the configuration of the model that it will serve. A model refuses the cache of another one.
+    """
+
+    def __init__(self, config):
+        super().__init__(layers=[])
+        self.identity = cache_identity(config)
+        self.capacity = config.cache_capacity  # columns of time that a layer keeps; None = all
+        self.states: list[State] = []
+        self.seen: torch.Tensor | None = None  # (B,) on the CPU
+        self.rows: dict[str, torch.Tensor] = {}  # further facts of each row, (B, ...) on the CPU
+        self.shared: list[State] = []  # per layer, what follows from the weights alone and serves all rows
+        self.columns = 0
+        self.recording = False
+        # The newest columns, for crop: (count, mask (B, count)), the mask None where every column is a token.
+        self.history: list[tuple[int, torch.Tensor | None]] = []
+
+    def __repr__(self):
+        kind = self.identity["model_type"]
+        return f"GalleryCache({kind}, rows={self.batch_size}, columns={self.columns}, bytes={self.nbytes})"
+
+    def __len__(self):
+        return len(self.states)
+
+    # ---- what models call
+
+    def check(self, config, batch: int):
+        """Raises ValueError unless the cache belongs to a model of this configuration and has so many rows."""
+        identity = cache_identity(config)
+        if identity != self.identity:
+            differs = {k: (self.identity.get(k), v) for k, v in identity.items() if self.identity.get(k) != v}
+            raise ValueError(
+                f"past_key_values was made for another model (its value, this model's): {differs}; "
+                "pass a GalleryCache(model.config), or none"
+            )
+        if self.seen is not None and len(self.seen) != batch:
+            raise ValueError(
+                f"past_key_values holds {len(self.seen)} rows, the input has {batch}; call reset() for new texts, or "
+                "batch_select_indices() to keep some rows"
+            )
+
+    def write(self, states: list[State], rows, shared: list[State] | None = None, facts: State | None = None):
+        """Takes the new state of all layers, once they all have it. rows: the Rows of this forward."""
+        self.states = [{name: x.detach() for name, x in state.items()} for state in states]
+        self.seen = rows.seen + rows.lengths
+        self.shared = shared or []  # a forward with gradients makes none: weights that change would leave it stale
+        self.rows.update(facts or {})
+        self.columns += rows.columns
+        if rows.mask is None and self.history and self.history[-1][1] is None:
+            self.history[-1] = (self.history[-1][0] + rows.columns, None)
+        else:
+            self.history.append((rows.columns, None if rows.mask is None else rows.mask.cpu()))
+        if self.capacity is not None and not self.recording:
+            while sum(count for count, _ in self.history[1:]) > self.capacity:
+                self.history.pop(0)
+
+    @property
+    def limit(self) -> int | None:
+        """Columns that layers shall keep now; None = all. While recording nothing is dropped, so that crop works."""
+        return None if self.recording else self.capacity
+
+    # ---- transformers' Cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns seen so far, padding included."""
+        return self.columns
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """-1: there is no longest input."""
+        return -1
+
+    @property
+    def batch_size(self) -> int:
+        """Rows held; -1 before the first forward."""
+        return -1 if self.seen is None else len(self.seen)
+
+    @property
+    def is_initialized(self) -> bool:
+        return self.seen is not None
+
+    @property
+    def is_compileable(self) -> bool:
+        return False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take back tokens: all state is columns of time, and those that it needs are still here."""
+        timed = all(name in TIMED or name.startswith("cross_") for state in self.states for name in state)
+        return timed and (self.capacity is None or self.recording or self.columns <= self.capacity)
+
+    def activate_past_recording(self):
+        """From now on keep what the model could forget, until the next `crop`, so that crop can take tokens back."""
+        self.recording = True
+
+    def crop(self, tokens_to_remove: int):
+        """Takes back the last columns; the number may be given negative, as transformers does.
+
+        A bounded cache then drops again what the model cannot see. Raises ValueError if tokens were dropped since.
+        """
+        count = abs(tokens_to_remove)
+        if count:
+            self._take_back(count)
+        if self.capacity is not None:
+            for state in self.states:
+                for name in TIMED:
+                    if name in state:
+                        state[name] = last_columns(state[name], self.capacity)
+
+    def _take_back(self, count):
+        removed = torch.zeros(max(self.batch_size, 0), dtype=torch.long)  # (B,) tokens among the columns
+        history, left = list(self.history), count
+        while left and history:
+            n, mask = history.pop()
+            taken = min(n, left)
+            removed += taken if mask is None else mask[:, n - taken :].sum(1)
+            if taken < n:
+                history.append((n - taken, None if mask is None else mask[:, : n - taken]))
+            left -= taken
+        columns = self.columns_held
+        if left or not self.is_croppable or bool((columns - removed < self._needed(self.seen - removed)).any()):
+            raise ValueError(
+                f"cannot take back {count} columns: this cache has dropped, or folded into other state, what came before. "
+                "Call activate_past_recording() before the forward that may be taken back, or keep a copy()"
+            )
+        keep = columns - int(removed.min())
+        for state in self.states:
+            for name in TIMED:
+                if name in state:
+                    x = state[name]
+                    column = torch.arange(keep) - (removed - removed.min())[:, None]  # (B, keep)
+                    shape = [len(removed), *[1] * (x.dim() - 3), keep, 1]
+                    column = column.clamp(min=0).to(x.device).view(shape).expand(*x.shape[:-2], keep, x.shape[-1])
+                    state[name] = x.gather(-2, column)
+        self.seen = self.seen - removed
+        self.columns -= count
+        self.history = history
+
+    @property
+    def columns_held(self) -> int:
+        """C: the columns of time that each layer holds now."""
+        return next((x.shape[-2] for state in self.states for name, x in state.items() if name in TIMED), 0)
+
+    def _needed(self, seen):
+        """Columns of time that rows with so many tokens behind them need, (B,)."""
+        return seen if self.capacity is None else seen.clamp(max=self.capacity)
+
+    def _each(self, change):
+        """Applies `change` to every tensor that has rows."""
+        if self.seen is None:
+            return
+        self.states = [{name: change(x) for name, x in state.items()} for state in self.states]
+        self.rows = {name: change(x) for name, x in self.rows.items()}
+        self.history = [(n, None if mask is None else change(mask)) for n, mask in self.history]
+        self.seen = change(self.seen)
+
+    def reorder_cache(self, beam_idx: torch.Tensor):
+        """Row i becomes what row beam_idx[i] was. beam_idx: (any,), row numbers."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor):
+        """Keeps the rows that indices names, in its order; a mask (B,) of booleans works too."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().squeeze(-1)
+        self._each(lambda x: x.index_select(0, indices.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int):
+        """Every row `repeats` times, copies side by side."""
+        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def reset(self):
+        """Forgets everything; the cache is as new, and may serve another number of rows."""
+        self.states, self.shared, self.rows, self.history = [], [], {}, []
+        self.seen, self.columns, self.recording = None, 0, False
+
+    # ---- the gallery's own
+
+    def reset_rows(self, rows):
+        """Empties some rows, for a new document in each. rows: row numbers, or a mask (B,) of booleans.
+
+        The other rows are untouched, and get_seq_length() counts on. What went before cannot be cropped any more.
+        """
+        if self.seen is None:
+            return
+        rows = torch.as_tensor(rows)
+        rows = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool else rows.long()
+        if rows.numel() and (int(rows.min()) < -len(self.seen) or int(rows.max()) >= len(self.seen)):
+            raise ValueError(f"rows are {rows.tolist()}; the cache has rows 0 to {len(self.seen) - 1}")
+        if not rows.numel():
+            return
+
+        def empty(x):
+            # Zeros and not only a new count: what is masked still meets a product, and 0 * NaN is NaN.
+            return x.index_fill(0, rows.to(x.device) % len(x), 0)
+
+        self._each(empty)
+        self.history = []
+
+    def detach(self) -> GalleryCache:
+        """Cuts every state from the graph that made it; models already write detached state. Returns the cache."""
+        self._each(torch.Tensor.detach)
+        return self
+
+    def to(self, device) -> GalleryCache:
+        """Moves the states to a device. Returns the cache."""
+        self.states = [{name: x.to(device) for name, x in state.items()} for state in self.states]
+        self.shared = [{name: x.to(device) for name, x in state.items()} for state in self.shared]
+        return self
+
+    def copy(self) -> GalleryCache:
+        """A cache of its own with the same content: read a document once, ask many questions from copies."""
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__)
+        other._each(torch.Tensor.clone)
+        other.identity, other.history = dict(self.identity), list(other.history)
+        return other
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the states hold, whole storages counted."""
+        tensors = [x for state in [*self.states, *self.shared] for x in state.values()]
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+
+    def save(self, path: str | os.PathLike):
+        """Writes the cache to one safetensors file, all or nothing."""
+        tensors = {} if self.seen is None else {"seen": self.seen}
+        tensors |= {f"rows.{name}": x for name, x in self.rows.items()}
+        for group, states in (("states", self.states), ("shared", self.shared)):
+            tensors |= {f"{group}.{i}.{name}": x for i, state in enumerate(states) for name, x in state.items()}
+        tensors |= {f"history.{i}": mask for i, (_, mask) in enumerate(self.history) if mask is not None}
+        about = {
+            "identity": self.identity,
+            "capacity": self.capacity,
+            "columns": self.columns,
+            "layers": [len(self.states), len(self.shared)],
+            "history": [n for n, _ in self.history],
+        }
+        folder = os.path.dirname(os.path.abspath(path))
+        handle, beside = tempfile.mkstemp(dir=folder, suffix=".partial")
+        os.close(handle)
+        try:
+            save_file({k: x.contiguous() for k, x in tensors.items()}, beside, {"gallery_cache": json.dumps(about)})
+            os.replace(beside, path)
+        except BaseException:
+            os.unlink(beside)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> GalleryCache:
+        """The cache that `save` wrote. Raises ValueError if the file is not one."""
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            about = json.loads((file.metadata() or {}).get("gallery_cache", "null"))
+            if about is None:
+                raise ValueError(f"{os.fspath(path)} is no saved GalleryCache; write one with cache.save(path)")
+            cache = object.__new__(cls)
+            Cache.__init__(cache, layers=[])
+            cache.identity, cache.capacity = about["identity"], about["capacity"]
+            cache.columns, cache.recording = about["columns"], False
+            cache.states, cache.shared = ([{} for _ in range(n)] for n in about["layers"])
+            cache.rows, cache.seen, masks = {}, None, {}
+            for name in file.keys():
+                tensor, (kind, *rest) = file.get_tensor(name), name.split(".", 2)
+                if kind == "seen":
+                    cache.seen = tensor.cpu()
+                elif kind == "rows":
+                    cache.rows[rest[0]] = tensor.cpu()
+                elif kind == "history":
+                    masks[int(rest[0])] = tensor.cpu()
+                else:
+                    getattr(cache, kind)[int(rest[0])][rest[1]] = tensor
+            cache.history = [(n, masks.get(i)) for i, n in enumerate(about["history"])]
+        return cache
+
+
+def cache_identity(config) -> dict:
+    """What must agree between a cache and the model that reads it."""
+    names = ("model_type", "is_decoder", "is_encoder_decoder", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    names += ("head_dim", "num_decoder_layers", "segment_length", "mem_len", "same_length", "clamp_len")
+    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+
+
+def last_columns(x: torch.Tensor, count: int | None) -> torch.Tensor:
+    """The last `count` columns of x (..., C, D) in memory of their own; x itself if it has no more."""
+    if count is None or x.shape[-2] <= count:
+        return x
+    return x[..., x.shape[-2] - count :, :].clone()

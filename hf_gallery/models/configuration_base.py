@@ -1,0 +1,97 @@
+"""What the configurations of all variants share: the common fields and the checks of their values."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from typing import Any, ClassVar
+
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+logger = logging.getLogger(__name__)
+
+
+class GalleryConfig(PreTrainedConfig):
+    """Fields that every variant has, under transformers' own names.
+
+    A wrong value raises a ValueError that names the argument, what it got and what it accepts. A name that is not
+    known but looks like one that is draws a warning, since PreTrainedConfig would keep it without a word.
+    """
+
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    _auto_class: ClassVar[str] = "AutoConfig"
+
+    vocab_size: int = 262  # the byte tokenizer: 256 bytes and 6 special tokens
+    hidden_size: int = 512  # E
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8  # H
+    head_dim: int | None = None  # D; default hidden_size // num_attention_heads
+    intermediate_size: int = 2048
+    hidden_act: str = "relu"
+    hidden_dropout: float = 0.1
+    attention_dropout: float = 0.0
+    layer_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = True
+    use_cache: bool = True
+    pad_token_id: int | None = 256
+    bos_token_id: int | None = 257
+    eos_token_id: int | None = 258
+
+    def __post_init__(self, **kwargs: Any):
+        self._warn_of_near_misses(kwargs)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"):
+            self.check_count(name, 1)
+        if self.head_dim is None:
+            if self.hidden_size % self.num_attention_heads:
+                raise ValueError(
+                    f"hidden_size is {self.hidden_size}, which num_attention_heads {self.num_attention_heads} does not "
+                    "divide; choose a multiple, or give head_dim"
+                )
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        self.check_count("head_dim", 1)
+        self.check_choice("hidden_act", sorted(ACT2FN))
+        for name in ("hidden_dropout", "attention_dropout"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+                raise ValueError(f"{name} is {value!r}; it is a probability, so give a number in [0, 1)")
+        for name in ("layer_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or value <= 0:
+                raise ValueError(f"{name} is {value!r}; it must be a positive number")
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            ids = getattr(self, name)
+            for value in ids if isinstance(ids, (list, tuple)) else [ids]:
+                if value is not None and not 0 <= value < self.vocab_size:
+                    raise ValueError(
+                        f"{name} is {value}, outside the vocabulary of vocab_size {self.vocab_size}; give an id in "
+                        f"[0, {self.vocab_size}) or None"
+                    )
+        # The gallery's own attention is the default; transformers would choose sdpa where a model supports it.
+        kwargs.setdefault("attn_implementation", "eager")
+        super().__post_init__(**kwargs)
+
+    @property
+    def cache_capacity(self) -> int | None:
+        """Keys that a layer must keep for the tokens to come; None where every key may be seen again."""
+        return None
+
+    def check_count(self, name: str, least: int, most: int | None = None):
+        """Raises ValueError unless the field is a whole number of at least `least`, at most `most`."""
+        value = getattr(self, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):
+            limit = f"a whole number of at least {least}" + (f" and at most {most}" if most else "")
+            raise ValueError(f"{name} is {value!r}; it must be {limit}")
+
+    def check_choice(self, name: str, choices: list[str]):
+        """Raises ValueError unless the field is one of the choices."""
+        if getattr(self, name) not in choices:
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
+
+    def _warn_of_near_misses(self, unknown: dict[str, Any]):
+        known = [name for name in type(self).__dataclass_fields__ if not name.startswith("_")]
+        for name in unknown:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+            if near and not hasattr(PreTrainedConfig, name):
+                logger.warning("%s has no argument %r; did you mean %r?", type(self).__name__, name, near[0])

@@ -1,0 +1,203 @@
+"""What all gallery models do alike: check their input, keep their cache, save themselves with their code."""
+
+from __future__ import annotations
+
+import copy
+import sys
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.generation import GenerationMixin
+
+from .cache import GalleryCache
+from .rows import Rows
+
+
+class GalleryPreTrainedModel(PreTrainedModel):
+    """Base of every gallery model.
+
+    `heads` of a variant maps the Auto classes to its class names: all of them go into a saved folder's auto_map, so
+    that one checkpoint opens under every head.
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _skip_keys_device_placement = ["past_key_values"]
+    heads: dict[str, str] = {}
+    implementations: dict[str, str] = {}  # of attention, with what each is
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        requested = requested_attention or "eager"
+        if requested not in self.implementations:
+            known = "; ".join(f"{name!r}: {what}" for name, what in self.implementations.items())
+            raise ValueError(f"attn_implementation is {requested!r}; {type(self).__name__} has {known}")
+        return requested
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        return True  # transformers looks for its own registry in the source; ours is `attend`
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers; the folder also gets the code, and opens with trust_remote_code under every head."""
+        module = sys.modules[type(self).__module__].__name__.split(".")[-1]
+        config_module = type(self.config).__module__.split(".")[-1]
+        self.config.auto_map = {"AutoConfig": f"{config_module}.{type(self.config).__name__}"} | {
+            auto: f"{module}.{name}" for auto, name in self.heads.items()
+        }
+        return super().save_pretrained(save_directory, **kwargs)
+
+    # ---- input
+
+    def open_input(
+        self, input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
+    ) -> tuple[Rows, GalleryCache | None]:
+        """Checks the input of a forward, before anything is computed or changed.
+
+        Returns the rows, packed by their own tokens, and the cache to advance, None if none is wanted.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        wanted = 2 if inputs_embeds is None else 3
+        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        if x.dim() != wanted or 0 in x.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; it must be (batch, tokens{', hidden_size' if wanted == 3 else ''}) "
+                "with at least one row and one token"
+            )
+        if wanted == 3 and x.shape[2] != self.config.hidden_size:
+            raise ValueError(f"inputs_embeds is {x.shape[2]} wide; this model's hidden_size is {self.config.hidden_size}")
+        b, t = x.shape[:2]
+        if use_cache is None:
+            use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
+        cache = past_key_values
+        if cache is not None:
+            if not isinstance(cache, GalleryCache) and type(cache).__name__ != "GalleryCache":
+                raise ValueError(
+                    f"past_key_values is a {type(cache).__name__}; give a GalleryCache, or None to start with one"
+                )
+            cache.check(self.config, b)
+        elif use_cache:
+            cache = GalleryCache(self.config)
+        rows = Rows(b, t, self.check_mask(attention_mask, b, t, cache), None if cache is None else cache.seen)
+        if input_ids is not None:
+            self.check_ids("input_ids", rows.pack(input_ids), rows)
+        return rows, cache
+
+    def check_ids(self, name: str, ids: torch.Tensor, rows: Rows | None = None):
+        """Raises ValueError if an id is outside the vocabulary: a GPU would only say that an assertion failed."""
+        if ids.dtype not in (torch.long, torch.int):
+            raise ValueError(f"{name} has type {ids.dtype}; token ids must be torch.long or torch.int")
+        low, high = (int(x) for x in ids.aminmax())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"{name} holds the id {low if low < 0 else high}, outside the vocabulary of vocab_size "
+                f"{self.config.vocab_size}; ids must be in [0, {self.config.vocab_size}). Is the tokenizer this model's?"
+            )
+
+    @staticmethod
+    def check_mask(mask, b: int, t: int, cache) -> torch.Tensor | None:
+        """The mask of the new columns, (B, T) of booleans; None where all are tokens."""
+        if mask is None:
+            return None
+        past = 0 if cache is None else cache.columns
+        if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] not in (t, past + t):
+            also = f" or ({b}, {past + t})" if past else ""
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; {b} rows of {t} new tokens need ({b}, {t}){also}, "
+                "1 at tokens and 0 at padding"
+            )
+        mask = mask[:, -t:]
+        if mask.dtype != torch.bool:
+            if bool(((mask != 0) & (mask != 1)).any()):
+                raise ValueError(
+                    f"attention_mask holds values from {mask.min().item()} to {mask.max().item()}; it must hold 1 at "
+                    "tokens and 0 at padding"
+                )
+            mask = mask != 0
+        return mask
+
+    def run_layers(self, layers, x, context, cache, output_hidden_states=False, output_attentions=False):
+        """Runs the layers on x (B, T, E). Only here is the cache written, after the last layer: a forward that fails
+        leaves it as it was.
+
+        Returns x, and lists of the hidden states (before the first and after every layer) and attentions, or None.
+        """
+        rows = context.rows
+        states = cache.states if cache is not None and cache.states else [{}] * len(layers)
+        hidden = [x] if output_hidden_states else None
+        attentions = [] if output_attentions else None
+        new = []
+        for layer, state in zip(layers, states, strict=True):
+            x, state, probabilities = layer(x, context, state)
+            new.append(state)
+            if hidden is not None:
+                hidden.append(x)
+            if attentions is not None:
+                attentions.append(probabilities)
+        if cache is not None:
+            cache.write(new, rows, shared=context.shared, facts=context.facts)
+        return x, hidden, attentions
+
+
+class GalleryGenerationMixin(GenerationMixin):
+    """generate() with a GalleryCache in place of transformers' own."""
+
+    def _prepare_cache_for_generation(
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
+    ):
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ValueError(
+                f"cache_implementation is {implementation!r}; gallery models carry their own GalleryCache, so leave it None"
+            )
+        cache = model_kwargs.get("past_key_values")
+        if cache is not None:
+            cache._is_user_defined = True
+        elif generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = GalleryCache(self.config)
+            if generation_config.is_assistant:
+                model_kwargs["past_key_values"].activate_past_recording()
+
+
+def with_config(config, **changes):
+    """The config itself if it already says so, else a copy that does."""
+    if all(getattr(config, name) == value for name, value in changes.items()):
+        return config
+    config = copy.deepcopy(config)
+    for name, value in changes.items():
+        setattr(config, name, value)
+    return config
+
+
+def pooled_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, last: bool) -> torch.Tensor:
+    """The hidden state (B, E) of each row's first or last token in hidden (B, T, E), padding left out."""
+    b, t = hidden.shape[:2]
+    if attention_mask is None:
+        return hidden[:, -1 if last else 0]
+    mask = attention_mask[:, -t:].bool()
+    empty = ~mask.any(1)
+    if bool(empty.any()):
+        raise ValueError(f"attention_mask has no token in rows {empty.nonzero().flatten().tolist()}; nothing to classify")
+    column = torch.arange(t, device=mask.device).expand(b, t)
+    column = column.masked_fill(~mask, -1).amax(1) if last else column.masked_fill(~mask, t).amin(1)
+    return hidden[torch.arange(b, device=hidden.device), column.to(hidden.device)]
+
+
+def keep_logits(hidden: torch.Tensor, logits_to_keep) -> torch.Tensor:
+    """The columns of hidden (B, T, E) whose logits are asked for: all (0), the last few (an int), or these (a tensor)."""
+    if isinstance(logits_to_keep, int):
+        return hidden if logits_to_keep == 0 else hidden[:, -logits_to_keep:]
+    return hidden[:, logits_to_keep]
+
+
+def init_linear(module: nn.Module, std: float):
+    """normal(0, std) for linear maps and embeddings, biases 0, norms at 1 and 0."""
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, 0.0, std)
+    if getattr(module, "bias", None) is not None and isinstance(module.bias, nn.Parameter):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)

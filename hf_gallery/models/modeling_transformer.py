@@ -1,0 +1,711 @@
+"""The Transformer (Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser, Polosukhin 2017, arXiv 1706.03762).
+
+    Attention(Q, K, V) = softmax(Q K^T / sqrt(D)) V                      section 3.2.1, in H heads: 3.2.2
+    post-norm: x = LayerNorm(x + Dropout(Sublayer(x)))                   sections 3.1 and 5.4
+    encoder layer: self-attention, feed-forward; decoder layer: causal self-attention, cross-attention, feed-forward
+
+One stack serves three forms: encoder-decoder as published, decoder alone (ForCausalLM), encoder alone (ForMaskedLM,
+ForSequenceClassification). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
+[seg(p), p]. Switches in the config give what later models changed: GPT-2 (pre-norm, learned positions), BERT
+(embedding norm, token types), Marian (sines first, bias on the logits).
+
+Letters: see spans.py.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.loss.loss_utils import ForMaskedLMLoss
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import can_return_tuple
+
+from .attention import attend, attend_naive
+from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
+from .configuration_transformer import GalleryTransformerConfig
+from .modeling_base import (
+    GalleryGenerationMixin,
+    GalleryPreTrainedModel,
+    init_linear,
+    keep_logits,
+    pooled_rows,
+    with_config,
+)
+from .positions import sinusoids
+from .rows import Rows
+from .spans import Spans
+
+
+@dataclass
+class Context:
+    """What all layers of one forward share."""
+
+    rows: Rows
+    spans: Spans
+    implementation: str
+    source_spans: Spans | None = None  # cross-attention: the source tokens of each row
+    keep: bool = False  # a cache wants the new state
+    limit: int | None = None  # columns it keeps
+    output_attentions: bool = False
+    shared: list | None = None
+    facts: dict = field(default_factory=dict)
+
+
+class GalleryTransformerAttention(nn.Module):
+    """Multi-head attention, section 3.2.2, over the intervals that it is given."""
+
+    def __init__(self, config: GalleryTransformerConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        inner = self.heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+        self.dropout = config.attention_dropout
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, E) to keys and values (B, H, S, D)."""
+        return split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
+
+    def forward(self, x, key, value, spans: Spans, context: Context):
+        """x (B, T, E), key and value (B, H, S, D) to (B, T, E) and, if asked for, probabilities (B, H, T, S)."""
+        query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
+        if context.output_attentions:
+            out, _, probabilities = attend_naive(query, key, value, spans)
+            out = out.to(query.dtype)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            out = attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
+            probabilities = None
+        return self.o_proj(merge_heads(out)), probabilities
+
+
+class GalleryTransformerLayer(GradientCheckpointingLayer):
+    """One encoder or decoder layer. State: keys, values (B, H, C, D); with cross-attention also cross_keys, cross_values."""
+
+    def __init__(self, config: GalleryTransformerConfig, cross_attention: bool = False):
+        super().__init__()
+        self.pre = config.norm_position == "pre"
+        self.self_attn = GalleryTransformerAttention(config)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if cross_attention:
+            self.cross_attn = GalleryTransformerAttention(config)
+            self.cross_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attention = cross_attention
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        if self.pre:
+            # GPT-2 keeps the residual stream's variance over the depth: see _init_weights.
+            ends = [self.self_attn.o_proj, self.feed_forward.down_proj] + ([self.cross_attn.o_proj] if cross_attention else [])
+            for end in ends:
+                end.branches = len(ends) * config.num_hidden_layers
+
+    def forward(self, x, context: Context, state: dict, source=None):
+        """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, and (self, cross) attentions."""
+        y = self.self_attn_norm(x) if self.pre else x
+        key, value = self.self_attn.keys_values(y)
+        key, value = append_columns(state.get("keys"), key), append_columns(state.get("values"), value)
+        y, probabilities = self.self_attn(y, key, value, context.spans, context)
+        x = self._add(x, y, self.self_attn_norm)
+        new = {}
+        if context.keep:
+            new = {name: next_columns(s, context.rows, context.limit) for name, s in (("keys", key), ("values", value))}
+        cross_probabilities = None
+        if self.cross_attention:
+            y = self.cross_attn_norm(x) if self.pre else x
+            if "cross_keys" in state:
+                key, value = state["cross_keys"], state["cross_values"]
+            else:
+                key, value = self.cross_attn.keys_values(source)
+            y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
+            x = self._add(x, y, self.cross_attn_norm)
+            if context.keep:
+                new |= {"cross_keys": key, "cross_values": value}
+        y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
+        x = self._add(x, y, self.feed_forward_norm)
+        return x, new, (probabilities, cross_probabilities)
+
+    def _add(self, x, y, norm):
+        x = x + self.dropout(y)
+        return x if self.pre else norm(x)
+
+
+class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
+    """Weights and names that the Transformer's classes share."""
+
+    config: GalleryTransformerConfig
+    config_class = GalleryTransformerConfig
+    _no_split_modules = ["GalleryTransformerLayer"]
+    implementations = {"eager": "their own tiles", "sdpa": "torch's fused kernels"}
+    heads = {
+        "AutoModel": "GalleryTransformerModel",
+        "AutoModelForCausalLM": "GalleryTransformerForCausalLM",
+        "AutoModelForMaskedLM": "GalleryTransformerForMaskedLM",
+        "AutoModelForSequenceClassification": "GalleryTransformerForSequenceClassification",
+        "AutoModelForSeq2SeqLM": "GalleryTransformerForConditionalGeneration",
+    }
+
+    def _init_weights(self, module):
+        config = self.config
+        if config.initialization == "normal":
+            init_linear(module, config.initializer_range / math.sqrt(getattr(module, "branches", 1)))
+            return
+        init_linear(module, config.hidden_size**-0.5)
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+
+
+class GalleryTransformerStack(GalleryTransformerPreTrainedModel):
+    """Embeddings and layers: an encoder, a decoder, or a decoder with cross-attention."""
+
+    def __init__(self, config: GalleryTransformerConfig, causal: bool, cross_attention: bool = False, layers=None):
+        super().__init__(config)
+        self.causal, self.cross_attention = causal, cross_attention
+        scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.type_vocab_size:
+            self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.embedding_norm:
+            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            [GalleryTransformerLayer(config, cross_attention) for _ in range(layers or config.num_hidden_layers)]
+        )
+        if config.norm_position == "pre":
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, rows: Rows, input_ids, inputs_embeds, position_ids, token_type_ids):
+        """Packed embeddings (B, T, E) with positions, types, norm and dropout."""
+        config = self.config
+        if inputs_embeds is None:
+            x = self.embed_tokens(rows.pack(input_ids))  # (B, T, E)
+        else:
+            x = rows.pack(inputs_embeds)
+        if config.position_embedding_type != "none":
+            positions = rows.positions.to(x.device) if position_ids is None else self._own_positions(position_ids, rows)
+            if config.segment_length is not None:
+                positions = positions % config.segment_length
+            if config.position_embedding_type == "sinusoidal":
+                x = x + sinusoids(positions, config.hidden_size, config.sinusoid_layout, x.dtype)
+            else:
+                # Columns after a row's end have positions that may not exist; they are never used.
+                x = x + self.embed_positions(positions.clamp(max=config.max_position_embeddings - 1))
+        if config.type_vocab_size:
+            if token_type_ids is None:
+                types = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+            else:
+                types = rows.pack(token_type_ids)
+            x = x + self.embed_types(types)
+        if config.embedding_norm:
+            x = self.embed_norm(x)
+        return self.dropout(x)
+
+    def _own_positions(self, position_ids, rows):
+        return rows.pack(position_ids.expand(len(rows.lengths), -1))
+
+    def _check_positions(self, rows, position_ids, token_type_ids):
+        b, t, config = len(rows.lengths), rows.columns, self.config
+        if position_ids is not None:
+            if position_ids.shape not in ((b, t), (1, t)):
+                raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; {b} rows of {t} tokens need ({b}, {t})")
+            if int(position_ids.min()) < 0:
+                raise ValueError(f"position_ids holds {int(position_ids.min())}; positions count from 0")
+        if token_type_ids is not None:
+            if not config.type_vocab_size:
+                raise ValueError("token_type_ids are given, but type_vocab_size is 0; leave them out")
+            if token_type_ids.shape != (b, t) or int(token_type_ids.max()) >= config.type_vocab_size:
+                raise ValueError(
+                    f"token_type_ids has shape {tuple(token_type_ids.shape)} and values up to "
+                    f"{int(token_type_ids.max())}; they must be ({b}, {t}), below type_vocab_size {config.type_vocab_size}"
+                )
+        if config.position_embedding_type == "learned" and config.segment_length is None:
+            if position_ids is None:
+                longest = int((rows.seen + rows.lengths).max())
+            else:
+                longest = int(position_ids.max()) + 1
+            if longest > config.max_position_embeddings:
+                raise ValueError(
+                    f"the input reaches {longest} tokens, but max_position_embeddings is {config.max_position_embeddings}; "
+                    "shorten it, or use sinusoidal positions"
+                )
+
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        token_type_ids=None,
+        encoder_hidden_states=None,
+        encoder_attention_mask=None,
+        use_cache=None,
+        output_attentions=None,
+        output_hidden_states=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """See GalleryTransformerModel.forward. encoder_hidden_states (B, S, E), encoder_attention_mask (B, S)."""
+        config = self.config
+        rows, cache = self.open_input(
+            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache if self.causal else False
+        )
+        self._check_positions(rows, position_ids, token_type_ids)
+        source, source_spans, facts = self._open_source(rows, cache, encoder_hidden_states, encoder_attention_mask)
+
+        p = rows.positions  # (B or 1, T)
+        if self.causal:
+            lower = torch.zeros_like(p) if config.segment_length is None else p - p % config.segment_length
+            upper = p
+        else:
+            ends = rows.lengths[:1] if rows.uniform else rows.lengths
+            lower, upper = self._encoder_interval(p, ends)
+        cached = cache.columns_held if cache is not None else 0
+        context = Context(
+            rows=rows,
+            spans=rows.spans(lower, upper, cached),
+            implementation=config._attn_implementation,
+            source_spans=source_spans,
+            keep=cache is not None,
+            limit=None if cache is None else cache.limit,
+            output_attentions=bool(output_attentions),
+            facts=facts,
+        )
+        x = self.embed(rows, input_ids, inputs_embeds, position_ids, token_type_ids)
+        layers = self.layers if source is None else [_WithSource(layer, source) for layer in self.layers]
+        x, hidden, attentions = self.run_layers(layers, x, context, cache, output_hidden_states, output_attentions)
+        if config.norm_position == "pre":
+            x = self.norm(x)
+            if hidden is not None:
+                hidden[-1] = x
+        output = BaseModelOutputWithPast(
+            last_hidden_state=rows.unpack(x),
+            past_key_values=cache,
+            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
+        )
+        if attentions is not None:
+            output.attentions = tuple(rows.unpack_attentions(a, keys_too=True) for a, _ in attentions)
+            if self.cross_attention:
+                output.cross_attentions = tuple(rows.unpack_attentions(a, keys_too=False) for _, a in attentions)
+        return output
+
+    def _encoder_interval(self, p, ends):
+        last = (ends[:, None] - 1).expand_as(p)
+        length = self.config.segment_length
+        if length is None:
+            return torch.zeros_like(p), last
+        first = p - p % length
+        return first, torch.minimum(first + length - 1, last)
+
+    def _open_source(self, rows, cache, encoder_hidden_states, encoder_attention_mask):
+        """The source packed (B, S, E), its intervals, and what the cache must remember of it."""
+        if not self.cross_attention:
+            return None, None, {}
+        b = len(rows.lengths)
+        if cache is not None and "source_length" in cache.rows:
+            source, lengths = encoder_hidden_states, cache.rows["source_length"]
+        elif encoder_hidden_states is None:
+            raise ValueError("the decoder needs encoder_outputs, or a cache that holds their keys; got neither")
+        else:
+            s = encoder_hidden_states.shape[1]
+            if encoder_hidden_states.shape[0] != b:
+                raise ValueError(
+                    f"encoder_outputs have {encoder_hidden_states.shape[0]} rows, decoder_input_ids {b}; they must agree"
+                )
+            source_rows = Rows(b, s, self.check_mask(encoder_attention_mask, b, s, None), None)
+            source, lengths = source_rows.pack(encoder_hidden_states), source_rows.lengths
+        upper = (lengths[:, None] - 1).expand(b, rows.width)
+        if bool((lengths == lengths[0]).all()):
+            upper = upper[:1]
+        return source, Spans(torch.zeros_like(upper), upper), {"source_length": lengths}
+
+
+class _WithSource:
+    """A decoder layer with its source given: checkpointing must see the source as an argument to give it gradients."""
+
+    def __init__(self, layer, source):
+        self.layer, self.source = layer, source
+
+    def __call__(self, x, context, state):
+        return self.layer(x, context, state, self.source)
+
+
+class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
+    """The bare Transformer: one stack, causal if config.is_decoder; encoder and decoder if config.is_encoder_decoder."""
+
+    def __init__(self, config: GalleryTransformerConfig):
+        super().__init__(config)
+        if config.is_encoder_decoder:
+            self._tied_weights_keys = {
+                "encoder.embed_tokens.weight": "shared.weight",
+                "decoder.embed_tokens.weight": "shared.weight",
+            }
+            scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+            self.shared = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
+            self.encoder = GalleryTransformerStack(config, causal=False, layers=config.num_encoder_layers)
+            self.decoder = GalleryTransformerStack(
+                config, causal=True, cross_attention=True, layers=config.num_decoder_layers
+            )
+        else:
+            self.stack = GalleryTransformerStack(config, causal=config.is_decoder)
+        self.post_init()
+
+    def get_input_embeddings(self):
+        return self.shared if self.config.is_encoder_decoder else self.stack.embed_tokens
+
+    def set_input_embeddings(self, value):
+        if self.config.is_encoder_decoder:
+            self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
+        else:
+            self.stack.embed_tokens = value
+
+    def get_encoder(self, modality=None):
+        return self.encoder if self.config.is_encoder_decoder else super().get_encoder(modality)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs=None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast | Seq2SeqModelOutput:
+        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them. attention_mask (B, T) or
+        (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere and gets zeros. position_ids (B, T)
+        replace the positions that are embedded; what a token sees follows its row's own count either way.
+        past_key_values: a GalleryCache, advanced in place. The encoder-decoder reads decoder_input_ids (B, T) over
+        encoder_outputs, which it computes from input_ids if they are not given.
+
+        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
+        """
+        flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        if not self.config.is_encoder_decoder:
+            return self.stack(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                inputs_embeds=inputs_embeds,
+                token_type_ids=token_type_ids,
+                use_cache=use_cache,
+                **flags,
+            )
+        if encoder_outputs is None and not (past_key_values is not None and "source_length" in past_key_values.rows):
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **flags
+            )
+        source = None if encoder_outputs is None else encoder_outputs[0]
+        decoded = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            encoder_hidden_states=source,
+            encoder_attention_mask=attention_mask,
+            use_cache=use_cache,
+            **flags,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=decoded.last_hidden_state,
+            past_key_values=decoded.past_key_values,
+            decoder_hidden_states=decoded.hidden_states,
+            decoder_attentions=decoded.attentions,
+            cross_attentions=decoded.get("cross_attentions"),
+            encoder_last_hidden_state=source,
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
+        )
+
+
+class GalleryTransformerForCausalLM(GalleryTransformerPreTrainedModel, GalleryGenerationMixin):
+    """The decoder alone, with a map to the vocabulary, tied to the embeddings as section 3.4 ties them."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
+
+    def __init__(self, config: GalleryTransformerConfig):
+        one_stack(config, "GalleryTransformerForCausalLM")
+        super().__init__(with_config(config, is_decoder=True))
+        self.model = GalleryTransformerModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as in GalleryTransformerModel. labels (B, T) are shifted inside, as in transformers; shift_labels
+        (B, T), column t holding the token after column t, are not. -100 is left out. logits (B, T, V).
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            token_type_ids=kwargs.pop("token_type_ids", None) if self.config.type_vocab_size else None,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(keep_logits(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class GalleryTransformerForMaskedLM(GalleryTransformerPreTrainedModel):
+    """The encoder alone, with BERT's masked language modelling head (Devlin et al. 2018)."""
+
+    _auto_class = "AutoModelForMaskedLM"
+    _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
+
+    def __init__(self, config: GalleryTransformerConfig):
+        one_stack(config, "GalleryTransformerForMaskedLM")
+        super().__init__(with_config(config, is_decoder=False))
+        self.model = GalleryTransformerModel(self.config)
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform_act = ACT2FN[config.hidden_act]
+        self.transform_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Arguments as in GalleryTransformerModel. labels (B, T): the token that belongs there, -100 to leave it out."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        x = self.transform_norm(self.transform_act(self.transform(outputs.last_hidden_state)))
+        logits = self.lm_head(x)  # (B, T, V)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class GalleryTransformerForSequenceClassification(GalleryTransformerPreTrainedModel):
+    """A label for each row: from the last token of a decoder, from the first of an encoder through BERT's pooler."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: GalleryTransformerConfig):
+        one_stack(config, "GalleryTransformerForSequenceClassification")
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GalleryTransformerModel(config)
+        if not config.is_decoder:
+            self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Arguments as in GalleryTransformerModel. labels (B,), or (B, num_labels) for several at once. logits
+        (B, num_labels)."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        x = pooled_rows(outputs.last_hidden_state, attention_mask, last=self.config.is_decoder)  # (B, E)
+        if not self.config.is_decoder:
+            x = torch.tanh(self.pooler(x))
+        logits = self.classifier(self.dropout(x))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class GalleryTransformerForConditionalGeneration(GalleryTransformerPreTrainedModel, GalleryGenerationMixin):
+    """The published encoder-decoder; one table for source, target and logits (section 3.4)."""
+
+    _auto_class = "AutoModelForSeq2SeqLM"
+    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
+
+    def __init__(self, config: GalleryTransformerConfig):
+        super().__init__(with_config(config, is_encoder_decoder=True))
+        self.model = GalleryTransformerModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.final_logits_bias:
+            self.final_logits_bias = nn.Parameter(torch.zeros(1, config.vocab_size))
+        self.post_init()
+
+    def get_encoder(self, modality=None):
+        return self.model.get_encoder()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """labels (B, T) moved one to the right behind decoder_start_token_id, -100 replaced by padding."""
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or pad is None:
+            raise ValueError(
+                f"decoder_start_token_id is {start} and pad_token_id is {pad}; set both in the config, or pass "
+                "decoder_input_ids"
+            )
+        ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+        return ids.masked_fill(ids == -100, pad)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs=None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        """Arguments as in GalleryTransformerModel. labels (B, T): the target, -100 left out of the loss; without
+        decoder_input_ids the decoder reads the labels moved one to the right. logits (B, T, V).
+        """
+        if decoder_input_ids is None and decoder_inputs_embeds is None and labels is not None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=False if labels is not None and use_cache is None else use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.lm_head(keep_logits(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        if self.config.final_logits_bias:
+            logits = logits + self.final_logits_bias
+        loss = None
+        if labels is not None:
+            loss = ForMaskedLMLoss(logits, labels.contiguous(), self.config.vocab_size, **kwargs)  # labels stand where they belong
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
+
+
+def one_stack(config: GalleryTransformerConfig, name: str):
+    """Raises ValueError for the config of an encoder-decoder, whose weights a single stack cannot take."""
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"{name} has one stack, but config.is_encoder_decoder is True; use "
+            "GalleryTransformerForConditionalGeneration for this config"
+        )
+
+
+__all__ = [
+    "GalleryTransformerForCausalLM",
+    "GalleryTransformerForConditionalGeneration",
+    "GalleryTransformerForMaskedLM",
+    "GalleryTransformerForSequenceClassification",
+    "GalleryTransformerModel",
+    "GalleryTransformerPreTrainedModel",
+]

@@ -1,0 +1,556 @@
+"""Transformer-XL (Dai, Yang, Yang, Carbonell, Le, Salakhutdinov 2019, arXiv 1901.02860).
+
+    h~     = [stop_gradient(memory) ; h]                                  section 3.2
+    q, k, v = W_q h, W_k h~, W_v h~;  r_d = W_r sinusoid(d)               section 3.3
+    score(i, j) = ((q_i + u) . k_j + (q_i + v) . r_(i - j)) / sqrt(D)     appendix B, u content_bias, v position_bias
+    h      = LayerNorm(h + o),  then the same around the feed-forward
+
+Query p sees [seg(p) - mem_len, p]; with same_length [p - mem_len + 1, p], mem_len keys, as the authors' code masks it
+(pytorch/mem_transformer.py, RelPartialLearnableDecoderLayer and MemTransformerLM._forward).
+
+A forward may be longer than a segment: it is then cut into segments inside. No gradient crosses from a segment into
+the one before, so all segments of a layer are computed side by side: each query meets its own segment's keys, with
+gradient, and the keys of what came before, made again from detached states, so that W_k and W_v still learn from the
+memory; one softmax joins both. Without gradients one pass over all keys gives the same numbers, and the cache holds
+keys and values; with gradients it holds the states they are made from.
+
+Letters: see spans.py. L segment_length, M mem_len.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
+from transformers.utils import can_return_tuple
+
+from .attention import Position, attend, attend_naive, join
+from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
+from .configuration_transformer_xl import GalleryTransformerXLConfig
+from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, init_linear, keep_logits, pooled_rows
+from .positions import sinusoids
+from .rows import Rows
+from .spans import Spans
+
+
+@dataclass
+class Context:
+    """What all layers of one forward share."""
+
+    rows: Rows
+    spans: Spans  # the [cached | new] columns that each query sees
+    far: int  # the greatest distance of the table of positions
+    relative: torch.Tensor  # (R, E) sinusoids of the distances far, ..., 1, 0
+    parts: Parts | None  # with gradients; None without
+    biases: tuple[torch.Tensor, torch.Tensor] | None  # u, v (H, D), if layers share them
+    keep: bool = False  # a cache wants the new state
+    limit: int | None = None  # columns it keeps
+    output_attentions: bool = False
+    shared: list | None = None  # per layer: its table of positions, made once for a cache
+    facts: dict = field(default_factory=dict)
+
+
+@dataclass
+class Parts:
+    """A forward with gradients: which keys each query sees with gradient, and which without."""
+
+    own: Spans  # of the new columns, those of the query's own segment
+    before: Spans | None  # those before, in the columns [cached] or [cached | new]; None if nobody sees any
+    crosses: bool  # somebody sees new columns of an earlier segment, so `before` is over [cached | new]
+
+
+class GalleryTransformerXLAttention(nn.Module):
+    """Attention with relative positions, appendix B."""
+
+    def __init__(self, config: GalleryTransformerXLConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads = layer, config.num_attention_heads
+        inner = self.heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.r_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
+        if config.untie_r:
+            self.content_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # u
+            self.position_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # v
+        self.untie_r = config.untie_r
+        self.dropout = config.attention_dropout
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, E) to keys and values (B, H, S, D)."""
+        return split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
+
+    def table(self, context: Context) -> torch.Tensor:
+        """r of the distances far, ..., 0: (H, R, D)."""
+        if context.shared is None:
+            return self._project_table(context)
+        if not context.shared[self.layer]:
+            context.shared[self.layer] = {"table": self._project_table(context)}
+        return context.shared[self.layer]["table"]
+
+    def _project_table(self, context):
+        return split_heads(self.r_proj(context.relative)[None], self.heads)[0]
+
+    def forward(self, x, new, past, context: Context, before=None):
+        """x (B, T, E); new, past: pairs of keys and values (B, H, T or C, D), past None if there is none.
+
+        With context.parts, `before` are the keys and values that are seen without gradient to their states.
+        Returns (B, T, E) and, if asked for, probabilities (B, H, T, C + T).
+        """
+        u, v = (self.content_bias, self.position_bias) if self.untie_r else context.biases
+        query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
+        content, position = query + u[:, None].to(query.dtype), query + v[:, None].to(query.dtype)
+        table, far = self.table(context), context.far
+        dropout = self.dropout if self.training else 0.0
+        probabilities = None
+        if context.output_attentions or context.parts is None:
+            keys, values = new if past is None else map(append_columns, past, new)
+            if context.output_attentions:
+                everything = Position(table, far, position)
+                out, _, probabilities = attend_naive(content, keys, values, context.spans, position=everything)
+                out = out.to(query.dtype)
+        if context.parts is None and not context.output_attentions:
+            out = attend(content, keys, values, context.spans, position=Position(table, far, position), dropout=dropout)
+        elif context.parts is not None:
+            out = self._attend_in_parts(content, position, new, before, table, dropout, context)
+        return self.o_proj(merge_heads(out)), probabilities
+
+    def _attend_in_parts(self, content, position, own, before, table, dropout, context):
+        parts, far = context.parts, context.far
+        near = max(0, parts.own.distances(0)[1])  # rows of the table beyond it are not read
+        own_position = Position(table[:, far - near :], near, position)
+        result = attend(content, *own, parts.own, position=own_position, dropout=dropout, return_lse=True)
+        if before is not None:
+            # `attend` counts distances from the end of the keys it gets; without the new ones, that is T nearer.
+            far = far if parts.crosses else far - content.shape[2]
+            past_position = Position(table, far, position)
+            past = attend(content, *before, parts.before, position=past_position, dropout=dropout, return_lse=True)
+            result = join(result, past)
+        return result[0]
+
+
+class GalleryTransformerXLLayer(GradientCheckpointingLayer):
+    """One layer. State: keys, values (B, H, C, D); after a forward with gradients hidden (B, C, E), its past input."""
+
+    def __init__(self, config: GalleryTransformerXLConfig, layer: int):
+        super().__init__()
+        self.pre = config.pre_lnorm
+        self.self_attn = GalleryTransformerXLAttention(config, layer)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config, inner_dropout=config.hidden_dropout)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x, context: Context, state: dict):
+        """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
+        y = self._attention_input(x)
+        new = self.self_attn.keys_values(y)
+        past = self._past(state)
+        before = None if context.parts is None else self._before(x, past, context.parts)
+        y, probabilities = self.self_attn(y, new, past, context, before)
+        state = self._next_state(x, new, past, state, context) if context.keep else {}
+        x = self._add(x, y, self.self_attn_norm)
+        y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
+        return self._add(x, y, self.feed_forward_norm), state, probabilities
+
+    def _past(self, state):
+        """Keys and values (B, H, C, D) of the cached columns; made anew from hidden states, so that W_k, W_v learn."""
+        if "hidden" in state:
+            return self.self_attn.keys_values(self._attention_input(state["hidden"]))
+        return (state["keys"], state["values"]) if state else None
+
+    def _before(self, x, past, parts):
+        if not parts.crosses:
+            return past
+        new = self.self_attn.keys_values(self._attention_input(x.detach()))
+        return new if past is None else tuple(map(append_columns, past, new))
+
+    def _next_state(self, x, new, past, state, context):
+        if context.parts is not None and "keys" not in state:
+            return {"hidden": next_columns(append_columns(state.get("hidden"), x.detach()), context.rows, context.limit)}
+        keys, values = new if past is None else map(append_columns, past, new)
+        return {
+            "keys": next_columns(keys.detach(), context.rows, context.limit),
+            "values": next_columns(values.detach(), context.rows, context.limit),
+        }
+
+    def _attention_input(self, x):
+        return self.self_attn_norm(x) if self.pre else x
+
+    def _add(self, x, y, norm):
+        x = x + self.dropout(y)
+        return x if self.pre else norm(x)
+
+
+class Projections(nn.ParameterList):
+    """Maps between a cluster's width and E, (E, width) each. A type of its own since it is initialised in its own way."""
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Embeddings in clusters of falling frequency and width (Baevski and Auli 2018), as the authors' AdaptiveEmbedding.
+
+    Cluster i holds the ids [ends_i, ends_(i+1)) in a table embedding_size / div_val^i wide, mapped to hidden_size;
+    with div_val 1 there is one table for all. (B, T) to (B, T, E), times sqrt(E).
+    """
+
+    def __init__(self, config: GalleryTransformerXLConfig):
+        super().__init__()
+        self.scale = math.sqrt(config.hidden_size)
+        self.ends = cluster_ends(config)
+        if config.div_val == 1:
+            self.ends = [0, config.vocab_size]
+        widths = [config.embedding_size // config.div_val**i for i in range(len(self.ends) - 1)]
+        self.tables = nn.ModuleList(
+            nn.Embedding(end - start, width)
+            for start, end, width in zip(self.ends[:-1], self.ends[1:], widths, strict=True)
+        )
+        self.width = config.hidden_size
+        needed = config.div_val > 1 or config.embedding_size != config.hidden_size
+        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if needed)
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        ids = input_ids.flatten()
+        if len(self.tables) == 1:
+            x = self._project(self.tables[0](ids), 0)
+        else:
+            x = torch.zeros(len(ids), self.width, dtype=self.projs[0].dtype, device=ids.device)
+            for i, (start, end) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):
+                at = ((ids >= start) & (ids < end)).nonzero().squeeze(1)
+                part = self._project(self.tables[i](ids[at] - start), i)
+                x = x.to(part.dtype).index_copy(0, at, part)
+        return x.view(*input_ids.shape, self.width) * self.scale
+
+    def _project(self, x, i):
+        return F.linear(x, self.projs[i]) if len(self.projs) else x
+
+
+class AdaptiveSoftmax(nn.Module):
+    """The output side of AdaptiveEmbedding (Grave et al. 2017), as the authors' ProjectedAdaptiveLogSoftmax.
+
+    The head scores the first cluster's words and each tail cluster as one word; a tail word's log-probability is its
+    cluster's plus its own within the cluster. config.cluster_order says which head column is which tail's.
+    """
+
+    def __init__(self, config: GalleryTransformerXLConfig):
+        super().__init__()
+        self.ends, self.order = cluster_ends(config), config.cluster_order
+        count = len(self.ends) - 1
+        self.one_table = config.div_val == 1
+        ends = [0, config.vocab_size] if self.one_table else self.ends
+        widths = [config.embedding_size // config.div_val**i for i in range(count)]
+        sizes = list(zip(ends[:-1], ends[1:], widths, strict=False))
+        self.weights = nn.ParameterList(torch.empty(end - start, width) for start, end, width in sizes)
+        self.biases = nn.ParameterList(torch.zeros(end - start) for start, end, _ in sizes)
+        needed = config.div_val > 1 or config.embedding_size != config.hidden_size
+        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if needed)
+        if count > 1:
+            self.cluster_weight = nn.Parameter(torch.zeros(count - 1, config.embedding_size))
+            self.cluster_bias = nn.Parameter(torch.zeros(count - 1))
+
+    def _scores(self, hidden, i):
+        """Scores (N, words of cluster i, and for the first one each tail cluster) of hidden (N, E)."""
+        start, end = self.ends[i], self.ends[i + 1]
+        weight = self.weights[0][start:end] if self.one_table else self.weights[i]
+        bias = self.biases[0][start:end] if self.one_table else self.biases[i]
+        if i == 0 and len(self.ends) > 2:
+            weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
+        if len(self.projs):
+            hidden = F.linear(hidden, self.projs[i].t())
+        return F.linear(hidden, weight, bias).float()
+
+    def _column(self, i):
+        """The head's column of tail cluster i."""
+        return self.ends[1] + i - 1 if self.order == "forward" else self.ends[1] + len(self.ends) - 2 - i
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (B, T, E) to log-probabilities (B, T, V)."""
+        flat = hidden.flatten(0, 1)
+        head = self._scores(flat, 0).log_softmax(-1)
+        parts = [head[:, : self.ends[1]]]
+        for i in range(1, len(self.ends) - 1):
+            parts.append(self._scores(flat, i).log_softmax(-1) + head[:, self._column(i), None])
+        return torch.cat(parts, dim=-1).view(*hidden.shape[:2], -1)
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """Mean negative log-likelihood of labels (B, T), -100 left out, without scoring clusters that do not occur."""
+        wanted = labels.flatten() != -100
+        flat, labels = hidden.flatten(0, 1)[wanted], labels.flatten()[wanted]
+        head = self._scores(flat, 0).log_softmax(-1)
+        cluster = torch.bucketize(labels, torch.tensor(self.ends[1:-1], device=labels.device), right=True)
+        column = torch.tensor([0] + [self._column(i) for i in range(1, len(self.ends) - 1)], device=labels.device)
+        total = head.gather(1, torch.where(cluster == 0, labels, column[cluster])[:, None]).sum()
+        for i in range(1, len(self.ends) - 1):
+            at = (cluster == i).nonzero().squeeze(1)
+            if len(at):
+                tail = self._scores(flat[at], i).log_softmax(-1)
+                total = total + tail.gather(1, (labels[at] - self.ends[i])[:, None]).sum()
+        return -total / (max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def cluster_ends(config: GalleryTransformerXLConfig) -> list[int]:
+    """Where clusters begin and end: [0, first cutoff, ..., vocab_size]."""
+    return [0, *config.cutoffs, config.vocab_size]
+
+
+def is_adaptive(config: GalleryTransformerXLConfig) -> bool:
+    """Whether embedding and softmax need clusters or projections; else they are one table and one linear map."""
+    return bool(config.cutoffs) or config.embedding_size != config.hidden_size
+
+
+class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
+    """Weights and names that Transformer-XL's classes share."""
+
+    config: GalleryTransformerXLConfig
+    config_class = GalleryTransformerXLConfig
+    _no_split_modules = ["GalleryTransformerXLLayer"]
+    heads = {
+        "AutoModel": "GalleryTransformerXLModel",
+        "AutoModelForCausalLM": "GalleryTransformerXLForCausalLM",
+        "AutoModelForSequenceClassification": "GalleryTransformerXLForSequenceClassification",
+    }
+    implementations = {"eager": "their own tiles, which alone know the position term of Transformer-XL"}
+
+    def _init_weights(self, module):
+        std = self.config.initializer_range
+        init_linear(module, std)
+        if isinstance(module, nn.LayerNorm):
+            nn.init.normal_(module.weight, 1.0, std)  # as the authors' train.py, weights_init
+        for name in ("content_bias", "position_bias", "cluster_weight"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                nn.init.normal_(getattr(module, name), 0.0, std)
+        if isinstance(getattr(module, "cluster_bias", None), nn.Parameter):
+            nn.init.zeros_(module.cluster_bias)
+        if isinstance(module, Projections):
+            for proj in module:
+                nn.init.normal_(proj, 0.0, self.config.projection_init_range)
+        elif isinstance(module, nn.ParameterList):  # the adaptive softmax's weights (words, width) and biases (words,)
+            for parameter in module:
+                nn.init.normal_(parameter, 0.0, std if parameter.dim() == 2 else 0.0)
+
+
+class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
+    """The bare Transformer-XL."""
+
+    def __init__(self, config: GalleryTransformerXLConfig):
+        super().__init__(config)
+        if is_adaptive(config):
+            self.embed_tokens = AdaptiveEmbedding(config)
+        else:
+            self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, math.sqrt(config.hidden_size))
+        self.layers = nn.ModuleList([GalleryTransformerXLLayer(config, i) for i in range(config.num_hidden_layers)])
+        if not config.untie_r:
+            self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))  # u
+            self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))  # v
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; T may be any number of
+        segments. attention_mask (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere
+        and gets zeros. past_key_values: a GalleryCache, advanced in place.
+
+        A cache that was filled without gradients holds keys and values; a later forward with gradients sees them as
+        constants. Segments follow each row's own count of tokens, not the forwards.
+
+        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
+        """
+        rows, cache = self.open_input(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
+        x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
+        x = self.dropout(x)
+        context = self._context(rows, cache, x, bool(output_attentions))
+        x, hidden, attentions = self.run_layers(self.layers, x, context, cache, output_hidden_states, output_attentions)
+        x = self.dropout(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=rows.unpack(x),
+            past_key_values=cache,
+            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
+            attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
+        )
+
+    def _context(self, rows: Rows, cache, x, output_attentions):
+        config = self.config
+        cached = cache.columns_held if cache is not None else 0
+        p = rows.positions  # (B or 1, T)
+        segment = p - p % config.segment_length
+        lower = p - config.mem_len + 1 if config.same_length else segment - config.mem_len
+        spans = rows.spans(lower, p, cached)
+        parts = shared = None
+        far = max(0, spans.distances(cached)[1])
+        if torch.is_grad_enabled():
+            # Gradients stop at the segment's border, and at the forward's, whichever is nearer.
+            border = torch.maximum(segment, p[:, :1])
+            crosses = config.mem_len > 0 and bool((segment > p[:, :1]).any())
+            before = rows.spans(lower, border - 1, cached) if cached or crosses else None
+            parts = Parts(rows.spans(torch.maximum(lower, border), p, 0), before, crosses)
+        elif cache is not None:
+            far = config.cache_capacity
+            shared = list(cache.shared) or [{} for _ in self.layers]
+        distances = torch.arange(far, -1, -1, device=x.device)
+        if config.clamp_len > 0:
+            distances = distances.clamp(max=config.clamp_len)
+        return Context(
+            rows=rows,
+            spans=spans,
+            far=far,
+            relative=sinusoids(distances, config.hidden_size, "concatenated", x.dtype),
+            parts=parts,
+            biases=None if config.untie_r else (self.content_bias, self.position_bias),
+            keep=cache is not None,
+            limit=None if cache is None else cache.limit,
+            output_attentions=output_attentions,
+            shared=shared,
+        )
+
+
+class GalleryTransformerXLForCausalLM(GalleryTransformerXLPreTrainedModel, GalleryGenerationMixin):
+    """Transformer-XL with a map to the vocabulary: linear, or with cutoffs the adaptive softmax."""
+
+    _auto_class = "AutoModelForCausalLM"
+
+    def __init__(self, config: GalleryTransformerXLConfig):
+        super().__init__(config)
+        self.model = GalleryTransformerXLModel(config)
+        if is_adaptive(config):
+            self.lm_head = AdaptiveSoftmax(config)
+            self._tied_weights_keys = self._adaptive_ties()
+        else:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+            self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+        self.post_init()
+
+    def _adaptive_ties(self):
+        tables = self.model.embed_tokens.tables
+        ties = {f"lm_head.weights.{i}": f"model.embed_tokens.tables.{i}.weight" for i in range(len(tables))}
+        for i in range(len(self.lm_head.projs)):
+            if self.config.tie_projs is None or self.config.tie_projs[i]:
+                ties[f"lm_head.projs.{i}"] = f"model.embed_tokens.projs.{i if len(tables) > 1 else 0}"
+        return ties
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as in GalleryTransformerXLModel. labels (B, T) are shifted inside, as in transformers;
+        shift_labels (B, T), column t holding the token after column t, are not. -100 is left out.
+
+        logits (B, T, V); with cutoffs they are log-probabilities, and None in training with labels: the loss then
+        never builds the whole vocabulary.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        hidden = outputs.last_hidden_state
+        scored = labels is not None or kwargs.get("shift_labels") is not None
+        adaptive = isinstance(self.lm_head, AdaptiveSoftmax)
+        loss = logits = None
+        if not (adaptive and scored and self.training):
+            logits = self.lm_head(keep_logits(hidden, logits_to_keep))  # (B, T, V)
+        if scored and adaptive:
+            targets = kwargs.get("shift_labels")
+            if targets is None:
+                targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+            loss = self.lm_head.loss(hidden, targets, kwargs.get("num_items_in_batch"))
+        elif scored:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+class GalleryTransformerXLForSequenceClassification(GalleryTransformerXLPreTrainedModel):
+    """A label for each row, from its last token."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: GalleryTransformerXLConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GalleryTransformerXLModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Arguments as in GalleryTransformerXLModel. labels (B,), or (B, num_labels) for several at once. logits
+        (B, num_labels)."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.classifier(pooled_rows(outputs.last_hidden_state, attention_mask, last=True))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+__all__ = [
+    "GalleryTransformerXLForCausalLM",
+    "GalleryTransformerXLForSequenceClassification",
+    "GalleryTransformerXLModel",
+    "GalleryTransformerXLPreTrainedModel",
+]

@@ -1,0 +1,25 @@
+"""Sinusoidal positions, absolute and relative."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+
+def sinusoids(positions: torch.Tensor, width: int, layout: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Sinusoids of the positions, (..., width) for positions (...).
+
+    Frequencies fall from 1 to 1/10000 in a geometric row: sin(p / 10000^(2i / width)) and cos of the same
+    (Vaswani et al. 2017, section 3.5). layout: "interleaved" sin, cos, sin, cos, as in that paper; "concatenated" all
+    sines, then all cosines, as in Marian and in Transformer-XL's code (mem_transformer.py, PositionalEmbedding).
+    Computed in float64, since float32 cannot hold the angle of a far position.
+    """
+    frequency = torch.exp(
+        torch.arange(0, width, 2, dtype=torch.float64, device=positions.device) * (-math.log(10000.0) / width)
+    )
+    angle = positions[..., None].to(torch.float64) * frequency  # (..., width / 2)
+    parts = (angle.sin(), angle.cos())
+    if layout == "concatenated":
+        return torch.cat(parts, dim=-1).to(dtype)
+    return torch.stack(parts, dim=-1).flatten(-2).to(dtype)
