@@ -86,7 +86,7 @@ def test_split_far_beyond_the_horizon(variant, head):
     assert_equal(parts, whole)
 
 
-@streams(lambda v: not v.heads.get("seq2seq"))
+@streams(of_head=lambda head: not head.source)
 def test_split_of_embeddings(variant, head):
     """inputs_embeds are cut as token ids are."""
     run = runner(variant, head, dtype=torch.float64)

@@ -37,8 +37,11 @@ def alone(run, row, number):
         return run(row[None], rows=[number])[0][0]
 
 
+resettable = streams(of_head=lambda head: not head.source)
+
+
 @pytest.mark.parametrize("form", ["list", "tensor", "mask"])
-@streams()
+@resettable
 def test_a_reset_row_equals_a_fresh_one(variant, head, form):
     run = runner(variant, head, dtype=torch.float64)
     cache, rows = read(run)
@@ -54,7 +57,7 @@ def test_a_reset_row_equals_a_fresh_one(variant, head, form):
         assert_equal(result[i], want, f"row {i}")
 
 
-@streams()
+@resettable
 def test_reset_with_hidden_states_in_the_cache(variant, head):
     """The same for a cache that was filled with gradients on."""
     run = runner(variant, head, dtype=torch.float64)
@@ -69,11 +72,9 @@ def test_reset_with_hidden_states_in_the_cache(variant, head):
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 @pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "training"])
-@streams(lambda v: True)
+@resettable
 def test_a_poisoned_row_harms_no_other_and_heals(variant, head, gradients, poison):
     """A row whose states became NaN leaves its neighbours alone, and is as new after a reset."""
-    if variant.heads[head].source:
-        return
     run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
     run.model.train(gradients)
     rows = words(3, 9, seed=1)
@@ -90,6 +91,18 @@ def test_a_poisoned_row_harms_no_other_and_heals(variant, head, gradients, poiso
         result = torch.cat([*results, result], dim=1)
     for i, history in enumerate((rows[0], rows[1][:0], rows[2])):
         assert_equal(result[i].detach(), alone(run, torch.cat([history, more[i]]), i)[-9:], f"row {i}")
+
+
+@streams(of_head=lambda head: head.source)
+def test_a_row_with_a_source_is_not_reset_in_silence(variant, head):
+    """The keys of an encoder's output belong to the row: a new document needs a new source, so the cache says so."""
+    run = runner(variant, head)
+    cache, _ = read(run)
+    more = words(3, 9, seed=5)
+    expected = reading_on(run, more, cache.copy())
+    with pytest.raises(ValueError, match=r"reset_rows.*encoder"):
+        cache.reset_rows([1])
+    assert torch.equal(reading_on(run, more, cache), expected)
 
 
 @pytest.mark.parametrize("verb", ["reorder_cache", "batch_select_indices"])

@@ -40,12 +40,11 @@ def assert_same(a, b, where=""):
 
 def modules_called(run, ids, **options):
     """All modules that a forward calls, in the order of their first call."""
-    called = {}
-    handles = [
-        m.register_forward_pre_hook(lambda m, _, name=name: called.setdefault(name, m))
-        for name, m in run.model.named_modules()
-        if m is not run.model
-    ]
+    called, handles = {}, []
+    for name, module in run.model.named_modules():
+        if module is not run.model:
+            note = lambda module, _, name=name: called.update({name: module})  # noqa: E731
+            handles.append(module.register_forward_pre_hook(note))
     run(ids, **options)
     for handle in handles:
         handle.remove()
@@ -89,7 +88,7 @@ def test_a_forward_that_fails_leaves_the_cache(variant, head, gradients):
     assert torch.equal(result, expected) and cache.get_seq_length() == 17
 
 
-@streams(lambda v: True)
+@streams()
 def test_a_loss_that_fails_leaves_the_cache(variant, head):
     """Labels come last, and their mistakes too."""
     if head not in ("causal", "seq2seq"):

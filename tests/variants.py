@@ -195,9 +195,9 @@ def over(condition=lambda variant, head: True):
     return pytest.mark.parametrize(("variant", "head"), pairs, ids=[f"{v.name}-{name}" for v, name in pairs])
 
 
-def streams(condition=lambda variant: True):
+def streams(condition=lambda variant: True, of_head=lambda head: True):
     """Parametrises over the heads that carry a cache."""
-    return over(lambda variant, head: head.stream and condition(variant))
+    return over(lambda variant, head: head.stream and condition(variant) and of_head(head))
 
 
 def causal(condition=lambda variant: True):
