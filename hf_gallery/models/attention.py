@@ -465,7 +465,7 @@ def _attend_sdpa(query, key, value, spans, position, scale, dropout):
 
     Keys are split once and joined again for each tile, so that autograd's work stays linear in T as well.
     """
-    b, h, t, d = query.shape
+    b, h, t, _ = query.shape
     s = key.shape[2]
     if position is None and t > 1 and s == t and spans.is_causal:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)

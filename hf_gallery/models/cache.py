@@ -223,6 +223,10 @@ class GalleryCache(Cache):
 
         self._each(empty)
         self.history = []
+        # Columns that no row fills any more. Without this an unbounded cache grows for ever over a stream of documents.
+        longest = int(self.seen.max())
+        for state in self.states:
+            state.update({name: last_columns(x, longest) for name, x in state.items() if name in TIMED})
 
     def detach(self) -> GalleryCache:
         """Cuts every state from the graph that made it; models already write detached state. Returns the cache."""

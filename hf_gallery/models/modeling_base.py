@@ -145,6 +145,10 @@ class GalleryPreTrainedModel(PreTrainedModel):
 class GalleryGenerationMixin(GenerationMixin):
     """generate() with a GalleryCache in place of transformers' own."""
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        return True  # transformers looks for GenerationMixin among the direct bases only
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
     ):
@@ -170,27 +174,6 @@ def with_config(config, **changes):
     for name, value in changes.items():
         setattr(config, name, value)
     return config
-
-
-def pooled_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, last: bool) -> torch.Tensor:
-    """The hidden state (B, E) of each row's first or last token in hidden (B, T, E), padding left out."""
-    b, t = hidden.shape[:2]
-    if attention_mask is None:
-        return hidden[:, -1 if last else 0]
-    mask = attention_mask[:, -t:].bool()
-    empty = ~mask.any(1)
-    if bool(empty.any()):
-        raise ValueError(f"attention_mask has no token in rows {empty.nonzero().flatten().tolist()}; nothing to classify")
-    column = torch.arange(t, device=mask.device).expand(b, t)
-    column = column.masked_fill(~mask, -1).amax(1) if last else column.masked_fill(~mask, t).amin(1)
-    return hidden[torch.arange(b, device=hidden.device), column.to(hidden.device)]
-
-
-def keep_logits(hidden: torch.Tensor, logits_to_keep) -> torch.Tensor:
-    """The columns of hidden (B, T, E) whose logits are asked for: all (0), the last few (an int), or these (a tensor)."""
-    if isinstance(logits_to_keep, int):
-        return hidden if logits_to_keep == 0 else hidden[:, -logits_to_keep:]
-    return hidden[:, logits_to_keep]
 
 
 def init_linear(module: nn.Module, std: float):

@@ -24,25 +24,16 @@ from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    MaskedLMOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
-    SequenceClassifierOutputWithPast,
 )
 from transformers.utils import can_return_tuple
 
 from .attention import attend, attend_naive
 from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
 from .configuration_transformer import GalleryTransformerConfig
-from .modeling_base import (
-    GalleryGenerationMixin,
-    GalleryPreTrainedModel,
-    init_linear,
-    keep_logits,
-    pooled_rows,
-    with_config,
-)
+from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, keep_logits, pooled_rows
+from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, init_linear, with_config
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
@@ -444,7 +435,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         )
 
 
-class GalleryTransformerForCausalLM(GalleryTransformerPreTrainedModel, GalleryGenerationMixin):
+class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedModel):
     """The decoder alone, with a map to the vocabulary, tied to the embeddings as section 3.4 ties them."""
 
     _auto_class = "AutoModelForCausalLM"
@@ -457,50 +448,15 @@ class GalleryTransformerForCausalLM(GalleryTransformerPreTrainedModel, GalleryGe
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Arguments as in GalleryTransformerModel. labels (B, T) are shifted inside, as in transformers; shift_labels
-        (B, T), column t holding the token after column t, are not. -100 is left out. logits (B, T, V).
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            token_type_ids=kwargs.pop("token_type_ids", None) if self.config.type_vocab_size else None,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        logits = self.lm_head(keep_logits(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
-        loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, token_type_ids=None, **kwargs):
+        """As in CausalLMHead, with positions and token types as in GalleryTransformerModel."""
+        # Tokenizers give token types unasked; a causal model without a table of them has always left them aside.
+        types = token_type_ids if self.config.type_vocab_size else None
+        return super().forward(input_ids, attention_mask, position_ids=position_ids, token_type_ids=types, **kwargs)
 
 
-class GalleryTransformerForMaskedLM(GalleryTransformerPreTrainedModel):
-    """The encoder alone, with BERT's masked language modelling head (Devlin et al. 2018)."""
+class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedModel):
+    """The encoder alone, with BERT's head."""
 
     _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
@@ -515,40 +471,8 @@ class GalleryTransformerForMaskedLM(GalleryTransformerPreTrainedModel):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> MaskedLMOutput:
-        """Arguments as in GalleryTransformerModel. labels (B, T): the token that belongs there, -100 to leave it out."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        x = self.transform_norm(self.transform_act(self.transform(outputs.last_hidden_state)))
-        logits = self.lm_head(x)  # (B, T, V)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
 
-
-class GalleryTransformerForSequenceClassification(GalleryTransformerPreTrainedModel):
+class GalleryTransformerForSequenceClassification(SequenceClassificationHead, GalleryTransformerPreTrainedModel):
     """A label for each row: from the last token of a decoder, from the first of an encoder through BERT's pooler."""
 
     _auto_class = "AutoModelForSequenceClassification"
@@ -565,48 +489,15 @@ class GalleryTransformerForSequenceClassification(GalleryTransformerPreTrainedMo
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
-        """Arguments as in GalleryTransformerModel. labels (B,), or (B, num_labels) for several at once. logits
-        (B, num_labels)."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, token_type_ids=None, **kwargs):
+        """As in SequenceClassificationHead, with positions and token types as in GalleryTransformerModel."""
+        return super().forward(
+            input_ids, attention_mask, position_ids=position_ids, token_type_ids=token_type_ids, **kwargs
         )
-        x = pooled_rows(outputs.last_hidden_state, attention_mask, last=self.config.is_decoder)  # (B, E)
-        if not self.config.is_decoder:
-            x = torch.tanh(self.pooler(x))
-        logits = self.classifier(self.dropout(x))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+
+    def pool(self, hidden, attention_mask):
+        x = pooled_rows(hidden, attention_mask, last=self.config.is_decoder)
+        return self.dropout(x if self.config.is_decoder else torch.tanh(self.pooler(x)))
 
 
 class GalleryTransformerForConditionalGeneration(GalleryTransformerPreTrainedModel, GalleryGenerationMixin):

@@ -26,17 +26,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    CausalLMOutputWithPast,
-    SequenceClassifierOutputWithPast,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .attention import Position, attend, attend_naive, join
 from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
 from .configuration_transformer_xl import GalleryTransformerXLConfig
-from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, init_linear, keep_logits, pooled_rows
+from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
+from .modeling_base import GalleryPreTrainedModel, init_linear
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
@@ -424,8 +421,12 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
         )
 
 
-class GalleryTransformerXLForCausalLM(GalleryTransformerXLPreTrainedModel, GalleryGenerationMixin):
-    """Transformer-XL with a map to the vocabulary: linear, or with cutoffs the adaptive softmax."""
+class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrainedModel):
+    """Transformer-XL with a map to the vocabulary: linear, or with cutoffs the adaptive softmax.
+
+    With the adaptive softmax logits are log-probabilities, and None in training with labels: the loss then never
+    scores the whole vocabulary.
+    """
 
     _auto_class = "AutoModelForCausalLM"
 
@@ -448,58 +449,19 @@ class GalleryTransformerXLForCausalLM(GalleryTransformerXLPreTrainedModel, Galle
                 ties[f"lm_head.projs.{i}"] = f"model.embed_tokens.projs.{i if len(tables) > 1 else 0}"
         return ties
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ) -> CausalLMOutputWithPast:
-        """Arguments as in GalleryTransformerXLModel. labels (B, T) are shifted inside, as in transformers;
-        shift_labels (B, T), column t holding the token after column t, are not. -100 is left out.
-
-        logits (B, T, V); with cutoffs they are log-probabilities, and None in training with labels: the loss then
-        never builds the whole vocabulary.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        hidden = outputs.last_hidden_state
-        scored = labels is not None or kwargs.get("shift_labels") is not None
-        adaptive = isinstance(self.lm_head, AdaptiveSoftmax)
-        loss = logits = None
-        if not (adaptive and scored and self.training):
-            logits = self.lm_head(keep_logits(hidden, logits_to_keep))  # (B, T, V)
-        if scored and adaptive:
-            targets = kwargs.get("shift_labels")
-            if targets is None:
-                targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-            loss = self.lm_head.loss(hidden, targets, kwargs.get("num_items_in_batch"))
-        elif scored:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    def score(self, hidden, labels, logits_to_keep, loss_arguments):
+        if not isinstance(self.lm_head, AdaptiveSoftmax):
+            return super().score(hidden, labels, logits_to_keep, loss_arguments)
+        targets = loss_arguments.get("shift_labels")
+        if targets is None and labels is not None:
+            targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+        loss = None if targets is None else self.lm_head.loss(hidden, targets, loss_arguments.get("num_items_in_batch"))
+        if loss is not None and self.training:
+            return None, loss
+        return self.lm_head(keep_logits(hidden, logits_to_keep)), loss
 
 
-class GalleryTransformerXLForSequenceClassification(GalleryTransformerXLPreTrainedModel):
+class GalleryTransformerXLForSequenceClassification(SequenceClassificationHead, GalleryTransformerXLPreTrainedModel):
     """A label for each row, from its last token."""
 
     _auto_class = "AutoModelForSequenceClassification"
@@ -510,42 +472,6 @@ class GalleryTransformerXLForSequenceClassification(GalleryTransformerXLPreTrain
         self.model = GalleryTransformerXLModel(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=False)
         self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> SequenceClassifierOutputWithPast:
-        """Arguments as in GalleryTransformerXLModel. labels (B,), or (B, num_labels) for several at once. logits
-        (B, num_labels)."""
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-        )
-        logits = self.classifier(pooled_rows(outputs.last_hidden_state, attention_mask, last=True))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
 
 
 __all__ = [

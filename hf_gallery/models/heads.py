@@ -1,0 +1,182 @@
+"""Heads that variants share: what a head does with the hidden states of its backbone, `self.model`.
+
+A variant's class takes one of these first and its own PreTrainedModel second, builds backbone and maps by name, and
+widens `forward` only where its backbone takes more input. Letters: see spans.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .modeling_base import GalleryGenerationMixin
+
+LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
+
+
+class CausalLMHead(GalleryGenerationMixin):
+    """Next-token prediction: `lm_head` on every hidden state."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> CausalLMOutputWithPast:
+        """Arguments as in the bare model. labels (B, T) are shifted inside, as in transformers; shift_labels (B, T),
+        column t holding the token after column t, are not. -100 is left out. logits (B, T, V).
+        """
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
+        self.check_labels(labels, loss_arguments.get("shift_labels"), input_ids, inputs_embeds)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        logits, loss = self.score(outputs.last_hidden_state, labels, logits_to_keep, loss_arguments)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def score(self, hidden, labels, logits_to_keep, loss_arguments):
+        """Logits (B, T, V) of hidden (B, T, E), and the loss if there are labels."""
+        logits = self.lm_head(keep_logits(hidden, logits_to_keep))
+        if labels is None and "shift_labels" not in loss_arguments:
+            return logits, None
+        return logits, self.loss_function(
+            logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
+        )
+
+    def check_labels(self, labels, shift_labels, input_ids, inputs_embeds):
+        """Raises ValueError unless labels stand under the input's columns."""
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
+            if given is not None and x is not None and given.shape != x.shape[:2]:
+                raise ValueError(f"{name} has shape {tuple(given.shape)}; the input's columns need {tuple(x.shape[:2])}")
+
+
+class MaskedLMHead:
+    """The token that belongs in each column: a dense map with norm, then `lm_head` (Devlin et al. 2018)."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> MaskedLMOutput:
+        """Arguments as in the bare model. labels (B, T): the token that belongs there, -100 to leave it out. logits
+        (B, T, V)."""
+        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        x = self.transform_norm(self.transform_act(self.transform(outputs.last_hidden_state)))
+        logits = self.lm_head(x)
+        loss = None
+        if labels is not None:
+            labels = labels.contiguous()
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class SequenceClassificationHead:
+    """A label for each row, from its last token; `pool` may say otherwise."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> SequenceClassifierOutputWithPast:
+        """Arguments as in the bare model. labels (B,), or (B, num_labels) for several at once. logits
+        (B, num_labels)."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        logits = self.classifier(self.pool(outputs.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+        return SequenceClassifierOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def pool(self, hidden, attention_mask):
+        """What `classifier` sees of hidden (B, T, E): (B, E)."""
+        return pooled_rows(hidden, attention_mask, last=True)
+
+
+def pooled_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, last: bool) -> torch.Tensor:
+    """The hidden state (B, E) of each row's first or last token in hidden (B, T, E), padding left out.
+
+    Raises ValueError if a row has no token.
+    """
+    b, t = hidden.shape[:2]
+    if attention_mask is None:
+        return hidden[:, -1 if last else 0]
+    mask = attention_mask[:, -t:].bool()
+    empty = ~mask.any(1)
+    if bool(empty.any()):
+        raise ValueError(f"attention_mask has no token in rows {empty.nonzero().flatten().tolist()}; nothing to classify")
+    column = torch.arange(t, device=mask.device).expand(b, t)
+    column = column.masked_fill(~mask, -1).amax(1) if last else column.masked_fill(~mask, t).amin(1)
+    return hidden[torch.arange(b, device=hidden.device), column.to(hidden.device)]
+
+
+def keep_logits(hidden: torch.Tensor, logits_to_keep) -> torch.Tensor:
+    """The columns of hidden (B, T, E) whose logits are asked for: all (0), the last few (an int), or these (a tensor)."""
+    if isinstance(logits_to_keep, int):
+        return hidden if logits_to_keep == 0 else hidden[:, -logits_to_keep:]
+    return hidden[:, logits_to_keep]
