@@ -161,7 +161,7 @@ def _check(query, key, value, spans, position):
                 f"{tuple(query.shape)}, got {None if position_query is None else tuple(position_query.shape)}"
             )
         nearest, farthest = spans.distances(s - t)
-        if farthest > far or nearest < far - table.shape[1] + 1:
+        if nearest <= farthest and (farthest > far or nearest < far - table.shape[1] + 1):  # not all are empty
             raise ValueError(
                 f"keys are seen at distances {nearest} to {farthest}, but position.table has rows for "
                 f"{far - table.shape[1] + 1} to {far} only"
