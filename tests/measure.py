@@ -1,18 +1,12 @@
 """What a computation costs, counted and not timed: products of matrices, and bytes alive."""
 
 import weakref
+from typing import NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
-
-
-def flops(function, *arguments):
-    """Floating point operations of the matrix products that `function(*arguments)` does."""
-    with FlopCounterMode(display=False) as counter:
-        function(*arguments)
-    return counter.get_total_flops()
 
 
 class LiveBytes(TorchDispatchMode):
@@ -46,8 +40,16 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def peak_bytes(function, *arguments):
-    """(bytes alive at the worst moment of the call, bytes of its largest tensor), its arguments not counted."""
-    with LiveBytes() as live:
+class Cost(NamedTuple):
+    """flops: of the matrix products. peak: bytes alive at the worst moment. largest: bytes of the largest tensor."""
+
+    flops: int
+    peak: int
+    largest: int
+
+
+def cost_of(function, *arguments):
+    """The Cost of `function(*arguments)`, its arguments not counted."""
+    with FlopCounterMode(display=False) as counter, LiveBytes() as live:
         function(*arguments)
-    return live.peak, live.largest
+    return Cost(counter.get_total_flops(), live.peak, live.largest)

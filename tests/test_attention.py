@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from measure import flops, peak_bytes
+from measure import cost_of
 from torch.utils.checkpoint import checkpoint
 
 from hf_gallery.models.attention import Position, attend, attend_naive
@@ -548,14 +548,11 @@ def one_step(inputs, spans, implementation):
 )
 def test_cost_is_linear(implementation, position):
     """Products and peak memory of forward and backward grow with T x span, and no tensor is T x T."""
-    cost = {}
-    for t in (1024, 2048, 4096):
-        arguments = one_step, *band_problem(t, position), implementation
-        cost[t] = flops(*arguments), *peak_bytes(*arguments)
-        assert cost[t][2] < t * t * 4 / 4
-    for small, large in ((1024, 2048), (2048, 4096)):
-        assert cost[large][0] <= 2.1 * cost[small][0]
-        assert cost[large][1] <= 2.2 * cost[small][1]
+    small, middle, large = (cost_of(one_step, *band_problem(t, position), implementation) for t in (1024, 2048, 4096))
+    for a, b in ((small, middle), (middle, large)):
+        assert b.flops <= 2.1 * a.flops
+        assert b.peak <= 2.2 * a.peak
+    assert large.largest < 4096 * 4096 * 4 / 4
 
 
 # ------------------------------------------------------------------------------------------------------------ errors
@@ -599,6 +596,7 @@ def test_every_visible_distance_needs_a_row():
 
     for function in (attend, attend_naive):
         function(*arguments, spans(1, 4), position=Position(table, 4))
+        assert (function(*arguments, spans(1, 0), position=Position(table, -4))[0] == 0).all()  # nobody sees anything
         with pytest.raises(ValueError, match=r"distances 1 to 5\b.* 1 to 4\b"):
             function(*arguments, spans(0, 4), position=Position(table, 4))
         with pytest.raises(ValueError, match=r"distances 0 to 4\b.* 1 to 4\b"):

@@ -52,7 +52,8 @@ def modules_called(run, ids, **options):
 
 
 def layers(model):
-    return [layer for m in model.modules() if isinstance(m, nn.ModuleList) for layer in m]
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    return [layer for m in lists for layer in m if any(isinstance(x, nn.Linear) for x in layer.modules())]
 
 
 class Failure(Exception):
