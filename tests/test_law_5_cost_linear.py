@@ -3,7 +3,6 @@
 Nothing is timed: floating point operations and live bytes are counted. A cost a + b N + c N^2 is linear when its
 growth from 2 N to 4 N is twice that from N to 2 N; a quadratic one would show four times."""
 
-import pytest
 import torch
 from measure import cost_of
 from variants import causal, runner, streams, words

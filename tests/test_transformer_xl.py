@@ -330,7 +330,7 @@ def test_adaptive_weights_are_tied():
 
 @pytest.mark.parametrize("settings", [dict(), dict(cutoffs=[100, 250], div_val=2), dict(untie_r=True)], ids=str)
 def test_initialisation(settings):
-    """Section 5 of the authors' train.py: weights normal(0, 0.02), projections (0, 0.01), norms (1, 0.02), biases 0."""
+    """The authors' train.py: weights normal(0, 0.02), projections (0, 0.01), norms (1, 0.02), biases 0."""
     config = GalleryTransformerXLConfig(vocab_size=500, hidden_size=80, num_hidden_layers=6, num_attention_heads=8,
                                         intermediate_size=150, segment_length=7, mem_len=5, **settings)  # fmt: skip
     model = gallery.GalleryTransformerXLForCausalLM(config)

@@ -263,7 +263,8 @@ class AdaptiveSoftmax(nn.Module):
             weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
         if len(self.projs):
             hidden = F.linear(hidden, self.projs[i].t())
-        return F.linear(hidden, weight, bias).float()
+        scores = F.linear(hidden, weight, bias)
+        return scores if scores.dtype == torch.float64 else scores.float()  # half types lose too much in log_softmax
 
     def _column(self, i):
         """The head's column of tail cluster i."""
