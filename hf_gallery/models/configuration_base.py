@@ -95,3 +95,41 @@ class GalleryConfig(PreTrainedConfig):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
             if near and not hasattr(PreTrainedConfig, name):
                 logger.warning("%s has no argument %r; did you mean %r?", type(self).__name__, name, near[0])
+
+
+class GalleryStackConfig(GalleryConfig):
+    """Fields of the variants whose stack embeds absolute positions: Transformer and Longformer."""
+
+    is_decoder: bool = False  # causal; set by ForCausalLM, cleared by ForMaskedLM
+    norm_position: str = "post"  # post: norm(x + f(x)), as published; pre: x + f(norm(x)), and a norm at the end
+    position_embedding_type: str = "sinusoidal"
+    position_offset: int = 0  # added to positions that are learned; RoBERTa and the released Longformer: 2
+    max_position_embeddings: int = 2048  # length of the learned table, offset included; sinusoids have no end
+    sinusoid_layout: str = "interleaved"  # interleaved: sin, cos, sin, cos, as published; concatenated: sines first
+    scale_embedding: bool = False  # times sqrt(hidden_size)
+    embedding_norm: bool = False  # a LayerNorm on the embeddings (BERT)
+    type_vocab_size: int = 0  # token types (BERT); 0 = none
+    attention_bias: bool = True
+    initialization: str = "xavier"  # xavier: uniform, as published; normal: normal(0, initializer_range), as GPT-2, BERT
+    classifier_dropout: float | None = None  # default hidden_dropout
+
+    position_embedding_types: ClassVar[list[str]] = ["sinusoidal", "learned", "none"]
+
+    def __post_init__(self, **kwargs: Any):
+        self.check_choice("norm_position", ["post", "pre"])
+        self.check_choice("position_embedding_type", self.position_embedding_types)
+        self.check_choice("sinusoid_layout", ["interleaved", "concatenated"])
+        self.check_choice("initialization", ["xavier", "normal"])
+        self.check_count("max_position_embeddings", 1)
+        self.check_count("position_offset", 0)
+        self.check_count("type_vocab_size", 0)
+        if self.position_embedding_type in ("sinusoidal", "relative") and self.hidden_size % 2:
+            raise ValueError(f"hidden_size is {self.hidden_size}; sinusoidal positions need an even number")
+        super().__post_init__(**kwargs)
+
+    @property
+    def longest_input(self) -> int | None:
+        """Tokens that the learned positions reach; None where positions have no end."""
+        if self.position_embedding_type != "learned":
+            return None
+        return self.max_position_embeddings - self.position_offset

@@ -33,10 +33,10 @@ from .attention import attend, attend_naive
 from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
 from .configuration_transformer import GalleryTransformerConfig
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, keep_logits, pooled_rows
-from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, init_linear, with_config
-from .positions import sinusoids
+from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, with_config
 from .rows import Rows
 from .spans import Spans
+from .stack import TokenStack, init_stack, mark_branches
 
 
 @dataclass
@@ -99,11 +99,8 @@ class GalleryTransformerLayer(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        if self.pre:
-            # GPT-2 keeps the residual stream's variance over the depth: see _init_weights.
-            ends = [self.self_attn.o_proj, self.feed_forward.down_proj] + ([self.cross_attn.o_proj] if cross_attention else [])
-            for end in ends:
-                end.branches = len(ends) * config.num_hidden_layers
+        ends = [self.self_attn.o_proj, self.feed_forward.down_proj] + ([self.cross_attn.o_proj] if cross_attention else [])
+        mark_branches(ends, config)
 
     def forward(self, x, context: Context, state: dict, source=None):
         """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, and (self, cross) attentions."""
@@ -151,92 +148,23 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
     }
 
     def _init_weights(self, module):
-        config = self.config
-        if config.initialization == "normal":
-            init_linear(module, config.initializer_range / math.sqrt(getattr(module, "branches", 1)))
-            return
-        init_linear(module, config.hidden_size**-0.5)
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
+        init_stack(module, self.config)
 
 
-class GalleryTransformerStack(GalleryTransformerPreTrainedModel):
+class GalleryTransformerStack(TokenStack, GalleryTransformerPreTrainedModel):
     """Embeddings and layers: an encoder, a decoder, or a decoder with cross-attention."""
 
     def __init__(self, config: GalleryTransformerConfig, causal: bool, cross_attention: bool = False, layers=None):
         super().__init__(config)
         self.causal, self.cross_attention = causal, cross_attention
-        scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
-        if config.position_embedding_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        if config.type_vocab_size:
-            self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
-        if config.embedding_norm:
-            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.build_embeddings(config)
         self.layers = nn.ModuleList(
             [GalleryTransformerLayer(config, cross_attention) for _ in range(layers or config.num_hidden_layers)]
         )
         if config.norm_position == "pre":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def embed(self, rows: Rows, input_ids, inputs_embeds, position_ids, token_type_ids):
-        """Packed embeddings (B, T, E) with positions, types, norm and dropout."""
-        config = self.config
-        if inputs_embeds is None:
-            x = self.embed_tokens(rows.pack(input_ids))  # (B, T, E)
-        else:
-            x = rows.pack(inputs_embeds)
-        if config.position_embedding_type != "none":
-            positions = rows.positions.to(x.device) if position_ids is None else self._own_positions(position_ids, rows)
-            if config.segment_length is not None:
-                positions = positions % config.segment_length
-            if config.position_embedding_type == "sinusoidal":
-                x = x + sinusoids(positions, config.hidden_size, config.sinusoid_layout, x.dtype)
-            else:
-                # Columns after a row's end have positions that may not exist; they are never used.
-                x = x + self.embed_positions(positions.clamp(max=config.max_position_embeddings - 1))
-        if config.type_vocab_size:
-            if token_type_ids is None:
-                types = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-            else:
-                types = rows.pack(token_type_ids)
-            x = x + self.embed_types(types)
-        if config.embedding_norm:
-            x = self.embed_norm(x)
-        return self.dropout(x)
-
-    def _own_positions(self, position_ids, rows):
-        return rows.pack(position_ids.expand(len(rows.lengths), -1))
-
-    def _check_positions(self, rows, position_ids, token_type_ids):
-        b, t, config = len(rows.lengths), rows.columns, self.config
-        if position_ids is not None:
-            if position_ids.shape not in ((b, t), (1, t)):
-                raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; {b} rows of {t} tokens need ({b}, {t})")
-            if int(position_ids.min()) < 0:
-                raise ValueError(f"position_ids holds {int(position_ids.min())}; positions count from 0")
-        if token_type_ids is not None:
-            if not config.type_vocab_size:
-                raise ValueError("token_type_ids are given, but type_vocab_size is 0; leave them out")
-            if token_type_ids.shape != (b, t) or int(token_type_ids.max()) >= config.type_vocab_size:
-                raise ValueError(
-                    f"token_type_ids has shape {tuple(token_type_ids.shape)} and values up to "
-                    f"{int(token_type_ids.max())}; they must be ({b}, {t}), below type_vocab_size {config.type_vocab_size}"
-                )
-        if config.position_embedding_type == "learned" and config.segment_length is None:
-            if position_ids is None:
-                longest = int((rows.seen + rows.lengths).max())
-            else:
-                longest = int(position_ids.max()) + 1
-            if longest > config.max_position_embeddings:
-                raise ValueError(
-                    f"the input reaches {longest} tokens, but max_position_embeddings is {config.max_position_embeddings}; "
-                    "shorten it, or use sinusoidal positions"
-                )
 
     def forward(
         self,
@@ -258,7 +186,7 @@ class GalleryTransformerStack(GalleryTransformerPreTrainedModel):
         rows, cache = self.open_input(
             input_ids, inputs_embeds, attention_mask, past_key_values, use_cache if self.causal else False
         )
-        self._check_positions(rows, position_ids, token_type_ids)
+        self.check_positions(rows, position_ids, token_type_ids)
         source, source_spans, facts = self._open_source(rows, cache, encoder_hidden_states, encoder_attention_mask)
 
         p = rows.positions  # (B or 1, T)

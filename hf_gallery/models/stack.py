@@ -1,0 +1,104 @@
+"""What stacks with absolute positions share: embeddings, their checks, their initialisation. Letters: see spans.py."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from .blocks import ScaledEmbedding
+from .modeling_base import init_linear
+from .positions import sinusoids
+from .rows import Rows
+
+
+class TokenStack:
+    """Embeddings of tokens, positions and types, for a PreTrainedModel with a GalleryStackConfig."""
+
+    def build_embeddings(self, config):
+        """Makes the modules that `embed` uses."""
+        scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.type_vocab_size:
+            self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        if config.embedding_norm:
+            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.segment_length = getattr(config, "segment_length", None)
+
+    def embed(self, rows: Rows, input_ids, inputs_embeds, position_ids, token_type_ids):
+        """Packed embeddings (B, T, E) with positions, types, norm and dropout."""
+        config = self.config
+        if inputs_embeds is None:
+            x = self.embed_tokens(rows.pack(input_ids))  # (B, T, E)
+        else:
+            x = rows.pack(inputs_embeds)
+        if config.position_embedding_type in ("sinusoidal", "learned"):
+            if position_ids is None:
+                positions = rows.positions.to(x.device)  # (B or 1, T)
+            else:
+                positions = rows.pack(position_ids.expand(len(rows.lengths), -1))
+            if self.segment_length is not None:
+                positions = positions % self.segment_length
+            if config.position_embedding_type == "sinusoidal":
+                x = x + sinusoids(positions, config.hidden_size, config.sinusoid_layout, x.dtype)
+            elif config.position_embedding_type == "learned":
+                # Columns after a row's end have positions that may not exist; they are never used.
+                x = x + self.embed_positions(positions.clamp(max=config.longest_input - 1) + config.position_offset)
+        if config.type_vocab_size:
+            if token_type_ids is None:
+                types = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+            else:
+                types = rows.pack(token_type_ids)
+            x = x + self.embed_types(types)
+        if config.embedding_norm:
+            x = self.embed_norm(x)
+        return self.dropout(x)
+
+    def check_positions(self, rows: Rows, position_ids, token_type_ids):
+        """Raises ValueError unless positions and types fit the input and the learned tables."""
+        b, t, config = len(rows.lengths), rows.columns, self.config
+        if position_ids is not None:
+            if position_ids.shape not in ((b, t), (1, t)):
+                raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; {b} rows of {t} tokens need ({b}, {t})")
+            if int(position_ids.min()) < 0:
+                raise ValueError(f"position_ids holds {int(position_ids.min())}; positions count from 0")
+        if token_type_ids is not None:
+            if not config.type_vocab_size:
+                raise ValueError("token_type_ids are given, but type_vocab_size is 0; leave them out")
+            if token_type_ids.shape != (b, t) or int(token_type_ids.max()) >= config.type_vocab_size:
+                raise ValueError(
+                    f"token_type_ids has shape {tuple(token_type_ids.shape)} and values up to "
+                    f"{int(token_type_ids.max())}; they must be ({b}, {t}), below type_vocab_size {config.type_vocab_size}"
+                )
+        if config.longest_input is not None and self.segment_length is None:
+            if position_ids is None:
+                longest = int((rows.seen + rows.lengths).max())
+            else:
+                longest = int(position_ids.max()) + 1
+            if longest > config.longest_input:
+                raise ValueError(
+                    f"the input reaches {longest} tokens, but max_position_embeddings {config.max_position_embeddings} "
+                    f"has room for {config.longest_input}; shorten it, or use positions without an end"
+                )
+
+
+def init_stack(module: nn.Module, config):
+    """Initialises one module as config.initialization says; see GalleryStackConfig."""
+    if config.initialization == "normal":
+        init_linear(module, config.initializer_range / math.sqrt(getattr(module, "branches", 1)))
+        return
+    init_linear(module, config.hidden_size**-0.5)
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+
+
+def mark_branches(ends: list[nn.Linear], config):
+    """Notes on the last maps of a pre-norm layer's branches how many add up over the depth: GPT-2 starts them smaller
+    by the root of that, to keep the variance of the residual stream (Radford et al. 2019, section 2.3)."""
+    if config.norm_position == "pre":
+        for end in ends:
+            end.branches = len(ends) * config.num_hidden_layers
