@@ -269,6 +269,8 @@ class _WithSource:
 class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
     """The bare Transformer: one stack, causal if config.is_decoder; encoder and decoder if config.is_encoder_decoder."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: GalleryTransformerConfig):
         super().__init__(config)
         if config.is_encoder_decoder:

@@ -339,6 +339,8 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
 class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
     """The bare Transformer-XL."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: GalleryTransformerXLConfig):
         super().__init__(config)
         if is_adaptive(config):
