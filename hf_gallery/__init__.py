@@ -1,17 +1,22 @@
 """hf-gallery: long-sequence transformers, written from scratch, each a real Hugging Face model."""
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-)
+import transformers as _transformers
 
+from .models import modeling_longformer as _longformer
+from .models import modeling_transformer as _transformer
+from .models import modeling_transformer_xl as _transformer_xl
 from .models.cache import GalleryCache
+from .models.configuration_longformer import GalleryLongformerConfig
 from .models.configuration_transformer import GalleryTransformerConfig
 from .models.configuration_transformer_xl import GalleryTransformerXLConfig
+from .models.modeling_longformer import (
+    GalleryLongformerForCausalLM,
+    GalleryLongformerForMaskedLM,
+    GalleryLongformerForQuestionAnswering,
+    GalleryLongformerForSequenceClassification,
+    GalleryLongformerForTokenClassification,
+    GalleryLongformerModel,
+)
 from .models.modeling_transformer import (
     GalleryTransformerForCausalLM,
     GalleryTransformerForConditionalGeneration,
@@ -27,21 +32,28 @@ from .models.modeling_transformer_xl import (
 
 __version__ = "0.1.0"
 
-for _model in (GalleryTransformerModel, GalleryTransformerXLModel):
-    _config = _model.config_class
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    for _auto in (
-        AutoModel,
-        AutoModelForCausalLM,
-        AutoModelForMaskedLM,
-        AutoModelForSeq2SeqLM,
-        AutoModelForSequenceClassification,
-    ):
-        if _auto.__name__ in _model.heads:
-            _auto.register(_config, globals()[_model.heads[_auto.__name__]], exist_ok=True)
+
+def _register(module, model):
+    """Makes the Auto classes of transformers know a variant: its config and every head."""
+    config = model.config_class
+    _transformers.AutoConfig.register(config.model_type, config, exist_ok=True)
+    for auto, name in model.heads.items():
+        getattr(_transformers, auto).register(config, getattr(module, name), exist_ok=True)
+
+
+_register(_transformer, GalleryTransformerModel)
+_register(_transformer_xl, GalleryTransformerXLModel)
+_register(_longformer, GalleryLongformerModel)
 
 __all__ = [
     "GalleryCache",
+    "GalleryLongformerConfig",
+    "GalleryLongformerForCausalLM",
+    "GalleryLongformerForMaskedLM",
+    "GalleryLongformerForQuestionAnswering",
+    "GalleryLongformerForSequenceClassification",
+    "GalleryLongformerForTokenClassification",
+    "GalleryLongformerModel",
     "GalleryTransformerConfig",
     "GalleryTransformerForCausalLM",
     "GalleryTransformerForConditionalGeneration",

@@ -378,11 +378,32 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, token_type_ids=None, **kwargs):
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
         """As in CausalLMHead, with positions and token types as in GalleryTransformerModel."""
-        # Tokenizers give token types unasked; a causal model without a table of them has always left them aside.
-        types = token_type_ids if self.config.type_vocab_size else None
-        return super().forward(input_ids, attention_mask, position_ids=position_ids, token_type_ids=types, **kwargs)
+        if not self.config.type_vocab_size:
+            token_type_ids = None  # tokenizers give them unasked, and causal models have always left them aside
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
 
 
 class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedModel):
@@ -419,10 +440,29 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(self, input_ids=None, attention_mask=None, position_ids=None, token_type_ids=None, **kwargs):
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
         """As in SequenceClassificationHead, with positions and token types as in GalleryTransformerModel."""
         return super().forward(
-            input_ids, attention_mask, position_ids=position_ids, token_type_ids=token_type_ids, **kwargs
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
         )
 
     def pool(self, hidden, attention_mask):

@@ -1,0 +1,64 @@
+"""Configuration of Longformer (Beltagy et al. 2020)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from .configuration_base import GalleryStackConfig
+
+
+class GalleryLongformerConfig(GalleryStackConfig):
+    """Longformer: a sliding window, dilated if asked, and a few global tokens.
+
+    Defaults are longformer-base-4096 (Beltagy et al. 2020, arXiv 2004.05150) over bytes; ForCausalLM is the paper's
+    character model, which transformers never had, and takes relative positions by position_embedding_type="relative".
+
+    attention_window: one number, or one per layer. An encoder's window is the total width, half on each side, so it
+    must be even: [p - w/2, p + w/2]. A decoder's is the keys before the query: [p - w, p].
+    attention_dilation: one number, or one per layer: every so manieth key of a window that many times as far.
+
+    Raises ValueError for values that do not fit, naming the argument.
+    """
+
+    model_type = "gallery_longformer"
+    position_embedding_types: ClassVar[list[str]] = ["sinusoidal", "learned", "relative", "none"]
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    attention_dropout: float = 0.1
+    attention_window: int | list[int] = 512
+    attention_dilation: int | list[int] = 1
+    position_embedding_type: str = "learned"
+    max_position_embeddings: int = 4098
+    position_offset: int = 2
+    embedding_norm: bool = True
+    initialization: str = "normal"
+    sep_token_id: int | None = 260  # ends the question, for ForQuestionAnswering
+
+    def __post_init__(self, **kwargs: Any):
+        self.check_count("num_hidden_layers", 1)
+        for name, least in (("attention_window", 1), ("attention_dilation", 1)):
+            values = getattr(self, name)
+            if isinstance(values, (list, tuple)) and len(values) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{name} has {len(values)} entries; give one number, or one for each of num_hidden_layers "
+                    f"{self.num_hidden_layers}"
+                )
+            for value in values if isinstance(values, (list, tuple)) else [values]:
+                if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                    raise ValueError(f"{name} is {values!r}; it must be {least} or more, one number or one per layer")
+        super().__post_init__(**kwargs)
+
+    def per_layer(self, name: str) -> list[int]:
+        """attention_window or attention_dilation of every layer."""
+        value = getattr(self, name)
+        return list(value) if isinstance(value, (list, tuple)) else [value] * self.num_hidden_layers
+
+    @property
+    def cache_capacity(self) -> int:
+        """Keys kept for the tokens to come: the farthest that any layer looks back."""
+        windows, dilations = self.per_layer("attention_window"), self.per_layer("attention_dilation")
+        return max(w * g for w, g in zip(windows, dilations, strict=True))

@@ -1,0 +1,763 @@
+"""Longformer (Beltagy, Peters, Cohan 2020, arXiv 2004.05150).
+
+    local query p   one softmax over the global keys and the keys p + j g, |j| <= w/2 in an encoder, -w <= j <= 0 in a
+                    decoder; g the dilation                                                            section 3.1
+    global query    q, k, v by maps of their own, over all tokens                                      section 3.1
+
+A global key inside the window counts once, as in the released code (allenai/longformer; transformers'
+models/longformer). The window and the global keys outside it are disjoint intervals, the latter of the list of
+global keys, so all of it is `attend` over intervals, joined. A dilated layer is folded into g problems without
+dilation: tokens g apart never meet in it.
+
+The decoder is the paper's autoregressive model (section 4), which has no global tokens. Given some, they are seen by
+all later tokens, however far, and themselves see what their window shows: a query over the whole past would need the
+whole past kept.
+
+Letters: see spans.py. G global tokens of a row.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    QuestionAnsweringModelOutput,
+    TokenClassifierOutput,
+)
+from transformers.utils import can_return_tuple
+
+from .attention import Position, attend, attend_naive, join
+from .blocks import FeedForward, append_columns, merge_heads, next_columns, split_heads
+from .configuration_longformer import GalleryLongformerConfig
+from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, pooled_rows
+from .modeling_base import GalleryPreTrainedModel, with_config
+from .positions import sinusoids
+from .rows import Rows
+from .spans import Spans
+from .stack import TokenStack, init_stack, mark_branches
+
+
+class Folding:
+    """Columns [cached | new] cut into g rows of every g-th column, for a window dilated by g. With g = 1 nothing moves.
+
+    Columns are padded in front so that they end together; queries likewise, to whole rows of g.
+    """
+
+    def __init__(self, rows: Rows, cached: int, dilation: int):
+        self.g, self.rows, self.cached = dilation, rows, cached
+        columns = cached + rows.width
+        self.front = -columns % dilation  # before the keys
+        self.early = (self.front + cached) % dilation  # before the queries, within their first row of g
+
+    def keys(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, C + T, D) to (B * g, H, S, D)."""
+        return self._fold(x, self.front)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, T, D) to (B * g, H, T', D)."""
+        return self._fold(x, self.early)
+
+    def unfold(self, x: torch.Tensor) -> torch.Tensor:
+        """Results of queries (B * g, H, T'[, D]) back to (B, H, T[, D])."""
+        if self.g == 1:
+            return x
+        x = x.unflatten(0, (-1, self.g)).movedim(1, 3)  # (B, H, T', g[, D])
+        return x.flatten(2, 3)[:, :, self.early :]
+
+    def _fold(self, x, pad):
+        if self.g == 1:
+            return x
+        x = F.pad(x, (0, 0, pad, 0)).unflatten(2, (-1, self.g))  # (B, H, S, g, D)
+        return x.permute(0, 3, 1, 2, 4).flatten(0, 1)
+
+    def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the folded queries: positions in their rows (B or 1, g, T'), and whether there is a token at all."""
+        seen = self.rows.seen[:1] if self.rows.uniform else self.rows.seen
+        lengths = self.rows.lengths[:1] if self.rows.uniform else self.rows.lengths
+        t = torch.arange(self.early + self.rows.width) - self.early  # packed query, negative before the first
+        t = t.view(-1, self.g).T  # (g, T')
+        return seen[:, None, None] + t, (t >= 0) & (t < lengths[:, None, None])
+
+    def window(self, left: int, right: int) -> Spans:
+        """The intervals of `left` keys before and `right` after every query, in folded columns."""
+        p, real = self.positions()
+        lengths = self.rows.lengths[:1] if self.rows.uniform else self.rows.lengths
+        seen = self.rows.seen[:1] if self.rows.uniform else self.rows.seen
+        last = (seen + lengths - 1)[:, None, None]
+        at = (self.front + self.cached - self.early) // self.g + torch.arange(p.shape[-1])  # folded column of the query
+        lower = at - (p // self.g).clamp(max=left)
+        upper = at + ((last - p) // self.g).clamp(max=right)
+        upper = torch.where(real, upper, lower - 1)
+        return self._spans(lower, upper)
+
+    def _spans(self, lower, upper):
+        if self.g > 1:
+            lower, upper = (x.expand(len(self.rows.seen), -1, -1) for x in (lower, upper))
+        return Spans(lower.flatten(0, 1), upper.flatten(0, 1))
+
+    def outside(self, globals_: GlobalTokens, left: int, right: int) -> tuple[torch.Tensor, list[Spans]]:
+        """The global keys that a query sees and its window does not hold, as intervals of the list of global keys.
+
+        Returns the order (B * g, G) of each folded row's list, and disjoint intervals of it. In front stand the keys
+        that are no multiple of g away, and so in no window of the row; then those that are, by position.
+        """
+        p, real = self.positions()  # (B or 1, g, T')
+        b = len(self.rows.seen)
+        p, real = p.expand(b, -1, -1), real.expand(b, -1, -1)
+        position = globals_.positions[:, None]  # (B, 1, G)
+        missing = position < 0
+        apart = (position - p[..., :1]) % self.g != 0  # (B, g, G)
+        value = torch.where(apart, position, position + _FAR).masked_fill(missing, 2 * _FAR)
+        value, order = value.sort(dim=-1, stable=True)  # (B, g, G)
+        fronts = (apart & ~missing).sum(-1, keepdim=True).expand_as(p)
+        nearer = torch.searchsorted(value, (p - left * self.g + _FAR).contiguous())  # first one not before the window
+        nothing = torch.zeros_like(p)
+        if globals_.causal:
+            past = torch.searchsorted(value, p.contiguous())  # of those in front, the ones before the query
+            intervals = [(fronts, nearer - 1)] + ([(nothing, past - 1)] if self.g > 1 else [])
+        else:
+            farther = torch.searchsorted(value, (p + right * self.g + _FAR).contiguous(), right=True)
+            last = (~missing).sum(-1, keepdim=True).expand_as(p) - 1
+            intervals = [(nothing, nearer - 1), (farther, last)]
+        spans = [Spans(lo.flatten(0, 1), torch.where(real, hi, lo - 1).flatten(0, 1)) for lo, hi in intervals]
+        return order.flatten(0, 1), spans
+
+
+_FAR = 2**40
+
+
+@dataclass
+class GlobalTokens:
+    """The global tokens of each row. positions (B, G): in their rows, -1 where a row has fewer."""
+
+    positions: torch.Tensor
+    index: torch.Tensor | None  # (B, Gn): the packed columns of those that are new, T where a row has fewer
+    pick: torch.Tensor | None  # decoder: (B, G), which of [cached | new] global keys
+    causal: bool
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        """The new global tokens' part (B, H, Gn, D) of x (B, H, T, D); zeros where a row has fewer."""
+        index = self.index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return F.pad(x, (0, 0, 0, 1)).gather(2, index)
+
+    def put(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        """x (B, H, T, D) with the new global tokens' columns replaced by y (B, H, Gn, D)."""
+        index = self.index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+        return F.pad(x, (0, 0, 0, 1)).scatter(2, index, y.to(x.dtype))[:, :, :-1]
+
+
+@dataclass
+class Context:
+    """What all layers of one forward share."""
+
+    rows: Rows
+    cached: int
+    causal: bool
+    implementation: str
+    everything: Spans | None  # encoder: all tokens, for global queries
+    globals: GlobalTokens | None
+    keep: bool = False
+    limit: int | None = None
+    output_attentions: bool = False
+    shared: list | None = None
+    facts: dict = field(default_factory=dict)
+    known: dict = field(default_factory=dict)
+
+    def once(self, key, work):
+        """What layers of the same window work out, worked out once."""
+        if key not in self.known:
+            self.known[key] = work()
+        return self.known[key]
+
+    def folding(self, dilation: int) -> Folding:
+        return self.once(("folding", dilation), lambda: Folding(self.rows, self.cached, dilation))
+
+
+class GalleryLongformerAttention(nn.Module):
+    """Sliding-window attention with global tokens, section 3.1. One layer has one window and one dilation."""
+
+    def __init__(self, config: GalleryLongformerConfig, layer: int):
+        super().__init__()
+        self.heads, self.width = config.num_attention_heads, config.hidden_size
+        inner = self.heads * config.head_dim
+        window, self.dilation = (config.per_layer(f"attention_{name}")[layer] for name in ("window", "dilation"))
+        self.left, self.right = (window, 0) if config.is_decoder else (window // 2, window // 2)
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
+        if not config.is_decoder:
+            self.q_global_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+            self.k_global_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+            self.v_global_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
+        self.relative = config.position_embedding_type == "relative"
+        if self.relative:
+            self.r_proj = nn.Linear(config.hidden_size, inner, bias=False)
+            self.content_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # u of Transformer-XL
+            self.position_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # v of Transformer-XL
+        self.dropout = config.attention_dropout
+
+    def forward(self, x, context: Context, state: dict):
+        """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
+        query, key, value = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        keys = append_columns(state.get("keys"), key)  # (B, H, C + T, D)
+        values = append_columns(state.get("values"), value)
+        new, global_pairs = {}, None
+        if context.globals is not None:
+            global_pairs = self._global_pairs(key, value, context.globals, state)
+        if context.keep:
+            new = {n: next_columns(s, context.rows, context.limit) for n, s in (("keys", keys), ("values", values))}
+            if global_pairs is not None:
+                new |= {"global_keys": global_pairs[0], "global_values": global_pairs[1]}
+        position = None
+        if self.relative:
+            query, position = self._relative(query, context)
+        probabilities = None
+        if context.output_attentions:
+            out, probabilities = self._look(query, keys, values, position, context, x)
+        else:
+            out = self._local(query, keys, values, position, global_pairs, context)
+            if context.globals is not None and not context.causal:
+                out = context.globals.put(out, self._from_globals(x, context))
+        return self.o_proj(merge_heads(out)), new, probabilities
+
+    def _local(self, query, keys, values, position, global_pairs, context):
+        folding = context.folding(self.dilation)
+        window = context.once((self.left, self.dilation, "window"), lambda: folding.window(self.left, self.right))
+        queries, folded_keys, folded_values = folding.queries(query), folding.keys(keys), folding.keys(values)
+        if position is not None:
+            position = position._replace(query=folding.queries(position.query))
+        dropout = self.dropout if self.training else 0.0
+        if global_pairs is None:
+            out = attend(
+                queries, folded_keys, folded_values, window, position=position, dropout=dropout,
+                implementation=context.implementation,
+            )  # fmt: skip
+            return folding.unfold(out)
+        order, outside = context.once(
+            (self.left, self.dilation, "outside"), lambda: folding.outside(context.globals, self.left, self.right)
+        )
+        result = attend(
+            queries, folded_keys, folded_values, window, position=position, dropout=dropout, return_lse=True
+        )
+        global_keys, global_values = (_in_order(z, order) for z in global_pairs)  # (B * g, H, G, D)
+        for spans in outside:
+            far = attend(queries, global_keys, global_values, spans, dropout=dropout, return_lse=True)
+            result = join(result, far)
+        return folding.unfold(result[0])
+
+    def _global_pairs(self, key, value, globals_, state):
+        """Keys and values (B, H, G, D) of all global tokens so far."""
+        pairs = []
+        for name, new in (("global_keys", key), ("global_values", value)):
+            z = append_columns(state.get(name), globals_.take(new))
+            if globals_.pick is not None:
+                pick = globals_.pick.to(z.device)[:, None, :, None].expand(-1, z.shape[1], -1, z.shape[3])
+                z = z.gather(2, pick)
+            pairs.append(z)
+        return tuple(pairs)
+
+    def _from_globals(self, x, context):
+        """What the global tokens themselves see: everything, by maps of their own. (B, H, Gn, D)."""
+        query = context.globals.take(split_heads(self.q_global_proj(x), self.heads))
+        key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
+        first = context.everything
+        count = query.shape[2]
+        spans = context.once(
+            "everything", lambda: Spans(first.lower[:, :1].expand(-1, count), first.upper[:, :1].expand(-1, count))
+        )
+        dropout = self.dropout if self.training else 0.0
+        return attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
+
+    def _relative(self, query, context):
+        distances = torch.arange(self.left, -self.right - 1, -1, device=query.device) * self.dilation
+        sinusoid = sinusoids(distances, self.width, "concatenated", query.dtype)
+        table = split_heads(self.r_proj(sinusoid)[None], self.heads)[0]  # (H, left + 1 + right, D)
+        content = query + self.content_bias[:, None].to(query.dtype)
+        return content, Position(table, self.left, query + self.position_bias[:, None].to(query.dtype))
+
+    def _look(self, query, keys, values, position, context, x):
+        """The same attention with the full T x S scores, for its maps: out (B, H, T, D), probabilities (B, H, T, S)."""
+        if context.causal and context.globals is not None:
+            raise ValueError(
+                "output_attentions is True and a decoder has global tokens, which may be older than the columns of a map; "
+                "leave out one of them"
+            )
+        visible, row = context.once((self.left, self.dilation, "dense"), lambda: self._visible(context, keys.device))
+        scores = query @ keys.mT
+        if position is not None:
+            scores = scores + (position.query @ position.table.mT).gather(-1, row.expand_as(scores))
+        scores = (scores * query.shape[-1] ** -0.5).masked_fill(~visible[:, None], -math.inf).float()
+        probabilities = scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
+        if context.globals is not None:
+            globals_ = context.globals
+            query = globals_.take(split_heads(self.q_global_proj(x), self.heads))
+            key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
+            first, count = context.everything, query.shape[2]
+            spans = Spans(first.lower[:, :1].expand(-1, count), first.upper[:, :1].expand(-1, count))
+            out, _, global_probabilities = attend_naive(query, key, value, spans)
+            probabilities = globals_.put(probabilities, global_probabilities)
+            return globals_.put(probabilities.to(values.dtype) @ values, out), probabilities
+        return probabilities.to(values.dtype) @ values, probabilities
+
+    def _visible(self, context, device):
+        """What each query sees (B or 1, T, S), and the row of the table of positions for each pair (1, T, S)."""
+        rows, s = context.rows, context.cached + context.rows.width
+        p = rows.positions
+        key = p[:, :1] - context.cached + torch.arange(s)  # (B or 1, S)
+        distance = p[:, :, None] - key[:, None]
+        seen, lengths = (x[:1] if rows.uniform else x for x in (rows.seen, rows.lengths))
+        real = (key >= 0) & (key < (seen + lengths)[:, None])
+        visible = (distance <= self.left * self.dilation) & (distance >= -self.right * self.dilation)
+        visible &= distance % self.dilation == 0
+        if context.globals is not None:
+            mark = torch.zeros(len(rows.seen), s + 1, dtype=torch.bool)
+            mark.scatter_(1, context.globals.index.cpu(), True)
+            visible = visible | mark[:, None, :-1]
+        visible = visible & real[:, None] & (p < (seen + lengths)[:, None])[..., None]
+        row = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
+        return visible.to(device), row.clamp(0, self.left + self.right).to(device)
+
+
+def _in_order(x, order):
+    """x (B, H, G, D) for each folded row in its own order (B * g, G): (B * g, H, G, D)."""
+    g = len(order) // len(x)
+    order = order.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.repeat_interleave(g, dim=0).gather(2, order)
+
+
+class GalleryLongformerLayer(GradientCheckpointingLayer):
+    """One layer. State of a decoder: keys, values (B, H, C, D); with global tokens global_keys, global_values."""
+
+    def __init__(self, config: GalleryLongformerConfig, layer: int):
+        super().__init__()
+        self.pre = config.norm_position == "pre"
+        self.self_attn = GalleryLongformerAttention(config, layer)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        mark_branches([self.self_attn.o_proj, self.feed_forward.down_proj], config)
+
+    def forward(self, x, context: Context, state: dict):
+        """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
+        y, state, probabilities = self.self_attn(self.self_attn_norm(x) if self.pre else x, context, state)
+        x = self._add(x, y, self.self_attn_norm)
+        y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
+        return self._add(x, y, self.feed_forward_norm), state, probabilities
+
+    def _add(self, x, y, norm):
+        x = x + self.dropout(y)
+        return x if self.pre else norm(x)
+
+
+class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
+    """Weights and names that Longformer's classes share."""
+
+    config: GalleryLongformerConfig
+    config_class = GalleryLongformerConfig
+    _no_split_modules = ["GalleryLongformerLayer"]
+    implementations = {"eager": "their own tiles, which join the window with the global tokens"}
+    heads = {
+        "AutoModel": "GalleryLongformerModel",
+        "AutoModelForCausalLM": "GalleryLongformerForCausalLM",
+        "AutoModelForMaskedLM": "GalleryLongformerForMaskedLM",
+        "AutoModelForSequenceClassification": "GalleryLongformerForSequenceClassification",
+        "AutoModelForTokenClassification": "GalleryLongformerForTokenClassification",
+        "AutoModelForQuestionAnswering": "GalleryLongformerForQuestionAnswering",
+    }
+
+    def _init_weights(self, module):
+        init_stack(module, self.config)
+        for name in ("content_bias", "position_bias"):
+            if isinstance(getattr(module, name, None), nn.Parameter):
+                nn.init.normal_(getattr(module, name), 0.0, self.config.initializer_range)
+
+
+class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
+    """The bare Longformer: an encoder, or a decoder if config.is_decoder."""
+
+    def __init__(self, config: GalleryLongformerConfig):
+        super().__init__(config)
+        if not config.is_decoder and any(window % 2 for window in config.per_layer("attention_window")):
+            raise ValueError(
+                f"attention_window is {config.attention_window!r}; an encoder's window has two equal sides, so give even "
+                "numbers, or set is_decoder"
+            )
+        self.build_embeddings(config)
+        self.layers = nn.ModuleList([GalleryLongformerLayer(config, i) for i in range(config.num_hidden_layers)])
+        if config.norm_position == "pre":
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; any T. attention_mask
+        (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere and gets zeros.
+        global_attention_mask, of either shape too: 1 at global tokens. position_ids (B, T) replace the positions that
+        are embedded. past_key_values, for a decoder: a GalleryCache, advanced in place.
+
+        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
+        """
+        config = self.config
+        rows, cache = self.open_input(
+            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache if config.is_decoder else False
+        )
+        self.check_positions(rows, position_ids, token_type_ids)
+        globals_, facts = self._global_tokens(rows, cache, global_attention_mask)
+        everything = None
+        if not config.is_decoder:
+            ends = (rows.lengths[:1] if rows.uniform else rows.lengths)[:, None] - 1
+            everything = rows.spans(torch.zeros_like(rows.positions), ends.expand_as(rows.positions), 0)
+        context = Context(
+            rows=rows,
+            cached=cache.columns_held if cache is not None else 0,
+            causal=config.is_decoder,
+            implementation=config._attn_implementation,
+            everything=everything,
+            globals=globals_,
+            keep=cache is not None,
+            limit=None if cache is None else cache.limit,
+            output_attentions=bool(output_attentions),
+            facts=facts,
+        )
+        x = self.embed(rows, input_ids, inputs_embeds, position_ids, token_type_ids)
+        x, hidden, attentions = self.run_layers(self.layers, x, context, cache, output_hidden_states, output_attentions)
+        if config.norm_position == "pre":
+            x = self.norm(x)
+            if hidden is not None:
+                hidden[-1] = x
+        return BaseModelOutputWithPast(
+            last_hidden_state=rows.unpack(x),
+            past_key_values=cache,
+            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
+            attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
+        )
+
+    def _global_tokens(self, rows: Rows, cache, mask):
+        """The global tokens, None if there are none, and what the cache must remember of them."""
+        b, t = len(rows.lengths), rows.columns
+        past = 0 if cache is None else cache.columns
+        known = None if cache is None else cache.rows.get("global_positions")  # (B, G), one more than the position
+        if mask is None and known is None:
+            return None, {}
+        if mask is None:
+            index = torch.zeros(b, 0, dtype=torch.long)
+        else:
+            if mask.dim() != 2 or mask.shape[0] != b or (mask.shape[1] != t and past + t < t):
+                raise ValueError(f"global_attention_mask has shape {tuple(mask.shape)}; it must be ({b}, {t})")
+            mask = mask.cpu() != 0
+            if mask.shape[1] != t:  # over all columns from the first; what it does not reach is not global
+                mask = F.pad(mask, (0, max(0, past + t - mask.shape[1])))[:, past : past + t]
+            if rows.mask is not None:
+                mask = mask & rows.mask.cpu()
+            packed = rows.pack(mask)  # (B, T)
+            count = packed.sum(1)
+            most = int(count.max())
+            if most == 0 and known is None:
+                return None, {}
+            index = (~packed).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+            index = torch.where(torch.arange(most) < count[:, None], index, rows.width)
+        positions = torch.where(index < rows.width, rows.seen[:, None] + index, -1)
+        if not self.config.is_decoder:
+            return GlobalTokens(positions, index, None, causal=False), {}
+        if known is not None:
+            positions = torch.cat([known - 1, positions], dim=1)
+        order = (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
+        pick = order[:, : max(1, int((positions >= 0).sum(1).max()))]
+        positions = positions.gather(1, pick)
+        return GlobalTokens(positions, index, pick, causal=True), {"global_positions": positions + 1}
+
+
+class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedModel):
+    """The autoregressive Longformer of section 4."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GalleryLongformerConfig):
+        super().__init__(with_config(config, is_decoder=True))
+        self.model = GalleryLongformerModel(self.config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As in CausalLMHead, with the further arguments of GalleryLongformerModel."""
+        if not self.config.type_vocab_size:
+            token_type_ids = None  # tokenizers give them unasked, and causal models have always left them aside
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            global_attention_mask=global_attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, past_key_values=None, is_first_iteration=False, global_attention_mask=None, **kwargs
+    ):
+        if is_first_iteration or past_key_values is None:  # else it is the prompt's, which has been read
+            kwargs["global_attention_mask"] = global_attention_mask
+        return super().prepare_inputs_for_generation(
+            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+        )
+
+
+class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedModel):
+    """The encoder with RoBERTa's head, as released."""
+
+    _auto_class = "AutoModelForMaskedLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GalleryLongformerConfig):
+        super().__init__(with_config(config, is_decoder=False))
+        self.model = GalleryLongformerModel(self.config)
+        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
+        self.transform_act = ACT2FN[config.hidden_act]
+        self.transform_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ):
+        """As in MaskedLMHead, with global_attention_mask (B, T): 1 at global tokens."""
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            global_attention_mask=global_attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            **kwargs,
+        )
+
+
+class GalleryLongformerForSequenceClassification(SequenceClassificationHead, GalleryLongformerPreTrainedModel):
+    """A label for each row: from the first token of an encoder, global unless said otherwise; from a decoder's last."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: GalleryLongformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GalleryLongformerModel(config)
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As in SequenceClassificationHead, with the further arguments of GalleryLongformerModel."""
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        if global_attention_mask is None and not self.config.is_decoder and x is not None:
+            global_attention_mask = first_token(x, attention_mask)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            global_attention_mask=global_attention_mask,
+            position_ids=position_ids,
+            token_type_ids=token_type_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    def pool(self, hidden, attention_mask):
+        x = pooled_rows(hidden, attention_mask, last=self.config.is_decoder)
+        return self.dropout(torch.tanh(self.pooler(self.dropout(x))))
+
+
+class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
+    """A label for each token."""
+
+    _auto_class = "AutoModelForTokenClassification"
+
+    def __init__(self, config: GalleryLongformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GalleryLongformerModel(config)
+        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+        self.dropout = nn.Dropout(dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """Arguments as in GalleryLongformerModel. labels (B, T), -100 to leave one out. logits (B, T, num_labels)."""
+        num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            global_attention_mask=global_attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels.contiguous(), self.config, **num_items)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
+    """Start and end of an answer; the question, all tokens before the first separator, is global."""
+
+    _auto_class = "AutoModelForQuestionAnswering"
+
+    def __init__(self, config: GalleryLongformerConfig):
+        super().__init__(with_config(config, is_decoder=False))
+        self.model = GalleryLongformerModel(self.config)
+        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        global_attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """Arguments as in GalleryLongformerModel. start_positions, end_positions (B,): columns of the answer; those
+        outside the input are left out of the loss. Raises ValueError if a row has no separator to end its question.
+        """
+        if global_attention_mask is None:
+            if input_ids is None:
+                raise ValueError("with inputs_embeds the question cannot be found; give global_attention_mask")
+            global_attention_mask = question_tokens(input_ids, self.config.sep_token_id)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            global_attention_mask=global_attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            use_cache=False,
+            **kwargs,
+        )
+        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # (B, T) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def first_token(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """A mask (B, T) of each row's first token."""
+    if attention_mask is None:
+        mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+    else:
+        mask = (attention_mask[:, -x.shape[1] :] != 0).long()
+    return (mask.cumsum(1) == 1) & (mask == 1)
+
+
+def question_tokens(input_ids: torch.Tensor, sep_token_id: int | None) -> torch.Tensor:
+    """A mask (B, T) of the tokens before each row's first separator, as the released code chooses them."""
+    if sep_token_id is None:
+        raise ValueError("config.sep_token_id is None, so the question's end is unknown; set it, or give global_attention_mask")
+    separator = input_ids == sep_token_id
+    without = ~separator.any(1)
+    if bool(without.any()):
+        raise ValueError(
+            f"input_ids has no sep_token_id {sep_token_id} in rows {without.nonzero().flatten().tolist()}; put one after "
+            "the question, or give global_attention_mask"
+        )
+    return separator.long().cumsum(1) == 0
+
+
+__all__ = [
+    "GalleryLongformerForCausalLM",
+    "GalleryLongformerForMaskedLM",
+    "GalleryLongformerForQuestionAnswering",
+    "GalleryLongformerForSequenceClassification",
+    "GalleryLongformerForTokenClassification",
+    "GalleryLongformerModel",
+    "GalleryLongformerPreTrainedModel",
+]
