@@ -36,6 +36,7 @@ from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
 from .modeling_base import GalleryPreTrainedModel, init_linear
 from .positions import sinusoids
 from .rows import Rows
+from .segments import Parts, segment_spans
 from .spans import Spans
 
 
@@ -54,15 +55,6 @@ class Context:
     output_attentions: bool = False
     shared: list | None = None  # per layer: its table of positions, made once for a cache
     facts: dict = field(default_factory=dict)
-
-
-@dataclass
-class Parts:
-    """A forward with gradients: which keys each query sees with gradient, and which without."""
-
-    own: Spans  # of the new columns, those of the query's own segment
-    before: Spans | None  # those before, in the columns [cached] or [cached | new]; None if nobody sees any
-    crosses: bool  # somebody sees new columns of an earlier segment, so `before` is over [cached | new]
 
 
 class GalleryTransformerXLAttention(nn.Module):
@@ -288,10 +280,10 @@ class AdaptiveSoftmax(nn.Module):
         column = torch.tensor([0] + [self._column(i) for i in range(1, len(self.ends) - 1)], device=labels.device)
         total = head.gather(1, torch.where(cluster == 0, labels, column[cluster])[:, None]).sum()
         for i in range(1, len(self.ends) - 1):
+            # Also where it is empty: a weight without a gradient stops DistributedDataParallel.
             at = (cluster == i).nonzero().squeeze(1)
-            if len(at):
-                tail = self._scores(flat[at], i).log_softmax(-1)
-                total = total + tail.gather(1, (labels[at] - self.ends[i])[:, None]).sum()
+            tail = self._scores(flat[at], i).log_softmax(-1)
+            total = total + tail.gather(1, (labels[at] - self.ends[i])[:, None]).sum()
         return -total / (max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch)
 
 
@@ -392,20 +384,10 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
     def _context(self, rows: Rows, cache, x, output_attentions):
         config = self.config
         cached = cache.columns_held if cache is not None else 0
-        p = rows.positions  # (B or 1, T)
-        segment = p - p % config.segment_length
-        lower = p - config.mem_len + 1 if config.same_length else segment - config.mem_len
-        spans = rows.spans(lower, p, cached)
-        parts = shared = None
-        far = max(0, spans.distances(cached)[1])
-        if torch.is_grad_enabled():
-            # Gradients stop at the segment's border, and at the forward's, whichever is nearer.
-            border = torch.maximum(segment, p[:, :1])
-            crosses = config.mem_len > 0 and bool((segment > p[:, :1]).any())
-            before = rows.spans(lower, border - 1, cached) if cached or crosses else None
-            parts = Parts(rows.spans(torch.maximum(lower, border), p, 0), before, crosses)
-        elif cache is not None:
-            far = config.cache_capacity
+        spans, parts = segment_spans(rows, cached, config.segment_length, config.mem_len, config.same_length)
+        far, shared = max(0, spans.distances(cached)[1]), None
+        if parts is None and cache is not None:
+            far = config.cache_capacity  # one table for all forwards to come
             shared = list(cache.shared) or [{} for _ in self.layers]
         distances = torch.arange(far, -1, -1, device=x.device)
         if config.clamp_len > 0:
