@@ -1,0 +1,249 @@
+"""GalleryCache as an object: copies, files, tokens taken back, what transformers asks of a Cache."""
+
+import copy
+import os
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_law_2_batch_anyhow import padded, scatter
+from transformers import Cache
+from variants import VARIANTS, assert_equal, causal, runner, streams, words
+
+from hf_gallery import GalleryCache
+
+LENGTHS = (13, 6)
+
+
+def read(run, gradients=False, record=False):
+    """A cache that read two left-padded rows, and the rows."""
+    rows, mask = [words(n, seed=n) for n in LENGTHS], padded(LENGTHS, "left", 13)
+    cache = GalleryCache(run.model.config)
+    if record:
+        cache.activate_past_recording()
+    with torch.set_grad_enabled(gradients):
+        _, cache = run(scatter(rows, mask), mask, cache)
+    return cache, rows
+
+
+def go_on(run, cache, seed=5):
+    with torch.no_grad():
+        return torch.cat([run(words(2, 4, seed=seed + i), None, cache)[0] for i in range(3)], dim=1)
+
+
+def test_an_empty_cache():
+    for variant in VARIANTS:
+        cache = GalleryCache(variant.make_config("causal"))
+        assert isinstance(cache, Cache)
+        assert (cache.get_seq_length(), cache.nbytes, cache.batch_size) == (0, 0, -1)
+        assert not cache.is_compileable
+        cache.reset()
+        cache.detach()
+        assert cache.copy().get_seq_length() == 0
+
+
+@streams()
+def test_what_a_cache_tells(variant, head):
+    run = runner(variant, head)
+    cache, _ = read(run)
+    assert isinstance(cache, GalleryCache)
+    assert (cache.get_seq_length(), cache.batch_size, cache.seen.tolist()) == (13, 2, list(LENGTHS))
+    assert isinstance(cache.get_seq_length(), int) and isinstance(cache.nbytes, int)
+    assert not cache.is_compileable and cache.get_max_length() == -1
+    assert variant.config.model_type in repr(cache)
+
+
+@streams()
+def test_a_given_cache_is_advanced_in_place(variant, head):
+    run = runner(variant, head)
+    cache, _ = read(run)
+    with torch.no_grad():
+        _, returned = run(words(2, 3), None, cache)
+    assert returned is cache and cache.get_seq_length() == 16
+
+
+def test_when_a_model_keeps_a_cache():
+    """use_cache=None: config.use_cache, but not in training, unless a cache is given."""
+    model = VARIANTS[0].make("causal")
+    ids = words(1, 3)
+    assert model(ids).past_key_values is not None
+    assert model(ids, use_cache=False).past_key_values is None
+    model.config.use_cache = False
+    assert model(ids).past_key_values is None
+    assert model(ids, use_cache=True).past_key_values is not None
+    model.config.use_cache = True
+    model.train()
+    assert model(ids).past_key_values is None
+    cache = model(ids, use_cache=True).past_key_values
+    assert model(ids, past_key_values=cache).past_key_values is cache and cache.get_seq_length() == 6
+
+
+@pytest.mark.parametrize("how", ["copy", "deepcopy"])
+@pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "training"])
+@streams()
+def test_a_copy_goes_its_own_way(variant, head, gradients, how):
+    run = runner(variant, head)
+    cache, _ = read(run, gradients)
+    other = cache.copy() if how == "copy" else copy.deepcopy(cache)
+    assert type(other) is GalleryCache and other.nbytes == cache.nbytes
+    expected = go_on(run, cache)
+    cache.reset_rows([0]) if not variant.heads[head].source else cache.reorder_cache(torch.tensor([1, 0]))
+    assert other.get_seq_length() == 13 and other.seen.tolist() == list(LENGTHS)
+    assert torch.equal(go_on(run, other), expected)
+
+
+def test_copies_of_an_empty_cache_share_nothing():
+    run = runner(VARIANTS[0], "seq2seq")
+    first = GalleryCache(run.model.config)
+    second = first.copy()
+    with torch.no_grad():
+        a, _ = run(words(1, 5), cache=first, rows=[0])
+        b, _ = run(words(1, 5), cache=second, rows=[1])
+        assert_equal(run(words(1, 5), rows=[1])[0], b)
+        assert_equal(run(words(1, 5), rows=[0])[0], a)
+    assert second.get_seq_length() == 5
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "training"])
+@streams()
+def test_a_saved_cache_goes_on(variant, head, gradients, tmp_path):
+    run = runner(variant, head)
+    cache, _ = read(run, gradients)
+    path = tmp_path / "book.safetensors"
+    cache.save(path)
+    assert os.listdir(tmp_path) == ["book.safetensors"]
+    loaded = GalleryCache.load(path)
+    assert loaded.get_seq_length() == 13 and loaded.seen.tolist() == list(LENGTHS) and loaded.nbytes == cache.nbytes
+    expected = go_on(run, cache)
+    assert torch.equal(go_on(run, loaded), expected)
+    again = GalleryCache.load(str(path))
+    again.reorder_cache(torch.tensor([1, 1]))
+    assert again.seen.tolist() == [6, 6]
+
+
+def test_saving_replaces_at_once_or_not_at_all(tmp_path, monkeypatch):
+    run = runner(VARIANTS[0], "causal")
+    cache, _ = read(run)
+    path = tmp_path / "book.safetensors"
+    cache.save(path)
+    before = path.read_bytes()
+
+    def fail(*arguments, **keywords):
+        raise OSError("disk full")
+
+    go_on(run, cache)
+    monkeypatch.setattr("hf_gallery.models.cache.save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        cache.save(path)
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["book.safetensors"]
+
+
+def test_files_that_are_no_cache(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors.*GalleryCache"):
+        GalleryCache.load(tmp_path / "model.safetensors")
+    (tmp_path / "text").write_text("no cache at all, but long enough to have a header")
+    with pytest.raises(ValueError, match="text.*GalleryCache"):
+        GalleryCache.load(tmp_path / "text")
+    with pytest.raises(FileNotFoundError):
+        GalleryCache.load(tmp_path / "nowhere")
+
+
+def test_a_loaded_cache_of_another_model(tmp_path):
+    """The file knows what it was made for."""
+    cache, _ = read(runner(VARIANTS[0], "causal"))
+    cache.save(tmp_path / "book")
+    other = next(v for v in VARIANTS if v.config is not VARIANTS[0].config).make("causal")
+    with pytest.raises(ValueError, match="past_key_values"):
+        other(words(2, 3), past_key_values=GalleryCache.load(tmp_path / "book"))
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@streams()
+def test_tokens_are_taken_back(variant, head, sign):
+    """While the cache records, any number of columns; what follows is as if they had never been read."""
+    run = runner(variant, head, dtype=torch.float64)
+    for count in (1, 4, 9):
+        cache, _ = read(run, record=True)
+        mask = torch.ones(2, count, dtype=torch.long)
+        mask[0, 0] = 0  # padding is taken back too
+        with torch.no_grad():
+            run(words(2, count, seed=8), mask, cache)
+        assert cache.is_croppable
+        cache.crop(sign * count)
+        assert cache.get_seq_length() == 13 and cache.seen.tolist() == list(LENGTHS)
+        assert_equal(go_on(run, cache), go_on(run, read(run)[0]))
+
+
+@streams(lambda v: v.horizon is not None)
+def test_a_bounded_cache_is_bounded_again_after_the_crop(variant, head):
+    run = runner(variant, head)
+    plain, recording = (GalleryCache(run.model.config) for _ in range(2))
+    text = words(2, 60)
+    with torch.no_grad():
+        run(text, None, plain)
+        run(text[:, :57], None, recording)
+        recording.activate_past_recording()
+        run(words(2, 3, seed=1), None, recording)
+        recording.crop(-3)
+        recording.crop(0)
+        run(text[:, 57:], None, recording)
+    assert recording.nbytes <= plain.nbytes + 3 * 2 * 2 * 30 * 4 * run.model.config.num_hidden_layers
+    assert_equal(go_on(run, recording), go_on(run, plain))
+
+
+@streams(lambda v: v.horizon is not None)
+def test_what_was_forgotten_cannot_be_taken_back(variant, head):
+    """Not croppable, says so, and is unharmed."""
+    run = runner(variant, head)
+    cache = GalleryCache(run.model.config)
+    with torch.no_grad():
+        run(words(2, 40), None, cache)
+    twin = cache.copy()
+    assert not cache.is_croppable
+    with pytest.raises(ValueError, match="activate_past_recording"):
+        cache.crop(-20)
+    assert cache.get_seq_length() == 40
+    assert torch.equal(go_on(run, cache), go_on(run, twin))
+
+
+@causal()
+def test_more_is_taken_back_than_there_is(variant):
+    run = runner(variant, "causal")
+    cache, _ = read(run, record=True)
+    twin = cache.copy()
+    with pytest.raises(ValueError, match="14"):
+        cache.crop(-14)
+    assert torch.equal(go_on(run, cache), go_on(run, twin))
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+def test_any_reading_and_taking_back(variant, data):
+    """As speculative decoding does: read some, take some back, and so on."""
+    run = runner(variant, "causal", dtype=torch.float64)
+    cache, text = GalleryCache(run.model.config), torch.zeros(2, 0, dtype=torch.long)
+    for step in range(data.draw(st.integers(1, 5), label="steps")):
+        n = data.draw(st.integers(1, 8), label="read")
+        back = data.draw(st.integers(0, n), label="taken back")
+        cache.activate_past_recording()
+        new = words(2, n, seed=step)
+        with torch.no_grad():
+            result, cache = run(new, None, cache)
+            text = torch.cat([text, new], dim=1)
+            assert_equal(result, run(text)[0][:, -n:])
+        cache.crop(-back)
+        text = text[:, : text.shape[1] - back]
+        assert cache.get_seq_length() == text.shape[1]
+
+
+@streams()
+def test_moved_and_detached(variant, head):
+    run = runner(variant, head)
+    cache, _ = read(run)
+    twin = cache.copy()
+    assert cache.to("cpu") is cache and cache.detach() is cache
+    assert torch.equal(go_on(run, cache), go_on(run, twin))
