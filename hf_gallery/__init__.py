@@ -3,10 +3,12 @@
 import transformers as _transformers
 
 from .models import modeling_longformer as _longformer
+from .models import modeling_memorizing_transformer as _memorizing_transformer
 from .models import modeling_transformer as _transformer
 from .models import modeling_transformer_xl as _transformer_xl
 from .models.cache import GalleryCache
 from .models.configuration_longformer import GalleryLongformerConfig
+from .models.configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .models.configuration_transformer import GalleryTransformerConfig
 from .models.configuration_transformer_xl import GalleryTransformerXLConfig
 from .models.modeling_longformer import (
@@ -16,6 +18,11 @@ from .models.modeling_longformer import (
     GalleryLongformerForSequenceClassification,
     GalleryLongformerForTokenClassification,
     GalleryLongformerModel,
+)
+from .models.modeling_memorizing_transformer import (
+    GalleryMemorizingTransformerForCausalLM,
+    GalleryMemorizingTransformerForSequenceClassification,
+    GalleryMemorizingTransformerModel,
 )
 from .models.modeling_transformer import (
     GalleryTransformerForCausalLM,
@@ -44,6 +51,7 @@ def _register(module, model):
 _register(_transformer, GalleryTransformerModel)
 _register(_transformer_xl, GalleryTransformerXLModel)
 _register(_longformer, GalleryLongformerModel)
+_register(_memorizing_transformer, GalleryMemorizingTransformerModel)
 
 __all__ = [
     "GalleryCache",
@@ -54,6 +62,10 @@ __all__ = [
     "GalleryLongformerForSequenceClassification",
     "GalleryLongformerForTokenClassification",
     "GalleryLongformerModel",
+    "GalleryMemorizingTransformerConfig",
+    "GalleryMemorizingTransformerForCausalLM",
+    "GalleryMemorizingTransformerForSequenceClassification",
+    "GalleryMemorizingTransformerModel",
     "GalleryTransformerConfig",
     "GalleryTransformerForCausalLM",
     "GalleryTransformerForConditionalGeneration",

@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .attention import Position
 from .cache import last_columns
+from .positions import t5_buckets
 from .rows import Rows
 
 
@@ -61,3 +63,64 @@ class ScaledEmbedding(nn.Embedding):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         return super().forward(input_ids) * self.scale
+
+
+class ScaledHeads(nn.Module):
+    """Linear maps to heads of unit length, with a learned scale for each head in place of 1 / sqrt(D).
+
+    Keys that keep their length stay comparable with the queries of later weights, which a memory needs. The scale
+    starts at 1 and its absolute value is used. As meliad's transformer_base.py, KVQLayer.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        inner = self.heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.scale = nn.Parameter(torch.ones(self.heads))
+
+    def forward(self, x: torch.Tensor):
+        """(B, T, E) to query, key, value (B, H, T, D); the query carries the scale."""
+        query, key, value = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        return scaled_unit(query, self.scale), unit(key), value
+
+
+def unit(x: torch.Tensor) -> torch.Tensor:
+    """x (..., D) at length 1."""
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def scaled_unit(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """query (B, H, T, D) at the length |scale| (H,)."""
+    return unit(query) * scale.abs()[:, None, None].to(query.dtype)
+
+
+class T5Bias(nn.Module):
+    """A learned bias for each head and bucket of distances, added to the score before the head's scale."""
+
+    def __init__(self, heads: int):
+        super().__init__()
+        self.table = nn.Embedding(32, heads)
+
+    def forward(self, far: int, scale: torch.Tensor) -> Position:
+        """The term for distances far, ..., 0, times |scale| (H,)."""
+        distance = torch.arange(far, -1, -1, device=scale.device)
+        return Position(self.table(t5_buckets(distance)).T * scale.abs()[:, None], far)
+
+
+def init_scaled(module: nn.Module, std: float):
+    """The initialisation of meliad's layers: linear maps by variance_scaling(1, fan_in, truncated normal), biases 0."""
+    if isinstance(module, nn.Linear):
+        # A normal cut at two deviations keeps 0.8796 of its deviation, which variance_scaling makes up for.
+        deviation = module.in_features**-0.5 / 0.87962566103423978
+        nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+    elif isinstance(module, nn.Embedding):
+        nn.init.normal_(module.weight, 0.0, std)
+    elif isinstance(module, nn.LayerNorm):
+        nn.init.ones_(module.weight)
+    if isinstance(getattr(module, "bias", None), nn.Parameter):
+        nn.init.zeros_(module.bias)
+    if isinstance(module, ScaledHeads):
+        nn.init.ones_(module.scale)

@@ -13,7 +13,7 @@ import os
 import tempfile
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache
 
@@ -70,7 +70,8 @@ class GalleryCache(Cache):
 
     def write(self, states: list[State], rows, shared: list[State] | None = None, facts: State | None = None):
         """Takes the new state of all layers, once they all have it. rows: the Rows of this forward."""
-        self.states = [{name: x.detach() for name, x in state.items()} for state in states]
+        states = [{name: x.commit() if hasattr(x, "commit") else x for name, x in state.items()} for state in states]
+        self.states = [{name: x.detach() for name, x in state.items() if x is not None} for state in states]
         self.seen = rows.seen + rows.lengths
         self.shared = shared or []  # a forward with gradients makes none: weights that change would leave it stale
         self.rows.update(facts or {})
@@ -244,7 +245,8 @@ class GalleryCache(Cache):
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
         other._each(torch.Tensor.clone)
-        other.identity, other.history = dict(self.identity), list(other.history)
+        other.identity, other.rows = dict(self.identity), dict(other.rows)
+        other.history, other.shared = list(other.history), [dict(state) for state in self.shared]
         return other
 
     @property
@@ -280,10 +282,15 @@ class GalleryCache(Cache):
     @classmethod
     def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> GalleryCache:
         """The cache that `save` wrote. Raises ValueError if the file is not one."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        nothing = f"{os.fspath(path)} is no saved GalleryCache; write one with cache.save(path)"
+        try:
+            opened = safe_open(path, framework="pt", device=str(device))
+        except SafetensorError as error:
+            raise ValueError(f"{nothing} ({error})") from error
+        with opened as file:
             about = json.loads((file.metadata() or {}).get("gallery_cache", "null"))
             if about is None:
-                raise ValueError(f"{os.fspath(path)} is no saved GalleryCache; write one with cache.save(path)")
+                raise ValueError(nothing)
             cache = object.__new__(cls)
             Cache.__init__(cache, layers=[])
             cache.identity, cache.capacity = about["identity"], about["capacity"]
@@ -308,6 +315,8 @@ def cache_identity(config) -> dict:
     """What must agree between a cache and the model that reads it."""
     names = ("model_type", "is_decoder", "is_encoder_decoder", "hidden_size", "num_hidden_layers", "num_attention_heads")
     names += ("head_dim", "num_decoder_layers", "segment_length", "mem_len", "same_length", "clamp_len")
+    names += ("attention_window", "attention_dilation", "memory_layers", "memory_size", "block_length")
+    names += ("recurrent_layers", "num_state_vectors")
     return {name: getattr(config, name) for name in names if hasattr(config, name)}
 
 

@@ -18,6 +18,8 @@ LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
+    output_type = CausalLMOutputWithPast  # a variant whose backbone returns more names its own
+
     @can_return_tuple
     def forward(
         self,
@@ -48,13 +50,8 @@ class CausalLMHead(GalleryGenerationMixin):
             **kwargs,
         )
         logits, loss = self.score(outputs.last_hidden_state, labels, logits_to_keep, loss_arguments)
-        return CausalLMOutputWithPast(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        more = {name: outputs[name] for name in outputs if name in self.output_type.__dataclass_fields__}
+        return self.output_type(**more | {"loss": loss, "logits": logits})
 
     def score(self, hidden, labels, logits_to_keep, loss_arguments):
         """Logits (B, T, V) of hidden (B, T, E), and the loss if there are labels."""

@@ -23,3 +23,15 @@ def sinusoids(positions: torch.Tensor, width: int, layout: str, dtype: torch.dty
     if layout == "concatenated":
         return torch.cat(parts, dim=-1).to(dtype)
     return torch.stack(parts, dim=-1).flatten(-2).to(dtype)
+
+
+def t5_buckets(distance: torch.Tensor, buckets: int = 32, max_distance: int = 128) -> torch.Tensor:
+    """The bucket of each distance >= 0 from a query back to a key (Raffel et al. 2019, section 2.1).
+
+    The first half of the buckets are exact, the second half grow in a geometric row up to max_distance, and the last
+    one holds all beyond. The same buckets as meliad's position_t5.py, T5RelativePositionBiases, for causal attention.
+    """
+    exact = buckets // 2
+    growth = torch.log(distance.clamp(min=1).to(torch.float64) / exact) / math.log(max_distance / exact)
+    far = exact + (growth * (buckets - exact)).to(torch.long)
+    return torch.where(distance < exact, distance, far.clamp(max=buckets - 1))

@@ -1,0 +1,63 @@
+"""Configuration of the Memorizing Transformer (Wu et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .configuration_base import GalleryConfig
+
+MEMORY_BACKENDS = ["exact", "faiss_flat", "faiss_hnsw", "faiss_ivf"]
+
+
+class GalleryMemorizingTransformerConfig(GalleryConfig):
+    """The Memorizing Transformer: segments, a local cache, and in some layers a large memory searched by top-k.
+
+    Defaults are the paper's model (Wu et al. 2022, arXiv 2203.08913, and meliad's configs/memory) over bytes: 12
+    layers, 1024 wide, 8 heads, segments and cache of 512, memory in layer 9 of 12.
+
+    Raises ValueError for values that do not fit, naming the argument.
+    """
+
+    model_type = "gallery_memorizing_transformer"
+
+    hidden_size: int = 1024
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 8
+    intermediate_size: int = 4096
+    segment_length: int = 512  # memory is searched before a segment, and appended to after it
+    mem_len: int = 512  # C: keys of before the segment that local attention sees
+    memory_layers: list[int] | None = None  # layers with a memory, counted from 0; default the third from the top
+    memory_size: int = 8192  # M: pairs kept for each row and head, first in, first out
+    memory_topk: int = 32  # k: pairs that each query and head retrieves
+    memory_backend: str = "exact"  # exact: torch, streaming; faiss_flat, faiss_hnsw, faiss_ivf
+
+    def __post_init__(self, **kwargs: Any):
+        self.check_count("num_hidden_layers", 1)
+        self.check_count("segment_length", 1)
+        self.check_count("mem_len", 0)
+        self.check_count("memory_size", 1)
+        self.check_count("memory_topk", 1)
+        self.check_choice("memory_backend", MEMORY_BACKENDS)
+        if self.memory_topk > self.memory_size:
+            raise ValueError(
+                f"memory_topk is {self.memory_topk}, more than memory_size {self.memory_size} holds; lower memory_topk or "
+                "raise memory_size"
+            )
+        if self.memory_layers is None:
+            self.memory_layers = [max(0, self.num_hidden_layers - 3)]
+        check_layers("memory_layers", self.memory_layers, self.num_hidden_layers)
+        super().__post_init__(**kwargs)
+
+    @property
+    def cache_capacity(self) -> int:
+        """Keys kept for local attention; the next token may be anywhere in its segment."""
+        return self.mem_len + self.segment_length - 1
+
+
+def check_layers(name: str, layers: Any, count: int):
+    """Raises ValueError unless `layers` are different layer numbers of a model of `count` layers."""
+    if not isinstance(layers, (list, tuple)) or len(set(layers)) != len(layers):
+        raise ValueError(f"{name} is {layers!r}; it must be a list of different layer numbers")
+    for layer in layers:
+        if not isinstance(layer, int) or not 0 <= layer < count:
+            raise ValueError(f"{name} holds {layer!r}; layers are numbered 0 to {count - 1} (num_hidden_layers {count})")

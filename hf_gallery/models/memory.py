@@ -1,0 +1,226 @@
+"""The kNN memory of keys and values (Wu et al. 2022, section 3.2): what is stored, and how it is searched.
+
+One store for each row and head. A pair of position p lies in slot p mod memory_size, so the store is a ring: what
+falls out is the oldest. How full a row's ring is follows from the row's own count of tokens, so emptying a row costs
+nothing. Letters: see spans.py; N slots in use, k pairs retrieved.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+try:
+    import faiss
+except ImportError:  # only the faiss backends need it
+    faiss = None
+
+
+class SearchBackend(Protocol):
+    """How the k best keys are found. A new one is an entry in BACKENDS."""
+
+    def __call__(
+        self, query: torch.Tensor, keys: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, topk: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """For query (B, H, T, D) the topk columns of keys (B, H, N, D) with the largest dot product, among
+        [lower, upper) (B, T) and, where upper < lower, [lower, N) and [0, upper): an interval of the ring.
+
+        Returns scores (B, H, T, topk), -inf where fewer are there, and columns (B, H, T, topk). Nothing is
+        differentiated.
+        """
+
+
+def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int) -> torch.Tensor:
+    """Which of the columns [first, last) are in the ring interval [lower, upper): (B, T, last - first)."""
+    column = torch.arange(first, last, device=lower.device)
+    after, before = column >= lower[..., None], column < upper[..., None]
+    return torch.where((upper < lower)[..., None], after | before, after & before)
+
+
+def search_exact(query, keys, lower, upper, topk):
+    """Exact search: tiles of scores, a running top-k. Ties go to whichever torch.topk takes."""
+    b, h, t, _ = query.shape
+    n = keys.shape[2]
+    size = max(64, 2**22 // max(1, b * h * t))
+    size = -(-size // _BLOCK) * _BLOCK
+    best = best_at = None
+    everything = bool(((lower == 0) & (upper == n)).all())
+    for start in range(0, n, size):
+        stop = min(start + size, n)
+        scores = query @ keys[:, :, start:stop].mT  # (B, H, T, tile)
+        if not everything:
+            scores.masked_fill_(~allowed(lower, upper, start, stop)[:, None], -math.inf)
+        scores, at = _topk(scores, topk)
+        at += start
+        if best is not None:
+            scores, at = torch.cat([best, scores], -1), torch.cat([best_at, at], -1)
+            scores, pick = scores.topk(min(topk, scores.shape[-1]), -1)
+            at = at.gather(-1, pick)
+        best, best_at = scores, at
+    missing = topk - best.shape[-1]
+    return F.pad(best, (0, missing), value=-math.inf), F.pad(best_at, (0, missing))
+
+
+_BLOCK = 16
+
+
+def _topk(scores, topk):
+    """topk of the last dimension, found among the blocks with the largest maxima: the k best lie in k blocks at most."""
+    n = scores.shape[-1]
+    if n < 4 * topk * _BLOCK or n % _BLOCK:
+        return scores.topk(min(topk, n), -1)
+    blocks = scores.unflatten(-1, (-1, _BLOCK))  # (B, H, T, n / 16, 16)
+    pick = blocks.amax(-1).topk(topk, -1, sorted=False).indices  # (B, H, T, k)
+    few = blocks.gather(-2, pick[..., None].expand(*pick.shape, _BLOCK)).flatten(-2)
+    best, at = few.topk(topk, -1)
+    return best, pick.gather(-1, at // _BLOCK) * _BLOCK + at % _BLOCK
+
+
+def _faiss_search(make):
+    """A backend that builds one faiss index for each row and head."""
+
+    def search(query, keys, lower, upper, topk):
+        if faiss is None:
+            raise ImportError("memory_backend asks for faiss, which is not installed: pip install faiss-cpu")
+        b, h, t, d = query.shape
+        n = keys.shape[2]
+        scores = torch.full((b, h, t, topk), -math.inf)
+        columns = torch.zeros(b, h, t, topk, dtype=torch.long)
+        inside = allowed(lower.cpu(), upper.cpu(), 0, n)  # (B, T, N)
+        found = inside.any(-1)
+        for row in range(b):
+            # Queries of a row differ in what they see only where a forward holds several segments.
+            kinds, kind = inside[row].unique(dim=0, return_inverse=True)
+            for which, mask in enumerate(kinds):
+                at = mask.nonzero().squeeze(1)
+                who = ((kind == which) & found[row]).nonzero().squeeze(1)
+                if not len(at) or not len(who):
+                    continue
+                for head in range(h):
+                    index = make(d, len(at))
+                    data = keys[row, head, at].float().cpu().numpy()
+                    if not index.is_trained:
+                        index.train(data)
+                    index.add(data)
+                    found_scores, found_at = index.search(query[row, head, who].float().cpu().numpy(), min(topk, len(at)))
+                    found_scores, found_at = torch.from_numpy(found_scores), torch.from_numpy(found_at)
+                    found_scores = found_scores.masked_fill(found_at < 0, -math.inf)
+                    width = found_at.shape[1]
+                    scores[row, head, who, :width] = found_scores
+                    columns[row, head, who, :width] = at[found_at.clamp(min=0)]
+        return scores.to(query.device), columns.to(query.device)
+
+    return search
+
+
+def _make_flat(d, n):
+    return faiss.IndexFlatIP(d)
+
+
+def _make_hnsw(d, n):
+    return faiss.IndexHNSWFlat(d, 32, faiss.METRIC_INNER_PRODUCT)
+
+
+def _make_ivf(d, n):
+    lists = max(1, min(int(4 * math.sqrt(n)), n // 39))  # faiss asks for 39 points a list to train on
+    index = faiss.IndexIVFFlat(faiss.IndexFlatIP(d), d, lists, faiss.METRIC_INNER_PRODUCT)
+    index.nprobe = max(1, lists // 8)
+    return index
+
+
+BACKENDS: dict[str, SearchBackend] = {
+    "exact": search_exact,
+    "faiss_flat": _faiss_search(_make_flat),
+    "faiss_hnsw": _faiss_search(_make_hnsw),
+    "faiss_ivf": _faiss_search(_make_ivf),
+}
+
+
+def retrieve(
+    backend: str,
+    query: torch.Tensor,
+    sources: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
+    topk: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The topk stored pairs with the largest dot product, for every query, over all sources.
+
+    query (B, H, T, D). A source is (keys, values, lower, upper): (B, H, N, D) twice and the ring interval (B, T) of
+    its columns that each query may see.
+
+    Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
+    (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
+    """
+    with torch.no_grad():
+        results = [BACKENDS[backend](query.detach(), keys, lower, upper, topk) for keys, _, lower, upper in sources]
+        scores = torch.cat([scores for scores, _ in results], -1)  # (B, H, T, sources * topk)
+        ends = [0]
+        for keys, *_ in sources:
+            ends.append(ends[-1] + keys.shape[2])
+        columns = torch.cat([at + start for (_, at), start in zip(results, ends, strict=False)], -1)
+        if len(results) > 1:
+            scores, pick = scores.topk(topk, -1)
+            columns = columns.gather(-1, pick)
+        found = scores > -math.inf
+        keys = values = None
+        for (source_keys, source_values, _, _), start, end in zip(sources, ends, ends[1:], strict=False):
+            inside = (columns >= start) & (columns < end)
+            at = (columns - start).clamp(0, source_keys.shape[2] - 1)
+            some_keys, some_values = (_rows_of(x, at) for x in (source_keys, source_values))
+            keys = some_keys if keys is None else torch.where(inside[..., None], some_keys, keys)
+            values = some_values if values is None else torch.where(inside[..., None], some_values, values)
+    return keys, values, found, columns
+
+
+def _rows_of(x, at):
+    """x (B, H, N, D) at columns (B, H, T, k): (B, H, T, k, D)."""
+    b, h, n, d = x.shape
+    start = torch.arange(b * h, device=x.device).view(b, h, 1, 1) * n
+    return x.reshape(b * h * n, d).index_select(0, (at + start).flatten()).view(*at.shape, d)
+
+
+def attend_retrieved(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, found: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of query (B, H, T, D), its scale in it, over its own retrieved pairs (B, H, T, k, D), found
+    (B, H, T, k). Returns (B, H, T, D), zeros where nothing was found, and the weights (B, H, T, k).
+
+    Gradients reach the query alone.
+    """
+    scores = torch.matmul(keys.to(query.dtype), query[..., None]).squeeze(-1).float()  # (B, H, T, k)
+    nothing = ~found.any(-1, keepdim=True)
+    weights = scores.masked_fill(~found & ~nothing, -math.inf).softmax(-1).masked_fill(nothing, 0.0)
+    weights = weights.to(values.dtype)
+    return torch.matmul(weights[..., None, :], values).squeeze(-2).to(query.dtype), weights
+
+
+def append_to_ring(
+    ring: torch.Tensor | None, new: torch.Tensor, first: torch.Tensor, count: torch.Tensor, size: int, in_place: bool
+) -> torch.Tensor | None:
+    """The ring (B, H, N, D) after each row's positions [first, first + count) are written from new (B, H, A, D).
+
+    first, count: (B,); column a of new holds position first + a; more than `size` of them leave the last `size`.
+    The ring grows by doubling up to `size` slots. in_place: may write into `ring` itself.
+    """
+    most = int(count.max())
+    if most == 0:
+        return ring
+    needed = min(size, int((first + count).max()))
+    have = 0 if ring is None else ring.shape[2]
+    if have < needed:
+        room = min(size, max(needed, 2 * have))
+        grown = new.new_zeros(*new.shape[:2], room, new.shape[3])
+        if ring is not None:
+            grown[:, :, :have] = ring
+        ring = grown
+    elif not in_place:
+        ring = ring.clone()
+    offset = torch.arange(most)
+    kept = (offset < count[:, None]) & (offset >= count[:, None] - size)  # (B, most)
+    row, column = kept.nonzero(as_tuple=True)
+    slot = (first[row] + column) % size
+    device = ring.device
+    ring[row.to(device), :, slot.to(device)] = new[row.to(device), :, column.to(device)]
+    return ring

@@ -1,0 +1,374 @@
+"""The Memorizing Transformer (Wu, Rabe, Hutchins, Szegedy 2022, arXiv 2203.08913).
+
+    every layer      local attention over [seg(p) - mem_len, p], T5 bias, queries and keys of unit length, a scale a head
+    a memory layer   besides, for each query and head, the k stored pairs with the largest dot product, attended to by
+                     a softmax of their own, with the same scale and no bias                          section 3.2
+    out = local (1 - g) + retrieved g,  g = sigmoid(gate bias), one for each head                     section 3.2
+
+The memory of a query in segment s holds the last memory_size pairs before s: it is searched before the segment is
+appended. Nothing stored is differentiated, and neither is the local cache; the queries, the scale and the gate learn.
+A query that finds nothing adds zeros in place of what it retrieved, as the official stores, which start as zeros, do
+(google-research/meliad, transformer/transformer_layer.py and memory/).
+
+Letters: see spans.py. L segment_length, M memory_size, k memory_topk.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .attention import attend, attend_naive, join
+from .blocks import (
+    FeedForward,
+    ScaledEmbedding,
+    ScaledHeads,
+    T5Bias,
+    append_columns,
+    init_scaled,
+    merge_heads,
+    next_columns,
+)
+from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
+from .heads import CausalLMHead, SequenceClassificationHead
+from .memory import append_to_ring, attend_retrieved, retrieve
+from .modeling_base import GalleryPreTrainedModel
+from .rows import Rows
+from .segments import Parts, segment_spans
+from .spans import Spans
+
+
+class Retrieval(NamedTuple):
+    """What one memory layer retrieved. positions (B, H, T, k): in the row, -1 where nothing was found; weights
+    (B, H, T, k): of the softmax over them, before the gate."""
+
+    positions: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass
+class MemorizingOutput(BaseModelOutputWithPast):
+    """With output_retrievals: retrievals, one Retrieval for each memory layer, by layer number."""
+
+    retrievals: dict[int, Retrieval] | None = None
+
+
+@dataclass
+class MemorizingCausalLMOutput(CausalLMOutputWithPast):
+    """With output_retrievals: retrievals, one Retrieval for each memory layer, by layer number."""
+
+    retrievals: dict[int, Retrieval] | None = None
+
+
+class Appended(NamedTuple):
+    """A ring with pairs still to be written: the cache does so once all layers are done."""
+
+    ring: torch.Tensor | None
+    new: torch.Tensor  # (B, H, A, D)
+    first: torch.Tensor  # (B,) position of the first one
+    count: torch.Tensor  # (B,)
+    size: int
+    in_place: bool
+
+    def commit(self) -> torch.Tensor:
+        return append_to_ring(self.ring, self.new, self.first, self.count, self.size, self.in_place)
+
+
+@dataclass
+class Context:
+    """What all layers of one forward share."""
+
+    rows: Rows
+    cached: int
+    spans: Spans
+    parts: Parts | None
+    far: int
+    segment_length: int
+    memory_size: int
+    keep: bool = False
+    limit: int | None = None
+    output_attentions: bool = False
+    retrievals: dict | None = None
+    shared: list | None = None
+    facts: dict = field(default_factory=dict)
+    known: dict = field(default_factory=dict)
+
+    def memory_intervals(self) -> dict:
+        """Where each query's memory lies, the same in all memory layers.
+
+        stored (B,): positions in the ring before this forward. ring: (B, T) twice, its interval of slots. columns:
+        likewise over [cached | new], for segments that end within this forward; None if none does.
+        """
+        if not self.known:
+            rows, size = self.rows, self.memory_size
+            length = self.segment_length
+            p = rows.seen[:, None] + torch.arange(rows.width)  # (B, T)
+            segment = p - p % length
+            stored = (rows.seen - rows.seen % length)[:, None]  # (B, 1)
+            slots = stored.clamp(max=size)
+            first = (segment - size).clamp(min=0)
+            whole = first <= stored - slots  # nothing of the ring has been pushed out yet
+            lower = torch.where(whole, 0, first % size)
+            upper = torch.where(whole, slots, torch.where(stored % size == 0, size, stored % size))
+            gone = first >= stored
+            lower, upper = lower.masked_fill(gone, 0), upper.masked_fill(gone, 0)
+            columns = None
+            if bool((segment > stored).any()):
+                start = (rows.seen - self.cached)[:, None]  # the position in column 0
+                after = torch.maximum(stored, first) - start
+                columns = (after, torch.maximum(segment - start, after))
+            end = rows.seen + rows.lengths
+            self.known = {
+                "stored": stored[:, 0],
+                "ring": (lower, upper),
+                "columns": columns,
+                "count": end - end % length - stored[:, 0],
+            }
+        return self.known
+
+
+class GalleryMemorizingTransformerAttention(nn.Module):
+    """Local attention, and in a memory layer retrieval joined to it by the gate."""
+
+    def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
+        super().__init__()
+        self.layer = layer
+        self.project = ScaledHeads(config)
+        self.relative_bias = T5Bias(config.num_attention_heads)
+        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+        self.remembers = layer in config.memory_layers
+        if self.remembers:
+            self.gate_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
+            self.topk, self.backend = config.memory_topk, config.memory_backend
+        self.dropout = config.attention_dropout
+
+    def forward(self, x, context: Context, state: dict):
+        """x (B, T, E). Returns (B, T, E), the next state, and local probabilities (B, H, T, C + T) or None."""
+        query, key, value = self.project(x)  # (B, H, T, D)
+        past = (state["keys"], state["values"]) if state else None
+        detached = key.detach(), value.detach()
+        keys, values = detached if past is None else map(append_columns, past, detached)  # (B, H, C + T, D)
+        out, probabilities = self._local(query, key, value, keys, values, past, context)
+        new = {}
+        if context.keep:
+            new = {n: next_columns(s, context.rows, context.limit) for n, s in (("keys", keys), ("values", values))}
+        if self.remembers:
+            retrieved, new_memory = self._remember(query, keys, values, context, state)
+            gate = torch.sigmoid(self.gate_bias)[:, None, None].to(out.dtype)
+            out = out * (1 - gate) + retrieved * gate
+            new |= new_memory
+        return self.o_proj(merge_heads(out)), new, probabilities
+
+    def _local(self, query, key, value, keys, values, past, context):
+        position = self.relative_bias(context.far, self.project.scale)
+        dropout = self.dropout if self.training else 0.0
+        parts = context.parts
+        if context.output_attentions:
+            out, _, probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)
+            if parts is None:
+                return out.to(query.dtype), probabilities
+        else:
+            probabilities = None
+        if parts is None:
+            return attend(query, keys, values, context.spans, position=position, scale=1.0, dropout=dropout), None
+        result = attend(
+            query, key, value, parts.own, position=position, scale=1.0, dropout=dropout, return_lse=True
+        )
+        if parts.before is not None:
+            if not parts.crosses:
+                keys, values = past
+                # `attend` counts distances from the end of the keys it gets; without the new ones, that is T nearer.
+                position = position._replace(far=position.far - query.shape[2])
+            before = attend(
+                query, keys, values, parts.before, position=position, scale=1.0, dropout=dropout, return_lse=True
+            )
+            result = join(result, before)
+        return result[0], probabilities
+
+    def _remember(self, query, keys, values, context, state):
+        """What the memory gives (B, H, T, D), and the memory's next state."""
+        where = context.memory_intervals()
+        device = query.device
+        ring = state.get("memory_keys"), state.get("memory_values")
+        sources = []
+        if ring[0] is not None:
+            sources.append((*ring, *(x.to(device) for x in where["ring"])))
+        if where["columns"] is not None:
+            sources.append((keys.detach(), values.detach(), *(x.to(device) for x in where["columns"])))
+        retrieved = torch.zeros_like(query)
+        if sources:
+            some_keys, some_values, found, columns = retrieve(self.backend, query, sources, self.topk)
+            retrieved, weights = attend_retrieved(query, some_keys, some_values, found)
+            if context.retrievals is not None:
+                slots = ring[0].shape[2] if ring[0] is not None else 0
+                positions = self._positions(columns, found, slots, context)
+                context.retrievals[self.layer] = Retrieval(positions, weights)
+        elif context.retrievals is not None:
+            shape = (*query.shape[:3], self.topk)
+            context.retrievals[self.layer] = Retrieval(torch.full(shape, -1, device=device), query.new_zeros(shape))
+        if not context.keep:
+            return retrieved, {}
+        first, count = where["stored"], where["count"]
+        column = (first - context.rows.seen + context.cached)[:, None] + torch.arange(int(count.max()))
+        column = column.clamp(0, keys.shape[2] - 1).to(device)[:, None, :, None]
+        new = {}
+        for name, old, x in zip(("memory_keys", "memory_values"), ring, (keys, values), strict=True):
+            pairs = x.detach().gather(2, column.expand(-1, x.shape[1], -1, x.shape[3]))
+            in_place = not torch.is_grad_enabled()  # a checkpointed layer will read the ring once more, in backward
+            new[name] = Appended(old, pairs, first, count, context.memory_size, in_place)
+        return retrieved, new
+
+    def _positions(self, columns, found, slots, context):
+        rows, size = context.rows, context.memory_size
+        stored = context.memory_intervals()["stored"].to(columns.device).view(-1, 1, 1, 1)
+        in_ring = columns + torch.div(stored - 1 - columns, size, rounding_mode="floor") * size
+        in_columns = columns - slots + (rows.seen - context.cached).to(columns.device).view(-1, 1, 1, 1)
+        return torch.where(columns < slots, in_ring, in_columns).masked_fill(~found, -1)
+
+
+class GalleryMemorizingTransformerLayer(GradientCheckpointingLayer):
+    """One layer. State: keys, values (B, H, C, D); a memory layer's also memory_keys, memory_values (B, H, N, D)."""
+
+    def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
+        super().__init__()
+        self.self_attn = GalleryMemorizingTransformerAttention(config, layer)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x, context: Context, state: dict):
+        """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
+        y, state, probabilities = self.self_attn(self.dropout(self.self_attn_norm(x)), context, state)
+        x = x + y
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), state, probabilities
+
+
+class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
+    """Weights and names that the Memorizing Transformer's classes share."""
+
+    config: GalleryMemorizingTransformerConfig
+    config_class = GalleryMemorizingTransformerConfig
+    _no_split_modules = ["GalleryMemorizingTransformerLayer"]
+    implementations = {"eager": "their own tiles, which join local attention and cache"}
+    heads = {
+        "AutoModel": "GalleryMemorizingTransformerModel",
+        "AutoModelForCausalLM": "GalleryMemorizingTransformerForCausalLM",
+        "AutoModelForSequenceClassification": "GalleryMemorizingTransformerForSequenceClassification",
+    }
+
+    def _init_weights(self, module):
+        init_scaled(module, self.config.hidden_size**-0.5)
+        if isinstance(module, GalleryMemorizingTransformerAttention) and module.remembers:
+            nn.init.zeros_(module.gate_bias)
+
+
+class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedModel):
+    """The bare Memorizing Transformer."""
+
+    def __init__(self, config: GalleryMemorizingTransformerConfig):
+        super().__init__(config)
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, math.sqrt(config.hidden_size))
+        self.layers = nn.ModuleList(
+            [GalleryMemorizingTransformerLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_retrievals: bool = False,
+        **kwargs,
+    ) -> MemorizingOutput:
+        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; T may be any number of
+        segments. attention_mask (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere
+        and gets zeros. past_key_values: a GalleryCache, advanced in place; it holds the memory. output_retrievals: also
+        return what each memory layer retrieved, over the packed tokens of each row (equal to the input's columns
+        where there is no padding).
+
+        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
+        """
+        config = self.config
+        rows, cache = self.open_input(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
+        x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
+        x = self.dropout(x)
+        cached = cache.columns_held if cache is not None else 0
+        spans, parts = segment_spans(rows, cached, config.segment_length, config.mem_len)
+        context = Context(
+            rows=rows,
+            cached=cached,
+            spans=spans,
+            parts=parts,
+            far=max(0, spans.distances(cached)[1]),
+            segment_length=config.segment_length,
+            memory_size=config.memory_size,
+            keep=cache is not None,
+            limit=None if cache is None else cache.limit,
+            output_attentions=bool(output_attentions),
+            retrievals={} if output_retrievals else None,
+        )
+        x, hidden, attentions = self.run_layers(self.layers, x, context, cache, output_hidden_states, output_attentions)
+        x = self.norm(x)
+        if hidden is not None:
+            hidden[-1] = x
+        return MemorizingOutput(
+            last_hidden_state=rows.unpack(x),
+            past_key_values=cache,
+            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
+            attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
+            retrievals=context.retrievals,
+        )
+
+
+class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTransformerPreTrainedModel):
+    """The Memorizing Transformer with a map to the vocabulary, tied to the embeddings."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    output_type = MemorizingCausalLMOutput
+
+    def __init__(self, config: GalleryMemorizingTransformerConfig):
+        super().__init__(config)
+        self.model = GalleryMemorizingTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class GalleryMemorizingTransformerForSequenceClassification(
+    SequenceClassificationHead, GalleryMemorizingTransformerPreTrainedModel
+):
+    """A label for each row, from its last token."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: GalleryMemorizingTransformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GalleryMemorizingTransformerModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "GalleryMemorizingTransformerForCausalLM",
+    "GalleryMemorizingTransformerForSequenceClassification",
+    "GalleryMemorizingTransformerModel",
+    "GalleryMemorizingTransformerPreTrainedModel",
+]
