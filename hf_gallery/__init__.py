@@ -2,15 +2,22 @@
 
 import transformers as _transformers
 
+from .models import modeling_block_recurrent_transformer as _block_recurrent_transformer
 from .models import modeling_longformer as _longformer
 from .models import modeling_memorizing_transformer as _memorizing_transformer
 from .models import modeling_transformer as _transformer
 from .models import modeling_transformer_xl as _transformer_xl
 from .models.cache import GalleryCache
+from .models.configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .models.configuration_longformer import GalleryLongformerConfig
 from .models.configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .models.configuration_transformer import GalleryTransformerConfig
 from .models.configuration_transformer_xl import GalleryTransformerXLConfig
+from .models.modeling_block_recurrent_transformer import (
+    GalleryBlockRecurrentTransformerForCausalLM,
+    GalleryBlockRecurrentTransformerForSequenceClassification,
+    GalleryBlockRecurrentTransformerModel,
+)
 from .models.modeling_longformer import (
     GalleryLongformerForCausalLM,
     GalleryLongformerForMaskedLM,
@@ -52,8 +59,13 @@ _register(_transformer, GalleryTransformerModel)
 _register(_transformer_xl, GalleryTransformerXLModel)
 _register(_longformer, GalleryLongformerModel)
 _register(_memorizing_transformer, GalleryMemorizingTransformerModel)
+_register(_block_recurrent_transformer, GalleryBlockRecurrentTransformerModel)
 
 __all__ = [
+    "GalleryBlockRecurrentTransformerConfig",
+    "GalleryBlockRecurrentTransformerForCausalLM",
+    "GalleryBlockRecurrentTransformerForSequenceClassification",
+    "GalleryBlockRecurrentTransformerModel",
     "GalleryCache",
     "GalleryLongformerConfig",
     "GalleryLongformerForCausalLM",

@@ -1,0 +1,444 @@
+"""The Block-Recurrent Transformer (Hutchins, Schlag, Wu, Dyer, Neyshabur 2022, arXiv 2203.07852).
+
+    every layer       sliding-window attention: query p sees [p - W, p - 1], T5 bias, unit queries and keys, a scale a head
+    a recurrent layer also has S state vectors, which block j of W tokens enters as s_j:
+      vertical        tokens of block j read s_j besides their window; one map joins both           section 3.1, figure 2
+      horizontal      s_j reads itself and the tokens of blocks j - 1 and j; a gate makes s_(j+1)    sections 3.1, 3.2
+
+The state's keys and values serve both directions, and so do the tokens'; queries are separate. State vectors carry a
+learned id, without which they would stay alike. s_0 is learned.
+
+As google-research/meliad computes it (transformer/transformer_layer.py, transformer_base.py), whose results are the
+paper's: the query itself is not in its window. We depart in two places. At a document's start the official window
+holds zeros that take part in the softmax; here there is nothing. In decoding the official code keeps the state fixed;
+here it advances exactly when its block is complete, so decoding equals reading.
+
+Blocks start at each row's own first token. All but the state runs over all blocks at once. Gradients flow through all
+blocks of one forward, and not between forwards. Letters: see spans.py. W block_length, S num_state_vectors, J blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils import can_return_tuple
+
+from .attention import attend, attend_naive
+from .blocks import (
+    FeedForward,
+    ScaledEmbedding,
+    ScaledHeads,
+    T5Bias,
+    append_columns,
+    init_scaled,
+    merge_heads,
+    next_columns,
+    scaled_unit,
+    split_heads,
+)
+from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
+from .heads import CausalLMHead, SequenceClassificationHead
+from .modeling_base import GalleryPreTrainedModel
+from .rows import Rows
+from .spans import Spans
+
+
+@dataclass
+class Context:
+    """What all layers of one forward share."""
+
+    rows: Rows
+    block_length: int
+    keep: bool = False
+    limit: int | None = None
+    output_attentions: bool = False
+    fed: tuple[torch.Tensor, torch.Tensor] | None = None  # feedback: keys and values (B, H, S, D) of the state
+    shared: list | None = None
+    facts: dict = field(default_factory=dict)
+    known: dict = field(default_factory=dict)
+
+    def once(self, key, work):
+        """What layers with as many cached columns work out, worked out once."""
+        if key not in self.known:
+            self.known[key] = work()
+        return self.known[key]
+
+    def window(self, cached: int) -> Spans:
+        """[p - W, p - 1] in the columns [cached | new]."""
+        p = self.rows.positions
+        return self.once(("window", cached), lambda: self.rows.spans(p - self.block_length, p - 1, cached))
+
+    def blocks(self, cached: int) -> Blocks:
+        return self.once(("blocks", cached), lambda: Blocks(self.rows, cached, self.block_length))
+
+
+class Blocks:
+    """The rows' tokens laid out by their own blocks: block j of a row is the j-th that this forward touches."""
+
+    def __init__(self, rows: Rows, cached: int, length: int):
+        self.rows, self.length, w = rows, length, length
+        self.phase = rows.seen % w  # (B,) tokens of the first block that are already behind
+        reach = self.phase + rows.lengths  # (B,) tokens from the first block's start
+        self.count = -(-int(reach.max()) // w)  # J
+        self.complete = reach[:, None] >= (1 + torch.arange(self.count)) * w  # (B, J): the block ends in this forward
+        self.whole = bool((self.phase == 0).all()) and rows.width == self.count * w  # nothing to move
+        place = torch.arange(self.count * w) - self.phase[:, None]  # (B, J * W) packed token of each place
+        self.query_at = place.clamp(0, rows.width - 1)
+        self.token_at = (self.phase[:, None] + torch.arange(rows.width)).clamp(max=self.count * w - 1)  # (B, T)
+        # For the state: the columns [cached | new] of the block before and of all blocks, and which of them exist.
+        column = torch.arange(-w, self.count * w) - self.phase[:, None] + cached  # (B, (J + 1) * W)
+        self.real = (column >= cached - rows.seen[:, None]) & (column < (cached + rows.lengths)[:, None]) & (column >= 0)
+        self.column = column.clamp(0, cached + rows.width - 1)
+
+    def tokens(self, x: torch.Tensor) -> torch.Tensor:
+        """x (B, H, T, D) by blocks: (B * J, H, W, D)."""
+        if not self.whole:
+            x = _pick(x, self.query_at)
+        return x.unflatten(2, (self.count, self.length)).transpose(1, 2).flatten(0, 1)
+
+    def back(self, x: torch.Tensor) -> torch.Tensor:
+        """(B * J, H, W, D) to (B, H, T, D)."""
+        x = x.unflatten(0, (-1, self.count)).transpose(1, 2).flatten(2, 3)
+        return x if self.whole else _pick(x, self.token_at)
+
+    def window(self, x: torch.Tensor, j: int) -> torch.Tensor:
+        """What the state sees of x (B, H, C + T, D) in block j: (B, H, 2 W, D)."""
+        return _pick(x, self.column[:, j * self.length : (j + 2) * self.length])
+
+    def window_spans(self, j: int, states: int) -> Spans:
+        """The same for all `states` queries: [first real column, the last one]. Complete blocks end in real columns."""
+        real = self.real[:, j * self.length : (j + 2) * self.length]
+        lower = (~real).long().cumprod(1).sum(1)[:, None].expand(-1, states)  # (B, S)
+        return Spans(lower, torch.full_like(lower, 2 * self.length - 1))
+
+
+def _pick(x, at):
+    """Columns at (B, any) of x (B, H, N, D)."""
+    at = at.to(x.device)[:, None, :, None]
+    return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+class StateGate(nn.Module):
+    """How new content meets an old state: section 3.2. hidden is what the content was made from."""
+
+    def __init__(self, config: GalleryBlockRecurrentTransformerConfig, hidden: int):
+        super().__init__()
+        self.lstm = config.gate_type == "lstm"
+        if self.lstm:
+            self.forget_gate = nn.Linear(hidden, config.hidden_size)
+            self.input_gate = nn.Linear(hidden, config.hidden_size)
+        else:
+            self.gate_bias = nn.Parameter(torch.zeros(config.hidden_size))
+
+    def forward(self, state, content, hidden):
+        """state, content (B, S, E), hidden (B, S, any) to the next state (B, S, E)."""
+        if self.lstm:
+            forget = torch.sigmoid(self.forget_gate(hidden) + 1.0)
+            return state * forget + content * torch.sigmoid(self.input_gate(hidden) - 1.0)
+        gate = torch.sigmoid(self.gate_bias)
+        return state * gate + content * (1 - gate)
+
+
+class RecurrentState(nn.Module):
+    """The state's side of a recurrent layer: the horizontal direction."""
+
+    def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        inner = self.heads * config.head_dim
+        self.initial = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
+        self.ids = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.project = ScaledHeads(config)
+        self.cross_q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        self.cross_scale = nn.Parameter(torch.ones(self.heads))
+        self.o_proj = nn.Linear(2 * inner, config.hidden_size)
+        self.gate = StateGate(config, 2 * inner)
+        self.dual = config.recurrence_type == "dual"
+        if self.dual:
+            self.feed_forward = FeedForward(config)
+            self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+            self.feed_forward_gate = StateGate(config, config.intermediate_size)
+
+    def read(self, state):
+        """Of a state (B, S, E): its queries for itself and for tokens, its keys and values, (B, H, S, D) each."""
+        z = self.norm(state) + self.ids
+        query, key, value = self.project(z)
+        return query, scaled_unit(split_heads(self.cross_q_proj(z), self.heads), self.cross_scale), key, value
+
+    def advance(self, state, read, keys, values, spans):
+        """The state (B, S, E) after a block whose tokens' keys and values are (B, H, 2 W, D)."""
+        query, cross_query, key, value = read
+        s = state.shape[1]
+        own = attend(query, key, value, Spans(torch.zeros(1, s).long(), torch.full((1, s), s - 1)), scale=1.0)
+        cross = attend(cross_query, keys, values, spans, scale=1.0)
+        hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, S, 2 H D)
+        state = self.gate(state, self.o_proj(hidden), hidden)
+        if self.dual:
+            ffn = self.feed_forward
+            hidden = ffn.act(ffn.up_proj(self.feed_forward_norm(state)))
+            state = self.feed_forward_gate(state, ffn.down_proj(hidden), hidden)
+        return state
+
+
+class GalleryBlockRecurrentTransformerAttention(nn.Module):
+    """Sliding-window attention; in a recurrent layer, or with feedback, also over the state that entered the block."""
+
+    def __init__(self, config: GalleryBlockRecurrentTransformerConfig, layer: int):
+        super().__init__()
+        self.heads, self.block_length = config.num_attention_heads, config.block_length
+        inner = self.heads * config.head_dim
+        self.project = ScaledHeads(config)
+        self.relative_bias = T5Bias(self.heads)
+        self.recurrent = layer in config.recurrent_layers
+        self.reads_state = self.recurrent or config.feedback
+        if self.reads_state:
+            self.cross_q_proj = nn.Linear(config.hidden_size, inner, bias=False)
+            self.cross_scale = nn.Parameter(torch.ones(self.heads))
+        self.o_proj = nn.Linear((2 if self.reads_state else 1) * inner, config.hidden_size)
+        if self.recurrent:
+            self.recurrence = RecurrentState(config)
+        self.dropout = config.attention_dropout
+
+    def forward(self, x, context: Context, state: dict):
+        """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
+        query, key, value = self.project(x)  # (B, H, T, D)
+        keys, values = append_columns(state.get("keys"), key), append_columns(state.get("values"), value)
+        cached = keys.shape[2] - key.shape[2]
+        spans = context.window(cached)
+        # One distance only where the window is still empty: a table needs a row all the same.
+        position = self.relative_bias(max(1, spans.distances(cached)[1]), self.project.scale)
+        probabilities = None
+        if context.output_attentions:
+            out, _, probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)
+            out = out.to(query.dtype)
+        else:
+            dropout = self.dropout if self.training else 0.0
+            out = attend(query, keys, values, spans, position=position, scale=1.0, dropout=dropout)
+        new = {}
+        if context.keep:
+            limit = context.limit if self.recurrent or context.limit is None else self.block_length
+            new = {n: next_columns(s, context.rows, limit) for n, s in (("keys", keys), ("values", values))}
+        if self.reads_state:
+            cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.heads), self.cross_scale)
+            if self.recurrent:
+                cross, new_state = self._through_blocks(cross_query, keys, values, context.blocks(cached), state)
+                if context.keep:
+                    new |= new_state
+            else:
+                cross = self._read_state(cross_query, *context.fed)
+            out = torch.cat([out, cross], dim=1)  # (B, 2 H, T, D)
+        return self.o_proj(merge_heads(out)), new, probabilities
+
+    @staticmethod
+    def _read_state(query, key, value):
+        b, _, w, _ = query.shape
+        everything = Spans(torch.zeros(1, w).long(), torch.full((1, w), key.shape[2] - 1))
+        return attend(query, key, value, everything, scale=1.0)
+
+    def _through_blocks(self, cross_query, keys, values, blocks, state):
+        """The only loop over blocks: the state. Returns what the tokens read (B, H, T, D), and the next state."""
+        recurrence, rows = self.recurrence, blocks.rows
+        current = self.entering(state, rows)
+        reads = []
+        for j in range(blocks.count):
+            read = recurrence.read(current)
+            reads.append(read)
+            done = blocks.complete[:, j]
+            if bool(done.any()):
+                spans = blocks.window_spans(j, current.shape[1])
+                ahead = recurrence.advance(current, read, blocks.window(keys, j), blocks.window(values, j), spans)
+                current = ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
+        key = torch.stack([read[2] for read in reads], dim=1).flatten(0, 1)  # (B * J, H, S, D)
+        value = torch.stack([read[3] for read in reads], dim=1).flatten(0, 1)
+        return blocks.back(self._read_state(blocks.tokens(cross_query), key, value)), {"state": current}
+
+    def entering(self, state, rows) -> torch.Tensor:
+        """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
+        initial = self.recurrence.initial.expand(len(rows.seen), -1, -1)
+        if "state" not in state:
+            return initial
+        fresh = rows.seen < self.block_length
+        if not bool(fresh.any()):
+            return state["state"]
+        return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
+
+
+class GalleryBlockRecurrentTransformerLayer(GradientCheckpointingLayer):
+    """One layer. State: keys, values (B, H, C, D); a recurrent layer's also state (B, S, E)."""
+
+    def __init__(self, config: GalleryBlockRecurrentTransformerConfig, layer: int):
+        super().__init__()
+        self.self_attn = GalleryBlockRecurrentTransformerAttention(config, layer)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.feed_forward = FeedForward(config)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x, context: Context, state: dict):
+        """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
+        y, state, probabilities = self.self_attn(self.dropout(self.self_attn_norm(x)), context, state)
+        x = x + y
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), state, probabilities
+
+
+class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
+    """Weights and names that the Block-Recurrent Transformer's classes share."""
+
+    config: GalleryBlockRecurrentTransformerConfig
+    config_class = GalleryBlockRecurrentTransformerConfig
+    _no_split_modules = ["GalleryBlockRecurrentTransformerLayer"]
+    implementations = {"eager": "their own tiles"}
+    heads = {
+        "AutoModel": "GalleryBlockRecurrentTransformerModel",
+        "AutoModelForCausalLM": "GalleryBlockRecurrentTransformerForCausalLM",
+        "AutoModelForSequenceClassification": "GalleryBlockRecurrentTransformerForSequenceClassification",
+    }
+
+    def _init_weights(self, module):
+        init_scaled(module, self.config.hidden_size**-0.5)
+        if isinstance(getattr(module, "cross_scale", None), nn.Parameter):
+            nn.init.ones_(module.cross_scale)
+        if isinstance(module, RecurrentState):
+            nn.init.normal_(module.initial, 0.0, 0.1)
+            nn.init.normal_(module.ids, 0.0, 1.0)
+        if isinstance(module, StateGate) and not module.lstm:
+            nn.init.normal_(module.gate_bias, 0.0, 0.1)
+
+
+class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreTrainedModel):
+    """The bare Block-Recurrent Transformer."""
+
+    def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
+        super().__init__(config)
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, math.sqrt(config.hidden_size))
+        self.layers = nn.ModuleList(
+            [GalleryBlockRecurrentTransformerLayer(config, i) for i in range(config.num_hidden_layers)]
+        )
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.dropout = nn.Dropout(config.hidden_dropout)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; T may be any number of
+        blocks. attention_mask (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere
+        and gets zeros. past_key_values: a GalleryCache, advanced in place; it holds the windows and the states.
+
+        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
+        """
+        rows, cache = self.open_input(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
+        x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
+        x = self.dropout(x)
+        context = Context(
+            rows=rows,
+            block_length=self.config.block_length,
+            keep=cache is not None,
+            limit=None if cache is None else cache.limit,
+            output_attentions=bool(output_attentions),
+        )
+        run = self._run_block_by_block if self.config.feedback else self.run_layers
+        x, hidden, attentions = run(self.layers, x, context, cache, output_hidden_states, output_attentions)
+        x = self.norm(x)
+        if hidden is not None:
+            hidden[-1] = x
+        return BaseModelOutputWithPast(
+            last_hidden_state=rows.unpack(x),
+            past_key_values=cache,
+            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
+            attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
+        )
+
+    def _run_block_by_block(self, layers, x, context, cache, output_hidden_states=False, output_attentions=False):
+        """As run_layers, with feedback: a layer of block j reads the state that block j - 1 left in a layer above it."""
+        if output_attentions:
+            raise ValueError(
+                "output_attentions is True and config.feedback is True: blocks run one by one, so there is no one map; "
+                "leave output_attentions out"
+            )
+        rows, w = context.rows, self.config.block_length
+        blocks = Blocks(rows, 0, w)
+        recurrent = self.config.recurrent_layers[0]
+        attention = layers[recurrent].self_attn
+        states = cache.states if cache is not None and cache.states else [{}] * len(layers)
+        outs, seen = [], rows.seen
+        for j in range(blocks.count):
+            start, stop = (j * w - blocks.phase).clamp(min=0), ((j + 1) * w - blocks.phase).clamp(min=0)
+            start, stop = torch.minimum(start, rows.lengths), torch.minimum(stop, rows.lengths)
+            width = max(1, int((stop - start).max()))
+            at = start[:, None] + torch.arange(width)  # (B, width) packed tokens of the rows' own block
+            part_rows = Rows(len(seen), width, (at < stop[:, None]).to(x.device), seen)
+            pick = at.clamp(max=rows.width - 1).to(x.device)[:, :, None].expand(-1, -1, x.shape[2])
+            part = Context(rows=part_rows, block_length=w, keep=True, limit=self.config.cache_capacity)
+            part.fed = attention.recurrence.read(attention.entering(states[recurrent], part_rows))[2:]
+            y = x.gather(1, pick)
+            hidden, new = [y], []
+            for layer, state in zip(layers, states, strict=True):
+                y, state, _ = layer(y, part, state)
+                hidden.append(y)
+                new.append(state)
+            states, seen = new, part_rows.seen + part_rows.lengths
+            outs.append(hidden)
+        joined = []
+        token = blocks.token_at.to(x.device)  # (B, T) place of each packed token in the row's blocks
+        start = blocks.phase.to(x.device)[:, None]
+        for parts in zip(*outs, strict=True):
+            padded = [nn.functional.pad(part, (0, 0, 0, w - part.shape[1])) for part in parts]
+            # A row's first block starts in the middle where its first tokens came in an earlier forward.
+            place = torch.where(token < w, token - start, token)
+            joined.append(torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2])))
+        if cache is not None:
+            cache.write(states, rows)
+        return joined[-1], joined if output_hidden_states else None, None
+
+
+class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):
+    """The Block-Recurrent Transformer with a map to the vocabulary, tied to the embeddings."""
+
+    _auto_class = "AutoModelForCausalLM"
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
+        super().__init__(config)
+        self.model = GalleryBlockRecurrentTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+
+class GalleryBlockRecurrentTransformerForSequenceClassification(
+    SequenceClassificationHead, GalleryBlockRecurrentTransformerPreTrainedModel
+):
+    """A label for each row, from its last token."""
+
+    _auto_class = "AutoModelForSequenceClassification"
+
+    def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = GalleryBlockRecurrentTransformerModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "GalleryBlockRecurrentTransformerForCausalLM",
+    "GalleryBlockRecurrentTransformerForSequenceClassification",
+    "GalleryBlockRecurrentTransformerModel",
+    "GalleryBlockRecurrentTransformerPreTrainedModel",
+]
