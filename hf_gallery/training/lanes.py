@@ -283,7 +283,7 @@ class _Documents:
     def fingerprint(self) -> str:
         digest = hashlib.sha256(self.lengths.astype("<i8").tobytes())
         for _, tokens in self._blocks():
-            digest.update(np.ascontiguousarray(tokens, dtype="<i8"))
+            digest.update(np.ascontiguousarray(tokens, dtype="<i8").data)
         return f"sha256 {digest.hexdigest()[:16]}"
 
     def _blocks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 import tempfile
 from dataclasses import dataclass
 from typing import Any
@@ -76,6 +75,8 @@ class SegmentTrainer(Trainer):
     setup, before anything is changed.
     """
 
+    model: Any  # Trainer's type of it is wider than what it accepts
+
     def __init__(
         self,
         model: Any = None,
@@ -95,16 +96,15 @@ class SegmentTrainer(Trainer):
             # Trainer switches it off, for models that train without a past. Ours train with it, and a checkpoint that
             # says use_cache=False would forget its past when it is loaded.
             self.model.config.use_cache = use_cache
-        if self.args.label_names is None:
-            self.label_names = ["labels"]  # not shift_labels too, which Trainer would gather a second time
         self._refuse_what_lanes_cannot_do()
         config = self.model.config
-        self.segment_length = segment_length if segment_length is not None else getattr(config, "segment_length", None)
-        if not isinstance(self.segment_length, int) or self.segment_length < 1:
+        length = segment_length if segment_length is not None else getattr(config, "segment_length", None)
+        if not isinstance(length, int) or length < 1:
             raise ValueError(
-                f"segment_length is {self.segment_length!r}; it counts the tokens that a lane reads in a step, so "
+                f"segment_length is {length!r}; it counts the tokens that a lane reads in a step, so "
                 "give SegmentTrainer(segment_length=...) an int of 1 or more (its default is the model config's)"
             )
+        self.segment_length: int = length
         self._eos_token_id = self._eos_of(config) if predict_eos else None
         self._training = _Carried()
         self._evaluation: _Carried | None = None
@@ -313,7 +313,7 @@ class SegmentTrainer(Trainer):
                     "give an earlier one, or True for the newest whole one in output_dir"
                 )
             return folder
-        for folder in reversed(sort_checkpoints(self.args.output_dir)):
+        for folder in reversed(sort_checkpoints(str(self.args.output_dir))):
             if _is_whole(folder):
                 return folder
         raise ValueError(
@@ -363,17 +363,8 @@ class SegmentTrainer(Trainer):
                     f"resume_from_checkpoint is {folder!r}, which lacks {os.path.basename(path)}; resume from another "
                     f"checkpoint, {anew}"
                 )
-            cache = self._cache_class().load(path).to(self.args.device)
+            cache = GalleryCache.load(path).to(self.args.device)  # safetensors knows no "cpu:0"
         return _Carried(cache, tuple(state["position"]))
-
-    def _cache_class(self):
-        """The model's own GalleryCache: another class than ours where its code came with a checkpoint."""
-        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
-        for parent in type(model).__mro__:
-            found = getattr(sys.modules.get(parent.__module__), "GalleryCache", None)
-            if found is not None:
-                return found
-        return GalleryCache
 
 
 @dataclass
@@ -390,9 +381,10 @@ class _LaneLoader(DataLoader):
     """Batches of an epoch of lanes, in order. Its length is known and the same every epoch."""
 
     def __init__(self, lanes: DocumentLanes, args: Any):
+        self.steps = _Steps(len(lanes))
         super().__init__(
             _LaneBatches(lanes),
-            batch_sampler=_Steps(len(lanes)),
+            batch_sampler=self.steps,
             collate_fn=_only,
             num_workers=args.dataloader_num_workers,
             pin_memory=args.dataloader_pin_memory and args.device.type == "cuda",
@@ -405,7 +397,7 @@ class _LaneLoader(DataLoader):
 
     def set_epoch(self, epoch: int):
         """Called by Trainer before each epoch."""
-        self.batch_sampler.set_epoch(epoch)
+        self.steps.epoch = epoch
 
 
 class _Steps(Sampler):
@@ -423,6 +415,7 @@ class _Steps(Sampler):
             yield [(self.epoch, step)]
 
     def set_epoch(self, epoch: int):
+        """Called by Trainer where it resumes, on what it finds in a loader that skips batches."""
         self.epoch = epoch
 
 
