@@ -1,0 +1,133 @@
+"""Synthetic tasks that ask how far back a model remembers. All are made from seeds, on ids of the byte tokenizer.
+
+An example is a row of a datasets.Dataset with the columns input_ids, labels and distance, lists of one length. As in
+transformers, labels[t] is the token of column t where it is scored and -100 elsewhere; distance[t] counts the tokens
+from where the answer was shown to column t, and is -1 where nothing is scored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset
+
+KEYS = range(0, 64)  # ids of keys, values and filler: three disjoint sets of bytes
+VALUES = range(64, 128)
+FILLER = range(128, 256)
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+
+
+def associative_recall(
+    examples: int,
+    length: int,
+    *,
+    distances: Sequence[int],
+    num_pairs: int = 8,
+    num_values: int = 16,
+    seed: int = 0,
+    split: str = "train",
+) -> Dataset:
+    """Multi-query associative recall, in the manner of MQAR (Arora et al. 2023, Zoology, section 3).
+
+    Each of up to num_pairs pairs "key value" stands somewhere in an example, and again at one of `distances` (drawn
+    for each pair alike) tokens later; the second value is scored. Everything else is filler. Keys are distinct within
+    an example, so the answer is the only one; values are drawn from num_values, so that chance is 1 / num_values.
+    A pair for which no room is left is left out.
+
+    Raises ValueError if the numbers do not fit together.
+    """
+    _check("examples", examples, 1)
+    _check("num_pairs", num_pairs, 1, len(KEYS))
+    _check("num_values", num_values, 2, len(VALUES))
+    _check("length", length, 1)
+    distances = np.asarray(sorted(set(distances)), dtype=np.int64)
+    if not len(distances) or distances[0] < 2 or distances[-1] + 2 > length:
+        raise ValueError(
+            f"distances are {distances.tolist()}; a pair and its question need distances from 2 to length - 2 = {length - 2}"
+        )
+    random = _generator(seed, split, "associative_recall")
+    ids = random.integers(FILLER.start, FILLER.stop, size=(examples, length))
+    keys = random.permuted(np.tile(np.arange(KEYS.start, KEYS.stop), (examples, 1)), axis=1)[:, :num_pairs]
+    values = random.integers(VALUES.start, VALUES.start + num_values, size=(examples, num_pairs))
+    labels = np.full((examples, length), -100, dtype=np.int64)
+    distance = np.full((examples, length), -1, dtype=np.int64)
+    taken = np.zeros((examples, length), dtype=bool)
+    rows = np.arange(examples)
+    for pair in range(num_pairs):
+        apart = random.choice(distances, size=examples)
+        start = np.full(examples, -1)
+        for _ in range(16):  # tries to find room; dense examples fail now and then
+            guess = (random.random(examples) * (length - apart - 1)).astype(np.int64)
+            free = ~(taken[rows, guess] | taken[rows, guess + 1])
+            free &= ~(taken[rows, guess + apart] | taken[rows, guess + apart + 1])
+            start = np.where((start < 0) & free, guess, start)
+        row = rows[start >= 0]
+        at, apart = start[row], apart[row]
+        for place in (at, at + apart):
+            ids[row, place], ids[row, place + 1] = keys[row, pair], values[row, pair]
+            taken[row, place] = taken[row, place + 1] = True
+        labels[row, at + apart + 1] = values[row, pair]
+        distance[row, at + apart + 1] = apart
+    return _dataset(ids, labels, distance)
+
+
+def passkey(
+    examples: int, length: int, *, distances: Sequence[int], digits: int = 5, seed: int = 0, split: str = "train"
+) -> Dataset:
+    """A number hidden in filler text, asked for at the end (Mohtashami and Jaggi 2023, section 4.2, in bytes).
+
+    The text is sentences without meaning; "The pass key is 12345." stands so that each digit is shown exactly one of
+    `distances` tokens before it is scored in the last words, "What is the pass key? The pass key is 12345". Chance is
+    1 / 10 for each digit.
+
+    Raises ValueError if the numbers do not fit together.
+    """
+    _check("examples", examples, 1)
+    _check("digits", digits, 1, 18)
+    shown, asked = b" The pass key is ", b" What is the pass key? The pass key is "
+    shortest, longest = len(asked) + digits + 1, length - digits - len(shown)
+    distances = np.asarray(sorted(set(distances)), dtype=np.int64)
+    if not len(distances) or distances[0] < shortest or distances[-1] > longest:
+        raise ValueError(
+            f"distances are {distances.tolist()}; with length {length} and {digits} digits they must be from {shortest} "
+            f"to {longest}"
+        )
+    random = _generator(seed, split, "passkey")
+    sentence = np.frombuffer(
+        b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ", dtype=np.uint8
+    )
+    turn = random.integers(0, len(sentence), size=(examples, 1))
+    ids = sentence[(np.arange(length) + turn) % len(sentence)].astype(np.int64)
+    number = random.integers(ord("0"), ord("9") + 1, size=(examples, digits))
+    apart = random.choice(distances, size=examples)
+    rows = np.arange(examples)[:, None]
+    end = length - digits + np.arange(digits)  # (digits,) columns of the answer
+    ids[:, length - digits - len(asked) : length - digits] = np.frombuffer(asked, dtype=np.uint8)
+    ids[:, end] = number
+    first = (length - digits - apart)[:, None]  # (examples, 1) column of the first digit shown
+    ids[rows, first + np.arange(digits)] = number
+    ids[rows, first - len(shown) + np.arange(len(shown))] = np.frombuffer(shown, dtype=np.uint8)
+    ids[rows, first + digits] = ord(".")
+    labels = np.full((examples, length), -100, dtype=np.int64)
+    distance = np.full((examples, length), -1, dtype=np.int64)
+    labels[:, end], distance[:, end] = number, apart[:, None]
+    return _dataset(ids, labels, distance)
+
+
+def _generator(seed: int, split: str, task: str) -> np.random.Generator:
+    """A stream of its own for each seed, split and task, so that no test example was ever trained on by its seed."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    _check("seed", seed, 0)
+    return np.random.default_rng([seed, SPLITS[split], *task.encode()])
+
+
+def _check(name: str, value: int, least: int, most: int | None = None):
+    if not isinstance(value, (int, np.integer)) or value < least or (most is not None and value > most):
+        limit = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of {limit}")
+
+
+def _dataset(ids: np.ndarray, labels: np.ndarray, distance: np.ndarray) -> Dataset:
+    return Dataset.from_dict({"input_ids": list(ids), "labels": list(labels), "distance": list(distance)})

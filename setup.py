@@ -1,0 +1,37 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1]
+    for line in (here / "hf_gallery" / "__init__.py").read_text(encoding="utf-8").splitlines()
+    if line.startswith("__version__")
+)
+
+evaluation = ["typer", "rich", "plotly>=6", "psutil"]
+testing = ["pytest", "hypothesis", "ruff", "mypy", "beautifulsoup4"]
+
+setup(
+    name="hf-gallery",
+    version=version,
+    description="Five long-sequence transformers written from scratch, each a real Hugging Face model, and their measure",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["hf_gallery", "hf_gallery.*"]),
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.11",
+        "transformers>=5.17,<6",
+        "huggingface-hub",
+        "datasets",
+        "evaluate",
+        "faiss-cpu",
+        "accelerate",
+        "safetensors",
+        "tokenizers",
+        "numpy",
+    ],
+    extras_require={"eval": evaluation, "test": evaluation + testing},
+)
