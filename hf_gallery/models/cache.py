@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from contextlib import contextmanager
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -43,6 +44,7 @@ class GalleryCache(Cache):
         self.recording = False
         # The newest columns, for crop: (count, mask (B, count)), the mask None where every column is a token.
         self.history: list[tuple[int, torch.Tensor | None]] = []
+        self.waiting: list[tuple] | None = None  # writes that wait for the end of a `held` block
 
     def __repr__(self):
         kind = self.identity["model_type"]
@@ -70,6 +72,9 @@ class GalleryCache(Cache):
 
     def write(self, states: list[State], rows, shared: list[State] | None = None, facts: State | None = None):
         """Takes the new state of all layers, once they all have it. rows: the Rows of this forward."""
+        if self.waiting is not None:
+            self.waiting.append((states, rows, shared, facts))
+            return
         states = [{name: x.commit() if hasattr(x, "commit") else x for name, x in state.items()} for state in states]
         self.states = [{name: x.detach() for name, x in state.items() if x is not None} for state in states]
         self.seen = rows.seen + rows.lengths
@@ -83,6 +88,22 @@ class GalleryCache(Cache):
         if self.capacity is not None and not self.recording:
             while sum(count for count, _ in self.history[1:]) > self.capacity:
                 self.history.pop(0)
+
+    @contextmanager
+    def held(self):
+        """Writes inside the block wait, and take place when it ends well: a forward that fails after its last layer,
+        in a head or in the loss, changes nothing either."""
+        if self.waiting is not None:  # an outer block decides
+            yield
+            return
+        self.waiting = []
+        try:
+            yield
+            waiting = self.waiting
+        finally:
+            self.waiting = None
+        for write in waiting:
+            self.write(*write)
 
     @property
     def limit(self) -> int | None:
@@ -208,10 +229,20 @@ class GalleryCache(Cache):
         """Empties some rows, for a new document in each. rows: row numbers, or a mask (B,) of booleans.
 
         The other rows are untouched, and get_seq_length() counts on. What went before cannot be cropped any more.
+
+        Raises ValueError for rows that the cache has not, and for the cache of an encoder-decoder, whose rows belong
+        to their source.
         """
         if self.seen is None:
             return
+        if self.identity.get("is_encoder_decoder"):
+            raise ValueError(
+                "reset_rows() would leave a row without the encoder's output that it decodes; reset() the cache, and "
+                "start the rows again with their new source"
+            )
         rows = torch.as_tensor(rows)
+        if rows.dtype == torch.bool and rows.shape != self.seen.shape:
+            raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the cache has {len(self.seen)} rows")
         rows = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool else rows.long()
         if rows.numel() and (int(rows.min()) < -len(self.seen) or int(rows.max()) >= len(self.seen)):
             raise ValueError(f"rows are {rows.tolist()}; the cache has rows 0 to {len(self.seen) - 1}")
@@ -294,7 +325,7 @@ class GalleryCache(Cache):
             cache = object.__new__(cls)
             Cache.__init__(cache, layers=[])
             cache.identity, cache.capacity = about["identity"], about["capacity"]
-            cache.columns, cache.recording = about["columns"], False
+            cache.columns, cache.recording, cache.waiting = about["columns"], False, None
             cache.states, cache.shared = ([{} for _ in range(n)] for n in about["layers"])
             cache.rows, cache.seen, masks = {}, None, {}
             for name in file.keys():

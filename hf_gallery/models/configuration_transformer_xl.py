@@ -35,7 +35,10 @@ class GalleryTransformerXLConfig(GalleryConfig):
     projection_init_range: float = 0.01
 
     def __post_init__(self, **kwargs: Any):
-        self.check_count("segment_length", 1)
+        for name in ("vocab_size", "hidden_size", "segment_length"):
+            self.check_count(name, 1)
+        if self.embedding_size is not None:
+            self.check_count("embedding_size", 1)
         self.check_count("mem_len", 0)
         self.check_count("div_val", 1)
         self.check_choice("cluster_order", ["forward", "reversed"])
@@ -43,7 +46,7 @@ class GalleryTransformerXLConfig(GalleryConfig):
             raise ValueError("same_length is True and mem_len is 0, so no query would see a key; give mem_len 1 or more")
         if not isinstance(self.clamp_len, int) or self.clamp_len == 0 or self.clamp_len < -1:
             raise ValueError(f"clamp_len is {self.clamp_len!r}; it is a distance of at least 1, or -1 for off")
-        if isinstance(self.hidden_size, int) and self.hidden_size % 2:
+        if self.hidden_size % 2:
             raise ValueError(f"hidden_size is {self.hidden_size}; sinusoidal positions need an even number")
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size

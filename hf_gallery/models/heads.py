@@ -38,7 +38,9 @@ class CausalLMHead(GalleryGenerationMixin):
         column t holding the token after column t, are not. -100 is left out. logits (B, T, V).
         """
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
-        self.check_labels(labels, loss_arguments.get("shift_labels"), input_ids, inputs_embeds)
+        columns = input_ids if inputs_embeds is None else inputs_embeds
+        for name, given in (("labels", labels), ("shift_labels", loss_arguments.get("shift_labels"))):
+            check_labels(name, given, columns, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -62,13 +64,6 @@ class CausalLMHead(GalleryGenerationMixin):
             logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
         )
 
-    def check_labels(self, labels, shift_labels, input_ids, inputs_embeds):
-        """Raises ValueError unless labels stand under the input's columns."""
-        x = input_ids if inputs_embeds is None else inputs_embeds
-        for name, given in (("labels", labels), ("shift_labels", shift_labels)):
-            if given is not None and x is not None and given.shape != x.shape[:2]:
-                raise ValueError(f"{name} has shape {tuple(given.shape)}; the input's columns need {tuple(x.shape[:2])}")
-
 
 class MaskedLMHead:
     """The token that belongs in each column: a dense map with norm, then `lm_head` (Devlin et al. 2018)."""
@@ -89,6 +84,7 @@ class MaskedLMHead:
         """Arguments as in the bare model. labels (B, T): the token that belongs there, -100 to leave it out. logits
         (B, T, V)."""
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
+        check_labels("labels", labels, input_ids if inputs_embeds is None else inputs_embeds, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -153,6 +149,20 @@ class SequenceClassificationHead:
     def pool(self, hidden, attention_mask):
         """What `classifier` sees of hidden (B, T, E): (B, E)."""
         return pooled_rows(hidden, attention_mask, last=True)
+
+
+def check_labels(name: str, labels, columns, vocab_size: int):
+    """Raises ValueError unless labels (B, T), if given, are tokens or -100 under the input's columns (B, T, ...)."""
+    if labels is None or columns is None:
+        return
+    if labels.shape != columns.shape[:2]:
+        raise ValueError(f"{name} has shape {tuple(labels.shape)}; the input's columns need {tuple(columns.shape[:2])}")
+    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
+    if len(wrong):
+        raise ValueError(
+            f"{name} holds {int(wrong[0])}, outside the vocabulary of vocab_size {vocab_size}; labels are token ids, or "
+            "-100 to leave a column out"
+        )
 
 
 def pooled_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, last: bool) -> torch.Tensor:

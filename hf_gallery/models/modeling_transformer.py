@@ -32,7 +32,7 @@ from transformers.utils import can_return_tuple
 from .attention import attend, attend_naive
 from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
 from .configuration_transformer import GalleryTransformerConfig
-from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, keep_logits, pooled_rows
+from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, keep_logits, pooled_rows
 from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, with_config
 from .rows import Rows
 from .spans import Spans
@@ -338,7 +338,9 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
                 use_cache=use_cache,
                 **flags,
             )
-        if encoder_outputs is None and not (past_key_values is not None and "source_length" in past_key_values.rows):
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            raise ValueError("decoder_input_ids are missing: give them, decoder_inputs_embeds, or labels to the head")
+        if encoder_outputs is None and "source_length" not in getattr(past_key_values, "rows", {}):
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **flags
             )
@@ -521,6 +523,8 @@ class GalleryTransformerForConditionalGeneration(GalleryTransformerPreTrainedMod
         """
         if decoder_input_ids is None and decoder_inputs_embeds is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        decoded = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+        check_labels("labels", labels, decoded, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -159,6 +159,8 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
         return (state["keys"], state["values"]) if state else None
 
     def _before(self, x, past, parts):
+        if parts.before is None:  # nobody sees any, though rows that were emptied may have left a cache of no columns
+            return None
         if not parts.crosses:
             return past
         new = self.self_attn.keys_values(self._attention_input(x.detach()))

@@ -69,10 +69,11 @@ class TokenStack:
         if token_type_ids is not None:
             if not config.type_vocab_size:
                 raise ValueError("token_type_ids are given, but type_vocab_size is 0; leave them out")
-            if token_type_ids.shape != (b, t) or int(token_type_ids.max()) >= config.type_vocab_size:
+            low, high = (int(x) for x in token_type_ids.aminmax())
+            if token_type_ids.shape != (b, t) or low < 0 or high >= config.type_vocab_size:
                 raise ValueError(
-                    f"token_type_ids has shape {tuple(token_type_ids.shape)} and values up to "
-                    f"{int(token_type_ids.max())}; they must be ({b}, {t}), below type_vocab_size {config.type_vocab_size}"
+                    f"token_type_ids has shape {tuple(token_type_ids.shape)} and values from {low} to {high}; they must "
+                    f"be ({b}, {t}), from 0 and below type_vocab_size {config.type_vocab_size}"
                 )
         if config.longest_input is not None and self.segment_length is None:
             if position_ids is None:

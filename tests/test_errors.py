@@ -1,0 +1,321 @@
+"""Bad input gets a ValueError that names the argument and its value, before anything is computed; a cache that was
+given stays as it was and goes on."""
+
+import logging
+
+import pytest
+import torch
+from test_law_6_layers_pure import assert_unchanged, snapshot
+from transformers import AutoModel, DynamicCache
+from variants import VARIANTS, VOCAB, causal, over, runner, streams, words
+
+import hf_gallery as gallery
+from hf_gallery import GalleryCache, GalleryTransformerConfig, GalleryTransformerXLConfig
+
+# What is wrong with 6 more tokens for a cache of 2 rows that has seen 11 columns, and what the message must say.
+INPUTS = {
+    "id at vocab_size": (dict(bad_id=VOCAB), rf"input_ids.*\b{VOCAB}\b.*vocab"),
+    "id far away": (dict(bad_id=10**9), r"input_ids.*1000000000.*vocab"),
+    "id below 0": (dict(bad_id=-100), r"input_ids.*-100.*vocab"),
+    "ids of another type": (dict(ids=torch.zeros(2, 6)), r"input_ids.*float32"),
+    "ids without rows": (dict(ids=torch.zeros(6, dtype=torch.long)), r"input_ids.*\(6,\)"),
+    "ids of three dimensions": (dict(ids=torch.zeros(2, 6, 1, dtype=torch.long)), r"input_ids.*\(2, 6, 1\)"),
+    "no tokens": (dict(ids=torch.zeros(2, 0, dtype=torch.long)), r"input_ids.*\(2, 0\)"),
+    "no rows": (dict(ids=torch.zeros(0, 6, dtype=torch.long)), r"input_ids.*\(0, 6\)"),
+    "other rows than the cache": (dict(ids=words(3, 6)), r"past_key_values.*\b2\b.*\b3\b"),
+    "mask too long": (dict(mask=torch.ones(2, 7)), r"attention_mask.*\(2, 7\).*\(2, 6\).*\(2, 17\)"),
+    "mask of the past only": (dict(mask=torch.ones(2, 11)), r"attention_mask.*\(2, 11\).*\(2, 6\).*\(2, 17\)"),
+    "mask of other rows": (dict(mask=torch.ones(1, 6)), r"attention_mask.*\(1, 6\).*\(2, 6\)"),
+    "mask of four dimensions": (dict(mask=torch.ones(2, 1, 6, 17)), r"attention_mask.*\(2, 1, 6, 17\)"),
+    "mask of one dimension": (dict(mask=torch.ones(6)), r"attention_mask.*\(6,\)"),
+    "additive mask": (dict(mask=torch.full((2, 6), -torch.inf)), r"attention_mask.*-inf"),
+    "mask of other numbers": (dict(mask=torch.full((2, 6), 2)), r"attention_mask.*\b2\b"),
+    "a cache of transformers": (dict(cache="dynamic"), r"past_key_values.*DynamicCache"),
+}
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "training"])
+@streams()
+def test_bad_input(variant, head, gradients):
+    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0)
+    run.model.train(gradients)
+    more = words(2, 6, seed=1)
+    with torch.set_grad_enabled(gradients):
+        _, cache = run(words(2, 11))
+        expected, _ = run(more, None, cache.copy())
+        before = snapshot(cache)
+        for what, (wrong, message) in INPUTS.items():
+            ids = wrong.get("ids", more).clone()
+            if "bad_id" in wrong:
+                ids[1, 4] = wrong["bad_id"]
+            if run.head.source:  # its names are those of the decoder, and checked by the same code
+                message = message.replace("input_ids", "(decoder_)?input_ids")
+            given = DynamicCache() if wrong.get("cache") else cache
+            with pytest.raises(ValueError) as error:
+                run(ids, wrong.get("mask"), given, rows=[0, 1])
+            assert error.match(message), what
+            assert len(str(error.value)) < 400
+            assert_unchanged(cache, before)
+        result, _ = run(more, None, cache)
+    assert torch.equal(result, expected)
+
+
+@over(lambda variant, head: not head.stream)
+def test_bad_input_without_a_cache(variant, head):
+    run = runner(variant, head)
+    for what in ("id at vocab_size", "id below 0", "ids of another type", "no tokens", "no rows", "mask of one dimension",
+                 "mask of four dimensions", "additive mask", "mask of other rows"):  # fmt: skip
+        wrong, message = INPUTS[what]
+        ids = wrong.get("ids", words(2, 6)).clone()
+        if "bad_id" in wrong:
+            ids[1, 4] = wrong["bad_id"]
+        with pytest.raises(ValueError, match=message):
+            run(ids, wrong.get("mask"))
+
+
+@over(lambda variant, head: not head.source)
+def test_ids_and_embeddings(variant, head):
+    model = variant.make(head)
+    ids = words(2, 6)
+    embeds = model.get_input_embeddings()(ids)
+    with pytest.raises(ValueError, match="input_ids.*inputs_embeds"):
+        model(input_ids=ids, inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="input_ids.*inputs_embeds"):
+        model()
+    with pytest.raises(ValueError, match=r"inputs_embeds.*\b29\b.*\b30\b"):
+        model(inputs_embeds=embeds[..., :29])
+    with pytest.raises(ValueError, match=r"inputs_embeds.*\(2, 30\)"):
+        model(inputs_embeds=embeds[:, 0])
+
+
+@streams()
+def test_the_cache_of_another_model(variant, head):
+    """Another variant's, another size's, another setting's: all that would be read wrongly."""
+    run = runner(variant, head)
+    others = [v.make(name) for v in VARIANTS if v.name != variant.name for name, h in v.heads.items() if h.stream]
+    others += [variant.make(head, num_hidden_layers=2, num_decoder_layers=2) if run.head.source else
+               variant.make(head, num_hidden_layers=2),
+               variant.make(head, num_attention_heads=6), variant.make(head, head_dim=8)]  # fmt: skip
+    refused = 0
+    for other in others:
+        cache = GalleryCache(other.config)
+        if cache.identity == GalleryCache(run.model.config).identity:
+            continue  # a setting that leaves no trace in the cache, say where the norms stand
+        with pytest.raises(ValueError, match="past_key_values"):
+            run(words(2, 6), None, cache)
+        assert cache.get_seq_length() == 0
+        refused += 1
+    assert refused >= 3
+    if variant.config.model_type == "gallery_transformer_xl":
+        for setting in (dict(mem_len=4), dict(segment_length=9), dict(clamp_len=3)):
+            cache = GalleryCache(variant.make_config(head, **setting))
+            with pytest.raises(ValueError, match=f"past_key_values.*{next(iter(setting))}"):
+                run(words(2, 6), None, cache)
+
+
+@pytest.mark.parametrize("head", ["causal", "decoder", "encoder", "masked", "sequence"])
+def test_longer_than_learned_positions(head):
+    variant = next(v for v in VARIANTS if v.limit)
+    run = runner(variant, head)
+    run(words(2, variant.limit))
+    with pytest.raises(ValueError, match=rf"\b{variant.limit + 1}\b.*max_position_embeddings.*\b{variant.limit}\b"):
+        run(words(2, variant.limit + 1))
+    mask = torch.ones(2, variant.limit + 4, dtype=torch.long)
+    mask[:, :4] = 0
+    run(words(2, variant.limit + 4), mask)  # padding takes no position
+
+
+def test_longer_than_learned_positions_with_a_cache():
+    variant = next(v for v in VARIANTS if v.limit)
+    run = runner(variant, "causal")
+    cache = None
+    with torch.no_grad():
+        _, cache = run(words(2, variant.limit - 1))
+        before = snapshot(cache)
+        with pytest.raises(ValueError, match=rf"\b{variant.limit + 1}\b.*max_position_embeddings.*\b{variant.limit}\b"):
+            run(words(2, 2), None, cache)
+        assert_unchanged(cache, before)
+        run(words(2, 1), None, cache)
+        with pytest.raises(ValueError, match="max_position_embeddings"):
+            run(words(2, 1), None, cache)
+    run.model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        run.model.generate(words(1, 50), max_new_tokens=20, do_sample=False)
+
+
+@causal()
+def test_bad_labels(variant):
+    for training in (False, True):
+        run = runner(variant, "causal")
+        run.model.train(training)
+        _, cache = run(words(2, 11))
+        before = snapshot(cache)
+        for name in ("labels", "shift_labels"):
+            for labels, message in (
+                (words(2, 5), r"\(2, 5\).*\(2, 6\)"),
+                (words(3, 6), r"\(3, 6\).*\(2, 6\)"),
+                (torch.full((2, 6), VOCAB), rf"\b{VOCAB}\b"),
+                (torch.full((2, 6), -7), "-7"),
+            ):
+                with pytest.raises(ValueError, match=f"{name}.*{message}"):
+                    run(words(2, 6), None, cache, **{name: labels})
+                assert_unchanged(cache, before)
+
+
+@over(lambda variant, head: head.pooled)
+def test_a_row_with_nothing_to_classify(variant, head):
+    model = variant.make("sequence")
+    mask = torch.ones(3, 6, dtype=torch.long)
+    mask[1] = 0
+    with pytest.raises(ValueError, match=r"attention_mask.*\[1\]"):
+        model(words(3, 6), mask)
+
+
+def test_bad_input_of_the_encoder_decoder():
+    variant = next(v for v in VARIANTS if "seq2seq" in v.heads)
+    model = variant.make("seq2seq")
+    source, target = words(2, 9), words(2, 6)
+    encoded = model.get_encoder()(input_ids=source)
+    with pytest.raises(ValueError, match=r"attention_mask.*\(2, 8\).*\(2, 9\)"):
+        model(source, torch.ones(2, 8), decoder_input_ids=target)
+    with pytest.raises(ValueError, match=rf"input_ids.*\b{VOCAB}\b"):
+        model(torch.full((2, 9), VOCAB), decoder_input_ids=target)
+    with pytest.raises(ValueError, match=r"encoder_outputs.*\b2\b.*\b3\b"):
+        model(encoder_outputs=encoded, decoder_input_ids=words(3, 6))
+    with pytest.raises(ValueError, match="input_ids"):
+        model(decoder_input_ids=target)
+    with pytest.raises(ValueError, match="decoder_input_ids"):
+        model(source)
+    with pytest.raises(ValueError, match="is_encoder_decoder"):
+        gallery.GalleryTransformerForCausalLM(model.config)
+    with pytest.raises(ValueError, match="decoder_start_token_id"):
+        bare = variant.make("seq2seq", decoder_start_token_id=None, bos_token_id=None)
+        bare(source, labels=target)
+
+
+def test_position_ids_and_token_types():
+    model = next(v for v in VARIANTS if v.limit).make("causal", type_vocab_size=2)
+    ids = words(2, 6)
+    with pytest.raises(ValueError, match=r"position_ids.*\(2, 7\).*\(2, 6\)"):
+        model(ids, position_ids=torch.arange(7).expand(2, 7))
+    with pytest.raises(ValueError, match=r"position_ids.*-1"):
+        model(ids, position_ids=torch.arange(-1, 5).expand(2, 6))
+    with pytest.raises(ValueError, match=r"\b61\b"):
+        model(ids, position_ids=torch.arange(56, 62).expand(2, 6))
+    with pytest.raises(ValueError, match=r"token_type_ids.*\b2\b"):
+        model(ids, token_type_ids=torch.full((2, 6), 2))
+    with pytest.raises(ValueError, match=r"token_type_ids.*-1"):
+        model(ids, token_type_ids=torch.full((2, 6), -1))
+    with pytest.raises(ValueError, match=r"token_type_ids.*\(2, 5\)"):
+        model(ids, token_type_ids=torch.zeros(2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="token_type_ids.*type_vocab_size"):
+        VARIANTS[0].make("encoder")(ids, token_type_ids=torch.zeros(2, 6, dtype=torch.long))
+
+
+@streams(of_head=lambda head: not head.source)
+def test_rows_that_are_not_there(variant, head):
+    run = runner(variant, head)
+    _, cache = run(words(2, 11))
+    before = snapshot(cache)
+    for rows in ([2], [-3], [0, 5]):
+        with pytest.raises(ValueError, match=rf"rows.*{rows[-1]}"):
+            cache.reset_rows(rows)
+        assert_unchanged(cache, before)
+    with pytest.raises(ValueError, match="rows.*3"):
+        cache.reset_rows(torch.tensor([True, False, False]))
+    assert_unchanged(cache, before)
+
+
+# ------------------------------------------------------------------------------------------------------------- configs
+
+BOTH = [GalleryTransformerConfig, GalleryTransformerXLConfig]
+CONFIGS = [
+    *[(kind, dict(vocab_size=0), r"vocab_size.*\b0\b") for kind in BOTH],
+    *[(kind, dict(hidden_size=0), r"hidden_size.*\b0\b") for kind in BOTH],
+    *[(kind, dict(hidden_size=30.5), r"hidden_size.*30\.5") for kind in BOTH],
+    *[(kind, dict(num_hidden_layers=0), r"num_hidden_layers.*\b0\b") for kind in BOTH],
+    *[(kind, dict(num_attention_heads=-2), r"num_attention_heads.*-2") for kind in BOTH],
+    *[(kind, dict(hidden_size=100, num_attention_heads=8), r"hidden_size.*\b100\b.*\b8\b") for kind in BOTH],
+    *[(kind, dict(hidden_size=33, num_attention_heads=3), r"hidden_size.*\b33\b.*even") for kind in BOTH],
+    *[(kind, dict(head_dim=0), r"head_dim.*\b0\b") for kind in BOTH],
+    *[(kind, dict(intermediate_size=0), r"intermediate_size.*\b0\b") for kind in BOTH],
+    *[(kind, dict(hidden_act="gello"), "hidden_act.*gello") for kind in BOTH],
+    *[(kind, dict(hidden_dropout=1.0), r"hidden_dropout.*1\.0") for kind in BOTH],
+    *[(kind, dict(attention_dropout=-0.1), r"attention_dropout.*-0\.1") for kind in BOTH],
+    *[(kind, dict(layer_norm_eps=0.0), "layer_norm_eps.*0") for kind in BOTH],
+    *[(kind, dict(initializer_range=-1.0), "initializer_range.*-1") for kind in BOTH],
+    *[(kind, dict(pad_token_id=262), r"pad_token_id.*\b262\b.*vocab_size") for kind in BOTH],
+    *[(kind, dict(eos_token_id=[3, -1]), r"eos_token_id.*-1") for kind in BOTH],
+    *[(kind, dict(vocab_size=100), r"pad_token_id.*\b256\b.*\b100\b") for kind in BOTH],
+    (GalleryTransformerConfig, dict(norm_position="middle"), "norm_position.*middle.*post"),
+    (GalleryTransformerConfig, dict(position_embedding_type="rotary"), "position_embedding_type.*rotary.*sinusoidal"),
+    (GalleryTransformerConfig, dict(max_position_embeddings=0), "max_position_embeddings.*0"),
+    (GalleryTransformerConfig, dict(segment_length=0), "segment_length.*0"),
+    (GalleryTransformerConfig, dict(num_encoder_layers=0), "num_encoder_layers.*0"),
+    (GalleryTransformerConfig, dict(segment_length=7, is_encoder_decoder=True), "segment_length.*7.*is_encoder_decoder"),
+    (
+        GalleryTransformerConfig,
+        dict(segment_length=70, max_position_embeddings=60, position_embedding_type="learned"),
+        "segment_length.*70.*max_position_embeddings.*60",
+    ),
+    (GalleryTransformerXLConfig, dict(segment_length=0), "segment_length.*0"),
+    (GalleryTransformerXLConfig, dict(segment_length=None), "segment_length.*None"),
+    (GalleryTransformerXLConfig, dict(mem_len=-1), "mem_len.*-1"),
+    (GalleryTransformerXLConfig, dict(mem_len=0, same_length=True), "same_length.*mem_len.*0"),
+    (GalleryTransformerXLConfig, dict(clamp_len=0), "clamp_len.*0"),
+    (GalleryTransformerXLConfig, dict(clamp_len=-5), "clamp_len.*-5"),
+    (GalleryTransformerXLConfig, dict(div_val=0), "div_val.*0"),
+    (GalleryTransformerXLConfig, dict(cutoffs=[50, 50]), r"cutoffs.*50, 50"),
+    (GalleryTransformerXLConfig, dict(cutoffs=[100, 50]), r"cutoffs.*100, 50"),
+    (GalleryTransformerXLConfig, dict(cutoffs=[50, 262]), r"cutoffs.*262"),
+    (GalleryTransformerXLConfig, dict(cutoffs=[0, 50]), r"cutoffs.*0, 50"),
+    (GalleryTransformerXLConfig, dict(cutoffs=[10, 20, 30], div_val=10), "div_val.*10"),
+    (GalleryTransformerXLConfig, dict(cutoffs=[50], tie_projs=[True]), r"tie_projs.*1.*2"),
+    (GalleryTransformerXLConfig, dict(cluster_order="sideways"), "cluster_order.*sideways"),
+    (GalleryTransformerXLConfig, dict(embedding_size=0), "embedding_size.*0"),
+]
+
+
+@pytest.mark.parametrize(("kind", "settings", "message"), CONFIGS, ids=[f"{k.model_type}-{s}" for k, s, _ in CONFIGS])
+def test_bad_config(kind, settings, message, tmp_path):
+    """In the constructor, and when such a file is read."""
+    with pytest.raises(ValueError, match=message):
+        kind(**settings)
+    good = kind()
+    with pytest.raises(ValueError, match=message):
+        kind.from_dict(good.to_dict() | ({"head_dim": None} | settings))
+
+
+def test_a_misspelt_argument_is_noticed(caplog):
+    """transformers keeps unknown names without a word."""
+    logging.getLogger("hf_gallery").propagate = True
+    with caplog.at_level(logging.WARNING):
+        GalleryTransformerXLConfig(mem_length=64)
+    assert "mem_length" in caplog.text and "mem_len" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        GalleryTransformerXLConfig(id2label={0: "a"}, output_attentions=True, something_else=3)
+    assert "GalleryTransformerXLConfig has no argument" not in caplog.text
+
+
+@causal()
+def test_unknown_attention(variant):
+    kind = variant.heads["causal"].kind
+    for implementation in ("flash_attention_2", "flash"):
+        with pytest.raises(ValueError, match=f"{implementation}.*eager"):
+            kind._from_config(variant.make_config("causal"), attn_implementation=implementation)
+    assert kind(variant.make_config("causal")).config._attn_implementation == "eager"
+
+
+@causal(lambda v: v.config.model_type == "gallery_transformer_xl")
+def test_sdpa_has_no_relative_positions(variant, tmp_path):
+    """Refused when the model is built, in every way of asking, and not silently replaced."""
+    config = variant.make_config("causal")
+    with pytest.raises(ValueError, match="sdpa.*eager"):
+        variant.heads["causal"].kind._from_config(config, attn_implementation="sdpa")
+    model = variant.make("causal")
+    with pytest.raises(ValueError, match="sdpa.*eager"):
+        model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="sdpa.*eager"):
+        AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
