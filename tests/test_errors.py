@@ -132,7 +132,9 @@ def test_longer_than_learned_positions_with_a_cache():
     with torch.no_grad():
         _, cache = run(words(2, variant.limit - 1))
         before = snapshot(cache)
-        with pytest.raises(ValueError, match=rf"\b{variant.limit + 1}\b.*max_position_embeddings.*\b{variant.limit}\b"):
+        with pytest.raises(
+            ValueError, match=rf"\b{variant.limit + 1}\b.*max_position_embeddings.*\b{variant.limit}\b"
+        ):
             run(words(2, 2), None, cache)
         assert_unchanged(cache, before)
         run(words(2, 1), None, cache)
@@ -252,7 +254,11 @@ CONFIGS = [
     (GalleryTransformerConfig, dict(max_position_embeddings=0), "max_position_embeddings.*0"),
     (GalleryTransformerConfig, dict(segment_length=0), "segment_length.*0"),
     (GalleryTransformerConfig, dict(num_encoder_layers=0), "num_encoder_layers.*0"),
-    (GalleryTransformerConfig, dict(segment_length=7, is_encoder_decoder=True), "segment_length.*7.*is_encoder_decoder"),
+    (
+        GalleryTransformerConfig,
+        dict(segment_length=7, is_encoder_decoder=True),
+        "segment_length.*7.*is_encoder_decoder",
+    ),
     (
         GalleryTransformerConfig,
         dict(segment_length=70, max_position_embeddings=60, position_embedding_type="learned"),

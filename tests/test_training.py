@@ -492,6 +492,38 @@ def test_checkpointed_activations_give_the_same_training(variant, tmp_path):
         torch.testing.assert_close(saving.model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("variant", SOME, ids=[variant.name for variant in SOME])
+def test_a_loss_of_ones_own(variant, tmp_path):
+    """compute_loss_func gets labels that stand under their logits, and the number of tokens of the update; label
+    smoothing works. Neither is a likelihood, so no bits are reported."""
+
+    def twice(outputs, labels, num_items_in_batch=None):
+        total = F.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        return 2 * total / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
+
+    documents, changes = texts(9, 30, 2), {"max_steps": 1, "gradient_accumulation_steps": 3}
+    found = {}
+    for name, more, settings in (
+        ("model", {}, {}),
+        ("own", {"compute_loss_func": twice}, {}),
+        ("smooth", {}, {"label_smoothing_factor": 0.3}),
+    ):
+        own = SegmentTrainer(
+            variant.make(**NO_DROPOUT),
+            arguments(tmp_path, **changes, **settings),
+            segment_length=4,
+            train_dataset=dataset(documents),
+            eval_dataset=dataset(documents),
+            **more,
+        )
+        before = own.evaluate()
+        own.train()
+        found[name] = [losses(own)[0], before["eval_loss"]]
+        assert ("eval_bits_per_token" in before) == (name == "model")
+    assert found["own"] == pytest.approx([2 * loss for loss in found["model"]], rel=1e-5)
+    assert found["smooth"] != pytest.approx(found["model"], rel=1e-3)
+
+
 @causal()
 def test_a_stream_of_documents_does_not_grow_the_cache(variant, tmp_path):
     """Whatever the lanes read before, the cache holds no more than what its rows' own documents need."""

@@ -6,8 +6,16 @@ import pytest
 import torch
 from test_law_2_batch_anyhow import padded, scatter
 from torch import nn
-from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, BertModel
-from transformers import GPT2Config, GPT2LMHeadModel, MarianConfig, MarianMTModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    MarianConfig,
+    MarianMTModel,
+)
 from variants import SIZES, VOCAB, assert_equal, loud, words
 
 import hf_gallery as gallery

@@ -39,9 +39,7 @@ def load_corpus(name: str | os.PathLike = "stdlib") -> DatasetDict:
         raise ValueError(f"corpus {name!r} does not exist; give a folder of text, 'stdlib', or 'hf:NAME'")
     files = _read_files(root, SUFFIXES) if root.is_dir() else {root.name: _read(root)}
     if not any(text.strip() for text in files.values()):
-        raise ValueError(
-            f"corpus {name!r} holds no text; text files end in {', '.join(SUFFIXES)}"
-        )
+        raise ValueError(f"corpus {name!r} holds no text; text files end in {', '.join(SUFFIXES)}")
     given = {split: {p: t for p, t in files.items() if p.split("/")[0] == split} for split in SPLITS}
     if all(given.values()):
         return _make(given)
@@ -89,7 +87,16 @@ def _read(path: Path) -> str:
 
 def _is_library_source(path: str) -> bool:
     parts = path.split("/")
-    left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__", "lib-dynload"}
+    left_out = {
+        "site-packages",
+        "dist-packages",
+        "test",
+        "tests",
+        "idle_test",
+        "lib2to3",
+        "__pycache__",
+        "lib-dynload",
+    }
     return not left_out & set(parts) and not parts[0].startswith("config-")
 
 

@@ -274,7 +274,19 @@ def _forward_tile(scorer: _Scorer, value, tile: _Tile, dropout, seed):
 
 
 def _backward_tile(
-    scorer, value, grad_out, lse, offset, tile, dropout, seed, grad_query, grad_key, grad_value, grad_position, grad_table
+    scorer,
+    value,
+    grad_out,
+    lse,
+    offset,
+    tile,
+    dropout,
+    seed,
+    grad_query,
+    grad_key,
+    grad_value,
+    grad_position,
+    grad_table,
 ):
     """Adds the gradients that one tile of queries gives; all buffers are heads-major."""
     queries = tile.queries

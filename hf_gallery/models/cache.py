@@ -344,7 +344,14 @@ class GalleryCache(Cache):
 
 def cache_identity(config) -> dict:
     """What must agree between a cache and the model that reads it."""
-    names = ("model_type", "is_decoder", "is_encoder_decoder", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    names = (
+        "model_type",
+        "is_decoder",
+        "is_encoder_decoder",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+    )
     names += ("head_dim", "num_decoder_layers", "segment_length", "mem_len", "same_length", "clamp_len")
     names += ("attention_window", "attention_dilation", "memory_layers", "memory_size", "block_length")
     names += ("recurrent_layers", "num_state_vectors")

@@ -110,7 +110,9 @@ class GalleryStackConfig(GalleryConfig):
     embedding_norm: bool = False  # a LayerNorm on the embeddings (BERT)
     type_vocab_size: int = 0  # token types (BERT); 0 = none
     attention_bias: bool = True
-    initialization: str = "xavier"  # xavier: uniform, as published; normal: normal(0, initializer_range), as GPT-2, BERT
+    initialization: str = (
+        "xavier"  # xavier: uniform, as published; normal: normal(0, initializer_range), as GPT-2, BERT
+    )
     classifier_dropout: float | None = None  # default hidden_dropout
 
     position_embedding_types: ClassVar[list[str]] = ["sinusoidal", "learned", "none"]

@@ -60,4 +60,6 @@ def check_layers(name: str, layers: Any, count: int):
         raise ValueError(f"{name} is {layers!r}; it must be a list of different layer numbers")
     for layer in layers:
         if not isinstance(layer, int) or not 0 <= layer < count:
-            raise ValueError(f"{name} holds {layer!r}; layers are numbered 0 to {count - 1} (num_hidden_layers {count})")
+            raise ValueError(
+                f"{name} holds {layer!r}; layers are numbered 0 to {count - 1} (num_hidden_layers {count})"
+            )

@@ -43,7 +43,9 @@ class GalleryTransformerXLConfig(GalleryConfig):
         self.check_count("div_val", 1)
         self.check_choice("cluster_order", ["forward", "reversed"])
         if self.same_length and self.mem_len == 0:
-            raise ValueError("same_length is True and mem_len is 0, so no query would see a key; give mem_len 1 or more")
+            raise ValueError(
+                "same_length is True and mem_len is 0, so no query would see a key; give mem_len 1 or more"
+            )
         if not isinstance(self.clamp_len, int) or self.clamp_len == 0 or self.clamp_len < -1:
             raise ValueError(f"clamp_len is {self.clamp_len!r}; it is a distance of at least 1, or -1 for off")
         if self.hidden_size % 2:
@@ -63,7 +65,9 @@ class GalleryTransformerXLConfig(GalleryConfig):
             )
         clusters = len(self.cutoffs) + 1
         if self.tie_projs is not None and len(self.tie_projs) != clusters:
-            raise ValueError(f"tie_projs has {len(self.tie_projs)} entries; cutoffs {self.cutoffs} make {clusters} clusters")
+            raise ValueError(
+                f"tie_projs has {len(self.tie_projs)} entries; cutoffs {self.cutoffs} make {clusters} clusters"
+            )
         super().__post_init__(**kwargs)
 
     @property

@@ -100,7 +100,9 @@ class MaskedLMHead:
         loss = None
         if labels is not None:
             labels = labels.contiguous()
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments)
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
+            )
         return MaskedLMOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -156,7 +158,9 @@ def check_labels(name: str, labels, columns, vocab_size: int):
     if labels is None or columns is None:
         return
     if labels.shape != columns.shape[:2]:
-        raise ValueError(f"{name} has shape {tuple(labels.shape)}; the input's columns need {tuple(columns.shape[:2])}")
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)}; the input's columns need {tuple(columns.shape[:2])}"
+        )
     wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
     if len(wrong):
         raise ValueError(
@@ -176,7 +180,9 @@ def pooled_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, last:
     mask = attention_mask[:, -t:].bool()
     empty = ~mask.any(1)
     if bool(empty.any()):
-        raise ValueError(f"attention_mask has no token in rows {empty.nonzero().flatten().tolist()}; nothing to classify")
+        raise ValueError(
+            f"attention_mask has no token in rows {empty.nonzero().flatten().tolist()}; nothing to classify"
+        )
     column = torch.arange(t, device=mask.device).expand(b, t)
     column = column.masked_fill(~mask, -1).amax(1) if last else column.masked_fill(~mask, t).amin(1)
     return hidden[torch.arange(b, device=hidden.device), column.to(hidden.device)]

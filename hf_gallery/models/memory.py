@@ -105,7 +105,9 @@ def _faiss_search(make):
                     if not index.is_trained:
                         index.train(data)
                     index.add(data)
-                    found_scores, found_at = index.search(query[row, head, who].float().cpu().numpy(), min(topk, len(at)))
+                    found_scores, found_at = index.search(
+                        query[row, head, who].float().cpu().numpy(), min(topk, len(at))
+                    )
                     found_scores, found_at = torch.from_numpy(found_scores), torch.from_numpy(found_at)
                     found_scores = found_scores.masked_fill(found_at < 0, -math.inf)
                     width = found_at.shape[1]

@@ -75,7 +75,9 @@ class GalleryPreTrainedModel(PreTrainedModel):
                 "with at least one row and one token"
             )
         if wanted == 3 and x.shape[2] != self.config.hidden_size:
-            raise ValueError(f"inputs_embeds is {x.shape[2]} wide; this model's hidden_size is {self.config.hidden_size}")
+            raise ValueError(
+                f"inputs_embeds is {x.shape[2]} wide; this model's hidden_size is {self.config.hidden_size}"
+            )
         b, t = x.shape[:2]
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)

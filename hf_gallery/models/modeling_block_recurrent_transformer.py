@@ -92,7 +92,9 @@ class Blocks:
         self.token_at = (self.phase[:, None] + torch.arange(rows.width)).clamp(max=self.count * w - 1)  # (B, T)
         # For the state: the columns [cached | new] of the block before and of all blocks, and which of them exist.
         column = torch.arange(-w, self.count * w) - self.phase[:, None] + cached  # (B, (J + 1) * W)
-        self.real = (column >= cached - rows.seen[:, None]) & (column < (cached + rows.lengths)[:, None]) & (column >= 0)
+        self.real = (
+            (column >= cached - rows.seen[:, None]) & (column < (cached + rows.lengths)[:, None]) & (column >= 0)
+        )
         self.column = column.clamp(0, cached + rows.width - 1)
 
     def tokens(self, x: torch.Tensor) -> torch.Tensor:
@@ -253,7 +255,9 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
             if bool(done.any()):
                 spans = blocks.window_spans(j, current.shape[1])
                 ahead = recurrence.advance(current, read, blocks.window(keys, j), blocks.window(values, j), spans)
-                current = ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
+                current = (
+                    ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
+                )
         key = torch.stack([read[2] for read in reads], dim=1).flatten(0, 1)  # (B * J, H, S, D)
         value = torch.stack([read[3] for read in reads], dim=1).flatten(0, 1)
         return blocks.back(self._read_state(blocks.tokens(cross_query), key, value)), {"state": current}
@@ -402,7 +406,9 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
             padded = [nn.functional.pad(part, (0, 0, 0, w - part.shape[1])) for part in parts]
             # A row's first block starts in the middle where its first tokens came in an earlier forward.
             place = torch.where(token < w, token - start, token)
-            joined.append(torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2])))
+            joined.append(
+                torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
+            )
         if cache is not None:
             cache.write(states, rows)
         return joined[-1], joined if output_hidden_states else None, None

@@ -91,7 +91,9 @@ class Folding:
         lengths = self.rows.lengths[:1] if self.rows.uniform else self.rows.lengths
         seen = self.rows.seen[:1] if self.rows.uniform else self.rows.seen
         last = (seen + lengths - 1)[:, None, None]
-        at = (self.front + self.cached - self.early) // self.g + torch.arange(p.shape[-1])  # folded column of the query
+        at = (self.front + self.cached - self.early) // self.g + torch.arange(
+            p.shape[-1]
+        )  # folded column of the query
         lower = at - (p // self.g).clamp(max=left)
         upper = at + ((last - p) // self.g).clamp(max=right)
         upper = torch.where(real, upper, lower - 1)
@@ -443,7 +445,9 @@ class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
             facts=facts,
         )
         x = self.embed(rows, input_ids, inputs_embeds, position_ids, token_type_ids)
-        x, hidden, attentions = self.run_layers(self.layers, x, context, cache, output_hidden_states, output_attentions)
+        x, hidden, attentions = self.run_layers(
+            self.layers, x, context, cache, output_hidden_states, output_attentions
+        )
         if config.norm_position == "pre":
             x = self.norm(x)
             if hidden is not None:
@@ -741,7 +745,9 @@ def first_token(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.T
 def question_tokens(input_ids: torch.Tensor, sep_token_id: int | None) -> torch.Tensor:
     """A mask (B, T) of the tokens before each row's first separator, as the released code chooses them."""
     if sep_token_id is None:
-        raise ValueError("config.sep_token_id is None, so the question's end is unknown; set it, or give global_attention_mask")
+        raise ValueError(
+            "config.sep_token_id is None, so the question's end is unknown; set it, or give global_attention_mask"
+        )
     separator = input_ids == sep_token_id
     without = ~separator.any(1)
     if bool(without.any()):

@@ -178,9 +178,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             probabilities = None
         if parts is None:
             return attend(query, keys, values, context.spans, position=position, scale=1.0, dropout=dropout), None
-        result = attend(
-            query, key, value, parts.own, position=position, scale=1.0, dropout=dropout, return_lse=True
-        )
+        result = attend(query, key, value, parts.own, position=position, scale=1.0, dropout=dropout, return_lse=True)
         if parts.before is not None:
             if not parts.crosses:
                 keys, values = past
@@ -324,7 +322,9 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
             output_attentions=bool(output_attentions),
             retrievals={} if output_retrievals else None,
         )
-        x, hidden, attentions = self.run_layers(self.layers, x, context, cache, output_hidden_states, output_attentions)
+        x, hidden, attentions = self.run_layers(
+            self.layers, x, context, cache, output_hidden_states, output_attentions
+        )
         x = self.norm(x)
         if hidden is not None:
             hidden[-1] = x

@@ -99,7 +99,9 @@ class GalleryTransformerLayer(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(config)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        ends = [self.self_attn.o_proj, self.feed_forward.down_proj] + ([self.cross_attn.o_proj] if cross_attention else [])
+        ends = [self.self_attn.o_proj, self.feed_forward.down_proj] + (
+            [self.cross_attn.o_proj] if cross_attention else []
+        )
         mark_branches(ends, config)
 
     def forward(self, x, context: Context, state: dict, source=None):
@@ -111,7 +113,9 @@ class GalleryTransformerLayer(GradientCheckpointingLayer):
         x = self._add(x, y, self.self_attn_norm)
         new = {}
         if context.keep:
-            new = {name: next_columns(s, context.rows, context.limit) for name, s in (("keys", key), ("values", value))}
+            new = {
+                name: next_columns(s, context.rows, context.limit) for name, s in (("keys", key), ("values", value))
+            }
         cross_probabilities = None
         if self.cross_attention:
             y = self.cross_attn_norm(x) if self.pre else x
@@ -543,7 +547,9 @@ class GalleryTransformerForConditionalGeneration(GalleryTransformerPreTrainedMod
             logits = logits + self.final_logits_bias
         loss = None
         if labels is not None:
-            loss = ForMaskedLMLoss(logits, labels.contiguous(), self.config.vocab_size, **kwargs)  # labels stand where they belong
+            loss = ForMaskedLMLoss(
+                logits, labels.contiguous(), self.config.vocab_size, **kwargs
+            )  # labels stand where they belong
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,

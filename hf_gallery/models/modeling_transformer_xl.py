@@ -109,7 +109,9 @@ class GalleryTransformerXLAttention(nn.Module):
                 out, _, probabilities = attend_naive(content, keys, values, context.spans, position=everything)
                 out = out.to(query.dtype)
         if context.parts is None and not context.output_attentions:
-            out = attend(content, keys, values, context.spans, position=Position(table, far, position), dropout=dropout)
+            out = attend(
+                content, keys, values, context.spans, position=Position(table, far, position), dropout=dropout
+            )
         elif context.parts is not None:
             out = self._attend_in_parts(content, position, new, before, table, dropout, context)
         return self.o_proj(merge_heads(out)), probabilities
@@ -168,7 +170,9 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
 
     def _next_state(self, x, new, past, state, context):
         if context.parts is not None and "keys" not in state:
-            return {"hidden": next_columns(append_columns(state.get("hidden"), x.detach()), context.rows, context.limit)}
+            return {
+                "hidden": next_columns(append_columns(state.get("hidden"), x.detach()), context.rows, context.limit)
+            }
         keys, values = new if past is None else map(append_columns, past, new)
         return {
             "keys": next_columns(keys.detach(), context.rows, context.limit),
@@ -374,7 +378,9 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
         x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
         x = self.dropout(x)
         context = self._context(rows, cache, x, bool(output_attentions))
-        x, hidden, attentions = self.run_layers(self.layers, x, context, cache, output_hidden_states, output_attentions)
+        x, hidden, attentions = self.run_layers(
+            self.layers, x, context, cache, output_hidden_states, output_attentions
+        )
         x = self.dropout(x)
         return BaseModelOutputWithPast(
             last_hidden_state=rows.unpack(x),
@@ -442,7 +448,9 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
         targets = loss_arguments.get("shift_labels")
         if targets is None and labels is not None:
             targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-        loss = None if targets is None else self.lm_head.loss(hidden, targets, loss_arguments.get("num_items_in_batch"))
+        loss = (
+            None if targets is None else self.lm_head.loss(hidden, targets, loss_arguments.get("num_items_in_batch"))
+        )
         if loss is not None and self.training:
             return None, loss
         return self.lm_head(keep_logits(hidden, logits_to_keep)), loss

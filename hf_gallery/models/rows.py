@@ -59,7 +59,9 @@ class Rows:
         if not keys_too:
             return x
         cached = x.shape[-1] - self.width
-        return torch.cat([x[..., :cached], self.unpack(x[..., cached:].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)], dim=-1)
+        return torch.cat(
+            [x[..., :cached], self.unpack(x[..., cached:].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)], dim=-1
+        )
 
     @property
     def positions(self) -> torch.Tensor:

@@ -63,7 +63,9 @@ class TokenStack:
         b, t, config = len(rows.lengths), rows.columns, self.config
         if position_ids is not None:
             if position_ids.shape not in ((b, t), (1, t)):
-                raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; {b} rows of {t} tokens need ({b}, {t})")
+                raise ValueError(
+                    f"position_ids has shape {tuple(position_ids.shape)}; {b} rows of {t} tokens need ({b}, {t})"
+                )
             if int(position_ids.min()) < 0:
                 raise ValueError(f"position_ids holds {int(position_ids.min())}; positions count from 0")
         if token_type_ids is not None:

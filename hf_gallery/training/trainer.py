@@ -198,6 +198,8 @@ class SegmentTrainer(Trainer):
             # 0 where this process ran dry and tokens are not counted over all of them: 0 / 0 would end the training
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
         shift_labels = inputs["shift_labels"]
+        if self._computes_loss:
+            del inputs["shift_labels"]  # Trainer takes `labels` out too, so the model gives logits and no loss
         loss, outputs = super().compute_loss(
             model,
             {**inputs, "past_key_values": carried.cache, "use_cache": True},
@@ -219,6 +221,11 @@ class SegmentTrainer(Trainer):
             carried.tokens += tokens
         return (loss, outputs) if return_outputs else loss
 
+    @property
+    def _computes_loss(self) -> bool:
+        """Whether Trainer computes the loss from logits, and not the model."""
+        return self.label_smoother is not None or self.compute_loss_func is not None
+
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
@@ -236,7 +243,7 @@ class SegmentTrainer(Trainer):
             total = self.accelerator.gather(total.to(self.args.device)).cpu()
         loss, tokens = total.sum(0).tolist()
         metrics = {"loss": loss / tokens, "tokens": int(tokens)}
-        if self.label_smoother is None and self.compute_loss_func is None:
+        if not self._computes_loss:
             metrics["bits_per_token"] = metrics["loss"] / math.log(2)
             if _is_byte_level(self.processing_class):
                 metrics["bits_per_byte"] = metrics["bits_per_token"]
