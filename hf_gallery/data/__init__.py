@@ -1,7 +1,7 @@
 """Corpora, a byte tokenizer and task generators, all without a network."""
 
 from .corpus import corpus_version, load_corpus, split_of
-from .tasks import associative_recall, passkey
+from .tasks import associative_recall, passkey, slot_recall
 from .tokenizer import byte_tokenizer, encode_bytes
 
 __all__ = [
@@ -11,5 +11,6 @@ __all__ = [
     "encode_bytes",
     "load_corpus",
     "passkey",
+    "slot_recall",
     "split_of",
 ]

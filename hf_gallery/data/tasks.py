@@ -1,8 +1,8 @@
 """Synthetic tasks that ask how far back a model remembers. All are made from seeds, on ids of the byte tokenizer.
 
 An example is a row of a datasets.Dataset with the columns input_ids, labels and distance, lists of one length. As in
-transformers, labels[t] is the token of column t where it is scored and -100 elsewhere; distance[t] counts the tokens
-from where the answer was shown to column t, and is -1 where nothing is scored.
+transformers, labels[t] is what column t - 1 is to predict where it is scored and -100 elsewhere; distance[t] counts
+the tokens from where the answer was shown to where it is asked for, and is -1 where nothing is scored.
 """
 
 from __future__ import annotations
@@ -69,6 +69,77 @@ def associative_recall(
             taken[row, place] = taken[row, place + 1] = True
         labels[row, at + apart + 1] = values[row, pair]
         distance[row, at + apart + 1] = apart
+    return _dataset(ids, labels, distance)
+
+
+SLOTS, SLOT_VALUES = 8, 8
+READS = np.frombuffer(b"12345678", dtype=np.uint8)  # id that asks for each slot
+ANSWERS = np.frombuffer(b"abcdefgh", dtype=np.uint8)  # id of each value, as it is predicted
+NOISE = np.frombuffer(b" .,-", dtype=np.uint8)
+# id that sets a slot to a value: one printable character for each pair, apart from those above
+WRITES = np.array(
+    [b for b in range(33, 127) if b not in b"12345678abcdefgh.,-"][: SLOTS * SLOT_VALUES], dtype=np.uint8
+)
+
+
+def slot_recall(
+    examples: int,
+    length: int,
+    *,
+    distances: Sequence[int],
+    num_writes: int = 4,
+    num_reads: int = 1,
+    num_values: int = 8,
+    seed: int = 0,
+    split: str = "train",
+) -> Dataset:
+    """Recall of what was put into a slot: memory over a distance, without the step of induction that
+    `associative_recall` needs besides.
+
+    One token says "slot k holds value v"; at one of `distances` tokens later, another says "read slot k", and the
+    token after it is to be v. Each of num_writes different slots is written once in an example and read at up to
+    num_reads distances, drawn alike from `distances`; all else is noise. The answer itself never stands in the input
+    (labels[t] is scored in place of input_ids[t]), so no read helps another. Values are drawn from num_values, so
+    chance is 1 / num_values. A read for which no room is left is left out.
+
+    Raises ValueError if the numbers do not fit together.
+    """
+    _check("examples", examples, 1)
+    _check("num_writes", num_writes, 1, SLOTS)
+    _check("num_reads", num_reads, 1)
+    _check("num_values", num_values, 2, SLOT_VALUES)
+    _check("length", length, 3)
+    distances = np.asarray(sorted(set(distances)), dtype=np.int64)
+    if not len(distances) or distances[0] < 1 or distances[-1] > length - 2:
+        raise ValueError(
+            f"distances are {distances.tolist()}; from a write to its read they must be from 1 to length - 2 = {length - 2}"
+        )
+    random = _generator(seed, split, "slot_recall")
+    ids = random.choice(NOISE, size=(examples, length)).astype(np.int64)
+    labels = np.full((examples, length), -100, dtype=np.int64)
+    distance = np.full((examples, length), -1, dtype=np.int64)
+    taken = np.zeros((examples, length), dtype=bool)
+    rows = np.arange(examples)
+    slots = random.permuted(np.tile(np.arange(SLOTS), (examples, 1)), axis=1)[:, :num_writes]
+    values = random.integers(num_values, size=(examples, num_writes))
+    written = np.full((examples, num_writes), -1)
+    for i in range(num_writes):
+        for _ in range(16):  # tries to find room
+            guess = random.integers(length - 1 - distances[0], size=examples)
+            free = (written[:, i] < 0) & ~taken[rows, guess]
+            written[free, i] = guess[free]
+        row = rows[written[:, i] >= 0]
+        at = written[row, i]
+        ids[row, at], taken[row, at] = WRITES[slots[row, i] * SLOT_VALUES + values[row, i]], True
+    for _ in range(num_reads):
+        for i in range(num_writes):
+            apart = random.choice(distances, size=examples)
+            at = written[:, i] + apart
+            row = rows[(written[:, i] >= 0) & (at < length - 1)]
+            row = row[~taken[row, at[row]]]
+            at, apart = at[row], apart[row]
+            ids[row, at], taken[row, at] = READS[slots[row, i]], True
+            labels[row, at + 1], distance[row, at + 1] = ANSWERS[values[row, i]], apart
     return _dataset(ids, labels, distance)
 
 

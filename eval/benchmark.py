@@ -1,0 +1,147 @@
+"""The main job: every contestant, every task, every seed, then one table, one JSON file and one page."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from typing import Any
+
+import torch
+
+from hf_gallery.data import corpus_version, load_corpus
+
+from . import cost, recall, text
+from .cells import EVERYONE, Cell
+from .contestants import CONTESTANTS, Contestant
+from .presets import Preset
+
+TASKS = ("recall", "text", "cost")
+
+
+def plan(
+    preset: Preset,
+    contestants: list[Contestant],
+    tasks: list[str],
+    seeds: int,
+    corpus: str,
+    device: torch.device,
+) -> list[Cell]:
+    """The cells of a run, in the order in which they are measured: all contestants at the first seed, then the next."""
+    cells: list[Cell] = []
+    where = {"device": device.type}
+    load = functools.cache(load_corpus)  # read once, and only if a text cell is missing
+
+    for seed in range(seeds):
+        if "recall" in tasks:
+            recall_settings = preset.recall
+            for c in contestants:
+
+                def measure_recall(tick, c=c, seed=seed):
+                    return recall.measure(c, recall_settings, seed, device, tick)
+
+                settings = _plain(recall_settings) | where
+                cells.append(Cell("recall", c.name, seed, settings, recall.units(recall_settings), measure_recall))
+        if "text" in tasks:
+            text_settings = preset.text
+            settings = _plain(text_settings) | where | {"corpus": corpus_version(corpus)}
+            if seed == 0:
+
+                def measure_order0(tick):
+                    bits = text.order0_bits(load(corpus), text_settings)
+                    tick(1)
+                    return {"bits_per_byte": bits}
+
+                cells.append(Cell("text", "order0", 0, settings, 1, measure_order0))
+            for c in contestants:
+
+                def measure_text(tick, c=c, seed=seed):
+                    return text.measure(c, text_settings, load(corpus), seed, device, tick)
+
+                cells.append(Cell("text", c.name, seed, settings, text.units(text_settings), measure_text))
+    if "cost" in tasks:
+        cost_settings = preset.cost
+        settings = _plain(cost_settings) | where | {"contestants": [c.name for c in contestants]}
+        units = cost.units(cost_settings, contestants)
+        cells.append(
+            Cell(
+                "cost",
+                EVERYONE,
+                0,
+                settings,
+                units,
+                lambda tick: cost.measure(contestants, cost_settings, 0, device, tick),
+            )
+        )
+    return cells
+
+
+def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """All of a run in one value: the cells as measured, and by contestant what the table and the page show.
+
+    recall: distance -> asked and correct, added up over seeds. bits_per_byte: by seed. cost: as measured.
+    """
+    summary: dict[str, Any] = {}
+    for c in contestants:
+        summary[c.name] = {"label": c.label, "reach": c.reach}
+    order0 = None
+    for cell in cells:
+        result = cell["result"]
+        if cell["contestant"] == "order0":
+            order0 = result["bits_per_byte"]
+        elif cell["task"] == "recall":
+            entry = summary[cell["contestant"]].setdefault("recall", {})
+            for distance, score in result["recall"].items():
+                total = entry.setdefault(distance, {"asked": 0, "correct": 0})
+                for key in total:
+                    total[key] += score[key]
+        elif cell["task"] == "text":
+            summary[cell["contestant"]].setdefault("bits_per_byte", []).append(result["bits_per_byte"])
+            summary[cell["contestant"]]["parameters"] = result["parameters"]
+        elif cell["task"] == "cost":
+            for name, entry in result.items():
+                summary[name]["cost"] = entry
+    settings = _plain(preset)
+    return {
+        "preset": preset.name,
+        "settings": settings,
+        "window": {"recall": preset.recall.sizes.window, "text": preset.text.sizes.window},
+        "chance": 1 / preset.recall.num_values,
+        "order0_bits_per_byte": order0,
+        "summary": summary,
+        "cells": cells,
+    }
+
+
+def choose(names: str | None, choices: dict[str, Any] | tuple[str, ...], argument: str) -> list[str]:
+    """The names in a comma-separated list; all of them for None. Raises ValueError for one that is not known."""
+    if names is None:
+        return list(choices)
+    chosen = [name.strip() for name in names.split(",") if name.strip()]
+    for name in chosen:
+        if name not in choices:
+            raise ValueError(f"{argument} names {name!r}; choose from {', '.join(choices)}")
+    if not chosen:
+        raise ValueError(f"{argument} is empty; choose from {', '.join(choices)}")
+    return [name for name in choices if name in chosen]
+
+
+def choose_contestants(names: str | None) -> list[Contestant]:
+    """The contestants in a comma-separated list, in the table's order."""
+    return [CONTESTANTS[name] for name in choose(names, CONTESTANTS, "--variants")]
+
+
+def choose_device(name: str) -> torch.device:
+    """auto: the GPU if there is one. Raises ValueError for a device that torch cannot reach."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, and torch finds no GPU here; leave it at auto, or say cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"--device is {name!r}; it must be auto, cpu or cuda")
+    return torch.device(name)
+
+
+def _plain(settings: Any) -> dict[str, Any]:
+    """A dataclass as JSON would give it back, so that saved and present settings can be compared."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))

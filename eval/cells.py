@@ -1,0 +1,126 @@
+"""A run is a folder of cells, each measured once: runs/NAME/cells/TASK.CONTESTANT.SEED.json.
+
+A cell is written as soon as it is done, with the settings that it was measured with, so that a run can be stopped at
+any time and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers.utils import logging as transformers_logging
+
+from .files import read_json, write_json
+from .machine import provenance
+from .training import Tick
+
+EVERYONE = "all"  # in place of a contestant's name where one cell measures all of them in turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One measurement. settings: everything that decides its result, as JSON has it. units: ticks of its work."""
+
+    task: str
+    contestant: str
+    seed: int
+    settings: dict[str, Any]
+    units: int
+    measure: Callable[[Tick], Any]
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}.{self.contestant}.{self.seed}"
+
+
+class Run:
+    """The folder of one run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def path(self, cell: Cell) -> Path:
+        return self.folder / "cells" / f"{cell.name}.json"
+
+    def read(self, cell: Cell) -> dict[str, Any] | None:
+        """The saved cell; None if it was not measured yet, or its file is damaged.
+
+        Raises ValueError if it was measured with other settings.
+        """
+        saved = read_json(self.path(cell))
+        if not isinstance(saved, dict) or "result" not in saved or "settings" not in saved:
+            return None
+        if saved["settings"] != cell.settings:
+            wrong = ", ".join(
+                f"{key} {saved['settings'].get(key)!r}, now {value!r}"
+                for key, value in cell.settings.items()
+                if saved["settings"].get(key) != value
+            )
+            raise ValueError(
+                f"{self.path(cell)} was measured with other settings ({wrong}); give this run another --name, or "
+                "measure all of it anew with --fresh"
+            )
+        return saved
+
+    def forget(self) -> None:
+        """Removes every saved cell."""
+        for path in (self.folder / "cells").glob("*.json"):
+            path.unlink()
+
+    def complete(
+        self, cells: list[Cell], device: torch.device, command: str, console: Console
+    ) -> list[dict[str, Any]]:
+        """All cells, measuring those that are missing, in their order, under a progress bar.
+
+        Raises ValueError before anything is measured if a saved cell was measured with other settings.
+        """
+        saved = {cell.name: self.read(cell) for cell in cells}
+        missing = [cell for cell in cells if saved[cell.name] is None]
+        if len(missing) < len(cells):
+            console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are in {self.folder} already")
+        if not missing:
+            return [cell for cell in saved.values() if cell is not None]
+        verbosity = transformers_logging.get_verbosity()
+        transformers_logging.set_verbosity_error()
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        try:
+            with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+                whole = progress.add_task("all cells", total=sum(cell.units for cell in missing))
+                for cell in missing:
+                    part = progress.add_task(f"  {cell.task} {cell.contestant}, seed {cell.seed}", total=cell.units)
+
+                    def tick(n: int, part=part) -> None:
+                        progress.advance(part, n)
+                        progress.advance(whole, n)
+
+                    start = time.perf_counter()
+                    result = cell.measure(tick)
+                    saved[cell.name] = {
+                        "task": cell.task,
+                        "contestant": cell.contestant,
+                        "seed": cell.seed,
+                        "settings": cell.settings,
+                        "result": result,
+                        "seconds": time.perf_counter() - start,
+                        "provenance": provenance(device, command),
+                    }
+                    write_json(self.path(cell), saved[cell.name])
+                    progress.remove_task(part)
+                    progress.console.print(f"[green]done[/] {cell.name} ({time.perf_counter() - start:.0f} s)")
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        return [cell for cell in saved.values() if cell is not None]

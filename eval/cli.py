@@ -1,0 +1,121 @@
+"""The command line: `python -m eval` measures everything; further commands measure one thing closely."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from . import attention, benchmark, report
+from .cells import Run
+from .files import write_json
+from .machine import provenance
+from .presets import PRESETS
+
+app = typer.Typer(
+    help="Measure what each architecture remembers, how well it models text, and what it costs.",
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+
+
+def _command() -> str:
+    return shlex.join(["python", "-m", "eval", *sys.argv[1:]])
+
+
+def _refuse(error: ValueError) -> typer.Exit:
+    Console(stderr=True).print(f"[red]error[/] {error}", highlight=False)
+    return typer.Exit(2)
+
+
+@app.callback(invoke_without_command=True)
+def run(
+    context: typer.Context,
+    preset: Annotated[str, typer.Option(help="; ".join(f"{p.name}: {p.about}" for p in PRESETS.values()))] = "quick",
+    variants: Annotated[str | None, typer.Option(help="Comma-separated contestants; default: all.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Comma-separated, of recall, text, cost; default: all.")] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds; default: the preset's.")] = None,
+    corpus: Annotated[str, typer.Option(help="stdlib, a folder of text, or hf:NAME.")] = "stdlib",
+    name: Annotated[str | None, typer.Option(help="Name of the run; default: the preset's.")] = None,
+    runs: RunsOption = Path("runs"),
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has measured before.")] = False,
+) -> None:
+    """Measure every variant on every task. Stop it at any time: the same command goes on where it was.
+
+    Example: python -m eval --preset quick --variants transformer,transformer_xl
+    """
+    if context.invoked_subcommand is not None:
+        return
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+        chosen = PRESETS[preset]
+        where = benchmark.choose_device(device)
+        contestants = benchmark.choose_contestants(variants)
+        wanted = benchmark.choose(tasks, benchmark.TASKS, "--tasks")
+        cells = benchmark.plan(chosen, contestants, wanted, seeds or chosen.seeds, corpus, where)
+        folder = Run(runs / (name or chosen.name))
+        if fresh:
+            folder.forget()
+        measured = folder.complete(cells, where, _command(), console)
+    except ValueError as error:
+        raise _refuse(error) from None
+    except KeyboardInterrupt:
+        console.print(
+            f"\nstopped; finished cells are kept in {folder.folder}, and the same command goes on from there"
+        )
+        raise typer.Exit(130) from None
+    results = benchmark.collect(chosen, contestants, measured)
+    report.write(folder.folder, results)
+    report.show(results, console)
+    console.print(f"\nresults  {folder.folder / report.RESULTS}\nreport   {folder.folder / report.PAGE}")
+
+
+@app.command("report")
+def report_command(
+    name: Annotated[str, typer.Argument(help="Name of the run.")] = "quick", runs: RunsOption = Path("runs")
+) -> None:
+    """Show the table of a run again, and write its page anew.
+
+    Example: python -m eval report quick
+    """
+    try:
+        results = report.read(runs / name)
+    except ValueError as error:
+        raise _refuse(error) from None
+    report.write(runs / name, results)
+    report.show(results, console)
+    console.print(f"\nreport   {runs / name / report.PAGE}")
+
+
+@app.command("attention")
+def attention_command(
+    runs: RunsOption = Path("runs"),
+    length: Annotated[int, typer.Option(min=256, help="Tokens.")] = 4096,
+    span: Annotated[int, typer.Option(min=1, help="Keys that a query sees before itself.")] = 256,
+    repeats: Annotated[int, typer.Option(min=1)] = 15,
+) -> None:
+    """Time the gallery's attention against torch's fused kernels on the same band, and weigh its memory.
+
+    Example: python -m eval attention --length 4096 --span 256
+    """
+    settings = attention.AttentionSettings(length=length, span=span, repeats=repeats)
+    with console.status("attention") as status:
+        device = torch.device("cpu")
+        result = attention.run(settings, device, tick=lambda doing: status.update(f"attention: {doing}"))
+    attention.show(result, console)
+    path = runs / "attention" / "results.json"
+    write_json(path, result | {"provenance": provenance(device, _command())})
+    console.print(f"\nresults  {path}")

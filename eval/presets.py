@@ -1,0 +1,170 @@
+"""What each preset measures, and with how much work."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .contestants import Sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class TextSettings:
+    """Language modelling on a corpus: `steps` of `lanes` documents side by side, `length` tokens each."""
+
+    sizes: Sizes
+    steps: int
+    lanes: int
+    length: int
+    learning_rate: float
+    test_bytes: int  # of the held-out documents, from the first on
+
+
+@dataclasses.dataclass(frozen=True)
+class RecallSettings:
+    """Slot recall: `steps` of about `tokens` tokens, first in short examples, then in growing ones, up to `length`.
+
+    multiples: distances that are tested, in windows. examples: tested at each of them, num_writes questions each.
+    """
+
+    sizes: Sizes
+    steps: int
+    tokens: int
+    short: int
+    length: int
+    learning_rate: float
+    multiples: tuple[float, ...]
+    examples: int
+    num_writes: int = 4
+    short_share: float = 0.4  # of the steps, in short examples
+    growing_share: float = 0.3  # of the steps, while the examples grow
+    num_values: int = 8
+
+    def distances(self) -> list[int]:
+        """The tested distances, in tokens."""
+        return [max(1, round(m * self.sizes.window)) for m in self.multiples]
+
+
+@dataclasses.dataclass(frozen=True)
+class CostSettings:
+    """Speed and memory of the models of the text task: training steps of batch x length tokens, and decoding after
+    each of `contexts` tokens."""
+
+    sizes: Sizes
+    batch: int
+    length: int
+    repeats: int
+    contexts: tuple[int, ...]
+    decode_tokens: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """A named amount of work."""
+
+    name: str
+    about: str
+    seeds: int
+    text: TextSettings
+    recall: RecallSettings
+    cost: CostSettings
+
+
+_SMALL = Sizes(
+    hidden=64,
+    layers=3,
+    heads=4,
+    window=16,
+    intermediate=192,
+    memory_size=1024,
+    memory_topk=32,
+    memory_layers=(0, 1),
+    states=16,
+    recurrent_layers=(1,),
+)
+_MEDIUM = Sizes(
+    hidden=128,
+    layers=4,
+    heads=4,
+    window=64,
+    intermediate=512,
+    memory_size=4096,
+    memory_topk=32,
+    memory_layers=(1,),
+    states=64,
+    recurrent_layers=(1,),
+)
+_LARGE = dataclasses.replace(
+    _MEDIUM, hidden=256, layers=6, window=128, intermediate=1024, memory_size=16384, memory_layers=(3,), states=128
+)
+_PAPER = Sizes(
+    hidden=512,
+    layers=12,
+    heads=8,
+    window=512,
+    intermediate=2048,
+    memory_size=65536,
+    memory_topk=32,
+    memory_layers=(8,),
+    states=512,
+    recurrent_layers=(9,),
+)
+_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
+
+PRESETS = {
+    p.name: p
+    for p in (
+        Preset(
+            "quick",
+            "minutes on two cores: small models, one seed",
+            1,
+            TextSettings(_MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536),
+            RecallSettings(
+                _SMALL,
+                steps=400,
+                tokens=2048,
+                short=24,
+                length=160,
+                learning_rate=3e-3,
+                multiples=_MULTIPLES,
+                examples=128,
+            ),
+            CostSettings(_MEDIUM, batch=2, length=1024, repeats=5, contexts=(1024, 4096), decode_tokens=24),
+        ),
+        Preset(
+            "standard",
+            "hours on two cores, minutes on a GPU: three seeds",
+            3,
+            TextSettings(_LARGE, steps=3000, lanes=8, length=512, learning_rate=2e-3, test_bytes=524288),
+            RecallSettings(
+                dataclasses.replace(_SMALL, hidden=128, window=32, intermediate=384, states=32),
+                steps=1500,
+                tokens=8192,
+                short=48,
+                length=320,
+                learning_rate=2e-3,
+                multiples=_MULTIPLES,
+                examples=512,
+            ),
+            CostSettings(_LARGE, batch=2, length=4096, repeats=9, contexts=(1024, 4096, 16384), decode_tokens=64),
+        ),
+        Preset(
+            "full",
+            "widths and lengths of the papers, for a GPU: five seeds",
+            5,
+            TextSettings(_PAPER, steps=50000, lanes=16, length=1024, learning_rate=5e-4, test_bytes=4194304),
+            RecallSettings(
+                dataclasses.replace(_SMALL, hidden=256, heads=8, window=128, intermediate=768, states=64),
+                steps=5000,
+                tokens=32768,
+                short=192,
+                length=1280,
+                learning_rate=1e-3,
+                multiples=_MULTIPLES,
+                examples=1024,
+            ),
+            CostSettings(
+                _PAPER, batch=2, length=8192, repeats=15, contexts=(1024, 8192, 32768, 131072), decode_tokens=128
+            ),
+        ),
+    )
+}

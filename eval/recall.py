@@ -1,0 +1,115 @@
+"""Recall against distance: what was put into a slot, asked for so many tokens later (hf_gallery.data.slot_recall)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, Trainer
+
+from hf_gallery.data import slot_recall
+
+from .contestants import Contestant, build
+from .presets import RecallSettings
+from .training import Tick, train, training_arguments
+
+
+class Curriculum(IterableDataset):
+    """Whole batches of slot recall, as many as there are steps: {input_ids, labels}, (B, T) each.
+
+    First short examples, in which all architectures find the rule; then longer and longer ones. Every contestant reads
+    the same batches. Distances are spread evenly over their logarithm.
+    """
+
+    def __init__(self, settings: RecallSettings, seed: int):
+        self.settings, self.seed = settings, seed
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        s = self.settings
+        for step in range(s.steps):
+            length = self.length_at(step / s.steps)
+            rows = slot_recall(
+                max(1, s.tokens // length),
+                length,
+                distances=spread(length - 2),
+                num_writes=s.num_writes,
+                num_reads=max(2, length // 20),
+                num_values=s.num_values,
+                seed=self.seed * s.steps + step,
+            )
+            yield {name: torch.tensor(rows[name][:]) for name in ("input_ids", "labels")}
+
+    def length_at(self, done: float) -> int:
+        """Tokens of an example when a share `done` of the steps is done."""
+        s = self.settings
+        grown = min(1.0, max(0.0, (done - s.short_share) / s.growing_share))
+        return round(s.short + (s.length - s.short) * grown)
+
+
+def spread(longest: int) -> list[int]:
+    """Distances from 1 to `longest`, four to a doubling."""
+    found, x = {longest}, 1.0
+    while x < longest:
+        found.add(int(x))
+        x *= 2**0.25
+    return sorted(found)
+
+
+def units(settings: RecallSettings) -> int:
+    """Ticks of one cell."""
+    return settings.steps + len(settings.multiples)
+
+
+def measure(
+    contestant: Contestant, settings: RecallSettings, seed: int, device: torch.device, tick: Tick
+) -> dict[str, Any]:
+    """Trains a fresh model and asks it at each distance. Returns its size and, for each distance in tokens, how many
+    questions were asked and how many answers were right."""
+    model = build(contestant, settings.sizes, seed)
+    with training_arguments(
+        device,
+        settings.steps,
+        settings.learning_rate,
+        seed,
+        per_device_train_batch_size=1,
+        remove_unused_columns=False,
+    ) as arguments:
+        train(Trainer(model, arguments, train_dataset=Curriculum(settings, seed), data_collator=_only), tick)
+    model.to(device).eval()
+    scores = {}
+    for distance in settings.distances():
+        scores[str(distance)] = ask(model, settings, distance, seed, device)
+        tick(1)
+    return {"parameters": model.num_parameters(), "chance": 1 / settings.num_values, "recall": scores}
+
+
+def _only(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The Trainer's batch of one element, which is a whole batch already."""
+    return batches[0]
+
+
+@torch.no_grad()
+def ask(
+    model: PreTrainedModel, settings: RecallSettings, distance: int, seed: int, device: torch.device
+) -> dict[str, int]:
+    """{asked, correct} over test examples whose questions all stand `distance` tokens after what they ask for."""
+    rows = slot_recall(
+        settings.examples,
+        settings.length,
+        distances=[distance],
+        num_writes=settings.num_writes,
+        num_values=settings.num_values,
+        seed=seed,
+        split="test",
+    ).with_format("torch")
+    asked = correct = 0
+    for start in range(0, settings.examples, 64):
+        batch = rows[start : start + 64]
+        logits = model(input_ids=batch["input_ids"].to(device)).logits[:, :-1]  # (B, T - 1, V)
+        labels = batch["labels"][:, 1:].to(device)  # (B, T - 1)
+        scored = labels >= 0
+        asked += int(scored.sum())
+        correct += int(((logits.argmax(-1) == labels) & scored).sum())
+    return {"asked": asked, "correct": correct}
