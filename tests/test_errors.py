@@ -63,8 +63,17 @@ def test_bad_input(variant, head, gradients):
 @over(lambda variant, head: not head.stream)
 def test_bad_input_without_a_cache(variant, head):
     run = runner(variant, head)
-    for what in ("id at vocab_size", "id below 0", "ids of another type", "no tokens", "no rows", "mask of one dimension",
-                 "mask of four dimensions", "additive mask", "mask of other rows"):  # fmt: skip
+    for what in (
+        "id at vocab_size",
+        "id below 0",
+        "ids of another type",
+        "no tokens",
+        "no rows",
+        "mask of one dimension",
+        "mask of four dimensions",
+        "additive mask",
+        "mask of other rows",
+    ):
         wrong, message = INPUTS[what]
         ids = wrong.get("ids", words(2, 6)).clone()
         if "bad_id" in wrong:
@@ -88,14 +97,29 @@ def test_ids_and_embeddings(variant, head):
         model(inputs_embeds=embeds[:, 0])
 
 
+OTHER_SETTINGS = [
+    dict(segment_length=9),
+    dict(mem_len=4),
+    dict(clamp_len=3),
+    dict(attention_window=8),
+    dict(attention_dilation=4),
+    dict(memory_size=30),
+    dict(memory_layers=[0]),
+    dict(block_length=6),
+    dict(recurrent_layers=[0]),
+    dict(num_state_vectors=2),
+]
+
+
 @streams()
 def test_the_cache_of_another_model(variant, head):
     """Another variant's, another size's, another setting's: all that would be read wrongly."""
     run = runner(variant, head)
     others = [v.make(name) for v in VARIANTS if v.name != variant.name for name, h in v.heads.items() if h.stream]
-    others += [variant.make(head, num_hidden_layers=2, num_decoder_layers=2) if run.head.source else
-               variant.make(head, num_hidden_layers=2),
-               variant.make(head, num_attention_heads=6), variant.make(head, head_dim=8)]  # fmt: skip
+    shallow = dict(num_hidden_layers=2) | variant.shallow
+    if run.head.source:
+        shallow |= dict(num_decoder_layers=2)
+    others += [variant.make(head, **x) for x in (shallow, dict(num_attention_heads=6), dict(head_dim=8))]
     refused = 0
     for other in others:
         cache = GalleryCache(other.config)
@@ -106,16 +130,16 @@ def test_the_cache_of_another_model(variant, head):
         assert cache.get_seq_length() == 0
         refused += 1
     assert refused >= 3
-    if variant.config.model_type == "gallery_transformer_xl":
-        for setting in (dict(mem_len=4), dict(segment_length=9), dict(clamp_len=3)):
+    for setting in OTHER_SETTINGS:
+        (name,) = setting
+        if hasattr(run.model.config, name) and getattr(run.model.config, name) != setting[name]:
             cache = GalleryCache(variant.make_config(head, **setting))
-            with pytest.raises(ValueError, match=f"past_key_values.*{next(iter(setting))}"):
+            with pytest.raises(ValueError, match=f"past_key_values.*{name}"):
                 run(words(2, 6), None, cache)
 
 
-@pytest.mark.parametrize("head", ["causal", "decoder", "encoder", "masked", "sequence"])
-def test_longer_than_learned_positions(head):
-    variant = next(v for v in VARIANTS if v.limit)
+@over(lambda variant, head: variant.limit and not head.source)
+def test_longer_than_learned_positions(variant, head):
     run = runner(variant, head)
     run(words(2, variant.limit))
     with pytest.raises(ValueError, match=rf"\b{variant.limit + 1}\b.*max_position_embeddings.*\b{variant.limit}\b"):
@@ -125,8 +149,8 @@ def test_longer_than_learned_positions(head):
     run(words(2, variant.limit + 4), mask)  # padding takes no position
 
 
-def test_longer_than_learned_positions_with_a_cache():
-    variant = next(v for v in VARIANTS if v.limit)
+@causal(lambda v: v.limit)
+def test_longer_than_learned_positions_with_a_cache(variant):
     run = runner(variant, "causal")
     cache = None
     with torch.no_grad():
@@ -230,25 +254,28 @@ def test_rows_that_are_not_there(variant, head):
 
 # ------------------------------------------------------------------------------------------------------------- configs
 
-BOTH = [GalleryTransformerConfig, GalleryTransformerXLConfig]
+KINDS = list({v.config: None for v in VARIANTS})
 CONFIGS = [
-    *[(kind, dict(vocab_size=0), r"vocab_size.*\b0\b") for kind in BOTH],
-    *[(kind, dict(hidden_size=0), r"hidden_size.*\b0\b") for kind in BOTH],
-    *[(kind, dict(hidden_size=30.5), r"hidden_size.*30\.5") for kind in BOTH],
-    *[(kind, dict(num_hidden_layers=0), r"num_hidden_layers.*\b0\b") for kind in BOTH],
-    *[(kind, dict(num_attention_heads=-2), r"num_attention_heads.*-2") for kind in BOTH],
-    *[(kind, dict(hidden_size=100, num_attention_heads=8), r"hidden_size.*\b100\b.*\b8\b") for kind in BOTH],
-    *[(kind, dict(hidden_size=33, num_attention_heads=3), r"hidden_size.*\b33\b.*even") for kind in BOTH],
-    *[(kind, dict(head_dim=0), r"head_dim.*\b0\b") for kind in BOTH],
-    *[(kind, dict(intermediate_size=0), r"intermediate_size.*\b0\b") for kind in BOTH],
-    *[(kind, dict(hidden_act="gello"), "hidden_act.*gello") for kind in BOTH],
-    *[(kind, dict(hidden_dropout=1.0), r"hidden_dropout.*1\.0") for kind in BOTH],
-    *[(kind, dict(attention_dropout=-0.1), r"attention_dropout.*-0\.1") for kind in BOTH],
-    *[(kind, dict(layer_norm_eps=0.0), "layer_norm_eps.*0") for kind in BOTH],
-    *[(kind, dict(initializer_range=-1.0), "initializer_range.*-1") for kind in BOTH],
-    *[(kind, dict(pad_token_id=262), r"pad_token_id.*\b262\b.*vocab_size") for kind in BOTH],
-    *[(kind, dict(eos_token_id=[3, -1]), r"eos_token_id.*-1") for kind in BOTH],
-    *[(kind, dict(vocab_size=100), r"pad_token_id.*\b256\b.*\b100\b") for kind in BOTH],
+    *[(kind, dict(vocab_size=0), r"vocab_size.*\b0\b") for kind in KINDS],
+    *[(kind, dict(hidden_size=0), r"hidden_size.*\b0\b") for kind in KINDS],
+    *[(kind, dict(hidden_size=30.5), r"hidden_size.*30\.5") for kind in KINDS],
+    *[(kind, dict(num_hidden_layers=0), r"num_hidden_layers.*\b0\b") for kind in KINDS],
+    *[(kind, dict(num_attention_heads=-2), r"num_attention_heads.*-2") for kind in KINDS],
+    *[(kind, dict(hidden_size=100, num_attention_heads=8), r"hidden_size.*\b100\b.*\b8\b") for kind in KINDS],
+    *[
+        (kind, dict(hidden_size=33, num_attention_heads=3), r"hidden_size.*\b33\b.*even")
+        for kind in (GalleryTransformerConfig, GalleryTransformerXLConfig)
+    ],
+    *[(kind, dict(head_dim=0), r"head_dim.*\b0\b") for kind in KINDS],
+    *[(kind, dict(intermediate_size=0), r"intermediate_size.*\b0\b") for kind in KINDS],
+    *[(kind, dict(hidden_act="gello"), "hidden_act.*gello") for kind in KINDS],
+    *[(kind, dict(hidden_dropout=1.0), r"hidden_dropout.*1\.0") for kind in KINDS],
+    *[(kind, dict(attention_dropout=-0.1), r"attention_dropout.*-0\.1") for kind in KINDS],
+    *[(kind, dict(layer_norm_eps=0.0), "layer_norm_eps.*0") for kind in KINDS],
+    *[(kind, dict(initializer_range=-1.0), "initializer_range.*-1") for kind in KINDS],
+    *[(kind, dict(pad_token_id=262), r"pad_token_id.*\b262\b.*vocab_size") for kind in KINDS],
+    *[(kind, dict(eos_token_id=[3, -1]), r"eos_token_id.*-1") for kind in KINDS],
+    *[(kind, dict(vocab_size=100), r"pad_token_id.*\b256\b.*\b100\b") for kind in KINDS],
     (GalleryTransformerConfig, dict(norm_position="middle"), "norm_position.*middle.*post"),
     (GalleryTransformerConfig, dict(position_embedding_type="rotary"), "position_embedding_type.*rotary.*sinusoidal"),
     (GalleryTransformerConfig, dict(max_position_embeddings=0), "max_position_embeddings.*0"),
@@ -313,8 +340,8 @@ def test_unknown_attention(variant):
     assert kind(variant.make_config("causal")).config._attn_implementation == "eager"
 
 
-@causal(lambda v: v.config.model_type == "gallery_transformer_xl")
-def test_sdpa_has_no_relative_positions(variant, tmp_path):
+@causal(lambda v: v.config.model_type != "gallery_transformer")
+def test_sdpa_is_for_plain_attention_only(variant, tmp_path):
     """Refused when the model is built, in every way of asking, and not silently replaced."""
     config = variant.make_config("causal")
     with pytest.raises(ValueError, match="sdpa.*eager"):

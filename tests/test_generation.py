@@ -15,7 +15,7 @@ def lively(model):
         for name, p in model.named_parameters():
             if "q_proj.weight" in name or "o_proj.weight" in name:
                 p.mul_(3.0 if "q_proj" in name else 2.0)
-            elif p.dim() == 1 and not name.endswith("weight"):
+            elif p.dim() == 1 and name.endswith("bias"):
                 p.zero_()
     model.generation_config.eos_token_id = None  # random models say it at any moment
     return model
@@ -222,9 +222,9 @@ def test_scores_are_the_logits_of_one_forward(variant):
 
 
 @pytest.mark.parametrize("helper", ["another model", "a good model", "prompt lookup"])
-@causal()
+@causal(lambda v: v.croppable)
 def test_assisted_decoding(variant, helper):
-    """The assistant's tokens are taken back where the model disagrees: caches are cropped, and the text is greedy's."""
+    """The assistant's tokens are taken back where the model disagrees: caches are cropped, the text is greedy's."""
     model = model_of(variant)
     prompt = words(1, PROMPT)
     prompt[:, -3:] = prompt[:, :3]  # something to look up
@@ -239,6 +239,17 @@ def test_assisted_decoding(variant, helper):
         options = dict(assistant_model=assistant)
     expected = greedy(model, prompt, 30)
     assert torch.equal(model.generate(prompt, max_new_tokens=30, do_sample=False, **options), expected)
+
+
+@causal(lambda v: not v.croppable)
+def test_assisted_decoding_that_cannot_take_back(variant):
+    """Refused before anything is generated, for the model and for an assistant."""
+    model, prompt = model_of(variant), words(1, PROMPT)
+    with pytest.raises(ValueError, match="assistant_model"):
+        model.generate(prompt, prompt_lookup_num_tokens=3, **OPTIONS)
+    for main, assistant in ((model, model_of(VARIANTS[0])), (model_of(VARIANTS[0]), model)):
+        with pytest.raises(ValueError, match=f"{type(model).__name__}.*assistant_model"):
+            main.generate(prompt, assistant_model=assistant, **OPTIONS)
 
 
 @causal()

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import VARIANTS, assert_equal, runner, streams, words
+from variants import assert_equal, causal, runner, streams, words
 
 N = 23
 CUTS = [(1,) * N, (5, 18), (8, 8, 7), (20, 1, 1, 1), (1, 13, 9), (7, 7, 9), (22, 1)]
@@ -113,7 +113,7 @@ def test_split_anywhere_on_both_backends(variant, head, implementation):
 
 
 @given(data=st.data())
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@causal()
 def test_split_of_any_length_anywhere(variant, data):
     head = "causal"
     run = runner(variant, head, dtype=torch.float64)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import VARIANTS, assert_equal, over, runner, streams, words
+from variants import assert_equal, causal, over, runner, streams, words
 
 LENGTHS = (23, 9, 1, 16)
 
@@ -144,7 +144,7 @@ def test_batch_anyhow_on_both_backends(variant, head, implementation):
 
 
 @given(data=st.data())
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@causal()
 def test_any_padding_in_any_chunks(variant, data):
     """Rows that stand still for a chunk, chunks with no token at all, masks of either form."""
     run = runner(variant, "causal", dtype=torch.float64)

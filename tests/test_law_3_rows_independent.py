@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_law_2_batch_anyhow import padded, scatter
-from variants import VARIANTS, assert_equal, runner, streams, words
+from variants import assert_equal, causal, runner, streams, words
 
 LENGTHS = (17, 6, 11)
 
@@ -145,7 +145,7 @@ def test_reset_forgets_all(variant, head):
 
 
 @given(data=st.data())
-@pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: v.name)
+@causal()
 def test_any_sequence_of_moves(variant, data):
     """Chunks, resets, moves and repeats in any order: every row equals the row that it has read so far, alone."""
     run = runner(variant, "causal", dtype=torch.float64)

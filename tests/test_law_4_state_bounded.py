@@ -6,6 +6,8 @@ import pytest
 import torch
 from variants import runner, streams, words
 
+bounded = streams(lambda v: v.horizon is not None and v.limit is None)
+
 
 def written_bytes(cache):
     """All that the cache holds, whatever its attribute: tensors with their whole storage, lists, counters."""
@@ -26,7 +28,7 @@ def grow(run, gradients, chunks):
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "training"])
 @pytest.mark.parametrize("chunk", [1, 5, 13, 200], ids=lambda n: f"chunks of {n}")
-@streams(lambda v: v.horizon is not None)
+@bounded
 def test_state_is_bounded(variant, head, chunk, gradients):
     run = runner(variant, head)
     run.model.train(gradients)
@@ -42,7 +44,7 @@ def test_state_is_bounded(variant, head, chunk, gradients):
     assert max(late) - min(late) < 128
 
 
-@streams(lambda v: v.horizon is not None)
+@bounded
 def test_state_is_what_the_architecture_needs(variant, head):
     """Not more than two tensors of the horizon's length a layer, also after one long forward."""
     run = runner(variant, head)
@@ -54,7 +56,7 @@ def test_state_is_what_the_architecture_needs(variant, head):
     assert cache.nbytes <= run.model.config.num_hidden_layers * (variant.horizon * per_column + shared)
 
 
-@streams(lambda v: v.horizon is not None)
+@bounded
 def test_state_is_bounded_with_padding(variant, head):
     run = runner(variant, head)
     cache, sizes = None, []

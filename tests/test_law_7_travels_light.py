@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from variants import VARIANTS, assert_equal, causal, over, runner, words
+from variants import VARIANTS, assert_equal, causal, missing, over, result_of, runner, words
 
 import hf_gallery
 
@@ -42,7 +42,10 @@ def open_and_run(job, folder):
     model = auto.from_pretrained(folder, trust_remote_code=True).eval()
     inputs = load_file(job["inputs"])
     output = model(**inputs)
-    result = {"result": output["last_hidden_state"] if "last_hidden_state" in output else output["logits"]}
+    if "start_logits" in output:
+        result = {"result": torch.stack([output["start_logits"], output["end_logits"]], dim=-1)}
+    else:
+        result = {"result": output["last_hidden_state"] if "last_hidden_state" in output else output["logits"]}
     if model.can_generate():
         prompt = {k: x for k, x in inputs.items() if not k.startswith("decoder")}
         result["generated"] = model.generate(**prompt, max_new_tokens=9, do_sample=False)
@@ -55,7 +58,8 @@ for job in json.load(open(sys.argv[1])):
         with torch.no_grad():
             model, result = open_and_run(job, job["folder"])
             facts = {"class": type(model).__name__, "module": type(model).__module__}
-            facts["config"] = type(transformers.AutoConfig.from_pretrained(job["folder"], trust_remote_code=True)).__name__
+            config = transformers.AutoConfig.from_pretrained(job["folder"], trust_remote_code=True)
+            facts["config"] = type(config).__name__
             save_file(result, job["out"])
             if job["again"]:
                 model.save_pretrained(job["again"])
@@ -72,19 +76,15 @@ json.dump(report, open(sys.argv[2], "w"))
 
 def inputs_of(run):
     """Left-padded rows, as keyword arguments of the head's forward."""
-    ids, mask = words(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask = torch.ones(2, 13, dtype=torch.long)
     mask[0, :4] = 0
-    if run.head.source:
-        source, source_mask = run.sources(range(2))
-        return {"input_ids": source, "attention_mask": source_mask, "decoder_input_ids": ids}
-    return {"input_ids": ids, "attention_mask": mask}
+    return run.inputs(words(2, 13), None if run.head.source else mask)
 
 
-def result_of(run, inputs):
+def results_here(run, inputs):
     """What the model gives in this process."""
     with torch.no_grad():
-        output = run.model(**inputs)
-        result = {"result": output["last_hidden_state"] if "last_hidden_state" in output else output["logits"]}
+        result = {"result": result_of(run.model(**inputs))}
         if run.model.can_generate():
             prompt = {k: x for k, x in inputs.items() if not k.startswith("decoder")}
             result["generated"] = run.model.generate(**prompt, max_new_tokens=9, do_sample=False)
@@ -98,13 +98,15 @@ def elsewhere(tmp_path_factory):
     jobs, here = [], {}
     torch.manual_seed(0)
     for variant in VARIANTS:
+        if missing(variant):
+            continue
         for head, about in variant.heads.items():
             run = runner(variant, head)
             name = f"{variant.name}-{head}"
             inputs, folder = inputs_of(run), base / "saved" / name
             run.model.save_pretrained(folder)
             save_file(inputs, base / f"{name}.inputs")
-            here[name] = result_of(run, inputs)
+            here[name] = results_here(run, inputs)
             common = dict(inputs=str(base / f"{name}.inputs"), folder=str(folder), auto=about.auto)
             jobs.append(
                 dict(common, name=name, out=str(base / f"{name}.out"), again=str(base / "again" / name))
@@ -168,7 +170,7 @@ def test_the_folder_that_came_back_opens_here(variant, head, elsewhere):
     assert type(model) is variant.heads[head].kind
     run = runner(variant, head)
     run.model = model
-    assert_equal(result_of(run, inputs_of(run))["result"], here[name]["result"])
+    assert_equal(results_here(run, inputs_of(run))["result"], here[name]["result"])
 
 
 @causal()

@@ -1,8 +1,8 @@
 """Law 9. Gradients stop where the paper stops them: between forwards always, inside a forward at the places that the
 paper names, and nowhere else.
 
-That gradients equal those of a plain computation everywhere else is tested in test_transformer.py and
-test_transformer_xl.py, against torch's layers and the authors' code.
+That gradients equal those of a plain computation everywhere else is tested variant by variant, in test_transformer.py
+and its like, against torch's layers and the authors' code.
 """
 
 import pytest
@@ -36,18 +36,28 @@ def test_no_gradient_between_forwards(variant, head, cuts):
     assert size[22] > 1e-3
 
 
+def columns_that_matter(run, n, at):
+    """Where another embedding changes the result in column `at`, (n,) of booleans."""
+    embeds = run.model.get_input_embeddings()(words(1, n)).detach()
+    changed = embeds.repeat(n, 1, 1)
+    g = torch.Generator().manual_seed(4)
+    changed[range(n), range(n)] += 0.1 * torch.randn(n, embeds.shape[-1], generator=g, dtype=embeds.dtype)
+    with torch.no_grad():
+        results = [run(None, embeds=x[None])[0][0, at] for x in (*embeds, *changed)]
+    return torch.stack([(x - results[0]).abs().max() > 1e-9 for x in results[1:]])
+
+
 @without_source
 def test_gradients_inside_a_forward(variant, head):
-    """Transformer: all that is seen gets a gradient. Transformer-XL: not beyond the border of the segment, section 3.2,
-    though what stands there is seen."""
+    """All that matters gets a gradient, but for what stands beyond the border of the segment where there is one:
+    Transformer-XL, section 3.2; the cache and the memory of the Memorizing Transformer, section 3."""
     run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
     run.model.train()
-    length = run.model.config.segment_length
     for at in (22, 3, 0):
-        size = gradients_by_column(run, 23, at)
-        first = 0 if length is None else at - at % length
-        assert (size[first : at + 1] > 1e-6).all()
-        assert (size[:first] == 0).all() and (size[at + 1 :] == 0).all()
+        size, matters = gradients_by_column(run, 23, at), columns_that_matter(run, 23, at)
+        first = 0 if variant.border is None else at - at % variant.border
+        assert ((size > 1e-9) == (matters & (torch.arange(23) >= first))).all()
+        assert (size[~matters] == 0).all() and (size[:first] == 0).all() and matters[at]
 
 
 @streams(lambda v: v.config.model_type == "gallery_transformer_xl" and v.settings["mem_len"] > 0)

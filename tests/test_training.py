@@ -215,8 +215,10 @@ def test_lanes_refuse_wrong_counts(change):
 LENGTHS = (13, 9, 25, 2, 17, 6, 1, 30)  # one document of one token: it has nothing to predict
 # Where a test is of the trainer more than of the model.
 MAIN = [variant for variant in VARIANTS if variant.name in ("transformer", "transformer_xl")]
-SOME = [*MAIN, *(variant for variant in VARIANTS if variant.name == "transformer_xl_adaptive")]
+MORE = ("transformer_xl_adaptive", "longformer_dilated", "memorizing", "block_recurrent")
+SOME = [*MAIN, *(variant for variant in VARIANTS if variant.name in MORE)]
 main = pytest.mark.parametrize("variant", MAIN, ids=[variant.name for variant in MAIN])
+some = pytest.mark.parametrize("variant", SOME, ids=[variant.name for variant in SOME])
 NO_DROPOUT = {"hidden_dropout": 0.0, "attention_dropout": 0.0}
 
 
@@ -492,7 +494,7 @@ def test_checkpointed_activations_give_the_same_training(variant, tmp_path):
         torch.testing.assert_close(saving.model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("variant", SOME, ids=[variant.name for variant in SOME])
+@some
 def test_a_loss_of_ones_own(variant, tmp_path):
     """compute_loss_func gets labels that stand under their logits, and the number of tokens of the update; label
     smoothing works. Neither is a likelihood, so no bits are reported."""
@@ -567,7 +569,7 @@ class SmallDevice(TrainerCallback):
             raise RuntimeError("CUDA out of memory.")
 
 
-@main
+@some
 def test_bf16_on_the_processor(variant, tmp_path):
     exact = trainer(variant.make(**NO_DROPOUT), tmp_path, max_steps=5)
     exact.train()
@@ -591,7 +593,7 @@ def test_batches_from_workers_are_the_same(tmp_path):
     assert losses(there) == losses(here)
 
 
-@pytest.mark.parametrize("variant", SOME, ids=[variant.name for variant in SOME])
+@some
 def test_transformers_own_trainer(variant, tmp_path):
     """Independent examples, padded, with accumulation: the loss is the mean over the predicted tokens of an update."""
     documents = texts(12, 7, 9, 12, 5, 12, 8, 3)

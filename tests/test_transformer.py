@@ -196,7 +196,7 @@ def test_the_module_torch_calls_transformer():
     assert_equal(model(source, decoder_input_ids=target).logits, expected @ model.get_input_embeddings().weight.T)
 
 
-# --------------------------------------------------------------------------------------------------- GPT-2, BERT, Marian
+# ------------------------------------------------------------------------------------------------- GPT-2, BERT, Marian
 
 
 def transposed(x):

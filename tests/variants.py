@@ -6,7 +6,8 @@ many or too few changes the result, and dropout is on in the config, so that a m
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import importlib.util
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import nn
 
 import hf_gallery as gallery
 
-VOCAB, BOS, EOS, PAD = 97, 94, 95, 96
+VOCAB, SEP, BOS, EOS, PAD = 97, 93, 94, 95, 96
 WORDS = 90  # ids below it are plain tokens
 
 
@@ -24,6 +25,7 @@ class Head:
     """One class of a variant, and how it is fed.
 
     stream: it is causal and carries a cache. source: it reads an encoder's input too. pooled: one result a row.
+    question: its input is a question, a separator and a text, and its results are two.
     """
 
     kind: type
@@ -32,6 +34,7 @@ class Head:
     stream: bool = False
     source: bool = False
     pooled: bool = False
+    question: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,15 @@ class Variant:
     """One architecture in one setting.
 
     horizon: tokens after which the bytes of the cache stop growing; None where they grow with the input.
-    linear: the cost per token does not grow with the input.
+    linear: the cost per token does not grow with the input, however long.
     limit: the longest input, where there is one.
+    period: every so many tokens the same happens again, say a segment ends.
+    border: gradients stop where a segment of so many tokens begins; None where they reach all that is seen.
+    croppable: tokens can be taken back from its cache.
+    reentrant: its layers stand reentrant gradient checkpoints.
+    shallow: what else to set for a model of two layers.
+    needs: a package that it needs and that may be missing.
+    larger: the same in a size that takes fewer operations for as many tokens, where every operation is counted.
     """
 
     name: str
@@ -50,6 +60,13 @@ class Variant:
     horizon: int | None = None
     linear: bool = False
     limit: int | None = None
+    period: int = 1
+    border: int | None = None
+    croppable: bool = True
+    reentrant: bool = True
+    shallow: dict[str, Any] = field(default_factory=dict)
+    needs: str | None = None
+    larger: Variant | None = None
 
     def make_config(self, head="causal", **overrides):
         return self.config(**SIZES | self.settings | self.heads[head].settings | overrides)
@@ -100,25 +117,139 @@ XL_HEADS = {
 }
 
 
-def transformer(name, heads=None, **settings):
+LONGFORMER_HEADS = {
+    "causal": Head(gallery.GalleryLongformerForCausalLM, "AutoModelForCausalLM", stream=True),
+    "decoder": Head(gallery.GalleryLongformerModel, "AutoModel", {"is_decoder": True}, stream=True),
+}
+LONGFORMER_ENCODERS = {
+    "encoder": Head(gallery.GalleryLongformerModel, "AutoModel", {"is_decoder": False}),
+    "masked": Head(gallery.GalleryLongformerForMaskedLM, "AutoModelForMaskedLM"),
+    "sequence": Head(
+        gallery.GalleryLongformerForSequenceClassification, "AutoModelForSequenceClassification", pooled=True
+    ),
+    "tokens": Head(
+        gallery.GalleryLongformerForTokenClassification, "AutoModelForTokenClassification", {"num_labels": 4}
+    ),
+    "question": Head(gallery.GalleryLongformerForQuestionAnswering, "AutoModelForQuestionAnswering", question=True),
+}
+MEMORIZING_HEADS = {
+    "causal": Head(gallery.GalleryMemorizingTransformerForCausalLM, "AutoModelForCausalLM", stream=True),
+    "decoder": Head(gallery.GalleryMemorizingTransformerModel, "AutoModel", stream=True),
+    "sequence": Head(
+        gallery.GalleryMemorizingTransformerForSequenceClassification,
+        "AutoModelForSequenceClassification",
+        pooled=True,
+    ),
+}
+RECURRENT_HEADS = {
+    "causal": Head(gallery.GalleryBlockRecurrentTransformerForCausalLM, "AutoModelForCausalLM", stream=True),
+    "decoder": Head(gallery.GalleryBlockRecurrentTransformerModel, "AutoModel", stream=True),
+    "sequence": Head(
+        gallery.GalleryBlockRecurrentTransformerForSequenceClassification,
+        "AutoModelForSequenceClassification",
+        pooled=True,
+    ),
+}
+
+
+def some(heads, *names):
+    return {name: heads[name] for name in names}
+
+
+def transformer(name, heads=None, *, limit=None, **settings):
+    """segment_length makes it the windowed one, whose segments see only themselves."""
+    length = settings.get("segment_length")
     return Variant(
-        f"transformer{name}", gallery.GalleryTransformerConfig, heads or TRANSFORMER_HEADS | SEQ2SEQ, settings
+        f"transformer{name}",
+        gallery.GalleryTransformerConfig,
+        heads or TRANSFORMER_HEADS | SEQ2SEQ,
+        settings,
+        horizon=length,
+        linear=length is not None,
+        limit=limit,
+        period=length or 1,
+        border=length,
     )
 
 
 def transformer_xl(name, **settings):
     settings = dict(segment_length=7, mem_len=5) | settings
-    horizon = settings["segment_length"] + settings["mem_len"]
+    length = settings["segment_length"]
     return Variant(
-        f"transformer_xl{name}", gallery.GalleryTransformerXLConfig, XL_HEADS, settings, horizon=horizon, linear=True
+        f"transformer_xl{name}",
+        gallery.GalleryTransformerXLConfig,
+        XL_HEADS,
+        settings,
+        horizon=length + settings["mem_len"],
+        linear=True,
+        period=length,
+        border=length,
     )
 
 
-# fmt: off
+def longformer(name, heads, *, limit=None, **settings):
+    config = gallery.GalleryLongformerConfig(**SIZES | settings)
+    return Variant(
+        f"longformer{name}",
+        gallery.GalleryLongformerConfig,
+        heads,
+        settings,
+        horizon=config.cache_capacity,
+        linear=limit is None,
+        limit=limit,
+        shallow=dict(attention_window=4, attention_dilation=2),
+    )
+
+
+def memorizing(name, heads, *, needs=None, **settings):
+    settings = dict(segment_length=7, mem_len=5, memory_topk=3) | settings
+    length = settings["segment_length"]
+    return Variant(
+        f"memorizing{name}",
+        gallery.GalleryMemorizingTransformerConfig,
+        heads,
+        settings,
+        horizon=settings["memory_size"] + length + settings["mem_len"],
+        linear=True,
+        period=length,
+        border=length,
+        croppable=False,
+        shallow=dict(memory_layers=[1]),
+        needs=needs,
+    )
+
+
+def block_recurrent(name, heads, **settings):
+    small, large = (
+        Variant(
+            f"block_recurrent{name}",
+            gallery.GalleryBlockRecurrentTransformerConfig,
+            heads,
+            settings | dict(block_length=length),
+            horizon=2 * length + 2 * settings["num_state_vectors"],  # the state counts as columns
+            linear=True,
+            period=length,
+            croppable=False,
+            reentrant=not settings.get("feedback"),
+            shallow=dict(recurrent_layers=[1]),
+        )
+        for length in (settings["block_length"], 32)
+    )
+    return replace(small, larger=large)
+
+
 VARIANTS = [
     transformer("", norm_position="post", position_embedding_type="sinusoidal"),
-    Variant("transformer_pre", gallery.GalleryTransformerConfig, TRANSFORMER_HEADS | SEQ2SEQ, dict(norm_position="pre", position_embedding_type="learned", hidden_act="gelu_new", scale_embedding=False, max_position_embeddings=61), limit=61),
-    Variant("transformer_segments", gallery.GalleryTransformerConfig, TRANSFORMER_HEADS, dict(segment_length=7), horizon=7, linear=True),
+    transformer(
+        "_pre",
+        norm_position="pre",
+        position_embedding_type="learned",
+        hidden_act="gelu_new",
+        scale_embedding=False,
+        max_position_embeddings=61,
+        limit=61,
+    ),
+    transformer("_segments", TRANSFORMER_HEADS, segment_length=7),
     transformer_xl(""),
     transformer_xl("_long_memory", segment_length=4, mem_len=11),
     transformer_xl("_no_memory", mem_len=0),
@@ -126,8 +257,52 @@ VARIANTS = [
     transformer_xl("_clamp", clamp_len=6, mem_len=8),
     transformer_xl("_untied_pre", untie_r=True, pre_lnorm=True),
     transformer_xl("_adaptive", cutoffs=[13, 41], div_val=2),
+    longformer(
+        "_dilated",
+        LONGFORMER_HEADS,
+        position_embedding_type="relative",
+        attention_window=[5, 3, 2],
+        attention_dilation=[1, 2, 3],
+        norm_position="pre",
+    ),
+    longformer(
+        "",
+        LONGFORMER_HEADS | LONGFORMER_ENCODERS,
+        attention_window=[4, 2, 6],
+        attention_dilation=[1, 2, 1],
+        max_position_embeddings=63,
+        sep_token_id=SEP,
+        limit=61,  # positions count from 2
+    ),
+    memorizing("", MEMORIZING_HEADS, memory_layers=[0, 2], memory_size=40),
+    memorizing("_overflowing", some(MEMORIZING_HEADS, "causal"), memory_layers=[1], memory_size=10, mem_len=0),
+    memorizing(
+        "_faiss",
+        some(MEMORIZING_HEADS, "causal"),
+        memory_layers=[1],
+        memory_size=16,
+        memory_backend="faiss_flat",
+        needs="faiss",
+    ),
+    block_recurrent("", RECURRENT_HEADS, block_length=7, num_state_vectors=4, recurrent_layers=[1]),
+    block_recurrent(
+        "_lstm_dual",
+        some(RECURRENT_HEADS, "causal"),
+        block_length=4,
+        num_state_vectors=9,
+        recurrent_layers=[0, 2],
+        gate_type="lstm",
+        recurrence_type="dual",
+    ),
+    block_recurrent(
+        "_feedback",
+        some(RECURRENT_HEADS, "causal"),
+        block_length=5,
+        num_state_vectors=3,
+        recurrent_layers=[1],
+        feedback=True,
+    ),
 ]
-# fmt: on
 
 
 def loud(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -139,6 +314,8 @@ def loud(model: nn.Module, seed: int = 0) -> nn.Module:
             x = torch.randn(parameter.shape, generator=g, dtype=torch.float64)
             if id(parameter) in embeddings:
                 x = 0.3 * x
+            elif name.endswith(("scale", "recurrence.ids", "recurrence.initial")):
+                x = 3 + x if name.endswith("scale") else x  # of unit queries and keys; of state vectors, as they start
             elif parameter.dim() > 1:
                 x = 1.2 * x / parameter.shape[-1] ** 0.5
             else:
@@ -169,20 +346,43 @@ class Runner:
         lengths = torch.tensor([9 - row % 4 for row in rows])
         return ids, (torch.arange(9) < lengths[:, None]).long()
 
-    def __call__(self, ids, mask=None, cache=None, *, rows=None, embeds=None, **options):
-        """(result, cache): hidden states or logits (B, T, any), or one result a row (B, any)."""
-        arguments = dict(options)
-        if self.head.stream:
-            arguments |= dict(past_key_values=cache, use_cache=options.get("use_cache", True))
+    def inputs(self, ids, mask=None, *, rows=None, embeds=None):
+        """The keyword arguments by which the head reads ids or embeddings."""
         if self.head.source:
             source, source_mask = self.sources(range(len(ids)) if rows is None else rows)
-            arguments |= dict(input_ids=source, attention_mask=source_mask, decoder_input_ids=ids)
+            arguments = dict(input_ids=source, attention_mask=source_mask, decoder_input_ids=ids)
             arguments |= dict(decoder_attention_mask=mask)
         else:
-            arguments |= dict(input_ids=ids if embeds is None else None, attention_mask=mask, inputs_embeds=embeds)
+            if self.head.question:
+                ids = ask(ids, mask)
+            arguments = dict(input_ids=ids if embeds is None else None, attention_mask=mask, inputs_embeds=embeds)
+        return {k: x for k, x in arguments.items() if x is not None}
+
+    def __call__(self, ids, mask=None, cache=None, *, rows=None, embeds=None, **options):
+        """(result, cache): hidden states or logits (B, T, any), or one result a row (B, any)."""
+        arguments = self.inputs(ids, mask, rows=rows, embeds=embeds) | options
+        if self.head.stream:
+            arguments |= dict(past_key_values=cache, use_cache=options.get("use_cache", True))
         output = self.model(**{k: x for k, x in arguments.items() if x is not None})
-        result = output["last_hidden_state"] if "last_hidden_state" in output else output["logits"]
-        return result, output.get("past_key_values")
+        return result_of(output), output.get("past_key_values")
+
+
+def ask(ids, mask=None):
+    """ids (B, T) with a separator as the third token of each row, or the last of fewer; wrong input stays as it is."""
+    if ids.dim() != 2 or 0 in ids.shape or ids.dtype != torch.long or (mask is not None and mask.shape != ids.shape):
+        return ids
+    mask = torch.ones_like(ids) if mask is None else mask
+    third = mask.sum(1, keepdim=True).clamp(max=3)
+    return ids.masked_fill((mask.cumsum(1) == third) & (mask == 1), SEP)
+
+
+def result_of(output):
+    """What a model says: its hidden states, its logits, or (B, T, 2) the logits of an answer's start and end."""
+    if "last_hidden_state" in output:
+        return output["last_hidden_state"]
+    if "start_logits" in output:
+        return torch.stack([output["start_logits"], output["end_logits"]], dim=-1)
+    return output["logits"]
 
 
 def runner(variant, head, **options):
@@ -192,7 +392,8 @@ def runner(variant, head, **options):
 def over(condition=lambda variant, head: True):
     """Parametrises a test over `variant` and `head` (its name), for the heads that the condition picks."""
     pairs = [(v, name) for v in VARIANTS for name, head in v.heads.items() if condition(v, head)]
-    return pytest.mark.parametrize(("variant", "head"), pairs, ids=[f"{v.name}-{name}" for v, name in pairs])
+    cases = [pytest.param(v, name, id=f"{v.name}-{name}", marks=missing(v)) for v, name in pairs]
+    return pytest.mark.parametrize(("variant", "head"), cases)
 
 
 def streams(condition=lambda variant: True, of_head=lambda head: True):
@@ -203,7 +404,13 @@ def streams(condition=lambda variant: True, of_head=lambda head: True):
 def causal(condition=lambda variant: True):
     """Parametrises over `variant`, for those that have a causal language model."""
     chosen = [v for v in VARIANTS if "causal" in v.heads and condition(v)]
-    return pytest.mark.parametrize("variant", chosen, ids=[v.name for v in chosen])
+    return pytest.mark.parametrize("variant", [pytest.param(v, id=v.name, marks=missing(v)) for v in chosen])
+
+
+def missing(variant):
+    """Marks that skip a variant whose package is not installed."""
+    absent = variant.needs is not None and importlib.util.find_spec(variant.needs) is None
+    return [pytest.mark.skip(reason=f"{variant.needs} is not installed")] if absent else []
 
 
 FLOAT32 = dict(rtol=1e-4, atol=1e-5)

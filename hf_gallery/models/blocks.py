@@ -83,8 +83,13 @@ class ScaledHeads(nn.Module):
 
     def forward(self, x: torch.Tensor):
         """(B, T, E) to query, key, value (B, H, T, D); the query carries the scale."""
-        query, key, value = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
-        return scaled_unit(query, self.scale), unit(key), value
+        return self.queries(x), *self.keys_values(x)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        return scaled_unit(split_heads(self.q_proj(x), self.heads), self.scale)
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return unit(split_heads(self.k_proj(x), self.heads)), split_heads(self.v_proj(x), self.heads)
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -111,7 +116,7 @@ class T5Bias(nn.Module):
 
 
 def init_scaled(module: nn.Module, std: float):
-    """The initialisation of meliad's layers: linear maps by variance_scaling(1, fan_in, truncated normal), biases 0."""
+    """The initialisation of meliad's layers: linear maps from variance_scaling(1, fan_in, truncated normal), biases 0."""
     if isinstance(module, nn.Linear):
         # A normal cut at two deviations keeps 0.8796 of its deviation, which variance_scaling makes up for.
         deviation = module.in_features**-0.5 / 0.87962566103423978

@@ -135,9 +135,13 @@ class GalleryCache(Cache):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can take back tokens: all state is columns of time, and those that it needs are still here."""
-        timed = all(name in TIMED or name.startswith("cross_") for state in self.states for name in state)
-        return timed and (self.capacity is None or self.recording or self.columns <= self.capacity)
+        """Whether `crop` can take back tokens: all state is columns of time, and those that it needs are here."""
+        return not self.folds and (self.capacity is None or self.recording or self.columns <= self.capacity)
+
+    @property
+    def folds(self) -> bool:
+        """Whether tokens go into a memory or a recurrent state, from which they cannot be taken back."""
+        return bool(self.identity.get("memory_layers") or self.identity.get("recurrent_layers"))
 
     def activate_past_recording(self):
         """From now on keep what the model could forget, until the next `crop`, so that crop can take tokens back."""
@@ -169,9 +173,14 @@ class GalleryCache(Cache):
             left -= taken
         columns = self.columns_held
         if left or not self.is_croppable or bool((columns - removed < self._needed(self.seen - removed)).any()):
+            if self.folds:
+                raise ValueError(
+                    f"cannot take back {count} columns: this cache has put them into a memory or a recurrent state; "
+                    "keep a copy() from before the forward that may be taken back"
+                )
             raise ValueError(
-                f"cannot take back {count} columns: this cache has dropped, or folded into other state, what came before. "
-                "Call activate_past_recording() before the forward that may be taken back, or keep a copy()"
+                f"cannot take back {count} columns: this cache has dropped what came before. Call "
+                "activate_past_recording() before the forward that may be taken back, or keep a copy()"
             )
         keep = columns - int(removed.min())
         for state in self.states:
@@ -255,7 +264,7 @@ class GalleryCache(Cache):
 
         self._each(empty)
         self.history = []
-        # Columns that no row fills any more. Without this an unbounded cache grows for ever over a stream of documents.
+        # Columns that no row fills any more. Without this an unbounded cache grows for ever over many documents.
         longest = int(self.seen.max())
         for state in self.states:
             state.update({name: last_columns(x, longest) for name, x in state.items() if name in TIMED})

@@ -68,7 +68,7 @@ _BLOCK = 16
 
 
 def _topk(scores, topk):
-    """topk of the last dimension, found among the blocks with the largest maxima: the k best lie in k blocks at most."""
+    """topk of the last dimension, found among the blocks with the largest maxima: the k best lie in at most k."""
     n = scores.shape[-1]
     if n < 4 * topk * _BLOCK or n % _BLOCK:
         return scores.topk(min(topk, n), -1)
@@ -141,6 +141,12 @@ BACKENDS: dict[str, SearchBackend] = {
 }
 
 
+def query_tile(batch: int, heads: int, width: int, topk: int, size: int) -> int:
+    """How many queries to serve at once. Each gets k pairs of its own, so all of a long input's would not fit; and as
+    the memory moves on within it, few at a time keep what they search together not much longer than `size`."""
+    return max(16, min(max(64, size), 2**24 // (batch * heads * width * topk)))
+
+
 def retrieve(
     backend: str,
     query: torch.Tensor,
@@ -156,12 +162,14 @@ def retrieve(
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
     """
     with torch.no_grad():
-        results = [BACKENDS[backend](query.detach(), keys, lower, upper, topk) for keys, _, lower, upper in sources]
-        scores = torch.cat([scores for scores, _ in results], -1)  # (B, H, T, sources * topk)
-        ends = [0]
-        for keys, *_ in sources:
+        results, ends = [], [0]
+        for keys, _, lower, upper in sources:
+            first, last = _reach(lower, upper, keys.shape[2])
+            some = keys[:, :, first:last]
+            scores, at = BACKENDS[backend](query.detach(), some, lower - first, upper - first, topk)
+            results.append((scores, at + first + ends[-1]))
             ends.append(ends[-1] + keys.shape[2])
-        columns = torch.cat([at + start for (_, at), start in zip(results, ends, strict=False)], -1)
+        scores, columns = (torch.cat(x, -1) for x in zip(*results, strict=True))  # (B, H, T, sources * topk)
         if len(results) > 1:
             scores, pick = scores.topk(topk, -1)
             columns = columns.gather(-1, pick)
@@ -174,6 +182,15 @@ def retrieve(
             keys = some_keys if keys is None else torch.where(inside[..., None], some_keys, keys)
             values = some_values if values is None else torch.where(inside[..., None], some_values, values)
     return keys, values, found, columns
+
+
+def _reach(lower, upper, n):
+    """The columns [first, last) of n that hold all ring intervals [lower, upper) (B, T), at least one of them."""
+    if bool((upper < lower).any()):
+        return 0, n
+    some = lower < upper
+    first = int(torch.where(some, lower, n - 1).min())
+    return first, max(first + 1, int(torch.where(some, upper, 0).max()))
 
 
 def _rows_of(x, at):
@@ -191,7 +208,8 @@ def attend_retrieved(
 
     Gradients reach the query alone.
     """
-    scores = torch.matmul(keys.to(query.dtype), query[..., None]).squeeze(-1).float()  # (B, H, T, k)
+    scores = torch.matmul(keys.to(query.dtype), query[..., None]).squeeze(-1)  # (B, H, T, k)
+    scores = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
     nothing = ~found.any(-1, keepdim=True)
     weights = scores.masked_fill(~found & ~nothing, -math.inf).softmax(-1).masked_fill(nothing, 0.0)
     weights = weights.to(values.dtype)

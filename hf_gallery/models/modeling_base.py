@@ -9,7 +9,7 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, GenerationMode
 
 from .cache import GalleryCache
 from .rows import Rows
@@ -71,8 +71,8 @@ class GalleryPreTrainedModel(PreTrainedModel):
         name = "input_ids" if inputs_embeds is None else "inputs_embeds"
         if x.dim() != wanted or 0 in x.shape:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; it must be (batch, tokens{', hidden_size' if wanted == 3 else ''}) "
-                "with at least one row and one token"
+                f"{name} has shape {tuple(x.shape)}; it must be "
+                f"(batch, tokens{', hidden_size' if wanted == 3 else ''}) with at least one row and one token"
             )
         if wanted == 3 and x.shape[2] != self.config.hidden_size:
             raise ValueError(
@@ -103,7 +103,8 @@ class GalleryPreTrainedModel(PreTrainedModel):
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
                 f"{name} holds the id {low if low < 0 else high}, outside the vocabulary of vocab_size "
-                f"{self.config.vocab_size}; ids must be in [0, {self.config.vocab_size}). Is the tokenizer this model's?"
+                f"{self.config.vocab_size}; ids must be in [0, {self.config.vocab_size}). Is the tokenizer this "
+                "model's?"
             )
 
     @staticmethod
@@ -164,9 +165,16 @@ class GalleryGenerationMixin(GenerationMixin):
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation is {implementation!r}; gallery models carry their own GalleryCache, so leave it None"
+                f"cache_implementation is {implementation!r}; gallery models carry their own GalleryCache, so leave it "
+                "None"
             )
         cache = model_kwargs.get("past_key_values")
+        assisted = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
+        if assisted and generation_config.use_cache is not False and GalleryCache(self.config).folds:
+            raise ValueError(
+                f"{type(self).__name__} cannot take back the tokens of assisted decoding: they are in its memory or "
+                "recurrent state. Leave out assistant_model and prompt_lookup_num_tokens"
+            )
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:

@@ -1,9 +1,9 @@
 """The Block-Recurrent Transformer (Hutchins, Schlag, Wu, Dyer, Neyshabur 2022, arXiv 2203.07852).
 
-    every layer       sliding-window attention: query p sees [p - W, p - 1], T5 bias, unit queries and keys, a scale a head
+    every layer       sliding-window attention: query p sees [p - W, p - 1], T5 bias, unit queries and keys, scale a head
     a recurrent layer also has S state vectors, which block j of W tokens enters as s_j:
       vertical        tokens of block j read s_j besides their window; one map joins both           section 3.1, figure 2
-      horizontal      s_j reads itself and the tokens of blocks j - 1 and j; a gate makes s_(j+1)    sections 3.1, 3.2
+      horizontal      s_j reads itself and the tokens of blocks j - 1 and j; a gate makes s_(j+1)  sections 3.1, 3.2
 
 The state's keys and values serve both directions, and so do the tokens'; queries are separate. State vectors carry a
 learned id, without which they would stay alike. s_0 is learned.
@@ -56,6 +56,7 @@ class Context:
     block_length: int
     keep: bool = False
     limit: int | None = None
+    infers: bool = False  # no gradients: what follows from the state is kept with it
     output_attentions: bool = False
     fed: tuple[torch.Tensor, torch.Tensor] | None = None  # feedback: keys and values (B, H, S, D) of the state
     shared: list | None = None
@@ -84,7 +85,7 @@ class Blocks:
         self.rows, self.length, w = rows, length, length
         self.phase = rows.seen % w  # (B,) tokens of the first block that are already behind
         reach = self.phase + rows.lengths  # (B,) tokens from the first block's start
-        self.count = -(-int(reach.max()) // w)  # J
+        self.count = max(1, -(-int(reach.max()) // w))  # J; one also where no row has a token
         self.complete = reach[:, None] >= (1 + torch.arange(self.count)) * w  # (B, J): the block ends in this forward
         self.whole = bool((self.phase == 0).all()) and rows.width == self.count * w  # nothing to move
         place = torch.arange(self.count * w) - self.phase[:, None]  # (B, J * W) packed token of each place
@@ -113,7 +114,7 @@ class Blocks:
         return _pick(x, self.column[:, j * self.length : (j + 2) * self.length])
 
     def window_spans(self, j: int, states: int) -> Spans:
-        """The same for all `states` queries: [first real column, the last one]. Complete blocks end in real columns."""
+        """The same for all `states` queries: [first real column, last one]. Complete blocks end in real columns."""
         real = self.real[:, j * self.length : (j + 2) * self.length]
         lower = (~real).long().cumprod(1).sum(1)[:, None].expand(-1, states)  # (B, S)
         return Spans(lower, torch.full_like(lower, 2 * self.length - 1))
@@ -167,16 +168,15 @@ class RecurrentState(nn.Module):
             self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
             self.feed_forward_gate = StateGate(config, config.intermediate_size)
 
-    def read(self, state):
-        """Of a state (B, S, E): its queries for itself and for tokens, its keys and values, (B, H, S, D) each."""
-        z = self.norm(state) + self.ids
-        query, key, value = self.project(z)
-        return query, scaled_unit(split_heads(self.cross_q_proj(z), self.heads), self.cross_scale), key, value
+    def keys_values(self, state):
+        """The keys and values (B, H, S, D) of a state (B, S, E), which tokens and the state itself read."""
+        return self.project.keys_values(self.norm(state) + self.ids)
 
-    def advance(self, state, read, keys, values, spans):
-        """The state (B, S, E) after a block whose tokens' keys and values are (B, H, 2 W, D)."""
-        query, cross_query, key, value = read
-        s = state.shape[1]
+    def advance(self, state, key, value, keys, values, spans):
+        """The state (B, S, E), whose keys and values are (B, H, S, D), after a block; its tokens' are (B, H, 2 W, D)."""
+        z, s = self.norm(state) + self.ids, state.shape[1]
+        query = self.project.queries(z)
+        cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.heads), self.cross_scale)
         own = attend(query, key, value, Spans(torch.zeros(1, s).long(), torch.full((1, s), s - 1)), scale=1.0)
         cross = attend(cross_query, keys, values, spans, scale=1.0)
         hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, S, 2 H D)
@@ -229,7 +229,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         if self.reads_state:
             cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.heads), self.cross_scale)
             if self.recurrent:
-                cross, new_state = self._through_blocks(cross_query, keys, values, context.blocks(cached), state)
+                cross, new_state = self._through_blocks(cross_query, keys, values, context, cached, state)
                 if context.keep:
                     new |= new_state
             else:
@@ -243,24 +243,28 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         everything = Spans(torch.zeros(1, w).long(), torch.full((1, w), key.shape[2] - 1))
         return attend(query, key, value, everything, scale=1.0)
 
-    def _through_blocks(self, cross_query, keys, values, blocks, state):
+    def _through_blocks(self, cross_query, keys, values, context, cached, state):
         """The only loop over blocks: the state. Returns what the tokens read (B, H, T, D), and the next state."""
-        recurrence, rows = self.recurrence, blocks.rows
+        recurrence, rows, blocks = self.recurrence, context.rows, context.blocks(cached)
         current = self.entering(state, rows)
-        reads = []
+        pair = self.entering_keys_values(state, context) if context.fed is None else context.fed
+        pairs = []
         for j in range(blocks.count):
-            read = recurrence.read(current)
-            reads.append(read)
+            pairs.append(pair)
             done = blocks.complete[:, j]
             if bool(done.any()):
                 spans = blocks.window_spans(j, current.shape[1])
-                ahead = recurrence.advance(current, read, blocks.window(keys, j), blocks.window(values, j), spans)
+                ahead = recurrence.advance(current, *pair, blocks.window(keys, j), blocks.window(values, j), spans)
                 current = (
                     ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
                 )
-        key = torch.stack([read[2] for read in reads], dim=1).flatten(0, 1)  # (B * J, H, S, D)
-        value = torch.stack([read[3] for read in reads], dim=1).flatten(0, 1)
-        return blocks.back(self._read_state(blocks.tokens(cross_query), key, value)), {"state": current}
+                if j + 1 < blocks.count or context.infers:
+                    pair = recurrence.keys_values(current)
+        key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
+        new = {"state": current}
+        if context.infers:  # a token of the same block reads them again
+            new |= {"state_keys": pair[0], "state_values": pair[1]}
+        return blocks.back(self._read_state(blocks.tokens(cross_query), key, value)), new
 
     def entering(self, state, rows) -> torch.Tensor:
         """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
@@ -272,9 +276,16 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
             return state["state"]
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
+    def entering_keys_values(self, state, context):
+        """The keys and values (B, H, S, D) of that state: kept ones, unless a row was emptied after they were made."""
+        if context.infers and "state_keys" in state and bool((context.rows.seen > 0).all()):
+            return state["state_keys"], state["state_values"]
+        return self.recurrence.keys_values(self.entering(state, context.rows))
+
 
 class GalleryBlockRecurrentTransformerLayer(GradientCheckpointingLayer):
-    """One layer. State: keys, values (B, H, C, D); a recurrent layer's also state (B, S, E)."""
+    """One layer. State: keys, values (B, H, C, D); a recurrent layer's also state (B, S, E), and after a forward
+    without gradients that state's keys and values, state_keys and state_values (B, H, S, D)."""
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, layer: int):
         super().__init__()
@@ -318,6 +329,8 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
 class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreTrainedModel):
     """The bare Block-Recurrent Transformer."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, math.sqrt(config.hidden_size))
@@ -355,6 +368,7 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
             block_length=self.config.block_length,
             keep=cache is not None,
             limit=None if cache is None else cache.limit,
+            infers=not torch.is_grad_enabled(),
             output_attentions=bool(output_attentions),
         )
         run = self._run_block_by_block if self.config.feedback else self.run_layers
@@ -370,12 +384,19 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
         )
 
     def _run_block_by_block(self, layers, x, context, cache, output_hidden_states=False, output_attentions=False):
-        """As run_layers, with feedback: a layer of block j reads the state that block j - 1 left in a layer above it."""
+        """As run_layers, with feedback: a layer of block j reads the state that block j - 1 left in a layer above."""
         if output_attentions:
             raise ValueError(
-                "output_attentions is True and config.feedback is True: blocks run one by one, so there is no one map; "
-                "leave output_attentions out"
+                "output_attentions is True and config.feedback is True: blocks run one by one, so there is no one "
+                "map; leave output_attentions out"
             )
+        for layer in layers:
+            checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
+            if self.training and layer.gradient_checkpointing and checkpoint.keywords.get("use_reentrant"):
+                raise ValueError(
+                    "use_reentrant is True and config.feedback is True: reentrant checkpoints cut the gradients that "
+                    "the state carries from block to block; enable gradient checkpointing with use_reentrant=False"
+                )
         rows, w = context.rows, self.config.block_length
         blocks = Blocks(rows, 0, w)
         recurrent = self.config.recurrent_layers[0]
@@ -389,8 +410,8 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
             at = start[:, None] + torch.arange(width)  # (B, width) packed tokens of the rows' own block
             part_rows = Rows(len(seen), width, (at < stop[:, None]).to(x.device), seen)
             pick = at.clamp(max=rows.width - 1).to(x.device)[:, :, None].expand(-1, -1, x.shape[2])
-            part = Context(rows=part_rows, block_length=w, keep=True, limit=self.config.cache_capacity)
-            part.fed = attention.recurrence.read(attention.entering(states[recurrent], part_rows))[2:]
+            part = Context(part_rows, w, keep=True, limit=self.config.cache_capacity, infers=context.infers)
+            part.fed = attention.entering_keys_values(states[recurrent], part)
             y = x.gather(1, pick)
             hidden, new = [y], []
             for layer, state in zip(layers, states, strict=True):

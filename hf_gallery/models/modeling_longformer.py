@@ -45,7 +45,7 @@ from .stack import TokenStack, init_stack, mark_branches
 
 
 class Folding:
-    """Columns [cached | new] cut into g rows of every g-th column, for a window dilated by g. With g = 1 nothing moves.
+    """Columns [cached | new] cut into g rows of every g-th column, for a window dilated by g. g = 1 moves nothing.
 
     Columns are padded in front so that they end together; queries likewise, to whole rows of g.
     """
@@ -168,7 +168,7 @@ class Context:
     keep: bool = False
     limit: int | None = None
     output_attentions: bool = False
-    shared: list | None = None
+    shared: list | None = None  # per layer: its table of relative positions, made once for a cache
     facts: dict = field(default_factory=dict)
     known: dict = field(default_factory=dict)
 
@@ -187,7 +187,7 @@ class GalleryLongformerAttention(nn.Module):
 
     def __init__(self, config: GalleryLongformerConfig, layer: int):
         super().__init__()
-        self.heads, self.width = config.num_attention_heads, config.hidden_size
+        self.layer, self.heads, self.width = layer, config.num_attention_heads, config.hidden_size
         inner = self.heads * config.head_dim
         window, self.dilation = (config.per_layer(f"attention_{name}")[layer] for name in ("window", "dilation"))
         self.left, self.right = (window, 0) if config.is_decoder else (window // 2, window // 2)
@@ -279,18 +279,27 @@ class GalleryLongformerAttention(nn.Module):
         return attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
 
     def _relative(self, query, context):
-        distances = torch.arange(self.left, -self.right - 1, -1, device=query.device) * self.dilation
-        sinusoid = sinusoids(distances, self.width, "concatenated", query.dtype)
-        table = split_heads(self.r_proj(sinusoid)[None], self.heads)[0]  # (H, left + 1 + right, D)
+        if context.shared is None:
+            table = self._table(query)
+        else:
+            if not context.shared[self.layer]:
+                context.shared[self.layer] = {"table": self._table(query)}
+            table = context.shared[self.layer]["table"]
         content = query + self.content_bias[:, None].to(query.dtype)
         return content, Position(table, self.left, query + self.position_bias[:, None].to(query.dtype))
 
+    def _table(self, query):
+        """r of the distances in the window, farthest first: (H, left + 1 + right, D)."""
+        distances = torch.arange(self.left, -self.right - 1, -1, device=query.device) * self.dilation
+        sinusoid = sinusoids(distances, self.width, "concatenated", query.dtype)
+        return split_heads(self.r_proj(sinusoid)[None], self.heads)[0]
+
     def _look(self, query, keys, values, position, context, x):
-        """The same attention with the full T x S scores, for its maps: out (B, H, T, D), probabilities (B, H, T, S)."""
+        """The same attention with all T x S scores, for its maps: out (B, H, T, D), probabilities (B, H, T, S)."""
         if context.causal and context.globals is not None:
             raise ValueError(
-                "output_attentions is True and a decoder has global tokens, which may be older than the columns of a map; "
-                "leave out one of them"
+                "output_attentions is True and a decoder has global tokens, which may be older than the columns of a "
+                "map; leave out one of them"
             )
         visible, row = context.once((self.left, self.dilation, "dense"), lambda: self._visible(context, keys.device))
         scores = query @ keys.mT
@@ -386,12 +395,14 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
 class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
     """The bare Longformer: an encoder, or a decoder if config.is_decoder."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
         if not config.is_decoder and any(window % 2 for window in config.per_layer("attention_window")):
             raise ValueError(
-                f"attention_window is {config.attention_window!r}; an encoder's window has two equal sides, so give even "
-                "numbers, or set is_decoder"
+                f"attention_window is {config.attention_window!r}; an encoder's window has two equal sides, so give "
+                "even numbers, or set is_decoder"
             )
         self.build_embeddings(config)
         self.layers = nn.ModuleList([GalleryLongformerLayer(config, i) for i in range(config.num_hidden_layers)])
@@ -432,6 +443,9 @@ class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
         if not config.is_decoder:
             ends = (rows.lengths[:1] if rows.uniform else rows.lengths)[:, None] - 1
             everything = rows.spans(torch.zeros_like(rows.positions), ends.expand_as(rows.positions), 0)
+        shared = None
+        if cache is not None and not torch.is_grad_enabled():
+            shared = list(cache.shared) or [{} for _ in self.layers]
         context = Context(
             rows=rows,
             cached=cache.columns_held if cache is not None else 0,
@@ -442,6 +456,7 @@ class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
             keep=cache is not None,
             limit=None if cache is None else cache.limit,
             output_attentions=bool(output_attentions),
+            shared=shared,
             facts=facts,
         )
         x = self.embed(rows, input_ids, inputs_embeds, position_ids, token_type_ids)
@@ -536,12 +551,22 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
         )
 
     def prepare_inputs_for_generation(
-        self, input_ids, past_key_values=None, is_first_iteration=False, global_attention_mask=None, **kwargs
+        self,
+        input_ids,
+        past_key_values=None,
+        inputs_embeds=None,  # named, since generate() looks whether it is
+        is_first_iteration=False,
+        global_attention_mask=None,
+        **kwargs,
     ):
         if is_first_iteration or past_key_values is None:  # else it is the prompt's, which has been read
             kwargs["global_attention_mask"] = global_attention_mask
         return super().prepare_inputs_for_generation(
-            input_ids, past_key_values=past_key_values, is_first_iteration=is_first_iteration, **kwargs
+            input_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
         )
 
 
@@ -585,7 +610,7 @@ class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedMode
 
 
 class GalleryLongformerForSequenceClassification(SequenceClassificationHead, GalleryLongformerPreTrainedModel):
-    """A label for each row: from the first token of an encoder, global unless said otherwise; from a decoder's last."""
+    """A label for each row: from the first token of an encoder, global unless set otherwise; from a decoder's last."""
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -613,9 +638,9 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
         **kwargs,
     ):
         """As in SequenceClassificationHead, with the further arguments of GalleryLongformerModel."""
-        x = input_ids if inputs_embeds is None else inputs_embeds
-        if global_attention_mask is None and not self.config.is_decoder and x is not None:
-            global_attention_mask = first_token(x, attention_mask)
+        if global_attention_mask is None and not self.config.is_decoder:
+            self.open_input(input_ids, inputs_embeds, attention_mask, None, False)  # its errors come first
+            global_attention_mask = first_token(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -707,9 +732,10 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
         outside the input are left out of the loss. Raises ValueError if a row has no separator to end its question.
         """
         if global_attention_mask is None:
+            self.open_input(input_ids, inputs_embeds, attention_mask, None, False)  # its errors come first
             if input_ids is None:
                 raise ValueError("with inputs_embeds the question cannot be found; give global_attention_mask")
-            global_attention_mask = question_tokens(input_ids, self.config.sep_token_id)
+            global_attention_mask = question_tokens(input_ids, attention_mask, self.config.sep_token_id)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -742,18 +768,22 @@ def first_token(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.T
     return (mask.cumsum(1) == 1) & (mask == 1)
 
 
-def question_tokens(input_ids: torch.Tensor, sep_token_id: int | None) -> torch.Tensor:
+def question_tokens(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, sep_token_id: int | None
+) -> torch.Tensor:
     """A mask (B, T) of the tokens before each row's first separator, as the released code chooses them."""
     if sep_token_id is None:
         raise ValueError(
             "config.sep_token_id is None, so the question's end is unknown; set it, or give global_attention_mask"
         )
     separator = input_ids == sep_token_id
+    if attention_mask is not None:
+        separator = separator & (attention_mask != 0)
     without = ~separator.any(1)
     if bool(without.any()):
         raise ValueError(
-            f"input_ids has no sep_token_id {sep_token_id} in rows {without.nonzero().flatten().tolist()}; put one after "
-            "the question, or give global_attention_mask"
+            f"input_ids has no sep_token_id {sep_token_id} in rows {without.nonzero().flatten().tolist()}; put one "
+            "after the question, or give global_attention_mask"
         )
     return separator.long().cumsum(1) == 0
 

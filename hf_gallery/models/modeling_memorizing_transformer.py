@@ -1,6 +1,6 @@
 """The Memorizing Transformer (Wu, Rabe, Hutchins, Szegedy 2022, arXiv 2203.08913).
 
-    every layer      local attention over [seg(p) - mem_len, p], T5 bias, queries and keys of unit length, a scale a head
+    every layer      local attention over [seg(p) - mem_len, p], T5 bias, unit queries and keys, a scale a head
     a memory layer   besides, for each query and head, the k stored pairs with the largest dot product, attended to by
                      a softmax of their own, with the same scale and no bias                          section 3.2
     out = local (1 - g) + retrieved g,  g = sigmoid(gate bias), one for each head                     section 3.2
@@ -38,7 +38,7 @@ from .blocks import (
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .heads import CausalLMHead, SequenceClassificationHead
-from .memory import append_to_ring, attend_retrieved, retrieve
+from .memory import append_to_ring, attend_retrieved, query_tile, retrieve
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .segments import Parts, segment_spans
@@ -94,6 +94,7 @@ class Context:
     memory_size: int
     keep: bool = False
     limit: int | None = None
+    infers: bool = False  # no gradients: the ring may be written in place, since no backward will read it once more
     output_attentions: bool = False
     retrievals: dict | None = None
     shared: list | None = None
@@ -202,8 +203,13 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             sources.append((keys.detach(), values.detach(), *(x.to(device) for x in where["columns"])))
         retrieved = torch.zeros_like(query)
         if sources:
-            some_keys, some_values, found, columns = retrieve(self.backend, query, sources, self.topk)
-            retrieved, weights = attend_retrieved(query, some_keys, some_values, found)
+            b, h, t, d = query.shape
+            tile, results = query_tile(b, h, d, self.topk, context.memory_size), []
+            for part in (slice(start, start + tile) for start in range(0, t, tile)):
+                seen = [(k, v, lower[:, part], upper[:, part]) for k, v, lower, upper in sources]
+                *pairs, found, columns = retrieve(self.backend, query[:, :, part], seen, self.topk)
+                results.append((*attend_retrieved(query[:, :, part], *pairs, found), found, columns))
+            retrieved, weights, found, columns = (torch.cat(x, dim=2) for x in zip(*results, strict=True))
             if context.retrievals is not None:
                 slots = ring[0].shape[2] if ring[0] is not None else 0
                 positions = self._positions(columns, found, slots, context)
@@ -219,8 +225,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         new = {}
         for name, old, x in zip(("memory_keys", "memory_values"), ring, (keys, values), strict=True):
             pairs = x.detach().gather(2, column.expand(-1, x.shape[1], -1, x.shape[3]))
-            in_place = not torch.is_grad_enabled()  # a checkpointed layer will read the ring once more, in backward
-            new[name] = Appended(old, pairs, first, count, context.memory_size, in_place)
+            new[name] = Appended(old, pairs, first, count, context.memory_size, context.infers)
         return retrieved, new
 
     def _positions(self, columns, found, slots, context):
@@ -271,6 +276,8 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
 class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedModel):
     """The bare Memorizing Transformer."""
 
+    _auto_class = "AutoModel"
+
     def __init__(self, config: GalleryMemorizingTransformerConfig):
         super().__init__(config)
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, math.sqrt(config.hidden_size))
@@ -319,6 +326,7 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
             memory_size=config.memory_size,
             keep=cache is not None,
             limit=None if cache is None else cache.limit,
+            infers=not torch.is_grad_enabled(),
             output_attentions=bool(output_attentions),
             retrievals={} if output_retrievals else None,
         )
