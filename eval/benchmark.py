@@ -27,14 +27,14 @@ def plan(
     corpus: str,
     device: torch.device,
 ) -> list[Cell]:
-    """The cells of a run, in the order in which they are measured: all contestants at the first seed, then the next."""
+    """The cells of a run, in the order in which they are measured: all contestants at one seed, then at the next."""
     cells: list[Cell] = []
     where = {"device": device.type}
+    recall_settings, text_settings, cost_settings = preset.recall, preset.text, preset.cost
     load = functools.cache(load_corpus)  # read once, and only if a text cell is missing
 
     for seed in range(seeds):
         if "recall" in tasks:
-            recall_settings = preset.recall
             for c in contestants:
 
                 def measure_recall(tick, c=c, seed=seed):
@@ -43,7 +43,6 @@ def plan(
                 settings = _plain(recall_settings) | where
                 cells.append(Cell("recall", c.name, seed, settings, recall.units(recall_settings), measure_recall))
         if "text" in tasks:
-            text_settings = preset.text
             settings = _plain(text_settings) | where | {"corpus": corpus_version(corpus)}
             if seed == 0:
 
@@ -60,7 +59,6 @@ def plan(
 
                 cells.append(Cell("text", c.name, seed, settings, text.units(text_settings), measure_text))
     if "cost" in tasks:
-        cost_settings = preset.cost
         settings = _plain(cost_settings) | where | {"contestants": [c.name for c in contestants]}
         units = cost.units(cost_settings, contestants)
         cells.append(

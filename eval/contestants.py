@@ -16,13 +16,15 @@ MATCH = 0.03  # parameter counts of one run differ by no more than this share
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What all contestants of one task share. window: tokens of local attention. memory_size, memory_topk: of the
-    Memorizing Transformer. states: vectors of the Block-Recurrent Transformer's state. memory_layers: of both."""
+    """What all contestants of one task share. window: tokens of local attention. context: tokens that the upper line
+    sees. memory_size, memory_topk, memory_layers: of the Memorizing Transformer. states, recurrent_layers: state
+    vectors of the Block-Recurrent Transformer, and the layers that have them."""
 
     hidden: int
     layers: int
     heads: int
     window: int
+    context: int
     intermediate: int
     memory_size: int
     memory_topk: int
@@ -60,7 +62,7 @@ def _transformer(sizes: Sizes) -> PreTrainedConfig:
 
 
 def _transformer_full(sizes: Sizes) -> PreTrainedConfig:
-    return gallery.GalleryTransformerConfig(norm_position="pre", **sizes.common())
+    return gallery.GalleryTransformerConfig(norm_position="pre", segment_length=sizes.context, **sizes.common())
 
 
 def _transformer_xl(sizes: Sizes) -> PreTrainedConfig:
@@ -104,8 +106,8 @@ CONTESTANTS = {
     for c in (
         Contestant(
             "transformer_full",
-            "Transformer, full attention",
-            "everything (upper line)",
+            "Transformer, long context",
+            "its segment of 16 windows (upper line)",
             gallery.GalleryTransformerForCausalLM,
             _transformer_full,
         ),
@@ -171,8 +173,8 @@ def build(contestant: Contestant, sizes: Sizes, seed: int = 0) -> PreTrainedMode
     model = contestant.model(contestant.config(sizes))
     if abs(model.num_parameters() / target - 1) > MATCH:
         raise ValueError(
-            f"{contestant.name} has {model.num_parameters():,} parameters, more than {MATCH:.0%} off the Transformer's "
-            f"{target:,}; raise hidden or intermediate"
+            f"{contestant.name} has {model.num_parameters():,} parameters, more than {MATCH:.0%} off the "
+            f"Transformer's {target:,}; raise hidden or intermediate"
         )
     return model
 

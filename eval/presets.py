@@ -74,6 +74,7 @@ _SMALL = Sizes(
     layers=3,
     heads=4,
     window=16,
+    context=256,
     intermediate=192,
     memory_size=1024,
     memory_topk=32,
@@ -86,6 +87,7 @@ _MEDIUM = Sizes(
     layers=4,
     heads=4,
     window=64,
+    context=1024,
     intermediate=512,
     memory_size=4096,
     memory_topk=32,
@@ -94,13 +96,22 @@ _MEDIUM = Sizes(
     recurrent_layers=(1,),
 )
 _LARGE = dataclasses.replace(
-    _MEDIUM, hidden=256, layers=6, window=128, intermediate=1024, memory_size=16384, memory_layers=(3,), states=128
+    _MEDIUM,
+    hidden=256,
+    layers=6,
+    window=128,
+    context=2048,
+    intermediate=1024,
+    memory_size=16384,
+    memory_layers=(3,),
+    states=128,
 )
 _PAPER = Sizes(
     hidden=512,
     layers=12,
     heads=8,
     window=512,
+    context=8192,
     intermediate=2048,
     memory_size=65536,
     memory_topk=32,
@@ -136,7 +147,7 @@ PRESETS = {
             3,
             TextSettings(_LARGE, steps=3000, lanes=8, length=512, learning_rate=2e-3, test_bytes=524288),
             RecallSettings(
-                dataclasses.replace(_SMALL, hidden=128, window=32, intermediate=384, states=32),
+                dataclasses.replace(_SMALL, hidden=128, window=32, context=512, intermediate=384, states=32),
                 steps=1500,
                 tokens=8192,
                 short=48,
@@ -153,7 +164,9 @@ PRESETS = {
             5,
             TextSettings(_PAPER, steps=50000, lanes=16, length=1024, learning_rate=5e-4, test_bytes=4194304),
             RecallSettings(
-                dataclasses.replace(_SMALL, hidden=256, heads=8, window=128, intermediate=768, states=64),
+                dataclasses.replace(
+                    _SMALL, hidden=256, heads=8, window=128, context=2048, intermediate=768, states=64
+                ),
                 steps=5000,
                 tokens=32768,
                 short=192,
