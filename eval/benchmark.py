@@ -37,7 +37,7 @@ def plan(
         if "recall" in tasks:
             for c in contestants:
 
-                def measure_recall(tick, c=c, seed=seed):
+                def measure_recall(tick, c=c, recall_settings=recall_settings, seed=seed):
                     return recall.measure(c, recall_settings, seed, device, tick)
 
                 settings = _plain(recall_settings) | where

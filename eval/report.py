@@ -298,7 +298,8 @@ def _provenance(results: dict[str, Any]) -> str:
     settings = html.escape(json.dumps(results["settings"], indent=1))
     return (
         "<details><summary>Where each number comes from</summary>"
-        f"<div class='wide'><table class='left'><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+        f"<div class='wide'><table class='left'><thead><tr>{head}</tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>"
         f"<pre>{settings}</pre></details>"
     )
 

@@ -6,7 +6,7 @@ import math
 
 
 def wilson(correct: int, asked: int, z: float = 1.96) -> tuple[float, float]:
-    """The interval of Wilson (1927) for a share of correct answers: 95 % at z = 1.96. (0, 1) where nothing was asked."""
+    """The interval of Wilson (1927) for a share of correct answers, 95 % at z = 1.96; (0, 1) if nothing was asked."""
     if not asked:
         return 0.0, 1.0
     share, spread = correct / asked, z * z / asked

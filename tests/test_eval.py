@@ -1,0 +1,408 @@
+"""`python -m eval`: contestants of one size, cells that are measured once, results that add up, a page that opens."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from bs4 import BeautifulSoup
+from rich.console import Console
+from typer.testing import CliRunner
+
+from eval import attention, benchmark, cells, contestants, cost, presets, recall, report, text
+from eval import cli as command_line
+from eval.cells import Cell, Run
+from eval.files import read_json, write_json, write_text
+from eval.measure import interleaved, peak_bytes
+from eval.statistics import wilson
+from hf_gallery.data import load_corpus, slot_recall
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+NAMES = list(contestants.CONTESTANTS)
+TINY_SIZES = dataclasses.replace(
+    presets.PRESETS["quick"].recall.sizes, hidden=16, layers=2, heads=2, window=4, context=16, intermediate=80,
+    memory_size=64, memory_topk=4, states=4,
+)  # fmt: skip
+TINY = presets.Preset(
+    "tiny",
+    "seconds",
+    1,
+    presets.TextSettings(TINY_SIZES, steps=3, lanes=2, length=16, learning_rate=1e-2, test_bytes=500),
+    presets.RecallSettings(
+        TINY_SIZES, steps=4, tokens=64, short=8, length=40, learning_rate=1e-2, multiples=(0.5, 2.0, 8.0), examples=9
+    ),
+    presets.CostSettings(TINY_SIZES, batch=2, length=24, repeats=1, contexts=(8, 24), decode_tokens=2),
+)
+
+
+@pytest.fixture
+def tiny(monkeypatch, tmp_path):
+    """The command with the tiny preset beside the others, in an empty folder, on a small corpus."""
+    monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for i in range(40):
+        (corpus / f"{i}.txt").write_text("".join(f"line {j} of document {i}\n" for j in range(3 + i)))
+    return ["--preset", "tiny", "--corpus", str(corpus)]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(command_line.app, list(arguments))
+
+
+# ---- contestants
+
+
+@pytest.mark.parametrize("task", ["text", "recall", "cost"])
+@pytest.mark.parametrize("preset", list(presets.PRESETS))
+def test_contestants_have_one_size(preset, task):
+    sizes = getattr(presets.PRESETS[preset], task).sizes
+    counts = {}
+    for name, contestant in contestants.CONTESTANTS.items():
+        with torch.device("meta"):
+            counts[name] = contestants.build(contestant, sizes).num_parameters()
+    assert max(counts.values()) / min(counts.values()) < 1.03, counts
+
+
+def test_contestants_that_cannot_be_matched_are_refused():
+    sizes = dataclasses.replace(TINY_SIZES, hidden=32, intermediate=4)
+    with pytest.raises(ValueError, match=r"parameters.*raise"):
+        contestants.build(contestants.CONTESTANTS["transformer_xl"], sizes)
+
+
+def test_weights_come_from_the_seed():
+    make = [contestants.build(contestants.CONTESTANTS["transformer_xl"], TINY_SIZES, seed) for seed in (1, 1, 2)]
+    first, again, other = (m.get_input_embeddings().weight for m in make)
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+def test_the_windowed_transformer_sees_its_window_and_the_others_more():
+    """The premise of the comparison, on random weights: whose last logits change with the first token?"""
+    ids = torch.randint(0, 97, (1, 2 * TINY_SIZES.window))
+    other = ids.clone()
+    other[0, 0] += 1
+    for name, contestant in contestants.CONTESTANTS.items():
+        model = contestants.build(contestant, TINY_SIZES).eval()
+        with torch.no_grad():
+            for parameter in model.parameters():  # louder than at the start of training
+                parameter.add_(0.3 * torch.randn_like(parameter))
+            change = (model(ids).logits[0, -1] - model(other).logits[0, -1]).abs().max()
+        assert (change == 0) == (name == "transformer"), name
+
+
+# ---- tasks
+
+
+def test_the_curriculum_grows_and_is_the_same_for_all():
+    settings = dataclasses.replace(TINY.recall, steps=40)
+    batches = [list(recall.Curriculum(settings, seed)) for seed in (0, 0, 1)]
+    lengths = [batch["input_ids"].shape[1] for batch in batches[0]]
+    assert lengths == sorted(lengths) and lengths[0] == settings.short and lengths[-1] == settings.length
+    assert len(lengths) == settings.steps
+    for a, b, other in zip(*batches, strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["labels"], b["labels"])
+        assert not torch.equal(a["input_ids"], other["input_ids"])
+    assert len({str(batch["input_ids"]) for batch in batches[0]}) == settings.steps
+    assert recall.spread(100)[0] == 1 and recall.spread(100)[-1] == 100
+
+
+class Oracle:
+    """Answers slot recall by looking back at most `reach` tokens."""
+
+    def __init__(self, reach):
+        self.reach = reach
+
+    def __call__(self, input_ids):
+        from hf_gallery.data import tasks
+
+        logits = torch.zeros(*input_ids.shape, 262)
+        write = {int(b): divmod(i, tasks.SLOT_VALUES) for i, b in enumerate(tasks.WRITES)}
+        read = {int(b): slot for slot, b in enumerate(tasks.READS)}
+        for row, ids in enumerate(input_ids.tolist()):
+            for t, token in enumerate(ids):
+                if token in read:
+                    for s in range(max(0, t - self.reach), t):
+                        if write.get(ids[s], (None, None))[0] == read[token]:
+                            logits[row, t, tasks.ANSWERS[write[ids[s]][1]]] = 1
+        return type("Output", (), {"logits": logits})
+
+
+def test_recall_counts_right_answers():
+    """Whoever sees far enough gets everything, whoever does not gets nothing (no answer is given by default)."""
+    settings = dataclasses.replace(TINY.recall, examples=30)
+    for distance in (2, 8, 32):
+        far = recall.ask(Oracle(distance), settings, distance, 0, CPU)
+        near = recall.ask(Oracle(distance - 1), settings, distance, 0, CPU)
+        assert far["asked"] == near["asked"] > 30
+        assert far["correct"] == far["asked"] and near["correct"] == 0
+
+
+def test_test_questions_were_not_trained_on():
+    trained = {str(row) for batch in recall.Curriculum(TINY.recall, 0) for row in batch["input_ids"].tolist()}
+    asked = slot_recall(50, TINY.recall.length, distances=[8], seed=0, split="test")
+    assert not trained & {str(row) for row in asked["input_ids"]}
+
+
+def test_order0_bits_by_hand(tmp_path):
+    for split, content in (("train", "aab"), ("validation", "zz"), ("test", "aba")):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "x.txt").write_text(content)
+    bits = text.order0_bits(load_corpus(tmp_path), TINY.text)
+    total = 256 + 3  # add-one over 256 bytes; the first byte of a document is not predicted
+    assert bits == pytest.approx(-(math.log2(2 / total) + math.log2(3 / total)) / 2)
+
+
+def test_documents_are_cut_at_the_limit(tmp_path):
+    for i in range(5):
+        (tmp_path / f"{i}.txt").write_text("0123456789" * 10)
+    split = load_corpus(tmp_path)["train"]
+    assert [len(d) for d in text.documents(split, 25)] == [25]
+    whole = text.documents(split)
+    assert sum(map(len, text.documents(split, 10**9))) == sum(map(len, whole)) > 100
+
+
+# ---- statistics and clocks
+
+
+def test_wilson():
+    """Values of R's binom::binom.confint(methods = "wilson")."""
+    assert wilson(8, 10) == pytest.approx((0.4901625, 0.9433178), abs=1e-4)
+    assert wilson(0, 10) == pytest.approx((0.0, 0.2775328), abs=1e-4)
+    assert wilson(0, 0) == (0.0, 1.0)
+
+
+def test_interleaved_takes_turns():
+    calls = []
+    times = interleaved({name: lambda name=name: calls.append(name) for name in "abc"}, 2)
+    assert sorted(calls) == sorted("abc" * 3) and {calls[0], calls[3], calls[6]} == set("abc")
+    assert all(len(values) == 2 and min(values) >= 0 for values in times.values())
+
+
+def test_peak_bytes_counts_what_is_alive_at_once():
+    def both():
+        a = torch.ones(1000)
+        return a + 1
+
+    def one_after_the_other():
+        for _ in range(5):
+            torch.ones(1000)
+
+    assert peak_bytes(both) == 8000
+    assert peak_bytes(one_after_the_other) <= 8000
+
+
+def test_cost_of_the_bounded_cache_does_not_grow():
+    chosen = [contestants.CONTESTANTS[name] for name in NAMES]
+    found = cost.measure(chosen, TINY.cost, 0, CPU, lambda n: None)
+    for name, entry in found.items():
+        assert entry["training_tokens_per_second"] > 0 and entry["training_peak_bytes"] > 0
+        assert all(ms > 0 for ms in entry["decode_ms_per_token"].values())
+        small, large = entry["cache_bytes"]["8"], entry["cache_bytes"]["24"]
+        grows = name in ("transformer_full", "memorizing_transformer")
+        assert (large > small) if grows else large < 3 * small, name
+
+
+# ---- files and cells
+
+
+def test_files_are_whole_or_absent(tmp_path, monkeypatch):
+    path = tmp_path / "a" / "x.json"
+    write_json(path, {"x": 1})
+
+    def fail(*arguments):
+        raise OSError("disk is gone")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, "replace", fail)
+        with pytest.raises(OSError):
+            write_text(path, "half")
+    assert read_json(path) == {"x": 1} and [p.name for p in path.parent.iterdir()] == ["x.json"]
+    with pytest.raises(ValueError):
+        write_json(path, {"x": float("nan")})
+    assert read_json(path) == {"x": 1}
+    path.write_text("{")
+    assert read_json(path) is None and read_json(tmp_path / "missing") is None
+
+
+def cell(name, calls, settings=None, error=None):
+    def measure(tick):
+        if error is not None:
+            raise error
+        calls.append(name)
+        tick(1)
+        return {"value": name}
+
+    return Cell("recall", name, 0, settings or {"steps": 1}, 1, measure)
+
+
+def complete(run, planned):
+    return run.complete(planned, CPU, "python -m eval", Console(quiet=True))
+
+
+def test_a_cell_is_measured_once(tmp_path):
+    run, calls = Run(tmp_path), []
+    with pytest.raises(KeyboardInterrupt):
+        complete(run, [cell("a", calls), cell("b", calls, error=KeyboardInterrupt()), cell("c", calls)])
+    assert calls == ["a"]
+    measured = complete(run, [cell(name, calls) for name in "abc"])
+    assert calls == ["a", "b", "c"]
+    assert [m["result"]["value"] for m in measured] == ["a", "b", "c"]  # in order, not as they were finished
+    assert measured[0]["provenance"]["versions"]["torch"] == torch.__version__
+    again = complete(run, [cell(name, calls) for name in "abc"])
+    assert again == measured and len(calls) == 3
+    run.path(cell("b", calls)).write_text("{ damaged")
+    complete(run, [cell(name, calls) for name in "abc"])
+    assert calls == ["a", "b", "c", "b"]
+    run.forget()
+    complete(run, [cell("a", calls)])
+    assert calls[-1] == "a"
+
+
+def test_other_settings_are_refused_before_anything_is_measured(tmp_path):
+    run, calls = Run(tmp_path), []
+    complete(run, [cell("b", calls, {"steps": 1})])
+    with pytest.raises(ValueError, match="steps 1, now 2.*--name.*--fresh"):
+        complete(run, [cell("a", calls, {"steps": 2}), cell("b", calls, {"steps": 2})])
+    assert calls == ["b"]
+
+
+# ---- the command
+
+
+def test_the_whole_run(tiny):
+    """Every contestant on every task; then results, table and page; then again, where nothing is left to measure."""
+    first = invoke(*tiny)
+    assert first.exit_code == 0, first.output
+    folder = Path("runs/tiny")
+    results = read_json(folder / report.RESULTS)
+    assert list(results["summary"]) == NAMES
+    for entry in results["summary"].values():
+        assert set(entry["recall"]) == {"2", "8", "32"}
+        assert all(0 <= s["correct"] <= s["asked"] > 0 for s in entry["recall"].values())
+        assert 3 < entry["bits_per_byte"][0] < 12
+    assert 3 < results["order0_bits_per_byte"] < 8
+    assert len(list((folder / "cells").iterdir())) == 2 * len(NAMES) + 2
+    page = BeautifulSoup((folder / report.PAGE).read_text(), "html.parser")
+    rows = page.select("tbody th[scope=row]")
+    assert [row.text for row in rows][:-1] == [c.label for c in contestants.CONTESTANTS.values()]
+    assert len(page.select(".plot")) == 6
+    assert not page.select("script[src], link[href^=http]")  # nothing is fetched
+    before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
+    second = invoke(*tiny)
+    assert second.exit_code == 0 and "14 of 14 cells" in second.output
+    assert {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == before
+    assert read_json(folder / report.RESULTS) == results
+    again = invoke("report", "tiny")
+    assert again.exit_code == 0 and "Transformer-XL" in again.output
+
+
+def test_the_same_run_gives_the_same_numbers(tiny):
+    arguments = [
+        *tiny,
+        "--variants",
+        "transformer_xl,memorizing_transformer",
+        "--tasks",
+        "recall,text",
+        "--seeds",
+        "2",
+    ]
+    found = []
+    for name in ("one", "two"):
+        result = invoke(*arguments, "--name", name)
+        assert result.exit_code == 0, result.output
+        found.append(read_json(Path("runs") / name / report.RESULTS)["summary"])
+    assert found[0] == found[1]
+    assert len(found[0]["transformer_xl"]["bits_per_byte"]) == 2
+    assert len(set(found[0]["transformer_xl"]["bits_per_byte"])) == 2  # the seeds differ
+
+
+def test_a_part_of_the_run(tiny):
+    result = invoke(*tiny, "--variants", "longformer", "--tasks", "recall")
+    assert result.exit_code == 0, result.output
+    results = read_json(Path("runs/tiny") / report.RESULTS)
+    assert list(results["summary"]) == ["longformer"] and "cost" not in results["summary"]["longformer"]
+    heads, rows = report.table(results)
+    assert heads == ["variant", "recall 1/2x", "recall 2x", "recall 8x"] and len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "huge"], "--preset.*huge.*quick"),
+        (["--variants", "transformer,lstm"], "--variants.*lstm.*transformer_xl"),
+        (["--variants", ","], "--variants is empty"),
+        (["--tasks", "chess"], "--tasks.*chess.*recall"),
+        (["--device", "tpu"], "--device.*tpu.*auto"),
+        (["--corpus", "nowhere", "--tasks", "text"], "nowhere.*does not exist"),
+        (["report", "unknown"], "unknown.*python -m eval"),
+    ],
+)
+def test_bad_arguments(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(presets.PRESETS, "quick", TINY)
+    result = invoke(*arguments)
+    assert result.exit_code == 2
+    assert re.search(message, result.output.replace("\n", " ")), result.output
+    assert not list(tmp_path.rglob("*.json"))
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    """A real interrupt of a real process, after its first cell; then the run goes on."""
+    program = (
+        "import sys; sys.path.insert(0, {tests!r})\n"
+        "from test_eval import TINY, presets, command_line\n"
+        "import dataclasses, torch\n"
+        "torch.set_num_threads(1)\n"
+        "slow = dataclasses.replace(TINY, recall=dataclasses.replace(TINY.recall, steps={steps}))\n"
+        "presets.PRESETS['tiny'] = slow\n"
+        "command_line.app(['--preset', 'tiny', '--tasks', 'recall', '--variants', 'transformer,transformer_xl'])\n"
+    ).format(tests=str(ROOT / "tests"), steps=200)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    done = tmp_path / "runs" / "tiny" / "cells" / "recall.transformer.0.json"
+    end = time.monotonic() + 120
+    while not done.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, (output, errors)
+    assert "goes on from there" in " ".join(output.split()) and "Traceback" not in errors
+    assert [path.name for path in done.parent.iterdir()] == [done.name]
+    assert json.loads(done.read_text())["result"]["recall"]
+
+
+def test_the_attention_benchmark(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = attention.AttentionSettings(
+        length=256, span=40, heads=2, head_dim=8, repeats=2, dense_repeats=1, memory_lengths=(256, 512)
+    )
+    monkeypatch.setattr(attention, "AttentionSettings", lambda **changes: small)
+    result = invoke("attention")
+    assert result.exit_code == 0, result.output
+    saved = read_json(Path("runs/attention/results.json"))
+    assert saved["largest_difference"] < 1e-4
+    assert set(saved["milliseconds"]) >= {"eager", "sdpa", "dense"}
+    assert saved["eager_growth_per_doubling"][0] < 2.3  # memory grows with T, not with its square
+
+
+def test_nothing_but_benchmark_plans(tmp_path):
+    """The plan is what is said: cells of every task, contestant and seed, each once."""
+    chosen = benchmark.choose_contestants("transformer_xl,transformer")
+    planned = benchmark.plan(TINY, chosen, list(benchmark.TASKS), 2, "stdlib", CPU)
+    names = [c.name for c in planned]
+    assert len(set(names)) == len(names) == 2 * 2 * 2 + 2
+    assert names[:2] == ["recall.transformer.0", "recall.transformer_xl.0"]
+    assert isinstance(planned[0], cells.Cell) and all(c.units > 0 for c in planned)
