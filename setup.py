@@ -15,7 +15,7 @@ testing = ["pytest", "hypothesis", "ruff", "mypy", "beautifulsoup4"]
 setup(
     name="hf-gallery",
     version=version,
-    description="Five long-sequence transformers written from scratch, each a real Hugging Face model, and their measure",
+    description="Five long-sequence transformers written from scratch, each a Hugging Face model, and their measure",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -24,7 +24,9 @@ def measure(
 ) -> dict[str, Any]:
     """For each contestant: training tokens/s (median step: forward, backward, no optimiser), peak bytes of a training
     step beyond the weights, and after each context ms per decoded token (median) and bytes of the cache."""
-    models = {c.name: build(c, settings.sizes, seed).to(device) for c in contestants}
+    models = {c.name: build(c, settings.sizes, seed) for c in contestants}
+    for model in models.values():
+        model.to(device)  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
     ids = torch.randint(0, 256, (settings.batch, settings.length), generator=torch.Generator().manual_seed(seed))
     ids = ids.to(device)
     steps = {name: _training_step(model.train(), ids) for name, model in models.items()}

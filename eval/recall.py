@@ -77,7 +77,7 @@ def measure(
         remove_unused_columns=False,
     ) as arguments:
         train(Trainer(model, arguments, train_dataset=Curriculum(settings, seed), data_collator=_only), tick)
-    model.to(device).eval()
+    model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
     scores = {}
     for distance in settings.distances():
         scores[str(distance)] = ask(model, settings, distance, seed, device)

@@ -41,11 +41,7 @@ def associative_recall(
     _check("num_pairs", num_pairs, 1, len(KEYS))
     _check("num_values", num_values, 2, len(VALUES))
     _check("length", length, 1)
-    distances = np.asarray(sorted(set(distances)), dtype=np.int64)
-    if not len(distances) or distances[0] < 2 or distances[-1] + 2 > length:
-        raise ValueError(
-            f"distances are {distances.tolist()}; a pair and its question need distances from 2 to length - 2 = {length - 2}"
-        )
+    choices = _distances(distances, 2, length - 2, f"between a pair and its question, with length {length}")
     random = _generator(seed, split, "associative_recall")
     ids = random.integers(FILLER.start, FILLER.stop, size=(examples, length))
     keys = random.permuted(np.tile(np.arange(KEYS.start, KEYS.stop), (examples, 1)), axis=1)[:, :num_pairs]
@@ -55,7 +51,7 @@ def associative_recall(
     taken = np.zeros((examples, length), dtype=bool)
     rows = np.arange(examples)
     for pair in range(num_pairs):
-        apart = random.choice(distances, size=examples)
+        apart = random.choice(choices, size=examples)
         start = np.full(examples, -1)
         for _ in range(16):  # tries to find room; dense examples fail now and then
             guess = (random.random(examples) * (length - apart - 1)).astype(np.int64)
@@ -109,11 +105,7 @@ def slot_recall(
     _check("num_reads", num_reads, 1)
     _check("num_values", num_values, 2, SLOT_VALUES)
     _check("length", length, 3)
-    distances = np.asarray(sorted(set(distances)), dtype=np.int64)
-    if not len(distances) or distances[0] < 1 or distances[-1] > length - 2:
-        raise ValueError(
-            f"distances are {distances.tolist()}; from a write to its read they must be from 1 to length - 2 = {length - 2}"
-        )
+    choices = _distances(distances, 1, length - 2, f"from a write to its read, with length {length}")
     random = _generator(seed, split, "slot_recall")
     ids = random.choice(NOISE, size=(examples, length)).astype(np.int64)
     labels = np.full((examples, length), -100, dtype=np.int64)
@@ -125,7 +117,7 @@ def slot_recall(
     written = np.full((examples, num_writes), -1)
     for i in range(num_writes):
         for _ in range(16):  # tries to find room
-            guess = random.integers(length - 1 - distances[0], size=examples)
+            guess = random.integers(length - 1 - choices[0], size=examples)
             free = (written[:, i] < 0) & ~taken[rows, guess]
             written[free, i] = guess[free]
         row = rows[written[:, i] >= 0]
@@ -133,7 +125,7 @@ def slot_recall(
         ids[row, at], taken[row, at] = WRITES[slots[row, i] * SLOT_VALUES + values[row, i]], True
     for _ in range(num_reads):
         for i in range(num_writes):
-            apart = random.choice(distances, size=examples)
+            apart = random.choice(choices, size=examples)
             at = written[:, i] + apart
             row = rows[(written[:, i] >= 0) & (at < length - 1)]
             row = row[~taken[row, at[row]]]
@@ -158,12 +150,7 @@ def passkey(
     _check("digits", digits, 1, 18)
     shown, asked = b" The pass key is ", b" What is the pass key? The pass key is "
     shortest, longest = len(asked) + digits + 1, length - digits - len(shown)
-    distances = np.asarray(sorted(set(distances)), dtype=np.int64)
-    if not len(distances) or distances[0] < shortest or distances[-1] > longest:
-        raise ValueError(
-            f"distances are {distances.tolist()}; with length {length} and {digits} digits they must be from {shortest} "
-            f"to {longest}"
-        )
+    choices = _distances(distances, shortest, longest, f"with length {length} and {digits} digits")
     random = _generator(seed, split, "passkey")
     sentence = np.frombuffer(
         b"The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. ", dtype=np.uint8
@@ -171,7 +158,7 @@ def passkey(
     turn = random.integers(0, len(sentence), size=(examples, 1))
     ids = sentence[(np.arange(length) + turn) % len(sentence)].astype(np.int64)
     number = random.integers(ord("0"), ord("9") + 1, size=(examples, digits))
-    apart = random.choice(distances, size=examples)
+    apart = random.choice(choices, size=examples)
     rows = np.arange(examples)[:, None]
     end = length - digits + np.arange(digits)  # (digits,) columns of the answer
     ids[:, length - digits - len(asked) : length - digits] = np.frombuffer(asked, dtype=np.uint8)
@@ -198,6 +185,18 @@ def _check(name: str, value: int, least: int, most: int | None = None):
     if not isinstance(value, (int, np.integer)) or value < least or (most is not None and value > most):
         limit = f"at least {least}" + (f" and at most {most}" if most is not None else "")
         raise ValueError(f"{name} is {value!r}; it must be a whole number of {limit}")
+
+
+def _distances(distances: Sequence[int], least: int, most: int, where: str) -> np.ndarray:
+    """The distances to draw from, each once, in rising order."""
+    if isinstance(distances, (int, np.integer)):
+        raise ValueError(f"distances is {distances}; give a list of distances, [{distances}]")
+    choices = sorted(set(distances))
+    whole = all(isinstance(d, (int, np.integer)) for d in choices)
+    if not choices or not whole or choices[0] < least or choices[-1] > most:
+        room = f"whole numbers from {least} to {most}" if most >= least else "longer examples: none fits"
+        raise ValueError(f"distances are {choices}; {where} they need {room}")
+    return np.asarray(choices, dtype=np.int64)
 
 
 def _dataset(ids: np.ndarray, labels: np.ndarray, distance: np.ndarray) -> Dataset:

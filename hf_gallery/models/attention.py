@@ -399,7 +399,7 @@ class _Scorer:
         return shear(term.view(n, t, -1))  # (n, t, s)
 
     def _bias(self, queries, keys):
-        """The bias (H, t, s) of a tile. It depends on how far the tile stands from the diagonal only, so few differ."""
+        """The bias (H, t, s) of a tile. It depends on the tile's distance from the diagonal only, so few differ."""
         rows = self.table_rows(queries, keys)
         size = (queries.stop - queries.start, keys.stop - keys.start)
         place = (rows.start, *size)

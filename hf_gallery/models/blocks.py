@@ -116,7 +116,7 @@ class T5Bias(nn.Module):
 
 
 def init_scaled(module: nn.Module, std: float):
-    """The initialisation of meliad's layers: linear maps from variance_scaling(1, fan_in, truncated normal), biases 0."""
+    """The initialisation of meliad's layers: linear maps variance_scaling(1, fan_in, truncated normal), biases 0."""
     if isinstance(module, nn.Linear):
         # A normal cut at two deviations keeps 0.8796 of its deviation, which variance_scaling makes up for.
         deviation = module.in_features**-0.5 / 0.87962566103423978

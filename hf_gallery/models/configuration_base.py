@@ -46,8 +46,8 @@ class GalleryConfig(PreTrainedConfig):
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"hidden_size is {self.hidden_size}, which num_attention_heads {self.num_attention_heads} does not "
-                    "divide; choose a multiple, or give head_dim"
+                    f"hidden_size is {self.hidden_size}, which num_attention_heads {self.num_attention_heads} does "
+                    "not divide; choose a multiple, or give head_dim"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.check_count("head_dim", 1)

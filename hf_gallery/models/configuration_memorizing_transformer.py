@@ -40,8 +40,8 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         self.check_choice("memory_backend", MEMORY_BACKENDS)
         if self.memory_topk > self.memory_size:
             raise ValueError(
-                f"memory_topk is {self.memory_topk}, more than memory_size {self.memory_size} holds; lower memory_topk or "
-                "raise memory_size"
+                f"memory_topk is {self.memory_topk}, more than memory_size {self.memory_size} holds; lower "
+                "memory_topk or raise memory_size"
             )
         if self.memory_layers is None:
             self.memory_layers = [max(0, self.num_hidden_layers - 3)]

@@ -37,13 +37,14 @@ class GalleryTransformerConfig(GalleryStackConfig):
             self.check_count("segment_length", 1)
             if self.is_encoder_decoder:
                 raise ValueError(
-                    f"segment_length is {self.segment_length} and is_encoder_decoder is True; only a single stack can be "
-                    "cut into segments, so leave segment_length at None"
+                    f"segment_length is {self.segment_length} and is_encoder_decoder is True; only a single stack can "
+                    "be cut into segments, so leave segment_length at None"
                 )
             if self.longest_input is not None and self.segment_length > self.longest_input:
                 raise ValueError(
                     f"segment_length is {self.segment_length}, more than the {self.longest_input} tokens that "
-                    f"max_position_embeddings {self.max_position_embeddings} reaches; learned positions must cover a segment"
+                    f"max_position_embeddings {self.max_position_embeddings} reaches; learned positions must cover a "
+                    "segment"
                 )
         if self.decoder_start_token_id is None:
             self.decoder_start_token_id = self.bos_token_id

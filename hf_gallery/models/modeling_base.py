@@ -165,8 +165,8 @@ class GalleryGenerationMixin(GenerationMixin):
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ValueError(
-                f"cache_implementation is {implementation!r}; gallery models carry their own GalleryCache, so leave it "
-                "None"
+                f"cache_implementation is {implementation!r}; gallery models carry their own GalleryCache, so leave "
+                "it None"
             )
         cache = model_kwargs.get("past_key_values")
         assisted = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION

@@ -1,9 +1,9 @@
 """The Block-Recurrent Transformer (Hutchins, Schlag, Wu, Dyer, Neyshabur 2022, arXiv 2203.07852).
 
-    every layer       sliding-window attention: query p sees [p - W, p - 1], T5 bias, unit queries and keys, scale a head
+    every layer       sliding-window attention: query p sees [p - W, p - 1], T5 bias, unit queries and keys, scaled
     a recurrent layer also has S state vectors, which block j of W tokens enters as s_j:
-      vertical        tokens of block j read s_j besides their window; one map joins both           section 3.1, figure 2
-      horizontal      s_j reads itself and the tokens of blocks j - 1 and j; a gate makes s_(j+1)  sections 3.1, 3.2
+      vertical        tokens of block j read s_j besides their window; one map joins both        section 3.1, figure 2
+      horizontal      s_j reads itself and tokens of blocks j - 1 and j; a gate makes s_(j+1)    sections 3.1, 3.2
 
 The state's keys and values serve both directions, and so do the tokens'; queries are separate. State vectors carry a
 learned id, without which they would stay alike. s_0 is learned.
@@ -173,7 +173,7 @@ class RecurrentState(nn.Module):
         return self.project.keys_values(self.norm(state) + self.ids)
 
     def advance(self, state, key, value, keys, values, spans):
-        """The state (B, S, E), whose keys and values are (B, H, S, D), after a block; its tokens' are (B, H, 2 W, D)."""
+        """The state (B, S, E) after a block; its keys and values are (B, H, S, D), the tokens' are (B, H, 2 W, D)."""
         z, s = self.norm(state) + self.ids, state.shape[1]
         query = self.project.queries(z)
         cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.heads), self.cross_scale)

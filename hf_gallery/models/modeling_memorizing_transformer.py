@@ -304,9 +304,9 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
     ) -> MemorizingOutput:
         """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; T may be any number of
         segments. attention_mask (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere
-        and gets zeros. past_key_values: a GalleryCache, advanced in place; it holds the memory. output_retrievals: also
-        return what each memory layer retrieved, over the packed tokens of each row (equal to the input's columns
-        where there is no padding).
+        and gets zeros. past_key_values: a GalleryCache, advanced in place; it holds the memory. output_retrievals:
+        also return what each memory layer retrieved, over the packed tokens of each row (equal to the input's
+        columns where there is no padding).
 
         Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
         """

@@ -85,7 +85,7 @@ class GalleryTransformerAttention(nn.Module):
 
 
 class GalleryTransformerLayer(GradientCheckpointingLayer):
-    """One encoder or decoder layer. State: keys, values (B, H, C, D); with cross-attention also cross_keys, cross_values."""
+    """An encoder or decoder layer. State: keys, values (B, H, C, D); with cross-attention cross_keys, cross_values."""
 
     def __init__(self, config: GalleryTransformerConfig, cross_attention: bool = False):
         super().__init__()
@@ -105,7 +105,7 @@ class GalleryTransformerLayer(GradientCheckpointingLayer):
         mark_branches(ends, config)
 
     def forward(self, x, context: Context, state: dict, source=None):
-        """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, and (self, cross) attentions."""
+        """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, (self, cross) attentions."""
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
         key, value = append_columns(state.get("keys"), key), append_columns(state.get("values"), value)
@@ -250,7 +250,8 @@ class GalleryTransformerStack(TokenStack, GalleryTransformerPreTrainedModel):
             s = encoder_hidden_states.shape[1]
             if encoder_hidden_states.shape[0] != b:
                 raise ValueError(
-                    f"encoder_outputs have {encoder_hidden_states.shape[0]} rows, decoder_input_ids {b}; they must agree"
+                    f"encoder_outputs have {encoder_hidden_states.shape[0]} rows, decoder_input_ids {b}; they must "
+                    "agree"
                 )
             source_rows = Rows(b, s, self.check_mask(encoder_attention_mask, b, s, None), None)
             source, lengths = source_rows.pack(encoder_hidden_states), source_rows.lengths
@@ -271,7 +272,7 @@ class _WithSource:
 
 
 class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
-    """The bare Transformer: one stack, causal if config.is_decoder; encoder and decoder if config.is_encoder_decoder."""
+    """The bare Transformer: one stack, causal if config.is_decoder, or encoder and decoder if is_encoder_decoder."""
 
     _auto_class = "AutoModel"
 
@@ -322,9 +323,9 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> BaseModelOutputWithPast | Seq2SeqModelOutput:
-        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them. attention_mask (B, T) or
-        (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere and gets zeros. position_ids (B, T)
-        replace the positions that are embedded; what a token sees follows its row's own count either way.
+        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them. attention_mask (B, T)
+        or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere and gets zeros. position_ids
+        (B, T) replace the positions that are embedded; what a token sees follows its row's own count either way.
         past_key_values: a GalleryCache, advanced in place. The encoder-decoder reads decoder_input_ids (B, T) over
         encoder_outputs, which it computes from input_ids if they are not given.
 

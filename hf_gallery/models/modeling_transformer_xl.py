@@ -188,11 +188,11 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
 
 
 class Projections(nn.ParameterList):
-    """Maps between a cluster's width and E, (E, width) each. A type of its own since it is initialised in its own way."""
+    """Maps between a cluster's width and E, (E, width) each. A type of its own, initialised in its own way."""
 
 
 class AdaptiveEmbedding(nn.Module):
-    """Embeddings in clusters of falling frequency and width (Baevski and Auli 2018), as the authors' AdaptiveEmbedding.
+    """Embeddings in clusters of falling frequency and width (Baevski and Auli 2018), the authors' AdaptiveEmbedding.
 
     Cluster i holds the ids [ends_i, ends_(i+1)) in a table embedding_size / div_val^i wide, mapped to hidden_size;
     with div_val 1 there is one table for all. (B, T) to (B, T, E), times sqrt(E).

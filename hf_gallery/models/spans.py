@@ -23,7 +23,8 @@ class Spans:
     def __init__(self, lower: torch.Tensor, upper: torch.Tensor):
         if lower.shape != upper.shape or lower.dim() != 2:
             raise ValueError(
-                f"lower has shape {tuple(lower.shape)} and upper {tuple(upper.shape)}; both must be (batch or 1, queries)"
+                f"lower has shape {tuple(lower.shape)} and upper {tuple(upper.shape)}; both must be "
+                "(batch or 1, queries)"
             )
         self.lower = lower
         self.upper = upper

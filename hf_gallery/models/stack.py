@@ -74,8 +74,8 @@ class TokenStack:
             low, high = (int(x) for x in token_type_ids.aminmax())
             if token_type_ids.shape != (b, t) or low < 0 or high >= config.type_vocab_size:
                 raise ValueError(
-                    f"token_type_ids has shape {tuple(token_type_ids.shape)} and values from {low} to {high}; they must "
-                    f"be ({b}, {t}), from 0 and below type_vocab_size {config.type_vocab_size}"
+                    f"token_type_ids has shape {tuple(token_type_ids.shape)} and values from {low} to {high}; they "
+                    f"must be ({b}, {t}), from 0 and below type_vocab_size {config.type_vocab_size}"
                 )
         if config.longest_input is not None and self.segment_length is None:
             if position_ids is None:
@@ -84,8 +84,9 @@ class TokenStack:
                 longest = int(position_ids.max()) + 1
             if longest > config.longest_input:
                 raise ValueError(
-                    f"the input reaches {longest} tokens, but max_position_embeddings {config.max_position_embeddings} "
-                    f"has room for {config.longest_input}; shorten it, or use positions without an end"
+                    f"the input reaches {longest} tokens, but max_position_embeddings "
+                    f"{config.max_position_embeddings} has room for {config.longest_input}; shorten it, or use "
+                    "positions without an end"
                 )
 
 
