@@ -153,19 +153,19 @@ class SequenceClassificationHead:
         return pooled_rows(hidden, attention_mask, last=True)
 
 
-def check_labels(name: str, labels, columns, vocab_size: int):
-    """Raises ValueError unless labels (B, T), if given, are tokens or -100 under the input's columns (B, T, ...)."""
+def check_labels(name: str, labels, columns, count: int, counted: str = "vocab_size"):
+    """Raises ValueError unless labels (B, T), if given, are below count or -100 under the columns (B, T, ...)."""
     if labels is None or columns is None:
         return
     if labels.shape != columns.shape[:2]:
         raise ValueError(
             f"{name} has shape {tuple(labels.shape)}; the input's columns need {tuple(columns.shape[:2])}"
         )
-    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= vocab_size))]
+    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= count))]
     if len(wrong):
         raise ValueError(
-            f"{name} holds {int(wrong[0])}, outside the vocabulary of vocab_size {vocab_size}; labels are token ids, or "
-            "-100 to leave a column out"
+            f"{name} holds {int(wrong[0])}; labels are numbers from 0 and below {counted} {count}, or -100 to leave a "
+            "column out"
         )
 
 
@@ -189,7 +189,7 @@ def pooled_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, last:
 
 
 def keep_logits(hidden: torch.Tensor, logits_to_keep) -> torch.Tensor:
-    """The columns of hidden (B, T, E) whose logits are asked for: all (0), the last few (an int), or these (a tensor)."""
+    """The columns of hidden (B, T, E) whose logits are wanted: all (0), the last few (an int), or these (a tensor)."""
     if isinstance(logits_to_keep, int):
         return hidden if logits_to_keep == 0 else hidden[:, -logits_to_keep:]
     return hidden[:, logits_to_keep]

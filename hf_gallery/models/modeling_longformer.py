@@ -36,7 +36,7 @@ from transformers.utils import can_return_tuple
 from .attention import Position, attend, attend_naive, join
 from .blocks import FeedForward, append_columns, merge_heads, next_columns, split_heads
 from .configuration_longformer import GalleryLongformerConfig
-from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, pooled_rows
+from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows
 from .modeling_base import GalleryPreTrainedModel, with_config
 from .positions import sinusoids
 from .rows import Rows
@@ -305,8 +305,9 @@ class GalleryLongformerAttention(nn.Module):
         scores = query @ keys.mT
         if position is not None:
             scores = scores + (position.query @ position.table.mT).gather(-1, row.expand_as(scores))
-        scores = (scores * query.shape[-1] ** -0.5).masked_fill(~visible[:, None], -math.inf).float()
-        probabilities = scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
+        scores = (scores * query.shape[-1] ** -0.5).masked_fill(~visible[:, None], -math.inf)
+        probabilities = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
+        probabilities = probabilities.masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
         if context.globals is not None:
             globals_ = context.globals
             query = globals_.take(split_heads(self.q_global_proj(x), self.heads))
@@ -484,11 +485,13 @@ class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
         if mask is None:
             index = torch.zeros(b, 0, dtype=torch.long)
         else:
-            if mask.dim() != 2 or mask.shape[0] != b or (mask.shape[1] != t and past + t < t):
-                raise ValueError(f"global_attention_mask has shape {tuple(mask.shape)}; it must be ({b}, {t})")
-            mask = mask.cpu() != 0
-            if mask.shape[1] != t:  # over all columns from the first; what it does not reach is not global
-                mask = F.pad(mask, (0, max(0, past + t - mask.shape[1])))[:, past : past + t]
+            if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] not in (t, past + t):
+                also = f" or ({b}, {past + t})" if past else ""
+                raise ValueError(
+                    f"global_attention_mask has shape {tuple(mask.shape)}; it must be ({b}, {t}){also}, 1 at global "
+                    "tokens"
+                )
+            mask = mask[:, -t:].cpu() != 0
             if rows.mask is not None:
                 mask = mask & rows.mask.cpu()
             packed = rows.pack(mask)  # (B, T)
@@ -559,15 +562,20 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
         global_attention_mask=None,
         **kwargs,
     ):
-        if is_first_iteration or past_key_values is None:  # else it is the prompt's, which has been read
-            kwargs["global_attention_mask"] = global_attention_mask
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        if global_attention_mask is None or not (is_first_iteration or past_key_values is None):
+            return inputs  # the mask is the prompt's, which has been read
+        ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        end = past + (ids if embeds is None else embeds).shape[1]
+        mask = F.pad(global_attention_mask, (0, max(0, end - global_attention_mask.shape[1])))
+        return inputs | {"global_attention_mask": mask[:, past:end]}
 
 
 class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedModel):
@@ -687,6 +695,8 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
     ) -> TokenClassifierOutput:
         """Arguments as in GalleryLongformerModel. labels (B, T), -100 to leave one out. logits (B, T, num_labels)."""
         num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        columns = input_ids if inputs_embeds is None else inputs_embeds
+        check_labels("labels", labels, columns, self.num_labels, "num_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -729,7 +739,8 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
         """Arguments as in GalleryLongformerModel. start_positions, end_positions (B,): columns of the answer; those
-        outside the input are left out of the loss. Raises ValueError if a row has no separator to end its question.
+        outside the input are left out of the loss. The logits of padding are the least number. Raises ValueError if a
+        row has no separator to end its question.
         """
         if global_attention_mask is None:
             self.open_input(input_ids, inputs_embeds, attention_mask, None, False)  # its errors come first
@@ -746,7 +757,10 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
             use_cache=False,
             **kwargs,
         )
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(-1)  # (B, T) each
+        logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
+        if attention_mask is not None:  # no answer is there, and the others' probabilities are those of the row alone
+            logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
+        start_logits, end_logits = logits.unbind(-1)  # (B, T) each
         loss = None
         if start_positions is not None and end_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
