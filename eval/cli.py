@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 
-from . import attention, benchmark, report
+from . import attention, benchmark, long, memory, report
 from .cells import Run
 from .files import write_json
 from .machine import provenance
@@ -27,6 +29,7 @@ app = typer.Typer(
 console = Console()
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 
 def _command() -> str:
@@ -48,7 +51,7 @@ def run(
     corpus: Annotated[str, typer.Option(help="stdlib, a folder of text, or hf:NAME.")] = "stdlib",
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the preset's.")] = None,
     runs: RunsOption = Path("runs"),
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device: DeviceOption = "auto",
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has measured before.")] = False,
 ) -> None:
     """Measure every variant on every task. Stop it at any time: the same command goes on where it was.
@@ -112,10 +115,49 @@ def attention_command(
     Example: python -m eval attention --length 4096 --span 256
     """
     settings = attention.AttentionSettings(length=length, span=span, repeats=repeats)
-    with console.status("attention") as status:
-        device = torch.device("cpu")
-        result = attention.run(settings, device, tick=lambda doing: status.update(f"attention: {doing}"))
-    attention.show(result, console)
-    path = runs / "attention" / "results.json"
+    _measure("attention", attention, settings, torch.device("cpu"), runs)
+
+
+@app.command("long")
+def long_command(
+    runs: RunsOption = Path("runs"),
+    tokens: Annotated[int, typer.Option(min=2000, help="Tokens of the long context.")] = 100_000,
+    device: DeviceOption = "auto",
+) -> None:
+    """Read a very long input with each bounded variant, then decode: is a token as cheap as after a short one?
+
+    Example: python -m eval long --tokens 100000
+    """
+    settings = dataclasses.replace(long.default_settings(), long=tokens)
+    _measure("long", long, settings, _device(device), runs)
+
+
+@app.command("memory")
+def memory_command(
+    runs: RunsOption = Path("runs"),
+    size: Annotated[int, typer.Option(min=512, help="Memories of each row and head.")] = 8192,
+    repeats: Annotated[int, typer.Option(min=1)] = 15,
+    device: DeviceOption = "auto",
+) -> None:
+    """Time a training step of the Memorizing Transformer with its memory full and without memory.
+
+    Example: python -m eval memory --size 8192
+    """
+    _measure("memory", memory, memory.MemorySettings(memory_size=size, repeats=repeats), _device(device), runs)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return benchmark.choose_device(name)
+    except ValueError as error:
+        raise _refuse(error) from None
+
+
+def _measure(name: str, part: ModuleType, settings: Any, device: torch.device, runs: Path) -> None:
+    """Runs one of the closer measurements, shows it, and keeps it with where it was measured."""
+    with console.status(name) as status:
+        result = part.run(settings, device, tick=lambda doing: status.update(f"{name}: {doing}"))
+    part.show(result, console)
+    path = runs / name / "results.json"
     write_json(path, result | {"provenance": provenance(device, _command())})
     console.print(f"\nresults  {path}")

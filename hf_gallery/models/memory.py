@@ -41,42 +41,58 @@ def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int) -> 
 
 
 def search_exact(query, keys, lower, upper, topk):
-    """Exact search: tiles of scores, a running top-k. Ties go to whichever torch.topk takes."""
+    """Exact search, a tile of queries at a time, over tiles of keys with a running top-k. Ties go to whichever
+    torch.topk takes."""
     b, h, t, _ = query.shape
     n = keys.shape[2]
-    size = max(64, 2**22 // max(1, b * h * t))
-    size = -(-size // _BLOCK) * _BLOCK
-    best = best_at = None
     everything = bool(((lower == 0) & (upper == n)).all())
-    for start in range(0, n, size):
-        stop = min(start + size, n)
-        scores = query @ keys[:, :, start:stop].mT  # (B, H, T, tile)
-        if not everything:
-            scores.masked_fill_(~allowed(lower, upper, start, stop)[:, None], -math.inf)
-        scores, at = _topk(scores, topk)
-        at += start
-        if best is not None:
-            scores, at = torch.cat([best, scores], -1), torch.cat([best_at, at], -1)
-            scores, pick = scores.topk(min(topk, scores.shape[-1]), -1)
-            at = at.gather(-1, pick)
-        best, best_at = scores, at
+    width = min(n, _WIDTH)
+    height = max(1, _SCORES // (b * h * width))
+    scores, columns = [], []
+    for first in range(0, t, height):
+        some = slice(first, first + height)
+        best = best_at = None
+        for start in range(0, n, width):
+            stop = min(start + width, n)
+            tile = query[:, :, some] @ keys[:, :, start:stop].mT  # (B, H, height, width)
+            if not everything:
+                tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop)[:, None], -math.inf)
+            found, at = _topk(tile, topk)
+            at += start
+            if best is not None:
+                found, at = torch.cat([best, found], -1), torch.cat([best_at, at], -1)
+                found, pick = found.topk(min(topk, found.shape[-1]), -1)
+                at = at.gather(-1, pick)
+            best, best_at = found, at
+        scores.append(best)
+        columns.append(best_at)
+    best, best_at = torch.cat(scores, 2), torch.cat(columns, 2)
     missing = topk - best.shape[-1]
     return F.pad(best, (0, missing), value=-math.inf), F.pad(best_at, (0, missing))
 
 
+_SCORES, _WIDTH = 2**22, 2**14  # scores of a tile: they stay near the processor; keys of a tile
 _BLOCK = 16
 
 
 def _topk(scores, topk):
-    """topk of the last dimension, found among the blocks with the largest maxima: the k best lie in at most k."""
+    """topk of the last dimension N, found among the blocks with the largest maxima: the k best lie in at most k.
+
+    Column c belongs to block c mod (N / 16), so that maxima are taken over whole rows at once.
+    """
     n = scores.shape[-1]
-    if n < 4 * topk * _BLOCK or n % _BLOCK:
+    count = n // _BLOCK
+    if count < 2 * topk:
         return scores.topk(min(topk, n), -1)
-    blocks = scores.unflatten(-1, (-1, _BLOCK))  # (B, H, T, n / 16, 16)
-    pick = blocks.amax(-1).topk(topk, -1, sorted=False).indices  # (B, H, T, k)
-    few = blocks.gather(-2, pick[..., None].expand(*pick.shape, _BLOCK)).flatten(-2)
+    blocks = scores[..., : count * _BLOCK].unflatten(-1, (_BLOCK, count))  # (B, H, T, 16, N / 16)
+    pick = blocks.amax(-2).topk(topk, -1, sorted=False).indices  # (B, H, T, k)
+    few = blocks.gather(-1, pick[..., None, :].expand(*pick.shape[:-1], _BLOCK, topk)).flatten(-2)
+    if count * _BLOCK < n:
+        few = torch.cat([few, scores[..., count * _BLOCK :]], -1)
     best, at = few.topk(topk, -1)
-    return best, pick.gather(-1, at // _BLOCK) * _BLOCK + at % _BLOCK
+    rest = at - _BLOCK * topk  # at or above 0: among the columns that fill no block
+    column = torch.div(at, topk, rounding_mode="floor") * count + pick.gather(-1, at % topk)
+    return best, torch.where(rest >= 0, rest + count * _BLOCK, column)
 
 
 def _faiss_search(make):
