@@ -204,7 +204,12 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
             )
         )
         if results["order0_bits_per_byte"] is not None:
-            figure.add_vline(x=results["order0_bits_per_byte"], line_dash="dot", annotation_text="order-0 bytes")
+            figure.add_vline(
+                x=results["order0_bits_per_byte"],
+                line_dash="dot",
+                annotation_text="order-0 bytes",
+                annotation_position="bottom left",
+            )
         figure.update_xaxes(title="bits per byte, lower is better", rangemode="tozero")
         figure.update_yaxes(autorange="reversed")
         plots.append(
@@ -337,7 +342,7 @@ function draw() {{
   const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
   specs.forEach((spec, i) => {{
     const layout = Object.assign({{}}, spec.layout, {{ font: {{ color: ink, size: 13 }} }});
-    Plotly.react("plot" + i, spec.data, layout, {{ responsive: true, displaylogo: false }});
+    Plotly.react("plot" + i, spec.data, layout, {{ responsive: true, displaylogo: false, displayModeBar: false }});
   }});
 }}
 draw();

@@ -15,35 +15,44 @@ SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".json", ".jsonl", ".html", ".
 
 
 def load_corpus(name: str | os.PathLike = "stdlib") -> DatasetDict:
-    """A corpus by name, with splits train, validation and test and the columns "text" and "document".
+    """A corpus by name, with splits train, validation and test and the columns "text" and "document", both str.
 
     "stdlib": the sources of the running Python's standard library, one file a document: real text with long-range
     dependence that needs no network. Tests and installed packages are left out.
-    A folder: its text files, one a document, sub-folders too. Sub-folders named train, validation and test are the
-    splits; otherwise files are split as below.
-    "hf:NAME" or "hf:NAME:CONFIG": through datasets.load_dataset, with the splits it has and its column "text".
+    A folder: its text files, one a document named by its path in the folder, sub-folders too. Files that are hidden
+    or binary (a zero byte) are left out, and what is not UTF-8 reads as U+FFFD. If there is a sub-folder train and
+    one of validation and test, these are the splits, a third that is missing is taken from train, and files beside
+    them are left out; otherwise files are split as below. A single file is a folder of one.
+    "hf:NAME" or "hf:NAME:CONFIG": through datasets.load_dataset, with the splits it has and its column "text"; of
+    validation and test what is missing is 5 % of the rows of train, drawn with seed 0.
 
     Files are split by a hash of their path within the corpus, about 90 : 5 : 5, so that a file stays in its split when
     others come or go. A folder whose files leave a split empty, one single file for example, is split within each file
-    instead: its first 90 % of characters, the next 5, the last 5.
+    instead: its first 90 % of characters, the next 5, the last 5. No document is without text.
 
-    Raises ValueError for a path that does not exist, a folder without text, or a dataset without a text column.
+    Raises ValueError for a path that does not exist, a folder with no text or too little to be split, and a dataset
+    that cannot be loaded or has no text column.
     """
     name = os.fspath(name)
-    if name == "stdlib":
-        return _split(_read_files(Path(sysconfig.get_paths()["stdlib"]), (".py",), _is_library_source))
     if name.startswith("hf:"):
         return _from_hub(name)
-    root = Path(name).expanduser()
-    if not root.exists():
-        raise ValueError(f"corpus {name!r} does not exist; give a folder of text, 'stdlib', or 'hf:NAME'")
-    files = _read_files(root, SUFFIXES) if root.is_dir() else {root.name: _read(root)}
-    if not any(text.strip() for text in files.values()):
-        raise ValueError(f"corpus {name!r} holds no text; text files end in {', '.join(SUFFIXES)}")
+    files = _find_files(name)
     given = {split: {p: t for p, t in files.items() if p.split("/")[0] == split} for split in SPLITS}
-    if all(given.values()):
-        return _make(given)
-    return _split(files)
+    if given["train"] and (given["validation"] or given["test"]):
+        for split in ("validation", "test"):
+            if not given[split]:
+                held_out = {p: t for p, t in given["train"].items() if split_of(p) == split}
+                given[split] = held_out
+                given["train"] = {p: t for p, t in given["train"].items() if p not in held_out}
+        splits = given
+    else:
+        splits = _split(files)
+    if not all(splits.values()):
+        raise ValueError(
+            f"corpus {name!r} holds too little text, {sum(map(len, files.values()))} characters in {len(files)} files, "
+            f"to have some in each of {', '.join(SPLITS)}; add text"
+        )
+    return _make(splits)
 
 
 def split_of(path: str) -> str:
@@ -52,16 +61,19 @@ def split_of(path: str) -> str:
     return "train" if place < 0.9 else "validation" if place < 0.95 else "test"
 
 
-def _split(files: dict[str, str]) -> DatasetDict:
+def _split(files: dict[str, str]) -> dict[str, dict[str, str]]:
     splits: dict[str, dict[str, str]] = {split: {} for split in SPLITS}
     for path, text in files.items():
         splits[split_of(path)][path] = text
-    if not all(splits.values()):
-        for path, text in files.items():
-            ends = [0, int(len(text) * 0.9), int(len(text) * 0.95), len(text)]
-            for split, start, end in zip(SPLITS, ends[:-1], ends[1:], strict=True):
+    if all(splits.values()):
+        return splits
+    splits = {split: {} for split in SPLITS}
+    for path, text in files.items():
+        ends = [0, int(len(text) * 0.9), int(len(text) * 0.95), len(text)]
+        for split, start, end in zip(SPLITS, ends[:-1], ends[1:], strict=True):
+            if text[start:end].strip():
                 splits[split][path] = text[start:end]
-    return _make(splits)
+    return splits
 
 
 def _make(splits: dict[str, dict[str, str]]) -> DatasetDict:
@@ -73,16 +85,45 @@ def _make(splits: dict[str, dict[str, str]]) -> DatasetDict:
     )
 
 
+def _find_files(name: str) -> dict[str, str]:
+    """The texts of "stdlib", a folder or a file, by path in it with forward slashes, in order."""
+    if name == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        files = _read_files(root, (".py",), _is_library_source)
+        if not files:
+            raise ValueError(
+                f"corpus 'stdlib' finds no sources in {root}; this Python has none, so give a folder of text"
+            )
+        return files
+    root = Path(name).expanduser()
+    if not name or not root.exists():
+        raise ValueError(f"corpus {name!r} does not exist; give a folder of text, 'stdlib', or 'hf:NAME'")
+    if root.is_dir():
+        files = _read_files(root, SUFFIXES)
+    else:
+        files = {root.name: _read(root)}
+    if not any(files.values()):
+        raise ValueError(f"corpus {name!r} holds no text; text files end in {', '.join(SUFFIXES)}")
+    return files
+
+
 def _read_files(root: Path, suffixes: tuple[str, ...], wanted=lambda path: True) -> dict[str, str]:
-    """The non-empty text files below a folder, by their path in it with forward slashes, in order."""
-    found = sorted(p for p in root.rglob("*") if p.suffix.lower() in suffixes and p.is_file())
-    paths = {path.relative_to(root).as_posix(): path for path in found}
-    texts = {name: _read(path) for name, path in paths.items() if wanted(name)}
-    return {name: text for name, text in texts.items() if text.strip()}
+    """The text files below a folder that hold text, by their path in it with forward slashes, in order."""
+    texts = {}
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [n for n in subfolders if not n.startswith(".")]  # .git and the like are not even walked
+        for path in (Path(folder, n) for n in names if not n.startswith(".")):
+            name = path.relative_to(root).as_posix()
+            if path.suffix.lower() in suffixes and path.is_file() and wanted(name):
+                texts[name] = _read(path)
+    return {name: texts[name] for name in sorted(texts) if texts[name]}
 
 
 def _read(path: Path) -> str:
-    return path.read_bytes().decode("utf-8", errors="replace")
+    """A file's text; "" if it is binary or blank."""
+    data = path.read_bytes()
+    text = "" if b"\0" in data else data.decode("utf-8", errors="replace")
+    return text if text.strip() else ""
 
 
 def _is_library_source(path: str) -> bool:
@@ -104,7 +145,12 @@ def _from_hub(name: str) -> DatasetDict:
     path, _, config = name.removeprefix("hf:").partition(":")
     if not path:
         raise ValueError(f"corpus {name!r} names no dataset; write hf:NAME or hf:NAME:CONFIG")
-    data = load_dataset(path, config or None)
+    try:
+        data = load_dataset(path, config or None)
+    except (OSError, ValueError) as error:  # no network, no such dataset; no such config, or one must be chosen
+        raise ValueError(
+            f"corpus {name!r} cannot be loaded: {error}. Look at its name and the network, or take 'stdlib' or a folder"
+        ) from error
     for split, rows in data.items():
         if "text" not in rows.column_names:
             raise ValueError(f"corpus {name!r} has the columns {rows.column_names} in {split}; one must be 'text'")
@@ -121,8 +167,17 @@ def _name_rows(rows: Dataset, split: str) -> Dataset:
     return rows.select_columns(["text"]).add_column("document", [f"{split}/{i}" for i in range(len(rows))])
 
 
-def corpus_version(name: str) -> str:
-    """What to write beside a result measured on a corpus: for "stdlib" also the Python that it is the library of."""
-    if name != "stdlib":
-        return str(name)
-    return "stdlib of Python " + ".".join(map(str, sys.version_info[:3]))
+def corpus_version(name: str | os.PathLike) -> str:
+    """What to write beside a result measured on a corpus: for "stdlib" also the Python that it is the library of, for
+    a folder or file also a hash of its texts, so that a change of either shows. Raises ValueError as load_corpus does.
+    """
+    name = os.fspath(name)
+    if name == "stdlib":
+        return "stdlib of Python " + ".".join(map(str, sys.version_info[:3]))
+    if name.startswith("hf:"):
+        return name
+    content = hashlib.blake2b(digest_size=8)
+    for path, text in _find_files(name).items():
+        for part in (path.encode("utf-8", "surrogateescape"), text.encode("utf-8")):
+            content.update(len(part).to_bytes(8, "big") + part)  # with their lengths, so that a boundary counts
+    return f"{name}, {content.hexdigest()}"
