@@ -56,10 +56,12 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
 
 def check_layers(name: str, layers: Any, count: int):
     """Raises ValueError unless `layers` are different layer numbers of a model of `count` layers."""
-    if not isinstance(layers, (list, tuple)) or len(set(layers)) != len(layers):
-        raise ValueError(f"{name} is {layers!r}; it must be a list of different layer numbers")
+    if not isinstance(layers, (list, tuple)):
+        raise ValueError(f"{name} is {layers!r}; it must be a list of layer numbers")
     for layer in layers:
-        if not isinstance(layer, int) or not 0 <= layer < count:
+        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
             raise ValueError(
                 f"{name} holds {layer!r}; layers are numbered 0 to {count - 1} (num_hidden_layers {count})"
             )
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"{name} is {layers!r}; its layer numbers must be different")

@@ -99,8 +99,6 @@ def _faiss_search(make):
     """A backend that builds one faiss index for each row and head."""
 
     def search(query, keys, lower, upper, topk):
-        if faiss is None:
-            raise ImportError("memory_backend asks for faiss, which is not installed: pip install faiss-cpu")
         b, h, t, d = query.shape
         n = keys.shape[2]
         scores = torch.full((b, h, t, topk), -math.inf)
@@ -155,6 +153,15 @@ BACKENDS: dict[str, SearchBackend] = {
     "faiss_hnsw": _faiss_search(_make_hnsw),
     "faiss_ivf": _faiss_search(_make_ivf),
 }
+
+
+def require_backend(name: str):
+    """Raises ImportError if the backend's library is not installed."""
+    if name != "exact" and faiss is None:
+        raise ImportError(
+            f"memory_backend is {name!r}, and faiss is not installed: pip install faiss-cpu, or use "
+            'memory_backend="exact"'
+        )
 
 
 def query_tile(batch: int, heads: int, width: int, topk: int, size: int) -> int:

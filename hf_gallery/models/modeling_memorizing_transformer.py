@@ -38,7 +38,7 @@ from .blocks import (
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .heads import CausalLMHead, SequenceClassificationHead
-from .memory import append_to_ring, attend_retrieved, query_tile, retrieve
+from .memory import append_to_ring, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .segments import Parts, segment_spans
@@ -146,6 +146,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         self.remembers = layer in config.memory_layers
         if self.remembers:
+            require_backend(config.memory_backend)
             self.gate_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
             self.topk, self.backend = config.memory_topk, config.memory_backend
         self.dropout = config.attention_dropout

@@ -1,0 +1,580 @@
+"""The Memorizing Transformer against a plain loop over positions, and the checks of its paper."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers.models.t5.modeling_t5 import T5Attention
+from variants import SIZES, assert_equal, loud, missing, words
+
+import hf_gallery as gallery
+from hf_gallery.models import memory
+from hf_gallery.models import modeling_memorizing_transformer as modeling
+from hf_gallery.models.positions import t5_buckets
+
+QUIET = dict(hidden_dropout=0.0, attention_dropout=0.0)
+SMALL = dict(segment_length=7, mem_len=5, memory_layers=[1], memory_size=40, memory_topk=3)
+
+
+def config_of(**settings):
+    return gallery.GalleryMemorizingTransformerConfig(**SIZES | QUIET | SMALL | settings)
+
+
+def make(kind=gallery.GalleryMemorizingTransformerForCausalLM, seed=1, **settings):
+    return loud(kind(config_of(**settings)), seed).double().eval()
+
+
+def distinct(b, n):
+    """Tokens none of which comes twice in its row, so that no two keys of the first layer are equal."""
+    g = torch.Generator().manual_seed(5)
+    return torch.stack([torch.randperm(90, generator=g)[:n] for _ in range(b)])
+
+
+# ----------------------------------------------------------------------------------------------- a loop over positions
+
+
+def bucket(distance):
+    return int(T5Attention._relative_position_bucket(torch.tensor(-distance), False, 32, 128))
+
+
+def norm(x, layer):
+    return F.layer_norm(x, x.shape[-1:], layer.weight, None, layer.eps)
+
+
+def unit(x):
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def by_position(model, ids, starts=(0,)):
+    """Logits (T, V) of one row, and per memory layer the positions (T, H, k) that were retrieved, -1 for none.
+
+    starts: where forwards began. Keys and values from before a segment, or a forward, carry no gradient.
+    """
+    c, n, d = model.config, len(ids), model.config.head_dim
+    x = model.model.embed_tokens.weight[ids] * math.sqrt(c.hidden_size)
+    chosen = {}
+    for number, layer in enumerate(model.model.layers):
+        attn = layer.self_attn
+        y = norm(x, layer.self_attn_norm)
+        q, k, v = (y @ f.weight.T for f in (attn.project.q_proj, attn.project.k_proj, attn.project.v_proj))
+        out = torch.zeros_like(q)
+        picks = torch.full((n, c.num_attention_heads, c.memory_topk), -1)
+        for h in range(c.num_attention_heads):
+            at = slice(h * d, h * d + d)
+            qs, ks, scale = unit(q[:, at]), unit(k[:, at]), attn.project.scale[h].abs()
+            for p in range(n):
+                segment = p - p % c.segment_length
+                border = max(segment, max(s for s in starts if s <= p))
+                scores, values = [], []
+                for s in range(max(0, segment - c.mem_len), p + 1):
+                    key, value = (z if s >= border else z.detach() for z in (ks[s], v[s, at]))
+                    bias = attn.relative_bias.table.weight[bucket(p - s), h]
+                    scores.append((qs[p] @ key + bias) * scale)
+                    values.append(value)
+                result = torch.stack(scores).softmax(0) @ torch.stack(values)
+                if number in c.memory_layers:
+                    stored = range(max(0, segment - c.memory_size), segment)
+                    best = (ks[list(stored)] @ qs[p]).argsort(descending=True)[: c.memory_topk] + stored.start
+                    retrieved = torch.zeros_like(result)
+                    if len(best):
+                        weights = (ks[best].detach() @ qs[p] * scale).softmax(0)
+                        retrieved = weights @ v[best, at].detach()
+                        picks[p, h, : len(best)] = best
+                    gate = torch.sigmoid(attn.gate_bias[h])
+                    result = result * (1 - gate) + retrieved * gate
+                out[p, at] = result
+        if number in c.memory_layers:
+            chosen[number] = picks
+        x = x + out @ attn.o_proj.weight.T + attn.o_proj.bias
+        up, down = layer.feed_forward.up_proj, layer.feed_forward.down_proj
+        inner = (norm(x, layer.feed_forward_norm) @ up.weight.T + up.bias).relu()
+        x = x + inner @ down.weight.T + down.bias
+    return norm(x, model.model.norm) @ model.lm_head.weight.T, chosen
+
+
+SETTINGS = {
+    "plain": dict(),
+    "overflowing": dict(memory_size=10, memory_layers=[0, 1, 2]),
+    "memory no longer than a segment": dict(memory_size=4),
+    "no local cache": dict(mem_len=0, memory_layers=[0, 2]),
+    "k of one": dict(memory_topk=1),
+    "k of all": dict(memory_topk=40),
+    "segments of one": dict(segment_length=1, mem_len=2, memory_size=6),
+    "odd heads": dict(num_attention_heads=5, head_dim=7),
+    "no memory": dict(memory_layers=[]),
+}
+settings_of_all = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
+
+
+def in_parts(model, ids, cuts, **options):
+    outputs, cache = [], None
+    for part in ids.split(list(cuts), dim=1):
+        outputs.append(model(part, past_key_values=cache, use_cache=True, **options))
+        cache = outputs[-1].past_key_values
+    return outputs, cache
+
+
+@pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "with gradients"])
+@settings_of_all
+def test_equals_the_loop(settings, gradients):
+    model, ids = make(**settings), words(1, 24)
+    with torch.set_grad_enabled(gradients):
+        expected, _ = by_position(model, ids[0])
+        assert_equal(model(ids).logits[0], expected)
+
+
+@pytest.mark.parametrize("cuts", [(24,), (9, 15), (4, 6, 14)], ids=str)
+@settings_of_all
+def test_gradients_equal_the_loop(settings, cuts):
+    """Of every weight, over one forward of many segments, and over forwards that go on from a cache."""
+    model, ids = make(**settings), words(1, sum(cuts))
+    starts = [sum(cuts[:i]) for i in range(len(cuts))]
+    expected, _ = by_position(model, ids[0], starts)
+    got = torch.cat([output.logits for output in in_parts(model, ids, cuts)[0]], dim=1)[0]
+    weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    parameters = dict(model.named_parameters())
+    grads = [
+        torch.autograd.grad((x * weight).sum(), parameters.values(), allow_unused=True, materialize_grads=True)
+        for x in (got, expected)
+    ]
+    for name, a, b in zip(parameters, *grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.abs().max() + 1), msg=name)
+        if "gate_bias" in name or "q_proj" in name or name.endswith("scale"):
+            assert b.abs().max() > 1e-3, name
+
+
+@pytest.mark.parametrize("cuts", [(24,), (1,) * 24, (9, 15), (3, 11, 10)], ids=lambda x: str(x[:4]))
+@settings_of_all
+@torch.no_grad()
+def test_retrievals_are_those_of_the_loop(settings, cuts):
+    """Positions and weights, wherever the input is cut: among the last memory_size positions before the segment."""
+    model, ids = make(**settings), distinct(1, 24)
+    _, chosen = by_position(model, ids[0])
+    outputs, _ = in_parts(model, ids, cuts, output_retrievals=True)
+    for output in outputs:
+        assert output.retrievals.keys() == chosen.keys() == set(model.config.memory_layers)
+    for layer, picks in chosen.items():
+        positions, weights = (torch.cat([o.retrievals[layer][i] for o in outputs], dim=2)[0] for i in (0, 1))
+        expected = picks.transpose(0, 1)  # (H, T, k)
+        assert torch.equal(positions.sort(-1).values, expected.sort(-1).values)
+        assert ((weights > 0) == (positions >= 0)).all()
+        found = (expected >= 0).any(-1)
+        assert_equal(weights.sum(-1), found.double())
+        segment = torch.arange(24) - torch.arange(24) % model.config.segment_length
+        assert (positions < segment[:, None]).all()
+        least = (segment - model.config.memory_size).clamp(min=0)
+        assert ((positions >= least[:, None]) | (positions == -1)).all()
+        first = model.config.segment_length
+        assert not found[:, :first].any() and found[:, first:].all()
+
+
+@torch.no_grad()
+def test_retrievals_of_padded_rows():
+    """Positions count a row's own tokens, and stand at its packed tokens."""
+    model, rows = make(), [words(1, n, seed=n) for n in (23, 16)]
+    ids, mask = words(2, 25, seed=9), torch.zeros(2, 25, dtype=torch.long)
+    ids[0, 2:], mask[0, 2:] = rows[0][0], 1
+    ids[1, :16], mask[1, :16] = rows[1][0], 1
+    got = model(ids, mask, output_retrievals=True).retrievals[1]
+    for i, row in enumerate(rows):
+        alone = model(row, output_retrievals=True).retrievals[1]
+        assert torch.equal(got.positions[i, :, : row.shape[1]], alone.positions[0])
+        assert_equal(got.weights[i, :, : row.shape[1]], alone.weights[0])
+
+
+def test_without_being_asked_nothing_is_watched():
+    assert make()(words(1, 9)).retrievals is None
+
+
+def test_buckets_are_those_of_t5():
+    distance = torch.arange(3000)
+    theirs = T5Attention._relative_position_bucket(-distance, bidirectional=False, num_buckets=32, max_distance=128)
+    assert torch.equal(t5_buckets(distance), theirs)
+    assert t5_buckets(distance)[[0, 15, 16, 127, 128, 2999]].tolist() == [0, 15, 16, 31, 31, 31]
+
+
+# -------------------------------------------------------------------------------------------- the checks of the paper
+
+
+@torch.no_grad()
+def test_a_closed_gate_is_a_model_without_memory():
+    model, ids = make(memory_layers=[0, 2]), words(2, 30)
+    plain = make(memory_layers=[])
+    plain.load_state_dict({k: x for k, x in model.state_dict().items() if "gate_bias" not in k})
+    expected = plain(ids).logits
+    assert (model(ids).logits - expected).abs().max() > 1e-2
+    for layer in (0, 2):
+        model.model.layers[layer].self_attn.gate_bias.fill_(-60)
+    assert_equal(model(ids).logits, expected)
+
+
+@torch.no_grad()
+def test_an_open_gate_and_k_of_all_is_full_attention_over_the_store():
+    model = make(gallery.GalleryMemorizingTransformerModel, num_hidden_layers=1, memory_layers=[0], memory_topk=40)
+    attn, ids = model.layers[0].self_attn, words(2, 28)
+    attn.gate_bias.fill_(60)
+    seen = []
+    attn.o_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    model(ids)
+    y = model.layers[0].self_attn_norm(model.embed_tokens(ids))
+    q, k, v = attn.project(y)
+    for p in (7, 13, 14, 27):
+        segment = p - p % 7
+        weights = (q[:, :, p : p + 1] @ k[:, :, :segment].mT).softmax(-1)
+        assert_equal(seen[0][:, p], (weights @ v[:, :, :segment]).flatten(1))
+    assert (seen[0][:, :7] == 0).all()
+
+
+def random_store(b=2, h=3, t=5, n=200, d=10, seed=0, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+    return [unit(torch.randn(b, h, size, d, generator=g, dtype=dtype)) for size in (t, n, n)]
+
+
+def brute_force(query, keys, lower, upper, topk):
+    """Sorted scores (B, H, T, k), -inf where fewer are there, by looking at every pair."""
+    b, h, t, _ = query.shape
+    n = keys.shape[2]
+    scores = torch.full((b, h, t, topk), -math.inf, dtype=torch.float64)
+    for i in range(b):
+        for p in range(t):
+            low, high = int(lower[i, p]), int(upper[i, p])
+            columns = list(range(low, high)) if low <= high else [*range(high), *range(low, n)]
+            some = query[i, :, p].double() @ keys[i, :, columns].double().mT if columns else torch.zeros(h, h, 0)
+            for j in range(h):
+                best = some[j][j].sort(descending=True).values if columns else some[j][j]
+                scores[i, j, p, : len(best)] = best[:topk]
+    return scores
+
+
+INTERVALS = {
+    "all": lambda t, n: (0, n),
+    "some": lambda t, n: (n // 3, n // 2),
+    "fewer than k": lambda t, n: (4, 7),
+    "none": lambda t, n: (9, 9),
+    "round the ring": lambda t, n: (n - n // 4, n // 5),
+    "one round the ring": lambda t, n: (n - 1, 0),
+    "of each query its own": lambda t, n: (torch.arange(t) * n // (2 * t), torch.arange(t) * n // (2 * t) + n // 3),
+}
+EXACT = ["exact", pytest.param("faiss_flat", marks=missing(type("V", (), {"needs": "faiss"})))]
+
+
+@pytest.mark.parametrize("topk", [1, 6, 32])
+@pytest.mark.parametrize("interval", INTERVALS.values(), ids=INTERVALS.keys())
+@pytest.mark.parametrize("backend", EXACT)
+def test_search_equals_looking_at_every_pair(backend, interval, topk):
+    """Recall 1.0 of the exact backends."""
+    query, keys, _ = random_store()
+    low, high = (torch.as_tensor(x).expand(2, 5).contiguous() for x in interval(5, 200))
+    scores, columns = memory.BACKENDS[backend](query, keys, low, high, topk)
+    expected = brute_force(query, keys, low, high, topk)
+    assert scores.shape == columns.shape == (2, 3, 5, topk)
+    torch.testing.assert_close(scores.double().sort(-1, descending=True).values, expected, rtol=1e-5, atol=1e-6)
+    found = scores > -math.inf
+    assert torch.equal(found, memory.allowed(low, high, 0, 200).sum(-1).clamp(max=topk)[:, None, :, None]
+                       > torch.arange(topk).expand(2, 3, 5, topk))  # fmt: skip
+    real = (query.unsqueeze(3) * memory._rows_of(keys, columns)).sum(-1)
+    torch.testing.assert_close(real[found], scores[found].double(), rtol=1e-5, atol=1e-6)
+    inside = memory.allowed(low, high, 0, 200)[:, None].expand(2, 3, 5, 200).gather(-1, columns)
+    assert inside[found].all()
+    for row in columns.masked_fill(~found, -1).flatten(0, 2).tolist():
+        assert len({x for x in row if x >= 0}) == sum(x >= 0 for x in row), "a pair was found twice"
+
+
+@pytest.mark.parametrize("n", [5000, 4096, 4099])
+def test_exact_search_in_tiles_and_blocks(n):
+    """Sizes at which scores come in several tiles, and the best are looked for among blocks first."""
+    query, keys, _ = random_store(b=1, h=2, t=2048, n=n, dtype=torch.float32)
+    keys[:, :, -1] = query[:, :, 5]  # and one best of all in the last column
+    ends = torch.zeros(1, 2048, dtype=torch.long), torch.full((1, 2048), n)
+    scores, columns = memory.search_exact(query, keys, *ends, 8)
+    some = torch.arange(0, 2048, 37)
+    expected = (query[:, :, some] @ keys.mT).topk(8, -1)
+    torch.testing.assert_close(scores[:, :, some], expected.values, rtol=1e-5, atol=1e-6)
+    assert (columns[:, :, some].sort(-1).values == expected.indices.sort(-1).values).float().mean() > 0.999
+    assert (columns[:, :, 5, 0] == n - 1).all()
+
+
+def test_a_stored_key_finds_itself():
+    """A query of unit length that is stored has the dot product 1 with it, and no other has more."""
+    _, keys, values = random_store()
+    ends = torch.zeros(2, 200, dtype=torch.long), torch.full((2, 200), 200)
+    found_keys, found_values, found, columns = memory.retrieve("exact", keys, [(keys, values, *ends)], 4)
+    assert (columns[..., 0] == torch.arange(200)).all() and found.all()
+    assert torch.equal(found_keys[..., 0, :], keys) and torch.equal(found_values[..., 0, :], values)
+    product = (found_keys[..., 0, :] * keys).sum(-1)
+    torch.testing.assert_close(product, torch.ones_like(product), rtol=0, atol=2e-6)
+
+
+def test_equal_keys_are_found_as_often_as_they_are_there():
+    """Ties: which of equal keys is taken is left open, but not how many."""
+    query, keys, _ = random_store(n=20)
+    keys[:, :, [3, 9, 15]] = query[:, :, :1]
+    ends = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 20)
+    for topk, count in ((2, 2), (3, 3), (5, 3)):
+        _, columns = memory.search_exact(query, keys, *ends, topk)
+        hits = (columns[:, :, 0, :, None] == torch.tensor([3, 9, 15])).any(-2).sum(-1)
+        assert (hits == count).all()
+
+
+@pytest.mark.parametrize("backend", EXACT)
+def test_the_order_of_the_store_does_not_matter(backend):
+    query, keys, values = random_store()
+    order = torch.randperm(200, generator=torch.Generator().manual_seed(3))
+    ends = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 200)
+    results = []
+    for places in (torch.arange(200), order):
+        source = (keys[:, :, places], values[:, :, places], *ends)
+        found = memory.retrieve(backend, query, [source], 7)
+        results.append(memory.attend_retrieved(query, *found[:3])[0])
+    assert_equal(results[1], results[0])
+
+
+def test_sources_are_searched_as_one():
+    query, keys, values = random_store()
+    ends = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 200)
+    whole = memory.retrieve("exact", query, [(keys, values, *ends)], 9)
+    sources = []
+    for part in (slice(0, 3), slice(3, 150), slice(150, 200)):
+        n = part.stop - part.start
+        sources.append((keys[:, :, part], values[:, :, part], ends[0], torch.full((2, 5), n)))
+    for a, b in zip(memory.retrieve("exact", query, sources, 9), whole, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("backend", "least"), [("faiss_hnsw", 0.9), ("faiss_ivf", 0.3)])
+def test_recall_of_approximate_search(backend, least):
+    """Random keys are the worst case for both; an index that finds less than this is broken."""
+    pytest.importorskip("faiss")
+    query, keys, values = random_store(b=1, h=2, t=64, n=2000, d=16, dtype=torch.float32)
+    ends = torch.zeros(1, 64, dtype=torch.long), torch.full((1, 64), 2000)
+    exact, columns = (memory.retrieve(name, query, [(keys, values, *ends)], 10)[3] for name in ("faiss_flat", backend))
+    recall = (columns[..., None] == exact[..., None, :]).any(-1).float().mean()
+    assert recall > least
+    assert torch.equal(memory.retrieve("exact", query, [(keys, values, *ends)], 10)[3], exact)
+
+
+@pytest.mark.parametrize("backend", ["faiss_flat", "faiss_hnsw", "faiss_ivf"])
+@torch.no_grad()
+def test_faiss_in_the_model(backend):
+    """Few stored pairs are all found, whatever the index, so the model is that of exact search."""
+    pytest.importorskip("faiss")
+    ids = words(2, 30)
+    expected = make(memory_layers=[0, 2])(ids).logits
+    assert_equal(make(memory_layers=[0, 2], memory_backend=backend)(ids).logits, expected)
+
+
+def test_the_cache_of_one_backend_serves_another():
+    pytest.importorskip("faiss")
+    ids, more = words(2, 30), words(2, 5, seed=1)
+    exact, faiss = make(), make(memory_backend="faiss_flat")
+    with torch.no_grad():
+        cache = exact(ids).past_key_values
+        got = faiss(more, past_key_values=cache).logits
+        assert_equal(got, faiss(torch.cat([ids, more], dim=1)).logits[:, 30:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tile", [1, 3, 10])
+def test_queries_are_served_in_tiles(tile, monkeypatch):
+    """A long input comes in parts, each of which searches only what its queries may see."""
+    model, ids = make(memory_layers=[0, 2], memory_size=12), distinct(2, 40)
+    expected = model(ids, output_retrievals=True)
+    searched = []
+    exact = memory.BACKENDS["exact"]
+    monkeypatch.setattr(modeling, "query_tile", lambda *_: tile)
+    monkeypatch.setitem(
+        memory.BACKENDS, "exact", lambda q, k, *rest: searched.append((q.shape[2], k.shape[2])) or exact(q, k, *rest)
+    )
+    got = model(ids, output_retrievals=True)
+    assert_equal(got.logits, expected.logits)
+    for layer in (0, 2):
+        for a, b in zip(got.retrievals[layer], expected.retrievals[layer], strict=True):
+            assert_equal(a, b)
+    assert max(q for q, _ in searched) == tile and max(n for _, n in searched) <= 12 + tile + 7
+
+
+def test_a_tile_fits_in_memory():
+    for batch, heads, width, topk, size in ((2, 8, 128, 32, 8192), (1, 3, 10, 3, 40), (64, 32, 256, 512, 262144)):
+        tile = memory.query_tile(batch, heads, width, topk, size)
+        assert 16 <= tile <= max(64, size) and (tile == 16 or tile * batch * heads * width * topk <= 2**24)
+
+
+# --------------------------------------------------------------------------------------------------------- the store
+
+
+@torch.no_grad()
+def test_the_oldest_leave_first():
+    """After M + r pairs the r oldest are gone: with k = M, exactly the last M are retrieved, however they came."""
+    model = make(memory_size=12, memory_topk=12)
+    for cuts in ((60,), (1,) * 60, (25, 3, 32)):
+        outputs, cache = in_parts(model, words(1, 60), cuts, output_retrievals=True)
+        positions = torch.cat([o.retrievals[1].positions for o in outputs], dim=2)[0].sort(-1).values
+        for p in range(60):
+            segment = p - p % 7
+            stored = list(range(max(0, segment - 12), segment))
+            assert (positions[:, p] == torch.tensor([-1] * (12 - len(stored)) + stored)).all()
+        assert cache.states[1]["memory_keys"].shape[2] == 12
+
+
+def test_a_ring_that_is_written_past_its_end():
+    """Pair p lies in slot p mod size, for any batch of rows that move at their own pace."""
+    size, g = 6, torch.Generator().manual_seed(0)
+    done, ring, kept = torch.zeros(3, dtype=torch.long), None, None
+    for step in range(30):
+        count = torch.randint(0, 11, (3,), generator=g)
+        new = done[:, None] + torch.arange(int(count.max()) or 1)
+        pairs = new[:, None, :, None].expand(-1, 2, -1, 4).double()
+        in_place = step % 2 == 0
+        before = None if ring is None else ring.clone()
+        kept, ring = ring, memory.append_to_ring(ring, pairs, done, count, size, in_place)
+        if kept is not None and not in_place:
+            assert torch.equal(kept, before), "the ring that was given has changed"
+        done = done + count
+        for row in range(3):
+            for p in range(max(0, int(done[row]) - size), int(done[row])):
+                assert (ring[row, :, p % size] == p).all()
+
+
+@torch.no_grad()
+def test_a_reset_row_forgets_and_the_others_do_not():
+    model, ids, more = make(), words(2, 30), words(2, 6, seed=1)
+    cache = model(ids).past_key_values
+    twin = cache.copy()
+    expected = model(more, past_key_values=twin, output_retrievals=True).retrievals[1]
+    cache.reset_rows([0])
+    got = model(more, past_key_values=cache, output_retrievals=True).retrievals[1]
+    assert torch.equal(got.positions[1], expected.positions[1])
+    assert torch.equal(got.weights[1], expected.weights[1])
+    assert (got.positions[0] == -1).all() and (got.weights[0] == 0).all()
+
+
+def test_nothing_stored_is_differentiated():
+    """Keys and values of before learn nothing through what is retrieved; gate, scale and queries do."""
+    model, ids = make(num_hidden_layers=1, memory_layers=[0], mem_len=0), words(1, 14)
+    attn = model.model.layers[0].self_attn
+    with torch.no_grad():
+        attn.gate_bias.fill_(60)  # local attention has no share
+    project = attn.project
+    weights = [project.k_proj.weight, project.v_proj.weight, project.q_proj.weight, project.scale]
+    total = model(ids).logits[:, 7:].square().sum()
+    k, v, q, scale = torch.autograd.grad(total, weights, allow_unused=True, materialize_grads=True)
+    assert k.abs().max() < 1e-12 and v.abs().max() < 1e-12
+    assert q.abs().max() > 1e-2 and scale.abs().max() > 1e-2
+    with torch.no_grad():
+        attn.gate_bias.fill_(0)
+    (gate,) = torch.autograd.grad(model(ids).logits[:, 7:].square().sum(), [attn.gate_bias])
+    assert (gate.abs() > 1e-3).all()
+
+
+@torch.no_grad()
+def test_a_book_is_read_once_and_asked_often(tmp_path):
+    """The saved memory serves every question as the book itself would; no question leaves a trace in it."""
+    model = make(memory_size=20)
+    book, questions = words(1, 51), [words(1, 17, seed=n) for n in range(3)]
+    cache = model(book).past_key_values
+    cache.save(tmp_path / "book.safetensors")
+    held = {name: x.clone() for name, x in cache.states[1].items()}
+    kept = gallery.GalleryCache.load(tmp_path / "book.safetensors")
+    for question in questions:
+        expected = model(torch.cat([book, question], dim=1)).logits[:, 51:]
+        for source in (cache, kept):
+            one = source.copy()
+            parts = [model(part, past_key_values=one).logits for part in question.split([1, 9, 7], dim=1)]
+            assert_equal(torch.cat(parts, dim=1), expected)
+            assert source.get_seq_length() == 51 and one.get_seq_length() == 68
+    for name, x in held.items():
+        assert torch.equal(cache.states[1][name], x), name
+    with pytest.raises(ValueError, match=r"past_key_values.*memory_size.*\(20, 21\)"):
+        make(memory_size=21)(questions[0], past_key_values=kept)
+    with pytest.raises(ValueError, match=r"past_key_values.*memory_layers.*\(\[1\], \[2\]\)"):
+        make(memory_layers=[2], memory_size=20)(questions[0], past_key_values=kept)
+    assert kept.get_seq_length() == 51
+
+
+def test_how_it_starts():
+    """The gate half open, scales 1, memory in the third layer from the top, linear maps by their fan-in."""
+    config = gallery.GalleryMemorizingTransformerConfig()
+    assert config.memory_layers == [9] and (config.memory_size, config.memory_topk) == (8192, 32)
+    model = gallery.GalleryMemorizingTransformerModel(config_of(hidden_size=240, memory_layers=None))
+    assert model.config.memory_layers == [0]
+    attn = model.layers[0].self_attn
+    assert (attn.gate_bias == 0).all() and (attn.project.scale == 1).all()
+    assert not hasattr(model.layers[1].self_attn, "gate_bias")
+    for layer in (attn.project.q_proj, attn.o_proj, model.layers[2].feed_forward.up_proj):
+        assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.05)
+        assert layer.weight.abs().max() < 2.3 * layer.in_features**-0.5
+    assert attn.project.q_proj.bias is None and (attn.o_proj.bias == 0).all()
+    assert model.norm.bias is None
+
+
+def test_half_precision_keeps_its_type():
+    model = make().to(torch.bfloat16)
+    ids = words(2, 24)
+    model.train()
+    output = model(ids, labels=ids, use_cache=True)
+    output.loss.backward()
+    assert all(x.dtype == torch.bfloat16 for state in output.past_key_values.states for x in state.values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = make().float()(ids, labels=ids)
+    exact = make()(ids, labels=ids).loss.item()
+    assert output.loss.item() == pytest.approx(exact, rel=0.1) and again.loss.item() == pytest.approx(exact, rel=0.1)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+WRONG = [
+    (dict(memory_topk=41), r"memory_topk.*\b41\b.*memory_size 40"),
+    (dict(memory_topk=0), r"memory_topk.*\b0\b"),
+    (dict(memory_size=0), r"memory_size.*\b0\b"),
+    (dict(memory_size=2.5), r"memory_size.*2\.5"),
+    (dict(memory_layers=[3]), r"memory_layers.*\b3\b.*0 to 2.*num_hidden_layers 3"),
+    (dict(memory_layers=[-1]), r"memory_layers.*-1.*0 to 2"),
+    (dict(memory_layers=[1, 1]), r"memory_layers.*\[1, 1\].*different"),
+    (dict(memory_layers=1), r"memory_layers is 1.*list"),
+    (dict(memory_layers=["1"]), r"memory_layers.*'1'.*0 to 2"),
+    (dict(memory_layers=[True]), r"memory_layers.*True.*0 to 2"),
+    (dict(memory_layers=[[1]]), r"memory_layers.*\[1\]"),
+    (dict(memory_backend="annoy"), "memory_backend.*annoy.*exact.*faiss_flat"),
+    (dict(segment_length=0), r"segment_length.*\b0\b"),
+    (dict(mem_len=-1), "mem_len.*-1"),
+]
+
+
+@pytest.mark.parametrize(("settings", "message"), WRONG, ids=[str(s) for s, _ in WRONG])
+def test_bad_config(settings, message):
+    with pytest.raises(ValueError, match=message):
+        config_of(**settings)
+    with pytest.raises(ValueError, match=message):
+        gallery.GalleryMemorizingTransformerConfig.from_dict(config_of().to_dict() | settings)
+
+
+WITHOUT_FAISS = """
+import sys
+sys.modules["faiss"] = None  # importing it fails
+import torch
+import hf_gallery as gallery
+
+sizes = dict(vocab_size=300, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+sizes |= dict(segment_length=2, memory_layers=[0], memory_size=8, memory_topk=2)
+kind, config = gallery.GalleryMemorizingTransformerModel, gallery.GalleryMemorizingTransformerConfig
+print(kind(config(**sizes)).eval()(torch.arange(6)[None]).last_hidden_state.isfinite().all())
+for backend in ("faiss_flat", "faiss_hnsw", "faiss_ivf"):
+    try:
+        kind(config(**sizes, memory_backend=backend))
+    except ImportError as error:
+        print(error)
+"""
+
+
+def test_a_faiss_backend_without_faiss():
+    """Said when the model is built, and not segments later; the exact backend needs nothing."""
+    done = subprocess.run([sys.executable, "-c", WITHOUT_FAISS], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, *errors = done.stdout.splitlines()
+    assert first == "tensor(True)"
+    assert len(errors) == 3
+    for backend, error in zip(("faiss_flat", "faiss_hnsw", "faiss_ivf"), errors, strict=True):
+        assert backend in error and "pip install faiss-cpu" in error and "exact" in error
