@@ -46,7 +46,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     contexts = _contexts(results)
     heads = ["variant", "parameters", *(f"recall {_times(d / window)}" for d in distances), "bits/byte"]
     heads += ["train tokens/s", "train peak MiB"]
-    heads += [f"decode ms, {_short(c)}" for c in contexts] + [f"cache KiB, {_short(c)}" for c in contexts]
+    heads += [f"ms, {_short(c)}" for c in contexts] + [f"KiB, {_short(c)}" for c in contexts]
     rows = []
     for entry in results["summary"].values():
         row = [entry["label"], f"{entry['parameters']:,}" if "parameters" in entry else "-"]
@@ -79,8 +79,12 @@ def show(results: dict[str, Any], console: Console) -> None:
         f"Recall by distance, in windows of {results['window']['recall']} tokens": [
             i for i, h in enumerate(heads) if h.startswith("recall")
         ],
-        "Text and training": [i for i, h in enumerate(heads) if h in ("parameters", "bits/byte") or "train" in h],
-        "Decoding after a context": [i for i, h in enumerate(heads) if h.startswith(("decode", "cache"))],
+        "Text; speed and memory of a training step": [
+            i for i, h in enumerate(heads) if h in ("parameters", "bits/byte") or "train" in h
+        ],
+        "Decoding after a context: ms per token, KiB of cache": [
+            i for i, h in enumerate(heads) if h.startswith(("ms, ", "KiB, "))
+        ],
     }
     for title, columns in groups.items():
         if not columns:
@@ -88,7 +92,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         shown = Table(title=title, title_justify="left")
         shown.add_column(heads[0], no_wrap=True)
         for i in columns:
-            shown.add_column(heads[i].removeprefix("recall "), justify="right")
+            shown.add_column(heads[i].removeprefix("recall ").removeprefix("train "), justify="right")
         for row in rows:
             if any(row[i] != "-" for i in columns):
                 shown.add_row(row[0], *(row[i] for i in columns))

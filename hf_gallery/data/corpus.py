@@ -41,16 +41,14 @@ def load_corpus(name: str | os.PathLike = "stdlib") -> DatasetDict:
     if given["train"] and (given["validation"] or given["test"]):
         for split in ("validation", "test"):
             if not given[split]:
-                held_out = {p: t for p, t in given["train"].items() if split_of(p) == split}
-                given[split] = held_out
-                given["train"] = {p: t for p, t in given["train"].items() if p not in held_out}
+                given["train"], given[split] = _hold_out(given["train"], split)
         splits = given
     else:
         splits = _split(files)
     if not all(splits.values()):
         raise ValueError(
-            f"corpus {name!r} holds too little text, {sum(map(len, files.values()))} characters in {len(files)} files, "
-            f"to have some in each of {', '.join(SPLITS)}; add text"
+            f"corpus {name!r} holds too little text, {sum(map(len, files.values()))} characters in {len(files)} "
+            f"file(s), to have some in each of {', '.join(SPLITS)}; add text"
         )
     return _make(splits)
 
@@ -74,6 +72,18 @@ def _split(files: dict[str, str]) -> dict[str, dict[str, str]]:
             if text[start:end].strip():
                 splits[split][path] = text[start:end]
     return splits
+
+
+def _hold_out(files: dict[str, str], split: str) -> tuple[dict[str, str], dict[str, str]]:
+    """What remains of the files and what becomes the split: the files that it would get from a whole corpus, or the
+    last 5 % of each if that leaves one side empty."""
+    held_out = {path: text for path, text in files.items() if split_of(path) == split}
+    remaining = {path: text for path, text in files.items() if path not in held_out}
+    if not held_out or not remaining:
+        cuts = {path: int(len(text) * 0.95) for path, text in files.items()}
+        remaining = {path: text[: cuts[path]] for path, text in files.items() if text[: cuts[path]].strip()}
+        held_out = {path: text[cuts[path] :] for path, text in files.items() if text[cuts[path] :].strip()}
+    return remaining, held_out
 
 
 def _make(splits: dict[str, dict[str, str]]) -> DatasetDict:
@@ -111,12 +121,13 @@ def _read_files(root: Path, suffixes: tuple[str, ...], wanted=lambda path: True)
     """The text files below a folder that hold text, by their path in it with forward slashes, in order."""
     texts = {}
     for folder, subfolders, names in os.walk(root):
-        subfolders[:] = [n for n in subfolders if not n.startswith(".")]  # .git and the like are not even walked
+        below = Path(folder).relative_to(root)
+        subfolders[:] = [n for n in subfolders if not n.startswith(".") and wanted((below / n).as_posix())]
         for path in (Path(folder, n) for n in names if not n.startswith(".")):
-            name = path.relative_to(root).as_posix()
+            name = (below / path.name).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
             if path.suffix.lower() in suffixes and path.is_file() and wanted(name):
                 texts[name] = _read(path)
-    return {name: texts[name] for name in sorted(texts) if texts[name]}
+    return {name: texts[name] for name in sorted(texts, key=lambda n: n.split("/")) if texts[name]}
 
 
 def _read(path: Path) -> str:
@@ -149,7 +160,7 @@ def _from_hub(name: str) -> DatasetDict:
         data = load_dataset(path, config or None)
     except (OSError, ValueError) as error:  # no network, no such dataset; no such config, or one must be chosen
         raise ValueError(
-            f"corpus {name!r} cannot be loaded: {error}. Look at its name and the network, or take 'stdlib' or a folder"
+            f"corpus {name!r} cannot be loaded: {error}; check its name and the network, or take 'stdlib' or a folder"
         ) from error
     for split, rows in data.items():
         if "text" not in rows.column_names:
@@ -178,6 +189,6 @@ def corpus_version(name: str | os.PathLike) -> str:
         return name
     content = hashlib.blake2b(digest_size=8)
     for path, text in _find_files(name).items():
-        for part in (path.encode("utf-8", "surrogateescape"), text.encode("utf-8")):
+        for part in (path.encode("utf-8"), text.encode("utf-8")):
             content.update(len(part).to_bytes(8, "big") + part)  # with their lengths, so that a boundary counts
     return f"{name}, {content.hexdigest()}"
