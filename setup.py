@@ -10,7 +10,7 @@ version = next(
 )
 
 evaluation = ["typer", "rich", "plotly>=6", "psutil"]
-testing = ["pytest", "hypothesis", "ruff", "mypy", "beautifulsoup4"]
+testing = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "beautifulsoup4"]
 
 setup(
     name="hf-gallery",

@@ -88,7 +88,11 @@ def run(
 
 @app.command("report")
 def report_command(
-    name: Annotated[str, typer.Argument(help="Name of the run.")] = "quick", runs: RunsOption = Path("runs")
+    name: Annotated[str, typer.Argument(help="Name of the run.")] = "quick",
+    runs: RunsOption = Path("runs"),
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print the table in Markdown, and nothing else.")
+    ] = False,
 ) -> None:
     """Show the table of a run again, and write its page anew.
 
@@ -98,6 +102,9 @@ def report_command(
         results = report.read(runs / name)
     except ValueError as error:
         raise _refuse(error) from None
+    if markdown:
+        typer.echo(report.markdown(results))
+        return
     report.write(runs / name, results)
     report.show(results, console)
     console.print(f"\nreport   {runs / name / report.PAGE}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -46,7 +47,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     contexts = _contexts(results)
     heads = ["variant", "parameters", *(f"recall {_times(d / window)}" for d in distances), "bits/byte"]
     heads += ["train tokens/s", "train peak MiB"]
-    heads += [f"ms, {_short(c)}" for c in contexts] + [f"KiB, {_short(c)}" for c in contexts]
+    heads += [f"decode ms, {_short(c)}" for c in contexts] + [f"cache KiB, {_short(c)}" for c in contexts]
     rows = []
     for entry in results["summary"].values():
         row = [entry["label"], f"{entry['parameters']:,}" if "parameters" in entry else "-"]
@@ -83,7 +84,7 @@ def show(results: dict[str, Any], console: Console) -> None:
             i for i, h in enumerate(heads) if h in ("parameters", "bits/byte") or "train" in h
         ],
         "Decoding after a context: ms per token, KiB of cache": [
-            i for i, h in enumerate(heads) if h.startswith(("ms, ", "KiB, "))
+            i for i, h in enumerate(heads) if h.startswith(("decode", "cache"))
         ],
     }
     for title, columns in groups.items():
@@ -92,11 +93,18 @@ def show(results: dict[str, Any], console: Console) -> None:
         shown = Table(title=title, title_justify="left")
         shown.add_column(heads[0], no_wrap=True)
         for i in columns:
-            shown.add_column(heads[i].removeprefix("recall ").removeprefix("train "), justify="right")
+            shown.add_column(_FAMILY.sub("", heads[i]), justify="right")  # the title says it
         for row in rows:
             if any(row[i] != "-" for i in columns):
                 shown.add_row(row[0], *(row[i] for i in columns))
         console.print(shown)
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table in Markdown, for a README or a model card."""
+    heads, rows = table(results)
+    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
 def _distances(results: dict[str, Any]) -> list[int]:
@@ -106,6 +114,9 @@ def _distances(results: dict[str, Any]) -> list[int]:
 def _contexts(results: dict[str, Any]) -> list[int]:
     costs = [entry["cost"] for entry in results["summary"].values() if "cost" in entry]
     return sorted({int(c) for cost in costs for c in cost["decode_ms_per_token"]})
+
+
+_FAMILY = re.compile("^(recall|train|decode|cache) ")
 
 
 def _times(x: float) -> str:
@@ -328,10 +339,10 @@ body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var
 h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-bottom: 0; }}
 .wide {{ overflow-x: auto; }}
 table {{ border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; }}
+th, td {{ white-space: nowrap; padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; }}
 th[scope=row], .left td, .left th {{ text-align: left; white-space: nowrap; }}
 tbody th {{ position: sticky; left: 0; background: var(--paper); font-weight: 600; }}
-thead th {{ vertical-align: bottom; }}
+thead th {{ vertical-align: bottom; white-space: normal; }}
 .plot {{ min-height: 420px; }}
 @media print {{ details {{ display: none; }} section {{ break-inside: avoid; }} }}
 </style>

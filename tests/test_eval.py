@@ -304,6 +304,8 @@ def test_the_whole_run(tiny):
     assert read_json(folder / report.RESULTS) == results
     again = invoke("report", "tiny")
     assert again.exit_code == 0 and "Transformer-XL" in again.output
+    lines = invoke("report", "tiny", "--markdown").output.strip().splitlines()
+    assert len(lines) == 3 + len(NAMES) and len({line.count("|") for line in lines}) == 1
 
 
 def test_the_same_run_gives_the_same_numbers(tiny):
