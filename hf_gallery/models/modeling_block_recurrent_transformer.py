@@ -126,6 +126,12 @@ def _pick(x, at):
     return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
+class LSTMGate(nn.Linear):
+    """A map that starts small, so that the gate starts where its constant puts it."""
+
+    variance = 0.1  # of its initialisation, see init_scaled
+
+
 class StateGate(nn.Module):
     """How new content meets an old state: section 3.2. hidden is what the content was made from."""
 
@@ -133,8 +139,8 @@ class StateGate(nn.Module):
         super().__init__()
         self.lstm = config.gate_type == "lstm"
         if self.lstm:
-            self.forget_gate = nn.Linear(hidden, config.hidden_size)
-            self.input_gate = nn.Linear(hidden, config.hidden_size)
+            self.forget_gate = LSTMGate(hidden, config.hidden_size)
+            self.input_gate = LSTMGate(hidden, config.hidden_size)
         else:
             self.gate_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
@@ -324,6 +330,8 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
             nn.init.normal_(module.ids, 0.0, 1.0)
         if isinstance(module, StateGate) and not module.lstm:
             nn.init.normal_(module.gate_bias, 0.0, 0.1)
+        if isinstance(module, LSTMGate):
+            nn.init.normal_(module.bias, 0.0, 0.1)
 
 
 class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreTrainedModel):
