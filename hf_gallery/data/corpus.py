@@ -99,7 +99,7 @@ def _find_files(name: str) -> dict[str, str]:
     """The texts of "stdlib", a folder or a file, by path in it with forward slashes, in order."""
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = _read_files(root, (".py",), _is_library_source)
+        files = _read_files(root, (".py",), _is_library_folder)
         if not files:
             raise ValueError(
                 f"corpus 'stdlib' finds no sources in {root}; this Python has none, so give a folder of text"
@@ -117,15 +117,16 @@ def _find_files(name: str) -> dict[str, str]:
     return files
 
 
-def _read_files(root: Path, suffixes: tuple[str, ...], wanted=lambda path: True) -> dict[str, str]:
-    """The text files below a folder that hold text, by their path in it with forward slashes, in order."""
+def _read_files(root: Path, suffixes: tuple[str, ...], enter=lambda folder: True) -> dict[str, str]:
+    """The text files below a folder that hold text, by their path in it with forward slashes, in order.
+    Folders that are hidden, or that `enter` says no to, are not walked."""
     texts = {}
     for folder, subfolders, names in os.walk(root):
         below = Path(folder).relative_to(root)
-        subfolders[:] = [n for n in subfolders if not n.startswith(".") and wanted((below / n).as_posix())]
+        subfolders[:] = [n for n in subfolders if not n.startswith(".") and enter((below / n).as_posix())]
         for path in (Path(folder, n) for n in names if not n.startswith(".")):
             name = (below / path.name).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
-            if path.suffix.lower() in suffixes and path.is_file() and wanted(name):
+            if path.suffix.lower() in suffixes and path.is_file():
                 texts[name] = _read(path)
     return {name: texts[name] for name in sorted(texts, key=lambda n: n.split("/")) if texts[name]}
 
@@ -137,7 +138,7 @@ def _read(path: Path) -> str:
     return text if text.strip() else ""
 
 
-def _is_library_source(path: str) -> bool:
+def _is_library_folder(path: str) -> bool:
     parts = path.split("/")
     left_out = {
         "site-packages",
