@@ -116,8 +116,8 @@ class T5Bias(nn.Module):
 
 
 def init_scaled(module: nn.Module, std: float):
-    """The initialisation of meliad's layers: linear maps variance_scaling(1, fan_in, truncated normal), biases 0. A map
-    with another `variance` than 1 says so."""
+    """The initialisation of meliad's layers: linear maps variance_scaling(1, fan_in, truncated normal), biases 0. Maps
+    with another `variance` than 1 say so."""
     if isinstance(module, nn.Linear):
         # A normal cut at two deviations keeps 0.8796 of its deviation, which variance_scaling makes up for.
         deviation = (getattr(module, "variance", 1.0) / module.in_features) ** 0.5 / 0.87962566103423978
