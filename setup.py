@@ -32,6 +32,7 @@ setup(
         "safetensors",
         "tokenizers",
         "numpy",
+        "pyarrow",
     ],
     extras_require={"eval": evaluation, "test": evaluation + testing},
 )
