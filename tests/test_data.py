@@ -416,6 +416,8 @@ def test_version_of_a_corpus(tmp_path):
     (folder / "c.txt").rename(folder / "d.txt")
     versions.add(corpus_version(folder))
     assert len(versions) == 5  # each change shows
+    one, two = write(tmp_path / "1", {"a.txt": "xb.txty"}), write(tmp_path / "2", {"a.txt": "x", "b.txt": "y"})
+    assert corpus_version(one).removeprefix(str(one)) != corpus_version(two).removeprefix(str(two))
     assert corpus_version("stdlib") == "stdlib of Python {}.{}.{}".format(*sys.version_info[:3])
     assert corpus_version("hf:name:config") == "hf:name:config"
 
@@ -678,6 +680,13 @@ def test_answers_are_drawn_evenly(num_values):
     _, labels, _ = columns(passkey(500, 120, distances=[50]))
     _, counts = np.unique(labels[labels >= 0], return_counts=True)
     assert len(counts) == 10 and np.abs(counts - 250).max() < 5 * 250**0.5
+
+
+@pytest.mark.parametrize("make", [associative_recall, slot_recall])
+def test_questions_stand_anywhere(make):
+    """Nothing tells from the column alone whether a question comes: all that leave room for the distance have some."""
+    _, labels, _ = columns(make(500, 9, distances=[3]))
+    assert set(np.nonzero(labels >= 0)[1]) == set(range(4, 9))
 
 
 def test_distances_are_drawn_evenly():

@@ -54,7 +54,8 @@ def load_corpus(name: str | os.PathLike = "stdlib") -> DatasetDict:
 
 
 def split_of(path: str) -> str:
-    """The split of a document, from its path within the corpus alone: the same on every machine."""
+    """The split of a document, "train", "validation" or "test", from its path within the corpus alone (with forward
+    slashes): the same on every machine, 90 : 5 : 5 of many."""
     place = int.from_bytes(hashlib.blake2b(path.encode("utf-8"), digest_size=8).digest(), "big") / 2**64
     return "train" if place < 0.9 else "validation" if place < 0.95 else "test"
 

@@ -1,8 +1,13 @@
 """Synthetic tasks that ask how far back a model remembers. All are made from seeds, on ids of the byte tokenizer.
 
-An example is a row of a datasets.Dataset with the columns input_ids, labels and distance, lists of one length. As in
-transformers, labels[t] is what column t - 1 is to predict where it is scored and -100 elsewhere; distance[t] counts
-the tokens from where the answer was shown to where it is asked for, and is -1 where nothing is scored.
+An example is a row of a datasets.Dataset with the columns input_ids, labels and distance, each a list of `length` int.
+As in transformers, labels[t] is what column t - 1 is to predict where it is scored and -100 elsewhere; distance[t]
+counts the tokens from where the answer was shown to where it is asked for, and is -1 where nothing is scored. All ids
+are bytes, below 256.
+
+What all tasks take: `examples` rows of `length` tokens; `distances` to draw from, in tokens; `seed` (0 or more) and
+`split` ("train", "validation" or "test"), of which each pair has random numbers of its own. The same arguments give
+the same data in every process.
 """
 
 from __future__ import annotations
@@ -35,7 +40,10 @@ def associative_recall(
     an example, so the answer is the only one; values are drawn from num_values, so that chance is 1 / num_values.
     A pair for which no room is left is left out.
 
-    Raises ValueError if the numbers do not fit together.
+    distances: from 2, the next token after a pair, to length - 2. num_pairs: 1 to 64. num_values: 2 to 64. Keys are
+    the ids 0 to 63, values 64 to 63 + num_values, filler 128 to 255.
+
+    Raises ValueError for an argument outside these limits.
     """
     _check("examples", examples, 1)
     _check("num_pairs", num_pairs, 1, len(KEYS))
@@ -98,7 +106,11 @@ def slot_recall(
     (labels[t] is scored in place of input_ids[t]), so no read helps another. Values are drawn from num_values, so
     chance is 1 / num_values. A read for which no room is left is left out.
 
-    Raises ValueError if the numbers do not fit together.
+    distances: from 1, the token after the write, to length - 2; they count from the write to its read, which stands
+    before the scored column. num_writes: 1 to 8. num_reads: 1 or more. num_values: 2 to 8. Slots are read by the
+    digits 1 to 8, answers are the letters a to h, noise is " .,-"; writes are other printable characters.
+
+    Raises ValueError for an argument outside these limits. A task of our own.
     """
     _check("examples", examples, 1)
     _check("num_writes", num_writes, 1, SLOTS)
@@ -144,7 +156,9 @@ def passkey(
     `distances` tokens before it is scored in the last words, "What is the pass key? The pass key is 12345". Chance is
     1 / 10 for each digit.
 
-    Raises ValueError if the numbers do not fit together.
+    distances: from 40 + digits, where the question follows at once, to length - digits - 17. digits: 1 to 18.
+
+    Raises ValueError for an argument outside these limits.
     """
     _check("examples", examples, 1)
     _check("digits", digits, 1, 18)

@@ -23,6 +23,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     It adds no special tokens by itself, pads on the left, and takes a special token's name in a text for plain text;
     `split_special_tokens=False` lets it mean the token. save_pretrained writes a plain tokenizers file that travels
     with a model.
+
+    Decoding puts U+FFFD for bytes that are no UTF-8; the ids themselves lose nothing. The printable characters that
+    stand for bytes in its vocabulary are GPT-2's (Radford et al. 2019, encoder.py of the official code).
     """
     characters = _characters()
     tokenizer = Tokenizer(models.BPE(vocab={c: b for b, c in enumerate(characters)}, merges=[]))
@@ -40,7 +43,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode_bytes(text: str) -> np.ndarray:
-    """The ids of byte_tokenizer() for a text, (bytes,) int64, straight from its utf-8: for long documents."""
+    """The ids of byte_tokenizer() for a text, (bytes,) int64, straight from its utf-8: for long documents.
+
+    Raises UnicodeEncodeError, a ValueError, for a lone surrogate, which has no utf-8.
+    """
     return np.frombuffer(text.encode("utf-8"), dtype=np.uint8).astype(np.int64)
 
 

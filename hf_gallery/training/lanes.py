@@ -51,6 +51,9 @@ class DocumentLanes:
     of all processes take the same number of steps. One document longer than all others together cannot be balanced:
     it is never split over lanes.
 
+    num_documents, num_tokens and num_labels (predicted tokens) count the whole dataset, over all lanes and ranks;
+    epoch and step are the position.
+
     Iteration yields the batches from (epoch, step) to the end of the epoch, and leaves the position at the start of
     the next one. state_dict() and load_state_dict() carry the position and refuse another setup.
 

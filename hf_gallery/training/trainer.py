@@ -70,9 +70,13 @@ class SegmentTrainer(Trainer):
     Checkpoints hold, beside the Trainer's own files, lanes_RANK.json (setup and position) and lanes_RANK.safetensors
     (cache) of each process. train(resume_from_checkpoint=...) goes on from there bit for bit.
 
+    Carrying states from step to step is the training of Dai et al. 2019 (Transformer-XL, section 3.2; mems in train.py
+    of the official code). Their stream of tokens has no documents, so no row is reset there.
+
     Raises ValueError for arguments that have no meaning here (data_collator, dataloader_drop_last, batch_eval_metrics,
-    torch.nn.DataParallel, tensor, context and sequence parallelism), and from train() for a checkpoint of another
-    setup, before anything is changed.
+    torch.nn.DataParallel, tensor, context and sequence parallelism), from train() for a checkpoint of another setup,
+    before anything is changed, and for a model whose cache cannot be carried. RuntimeError for batches that
+    come out of order.
     """
 
     model: Any  # Trainer's type of it is wider than what it accepts
