@@ -172,13 +172,13 @@ def transformer(name, heads=None, *, limit=None, **settings):
     )
 
 
-def transformer_xl(name, **settings):
+def transformer_xl(name, heads=None, **settings):
     settings = dict(segment_length=7, mem_len=5) | settings
     length = settings["segment_length"]
     return Variant(
         f"transformer_xl{name}",
         gallery.GalleryTransformerXLConfig,
-        XL_HEADS,
+        heads or some(XL_HEADS, "causal", "sequence"),
         settings,
         horizon=length + settings["mem_len"],
         linear=True,
@@ -250,16 +250,16 @@ VARIANTS = [
         limit=61,
     ),
     transformer("_segments", TRANSFORMER_HEADS, segment_length=7),
-    transformer_xl(""),
+    transformer_xl("", XL_HEADS),
     transformer_xl("_long_memory", segment_length=4, mem_len=11),
     transformer_xl("_no_memory", mem_len=0),
     transformer_xl("_same_length", same_length=True, mem_len=6),
     transformer_xl("_clamp", clamp_len=6, mem_len=8),
     transformer_xl("_untied_pre", untie_r=True, pre_lnorm=True),
-    transformer_xl("_adaptive", cutoffs=[13, 41], div_val=2),
+    transformer_xl("_adaptive", XL_HEADS, cutoffs=[13, 41], div_val=2),
     longformer(
         "_dilated",
-        LONGFORMER_HEADS,
+        some(LONGFORMER_HEADS, "causal"),
         position_embedding_type="relative",
         attention_window=[5, 3, 2],
         attention_dilation=[1, 2, 3],
