@@ -689,6 +689,12 @@ def test_questions_stand_anywhere(make):
     assert set(np.nonzero(labels >= 0)[1]) == set(range(4, 9))
 
 
+@pytest.mark.parametrize(("make", "alone"), [(associative_recall, "num_pairs"), (slot_recall, "num_writes")])
+def test_one_question_alone_always_finds_room(make, alone):
+    _, labels, _ = columns(make(200, 9, distances=[6], **{alone: 1}))
+    assert ((labels >= 0).sum(axis=1) == 1).all()
+
+
 def test_distances_are_drawn_evenly():
     _, _, distance = columns(passkey(3000, 300, distances=[50, 100, 200]))
     _, counts = np.unique(distance[:, -1], return_counts=True)
