@@ -239,9 +239,10 @@ class _TiledAttention(torch.autograd.Function):
                 grad_value[rows] = _unpack(gv, h)
                 if gp is not None:
                     grad_position_query[rows] = _unpack(gp.mul_(ctx.scale), h)
+        table_scale = 1 / _LOG2_E if position_query is not None else ctx.scale
         return (
             grad_query, grad_key, grad_value, grad_position_query,
-            None if grad_table is None else grad_table.result(1 / _LOG2_E if position_query is not None else ctx.scale),
+            None if grad_table is None else grad_table.result(table_scale),
             None, None, None, None, None,
         )  # fmt: skip
 
