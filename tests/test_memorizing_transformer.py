@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
 from transformers.models.t5.modeling_t5 import T5Attention
-from variants import SIZES, assert_equal, loud, missing, words
+from variants import GPT2_WITH_MEMORY, SIZES, assert_equal, loud, missing, words
 
 import hf_gallery as gallery
 from hf_gallery.models import memory
@@ -41,7 +42,11 @@ def bucket(distance):
 
 
 def norm(x, layer):
-    return F.layer_norm(x, x.shape[-1:], layer.weight, None, layer.eps)
+    return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
+
+
+def linear(x, layer):
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
 
 
 def unit(x):
@@ -54,24 +59,31 @@ def by_position(model, ids, starts=(0,)):
     starts: where forwards began. Keys and values from before a segment, or a forward, carry no gradient.
     """
     c, n, d = model.config, len(ids), model.config.head_dim
-    x = model.model.embed_tokens.weight[ids] * math.sqrt(c.hidden_size)
+    learned = c.position_embedding_type == "learned"
+    x = model.model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)
+    period = n
+    if learned:
+        period = c.max_position_embeddings // c.segment_length * c.segment_length
+        x = x + model.model.embed_positions.weight[[p % period for p in range(n)]]
     chosen = {}
     for number, layer in enumerate(model.model.layers):
         attn = layer.self_attn
         y = norm(x, layer.self_attn_norm)
-        q, k, v = (y @ f.weight.T for f in (attn.project.q_proj, attn.project.k_proj, attn.project.v_proj))
+        q, k, v = (linear(y, f) for f in (attn.project.q_proj, attn.project.k_proj, attn.project.v_proj))
         out = torch.zeros_like(q)
         picks = torch.full((n, c.num_attention_heads, c.memory_topk), -1)
         for h in range(c.num_attention_heads):
             at = slice(h * d, h * d + d)
-            qs, ks, scale = unit(q[:, at]), unit(k[:, at]), attn.project.scale[h].abs()
+            qs, ks, scale = q[:, at], k[:, at], 1 / math.sqrt(d)
+            if c.normalize_qk:
+                qs, ks, scale = unit(qs), unit(ks), attn.project.scale[h].abs()
             for p in range(n):
                 segment = p - p % c.segment_length
                 border = max(segment, max(s for s in starts if s <= p))
                 scores, values = [], []
-                for s in range(max(0, segment - c.mem_len), p + 1):
+                for s in range(max(p - p % period, segment - c.mem_len), p + 1):
                     key, value = (z if s >= border else z.detach() for z in (ks[s], v[s, at]))
-                    bias = attn.relative_bias.table.weight[bucket(p - s), h]
+                    bias = 0 if learned else attn.relative_bias.table.weight[bucket(p - s), h]
                     scores.append((qs[p] @ key + bias) * scale)
                     values.append(value)
                 result = torch.stack(scores).softmax(0) @ torch.stack(values)
@@ -88,10 +100,9 @@ def by_position(model, ids, starts=(0,)):
                 out[p, at] = result
         if number in c.memory_layers:
             chosen[number] = picks
-        x = x + out @ attn.o_proj.weight.T + attn.o_proj.bias
-        up, down = layer.feed_forward.up_proj, layer.feed_forward.down_proj
-        inner = (norm(x, layer.feed_forward_norm) @ up.weight.T + up.bias).relu()
-        x = x + inner @ down.weight.T + down.bias
+        x = x + linear(out, attn.o_proj)
+        inner = ACT2FN[c.hidden_act](linear(norm(x, layer.feed_forward_norm), layer.feed_forward.up_proj))
+        x = x + linear(inner, layer.feed_forward.down_proj)
     return norm(x, model.model.norm) @ model.lm_head.weight.T, chosen
 
 
@@ -105,6 +116,9 @@ SETTINGS = {
     "segments of one": dict(segment_length=1, mem_len=2, memory_size=6),
     "odd heads": dict(num_attention_heads=5, head_dim=7),
     "no memory": dict(memory_layers=[]),
+    "of GPT-2's layers": GPT2_WITH_MEMORY,
+    "learned positions, no local cache": dict(position_embedding_type="learned", max_position_embeddings=9, mem_len=0),
+    "queries and keys as they come": dict(normalize_qk=False),
 }
 settings_of_all = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
 
@@ -142,7 +156,7 @@ def test_gradients_equal_the_loop(settings, cuts):
     ]
     for name, a, b in zip(parameters, *grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.abs().max() + 1), msg=name)
-        if "gate_bias" in name or "q_proj" in name or name.endswith("scale"):
+        if "gate_bias" in name or "q_proj.weight" in name or name.endswith("scale"):
             assert b.abs().max() > 1e-3, name
 
 
@@ -542,6 +556,16 @@ WRONG = [
     (dict(memory_backend="annoy"), "memory_backend.*annoy.*exact.*faiss_flat"),
     (dict(segment_length=0), r"segment_length.*\b0\b"),
     (dict(mem_len=-1), "mem_len.*-1"),
+    (dict(position_embedding_type="sinusoidal"), "position_embedding_type.*sinusoidal.*relative_bias, learned"),
+    (dict(max_position_embeddings=0), r"max_position_embeddings.*\b0\b"),
+    (
+        dict(position_embedding_type="learned", max_position_embeddings=6),
+        r"segment_length is 7.*max_position_embeddings 6",
+    ),
+    (
+        dict(position_embedding_type="learned", max_position_embeddings=13),
+        r"mem_len is 5.*after 7 tokens.*mem_len 0 or less",
+    ),
 ]
 
 

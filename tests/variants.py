@@ -204,6 +204,7 @@ def longformer(name, heads, *, limit=None, **settings):
 def memorizing(name, heads, *, needs=None, **settings):
     settings = dict(segment_length=7, mem_len=5, memory_topk=3) | settings
     length = settings["segment_length"]
+    period = gallery.GalleryMemorizingTransformerConfig(**SIZES | settings).position_period
     return Variant(
         f"memorizing{name}",
         gallery.GalleryMemorizingTransformerConfig,
@@ -211,12 +212,25 @@ def memorizing(name, heads, *, needs=None, **settings):
         settings,
         horizon=settings["memory_size"] + length + settings["mem_len"],
         linear=True,
-        period=length,
+        period=period or length,
         border=length,
         croppable=False,
         shallow=dict(memory_layers=[1]),
         needs=needs,
     )
+
+
+# What gives the Memorizing Transformer GPT-2's layers; positions start anew every 15 tokens, in whole segments.
+GPT2_WITH_MEMORY = dict(
+    segment_length=5,
+    position_embedding_type="learned",
+    max_position_embeddings=19,
+    normalize_qk=False,
+    scale_embedding=False,
+    attention_bias=True,
+    norm_bias=True,
+    hidden_act="gelu_new",
+)
 
 
 def block_recurrent(name, heads, **settings):
@@ -284,6 +298,7 @@ VARIANTS = [
         memory_backend="faiss_flat",
         needs="faiss",
     ),
+    memorizing("_gpt2", some(MEMORIZING_HEADS, "causal"), memory_layers=[1], memory_size=16, **GPT2_WITH_MEMORY),
     block_recurrent("", RECURRENT_HEADS, block_length=7, num_state_vectors=4, recurrent_layers=[1]),
     block_recurrent(
         "_lstm_dual",

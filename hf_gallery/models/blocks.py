@@ -65,31 +65,54 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input_ids) * self.scale
 
 
-class ScaledHeads(nn.Module):
-    """Linear maps to heads of unit length, with a learned scale for each head in place of 1 / sqrt(D).
+class Heads(nn.Module):
+    """Linear maps to heads; the queries carry the scale, 1 / sqrt(D) (Vaswani et al. 2017, section 3.2.1)."""
+
+    def __init__(self, config, bias: bool = False):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        inner = self.heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.k_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+        self.v_proj = nn.Linear(config.hidden_size, inner, bias=bias)
+
+    def forward(self, x: torch.Tensor):
+        """(B, T, E) to query, key, value (B, H, T, D)."""
+        return self.queries(x), *self.keys_values(x)
+
+    def queries(self, x: torch.Tensor) -> torch.Tensor:
+        query = split_heads(self.q_proj(x), self.heads)
+        return query * query.shape[-1] ** -0.5
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
+
+    def scales(self) -> torch.Tensor:
+        """The scale of each head (H,)."""
+        weight = self.q_proj.weight
+        return weight.new_full((self.heads,), (weight.shape[0] // self.heads) ** -0.5)
+
+
+class ScaledHeads(Heads):
+    """Heads of unit length, with a learned scale for each in place of 1 / sqrt(D).
 
     Keys that keep their length stay comparable with the queries of later weights, which a memory needs. The scale
     starts at 1 and its absolute value is used. As meliad's transformer_base.py, KVQLayer.
     """
 
-    def __init__(self, config):
-        super().__init__()
-        self.heads = config.num_attention_heads
-        inner = self.heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+    def __init__(self, config, bias: bool = False):
+        super().__init__(config, bias)
         self.scale = nn.Parameter(torch.ones(self.heads))
-
-    def forward(self, x: torch.Tensor):
-        """(B, T, E) to query, key, value (B, H, T, D); the query carries the scale."""
-        return self.queries(x), *self.keys_values(x)
 
     def queries(self, x: torch.Tensor) -> torch.Tensor:
         return scaled_unit(split_heads(self.q_proj(x), self.heads), self.scale)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return unit(split_heads(self.k_proj(x), self.heads)), split_heads(self.v_proj(x), self.heads)
+        key, value = super().keys_values(x)
+        return unit(key), value
+
+    def scales(self) -> torch.Tensor:
+        return self.scale.abs()
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
@@ -110,9 +133,9 @@ class T5Bias(nn.Module):
         self.table = nn.Embedding(32, heads)
 
     def forward(self, far: int, scale: torch.Tensor) -> Position:
-        """The term for distances far, ..., 0, times |scale| (H,)."""
+        """The term for distances far, ..., 0, times the heads' scales (H,)."""
         distance = torch.arange(far, -1, -1, device=scale.device)
-        return Position(self.table(t5_buckets(distance)).T * scale.abs()[:, None], far)
+        return Position(self.table(t5_buckets(distance)).T * scale[:, None], far)
 
 
 def init_scaled(module: nn.Module, std: float):

@@ -220,7 +220,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         cached = keys.shape[2] - key.shape[2]
         spans = context.window(cached)
         # One distance only where the window is still empty: a table needs a row all the same.
-        position = self.relative_bias(max(1, spans.distances(cached)[1]), self.project.scale)
+        position = self.relative_bias(max(1, spans.distances(cached)[1]), self.project.scales())
         probabilities = None
         if context.output_attentions:
             out, _, probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)

@@ -10,6 +10,9 @@ appended. Nothing stored is differentiated, and neither is the local cache; the 
 A query that finds nothing adds zeros in place of what it retrieved, as the official stores, which start as zeros, do
 (google-research/meliad, transformer/transformer_layer.py and memory/).
 
+The config can take back unit length, T5 bias and the rest of what sets the layers apart from GPT-2's, so that a
+trained GPT-2 can be given a memory: with its gates closed it is GPT-2, on pieces of as many tokens as it has positions.
+
 Letters: see spans.py. L segment_length, M memory_size, k memory_topk.
 """
 
@@ -28,6 +31,7 @@ from transformers.utils import can_return_tuple
 from .attention import attend, attend_naive, join
 from .blocks import (
     FeedForward,
+    Heads,
     ScaledEmbedding,
     ScaledHeads,
     T5Bias,
@@ -141,8 +145,9 @@ class GalleryMemorizingTransformerAttention(nn.Module):
     def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.project = ScaledHeads(config)
-        self.relative_bias = T5Bias(config.num_attention_heads)
+        self.project = (ScaledHeads if config.normalize_qk else Heads)(config, config.attention_bias)
+        if config.position_embedding_type == "relative_bias":
+            self.relative_bias = T5Bias(config.num_attention_heads)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         self.remembers = layer in config.memory_layers
         if self.remembers:
@@ -169,7 +174,9 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         return self.o_proj(merge_heads(out)), new, probabilities
 
     def _local(self, query, key, value, keys, values, past, context):
-        position = self.relative_bias(context.far, self.project.scale)
+        position = None
+        if hasattr(self, "relative_bias"):
+            position = self.relative_bias(context.far, self.project.scales())
         dropout = self.dropout if self.training else 0.0
         parts = context.parts
         if context.output_attentions:
@@ -184,8 +191,9 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         if parts.before is not None:
             if not parts.crosses:
                 keys, values = past
-                # `attend` counts distances from the end of the keys it gets; without the new ones, that is T nearer.
-                position = position._replace(far=position.far - query.shape[2])
+                if position is not None:
+                    # `attend` counts distances from the end of the keys; without the new ones, that is T nearer.
+                    position = position._replace(far=position.far - query.shape[2])
             before = attend(
                 query, keys, values, parts.before, position=position, scale=1.0, dropout=dropout, return_lse=True
             )
@@ -243,9 +251,9 @@ class GalleryMemorizingTransformerLayer(GradientCheckpointingLayer):
     def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
         super().__init__()
         self.self_attn = GalleryMemorizingTransformerAttention(config, layer)
-        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
         self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x, context: Context, state: dict):
@@ -281,11 +289,14 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):
         super().__init__(config)
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, math.sqrt(config.hidden_size))
+        scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
+        if config.position_embedding_type == "learned":
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.layers = nn.ModuleList(
             [GalleryMemorizingTransformerLayer(config, i) for i in range(config.num_hidden_layers)]
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
@@ -314,9 +325,12 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
         config = self.config
         rows, cache = self.open_input(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
         x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
+        period = config.position_period
+        if period is not None:
+            x = x + self.embed_positions((rows.positions % period).to(x.device))
         x = self.dropout(x)
         cached = cache.columns_held if cache is not None else 0
-        spans, parts = segment_spans(rows, cached, config.segment_length, config.mem_len)
+        spans, parts = segment_spans(rows, cached, config.segment_length, config.mem_len, period=period)
         context = Context(
             rows=rows,
             cached=cached,

@@ -1,6 +1,7 @@
 """Segments with a memory of what came before: the intervals of Transformer-XL and the Memorizing Transformer.
 
-Query p sees [seg(p) - mem_len, p], seg(p) = p - p mod segment_length. With gradients, that is two parts: the keys of
+Query p sees [seg(p) - mem_len, p], seg(p) = p - p mod segment_length; with a period nothing from before the last
+multiple of it. With gradients, that is two parts: the keys of
 its own segment, and those before, which carry no gradient to the states they were made from. Letters: see spans.py.
 """
 
@@ -24,7 +25,12 @@ class Parts:
 
 
 def segment_spans(
-    rows: Rows, cached: int, segment_length: int, mem_len: int, same_length: bool = False
+    rows: Rows,
+    cached: int,
+    segment_length: int,
+    mem_len: int,
+    same_length: bool = False,
+    period: int | None = None,
 ) -> tuple[Spans, Parts | None]:
     """The intervals over the columns [cached | new], and where gradients are recorded their parts.
 
@@ -33,6 +39,8 @@ def segment_spans(
     p = rows.positions  # (B or 1, T)
     segment = p - p % segment_length
     lower = p - mem_len + 1 if same_length else segment - mem_len
+    if period is not None:
+        lower = torch.maximum(lower, p - p % period)
     spans = rows.spans(lower, p, cached)
     if not torch.is_grad_enabled():
         return spans, None
