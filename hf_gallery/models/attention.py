@@ -76,6 +76,12 @@ def attend(
     if implementation != "eager":
         raise ValueError(f'implementation is {implementation!r}; it must be "eager" or "sdpa"')
     table, far, position_query = (None, 0, None) if position is None else position
+    leaves = torch.is_grad_enabled() and any(
+        x is not None and x.requires_grad for x in (query, key, value, position_query, table)
+    )
+    if query.shape[2] == 1 and dropout == 0.0 and not leaves:
+        out, lse = _attend_one(query, key, value, spans, position, scale)
+        return (out, lse) if return_lse else out
     # One draw from torch's generator a call: the tiles' own streams follow from it, the same in forward and backward.
     seed = int(torch.randint(2**62, ()).item()) if dropout > 0.0 else 0
     out, lse = _TiledAttention.apply(query, key, value, position_query, table, far, spans, scale, dropout, seed)
@@ -170,6 +176,36 @@ def _check(query, key, value, spans, position):
                 f"{far - table.shape[1] + 1} to {far} only"
             )
     return spans
+
+
+def _attend_one(query, key, value, spans, position, scale):
+    """One query a row, as in decoding: there is nothing to tile, and keys and values are read where they lie."""
+    b, h, _, d = query.shape
+    dtype = _compute_dtype(query)
+    first, last, full_first, full_last = spans.tiles(slice(0, b), 1)[0]
+    if first > last:
+        out = query.new_zeros(b, h, 1, value.shape[-1])
+        return out, out.new_full((b, h, 1), -math.inf, dtype=dtype)
+    seen = slice(first, last + 1)
+    query = query.to(dtype) * scale
+    scores = query @ key[:, :, seen].to(dtype).mT  # (B, H, 1, s)
+    if position is not None:
+        nearest = key.shape[2] - 1 - last
+        rows = slice(position.far - nearest - (last - first), position.far - nearest + 1)
+        table = position.table[:, rows].to(dtype)  # (H, s) or (H, s, D)
+        if position.query is None:
+            scores += table[:, None] * scale
+        else:
+            asked = position.query.to(dtype).transpose(0, 1).reshape(h, b, d) * scale
+            scores += torch.bmm(asked, table.mT).transpose(0, 1)[:, :, None]
+    if first < full_first or last > full_last:
+        lower, upper = (x[:, None, :, None] for x in spans.on(query.device))
+        column = torch.arange(first, last + 1, device=query.device)
+        scores.masked_fill_((column < lower) | (column > upper), -math.inf)
+    lse = scores.logsumexp(-1)  # (B, H, 1)
+    nothing = lse == -math.inf
+    probabilities = torch.exp(scores - lse.masked_fill(nothing, 0.0)[..., None])
+    return (probabilities @ value[:, :, seen].to(dtype)).to(value.dtype), lse
 
 
 # --------------------------------------------------------------------------------------------------- the tiles

@@ -90,10 +90,10 @@ class GalleryTransformerXLAttention(nn.Module):
     def _project_table(self, context):
         return split_heads(self.r_proj(context.relative)[None], self.heads)[0]
 
-    def forward(self, x, new, past, context: Context, before=None):
-        """x (B, T, E); new, past: pairs of keys and values (B, H, T or C, D), past None if there is none.
+    def forward(self, x, own, joined, before, context: Context):
+        """x (B, T, E). Pairs of keys and values (B, H, ., D): own (T), joined with the past before them (C + T), and
+        with context.parts, whose attention is made of two, `before`, seen without gradient to their states.
 
-        With context.parts, `before` are the keys and values that are seen without gradient to their states.
         Returns (B, T, E) and, if asked for, probabilities (B, H, T, C + T).
         """
         u, v = (self.content_bias, self.position_bias) if self.untie_r else context.biases
@@ -101,19 +101,14 @@ class GalleryTransformerXLAttention(nn.Module):
         content, position = query + u[:, None].to(query.dtype), query + v[:, None].to(query.dtype)
         table, far = self.table(context), context.far
         dropout = self.dropout if self.training else 0.0
-        probabilities = None
-        if context.output_attentions or context.parts is None:
-            keys, values = new if past is None else map(append_columns, past, new)
-            if context.output_attentions:
-                everything = Position(table, far, position)
-                out, _, probabilities = attend_naive(content, keys, values, context.spans, position=everything)
-                out = out.to(query.dtype)
-        if context.parts is None and not context.output_attentions:
-            out = attend(
-                content, keys, values, context.spans, position=Position(table, far, position), dropout=dropout
-            )
-        elif context.parts is not None:
-            out = self._attend_in_parts(content, position, new, before, table, dropout, context)
+        everything, probabilities = Position(table, far, position), None
+        if context.output_attentions:
+            out, _, probabilities = attend_naive(content, *joined, context.spans, position=everything)
+            out = out.to(query.dtype)
+        if context.parts is not None:
+            out = self._attend_in_parts(content, position, own, before, table, dropout, context)
+        elif not context.output_attentions:
+            out = attend(content, *joined, context.spans, position=everything, dropout=dropout)
         return self.o_proj(merge_heads(out)), probabilities
 
     def _attend_in_parts(self, content, position, own, before, table, dropout, context):
@@ -145,11 +140,15 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
         y = self._attention_input(x)
-        new = self.self_attn.keys_values(y)
+        own = self.self_attn.keys_values(y)
         past = self._past(state)
-        before = None if context.parts is None else self._before(x, past, context.parts)
-        y, probabilities = self.self_attn(y, new, past, context, before)
-        state = self._next_state(x, new, past, state, context) if context.keep else {}
+        joined = before = None
+        if context.parts is None or context.output_attentions or (context.keep and "keys" in state):
+            joined = own if past is None else tuple(map(append_columns, past, own))
+        if context.parts is not None:
+            before = self._before(x, past, context.parts)
+        y, probabilities = self.self_attn(y, own, joined, before, context)
+        state = self._next_state(x, joined, state, context) if context.keep else {}
         x = self._add(x, y, self.self_attn_norm)
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         return self._add(x, y, self.feed_forward_norm), state, probabilities
@@ -168,12 +167,12 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
         new = self.self_attn.keys_values(self._attention_input(x.detach()))
         return new if past is None else tuple(map(append_columns, past, new))
 
-    def _next_state(self, x, new, past, state, context):
+    def _next_state(self, x, joined, state, context):
         if context.parts is not None and "keys" not in state:
             return {
                 "hidden": next_columns(append_columns(state.get("hidden"), x.detach()), context.rows, context.limit)
             }
-        keys, values = new if past is None else map(append_columns, past, new)
+        keys, values = joined
         return {
             "keys": next_columns(keys.detach(), context.rows, context.limit),
             "values": next_columns(values.detach(), context.rows, context.limit),
