@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from . import attention, benchmark, long, memory, report
+from . import attention, benchmark, long, memory, peers, report
 from .cells import Run
 from .files import write_json
 from .machine import provenance
@@ -151,6 +151,31 @@ def memory_command(
     Example: python -m eval memory --size 8192
     """
     _measure("memory", memory, memory.MemorySettings(memory_size=size, repeats=repeats), _device(device), runs)
+
+
+@app.command("peers")
+def peers_command(
+    runs: RunsOption = Path("runs"),
+    only: Annotated[str | None, typer.Option(help="Comma-separated comparisons; default: all.")] = None,
+    repeats: Annotated[int, typer.Option(min=1)] = 7,
+) -> None:
+    """Time the gallery against what a user would pick instead: the same work, both sides in turns.
+
+    Peers that are not here are installed into environments of their own under the runs folder.
+
+    Example: python -m eval peers --only longformer,transformer
+    """
+    settings = peers.PeerSettings(repeats=repeats)
+    try:
+        names = benchmark.choose(only, peers.PEERS, "--only")
+    except ValueError as error:
+        raise _refuse(error) from None
+    with console.status("peers") as status:
+        result = peers.run(settings, runs / "environments", names, lambda doing: status.update(f"peers: {doing}"))
+    peers.show(result, console)
+    path = runs / "peers" / "results.json"
+    write_json(path, result | {"provenance": provenance(torch.device("cpu"), _command())})
+    console.print(f"\nresults  {path}")
 
 
 def _device(name: str) -> torch.device:

@@ -26,6 +26,7 @@ import hf_gallery.training
 from eval.benchmark import TASKS
 from eval.cli import app
 from eval.contestants import CONTESTANTS
+from eval.peers import PEERS
 from eval.presets import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +143,8 @@ def test_all_that_is_imported_is_required(setup, folder, extra):
     """Nothing has to be installed by hand beside what the README's commands install."""
     lines = setup["install_requires"] + (setup["extras_require"][extra] if extra else [])
     required = set(requirements(lines)) | {"packaging"}  # transformers requires it
+    if folder == "eval":  # peers are installed into environments of their own
+        required |= set(requirements([line for peer in PEERS.values() for line in peer.requires]))
     distributions = packages_distributions()
     for path in (p for p in SOURCES if called(p).startswith(folder + "/")):
         for name in third_party(path):

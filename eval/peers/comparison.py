@@ -1,0 +1,243 @@
+"""Peers, their environments, and the turns that both sides take."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import venv
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerSettings:
+    """Sizes of all works. length: tokens of the Longformer, Block-Recurrent and full-attention steps. segment: tokens
+    of a Transformer-XL and a Memorizing step, and of the memory before it. longformer_window: both sides together."""
+
+    layers: int = 4
+    hidden: int = 256
+    heads: int = 4
+    vocabulary: int = 262  # bytes and the special tokens
+    length: int = 4096
+    longformer_window: int = 512
+    segment: int = 512
+    xl_batch: int = 4
+    decode_tokens: int = 16
+    block: int = 512
+    states: int = 512
+    memorizing_batch: int = 2
+    memories: int = 8192
+    topk: int = 32
+    repeats: int = 7
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """One comparison. requires: what pip puts into the peer's environment, without what these require in turn where
+    `bare`; () = this environment has it. target: how many times as fast the gallery is meant to be."""
+
+    label: str
+    work: str
+    peer: str
+    target: float
+    requires: tuple[str, ...] = ()
+    bare: bool = False
+
+
+_TRANSFO_XL = ("transformers==4.35.2",)
+# Bare, since they ask for faiss-gpu, which is not to be had everywhere; faiss-cpu is here already.
+_MEMORIZING = (
+    "memorizing-transformers-pytorch==0.4.1",
+    "einops==0.8.1",
+    "einops-exts==0.0.4",
+    "joblib",
+    "cloudpickle",
+    "loky",
+)
+_RECURRENT = ("block-recurrent-transformer-pytorch==0.4.4", "beartype", *_MEMORIZING)
+
+PEERS = {
+    "longformer": Peer("Longformer", "training step", "transformers' Longformer", 3.0),
+    "transformer_xl_train": Peer("Transformer-XL", "training step", "transformers 4.35.2", 4.0, _TRANSFO_XL),
+    "transformer_xl_decode": Peer("Transformer-XL", "decoding", "transformers 4.35.2", 4.0, _TRANSFO_XL),
+    "memorizing_transformer": Peer(
+        "Memorizing Transformer", "training step", "memorizing-transformers-pytorch 0.4.1", 2.0, _MEMORIZING, True
+    ),
+    "block_recurrent_transformer": Peer(
+        "Block-Recurrent Transformer",
+        "training step",
+        "block-recurrent-transformer-pytorch 0.4.4",
+        1.5,
+        _RECURRENT,
+        True,
+    ),
+    "transformer": Peer("Transformer", "training step", "GPT-2 with sdpa", 0.85),
+    "transformer_sdpa": Peer("Transformer with sdpa", "training step", "GPT-2 with sdpa", 1.0),
+}
+
+
+def run(
+    settings: PeerSettings,
+    folder: Path,
+    names: list[str] | None = None,
+    tick: Callable[[str], None] = lambda what: None,
+) -> dict[str, Any]:
+    """Measures the comparisons in `names` (None: all). Environments are kept under `folder` for the next time.
+
+    Returns by name: median milliseconds of both sides, their ratio (peer / gallery: how many times as fast the gallery
+    is), its smallest and largest value among the rounds, the target, and both parameter counts; or, where the peer
+    could not be had, {"not_measured": why}.
+    """
+    found: dict[str, Any] = {}
+    for name in PEERS if names is None else names:
+        peer = PEERS[name]
+        tick(f"{name}: preparing")
+        try:
+            python = environment(peer.requires, peer.bare, folder)
+            found[name] = {"peer": peer.peer, "target": peer.target} | _compare(name, python, settings, tick)
+        except PeerError as error:
+            found[name] = {"peer": peer.peer, "target": peer.target, "not_measured": str(error)}
+    return {"settings": dataclasses.asdict(settings), "threads": torch.get_num_threads(), "peers": found}
+
+
+class PeerError(RuntimeError):
+    """A peer that cannot be had or does not run here."""
+
+
+def environment(requires: tuple[str, ...], bare: bool, folder: Path) -> str:
+    """The Python of an environment with `requires` installed before all that this one has; made where it is missing.
+
+    Raises PeerError if pip cannot install them.
+    """
+    if not requires:
+        return sys.executable
+    place = folder / re.sub(r"[^\w.]+", "-", requires[0]).strip("-")
+    python = place / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    done = place / "requirements.json"
+    if done.exists() and json.loads(done.read_text()) == list(requires):
+        return str(python)
+    shutil.rmtree(place, ignore_errors=True)
+    venv.create(place, with_pip=True)
+    base = {"base": str(place.resolve()), "platbase": str(place.resolve())}
+    packages = Path(sysconfig.get_path("purelib", "venv", vars=base))
+    # Ours come after its own, so that what is installed there wins and torch is the same on both sides.
+    (packages / "gallery.pth").write_text("\n".join(dict.fromkeys(p for p in sys.path if p.endswith("-packages"))))
+    install = [str(python), "-m", "pip", "install", "--quiet", "--ignore-installed"]
+    tried = subprocess.run([*install, *(["--no-deps"] if bare else []), *requires], capture_output=True, text=True)
+    if tried.returncode:
+        shutil.rmtree(place, ignore_errors=True)
+        reason = next((line for line in tried.stderr.splitlines()[::-1] if "ERROR" in line), "pip failed")
+        raise PeerError(f"pip could not install {', '.join(requires)}: {reason}")
+    done.write_text(json.dumps(list(requires)))
+    return str(python)
+
+
+def _compare(name: str, python: str, settings: PeerSettings, tick: Callable[[str], None]) -> dict[str, Any]:
+    with Side(sys.executable, name, "gallery", settings) as ours, Side(python, name, "peer", settings) as theirs:
+        about = {"gallery": ours.answer(), "peer": theirs.answer()}
+        seconds: dict[str, list[float]] = {"gallery": [], "peer": []}
+        for turn in range(settings.repeats):
+            tick(f"{name}: {turn + 1} of {settings.repeats}")
+            sides = [("gallery", ours), ("peer", theirs)]
+            for which, side in sides if turn % 2 else sides[::-1]:
+                seconds[which].append(side.repeat())
+    tokens = settings.decode_tokens if name.endswith("decode") else 1
+    middle = {which: statistics.median(values) for which, values in seconds.items()}
+    rounds = [theirs / ours for ours, theirs in zip(seconds["gallery"], seconds["peer"], strict=True)]
+    return {
+        "milliseconds": {which: 1e3 * value / tokens for which, value in middle.items()},
+        "ratio": middle["peer"] / middle["gallery"],
+        "ratio_of_rounds": [min(rounds), max(rounds)],
+        "parameters": {which: entry["parameters"] for which, entry in about.items()},
+    }
+
+
+class Side:
+    """A worker process, ready when `answer` has been read once."""
+
+    def __init__(self, python: str, name: str, side: str, settings: PeerSettings):
+        self.what = f"{PEERS[name].label if side == 'gallery' else PEERS[name].peer}, {PEERS[name].work}"
+        self.errors = tempfile.TemporaryFile(mode="w+")
+        root = str(Path(__file__).parents[2])
+        environment = os.environ | ({"PYTHONPATH": root} if side == "gallery" else {"PYTHONPATH": ""})
+        self.process = subprocess.Popen(
+            [python, str(WORKER), name, side, json.dumps(dataclasses.asdict(settings))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.errors,
+            text=True,
+            env=environment | {"TOKENIZERS_PARALLELISM": "false"},
+        )
+
+    def __enter__(self) -> Side:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.errors.close()
+
+    def answer(self) -> Any:
+        """The next value it says. Raises PeerError with its last words if it has died."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            self.errors.seek(0)
+            words = self.errors.read().strip().splitlines()
+            raise PeerError(f"{self.what} stopped: {words[-1] if words else 'it said nothing'}")
+        return json.loads(line)
+
+    def repeat(self) -> float:
+        """Seconds of doing the work once more."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return self.answer()
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Prints the result as a table."""
+    s = result["settings"]
+    table = Table(
+        title=f"Gallery and peers: {s['layers']} layers, width {s['hidden']}, {s['heads']} heads, float32, "
+        f"{result['threads']} threads",
+        caption=f"medians of {s['repeats']} rounds in turns; ratio: peer's time over the gallery's",
+    )
+    for heading in ("gallery", "work", "peer", "ms", "peer ms", "ratio", "target"):
+        table.add_column(heading, justify="right" if heading in ("ms", "peer ms", "ratio", "target") else "left")
+    for name, entry in result["peers"].items():
+        peer = PEERS[name]
+        if "not_measured" in entry:
+            table.add_row(peer.label, peer.work, peer.peer, "-", "-", "-", f"{peer.target:g}")
+            continue
+        ms, met = entry["milliseconds"], entry["ratio"] >= entry["target"]
+        colour = "green" if met else "red"
+        table.add_row(
+            peer.label,
+            peer.work,
+            peer.peer,
+            f"{ms['gallery']:,.1f}",
+            f"{ms['peer']:,.1f}",
+            f"[{colour}]{entry['ratio']:.2f}[/]",
+            f"{entry['target']:g}",
+        )
+    console.print(table)
+    for name, entry in result["peers"].items():
+        if "not_measured" in entry:
+            console.print(f"not measured: {PEERS[name].label}: {entry['not_measured']}", highlight=False)
