@@ -14,9 +14,20 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from . import transformer_xl
+from .bert import Bert
 from .checkpoint import Format, Source, carry_out, check, quiet
+from .gpt2 import GPT2
+from .longformer import Longformer
+from .marian import Marian
 
-FORMATS: Sequence[Format] = [transformer_xl.TransfoXL(), transformer_xl.ModelPt()]
+FORMATS: Sequence[Format] = [
+    transformer_xl.TransfoXL(),
+    transformer_xl.ModelPt(),
+    Longformer(),
+    Bert(),
+    GPT2(),
+    Marian(),
+]
 
 # What a conversion reads of a repository: configs and tokenizer files, then weights of the first kind that is there.
 ABOUT = ["*.json", "*.txt", "*.model", "*.spm", "vocab.pkl", "vocab.bin"]

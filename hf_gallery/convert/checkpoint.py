@@ -213,8 +213,8 @@ def check(plan: Plan, source: Source):
     with torch.device("meta"):
         model = plan.model(plan.config)
     wanted = model.state_dict()
-    tied = set(model.all_tied_weights_keys)
-    problems = [f"the plan has no source for {name}" for name in wanted if name not in plan.take | tied | plan.fresh]
+    known = {*plan.take, *plan.fresh, *model.all_tied_weights_keys}
+    problems = [f"the plan has no source for {name}" for name in wanted if name not in known]
     problems += [f"the plan makes {name}, which the model does not have" for name in plan.take if name not in wanted]
     problems += [f"fresh names {name}, which the model does not have" for name in plan.fresh if name not in wanted]
     for name, take in plan.take.items():

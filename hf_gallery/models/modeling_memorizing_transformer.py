@@ -11,7 +11,7 @@ A query that finds nothing adds zeros in place of what it retrieved, as the offi
 (google-research/meliad, transformer/transformer_layer.py and memory/).
 
 The config can take back unit length, T5 bias and the rest of what sets the layers apart from GPT-2's, so that a
-trained GPT-2 can be given a memory: with its gates closed it is GPT-2, on pieces of as many tokens as it has positions.
+trained GPT-2 can be given a memory: with its gates closed it is GPT-2, on pieces as long as its table of positions.
 
 Letters: see spans.py. L segment_length, M memory_size, k memory_topk.
 """

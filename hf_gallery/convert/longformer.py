@@ -1,0 +1,67 @@
+"""Longformer checkpoints of transformers (longformer-base-4096, -large-4096, and what was trained from them)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import LongformerConfig
+
+from ..models import modeling_longformer
+from ..models.configuration_longformer import GalleryLongformerConfig
+from .bert import (
+    IGNORED,
+    ROBERTA_HEAD,
+    encoder,
+    encoder_settings,
+    first_token_head,
+    global_maps,
+    masked_head,
+)
+from .checkpoint import Plan, Source, only
+from .parts import affine, architecture, prefix, tokenizer_for
+
+HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+
+
+class Longformer:
+    name = "Longformer"
+    targets = ("longformer",)
+
+    def recognises(self, source: Source) -> bool:
+        return source.config.get("model_type") == "longformer"
+
+    def plan(self, source: Source, to: str) -> Plan:
+        """LongformerModel and its heads, all but the one for multiple choice. The bare model's pooler is left out.
+
+        attention_window keeps its meaning, the keys on both sides together. Raises ValueError for a config with
+        dilation or causal attention, which the released code never had.
+        """
+        theirs: Any = LongformerConfig.from_dict(source.config)
+        head = architecture(source, [f"Longformer{head}" for head in HEADS]).removeprefix("Longformer")
+        layers = theirs.num_hidden_layers
+        only(theirs.to_dict(), autoregressive=(False,), attention_dilation=(1, [1] * layers))
+        config: Any = GalleryLongformerConfig(
+            **encoder_settings(theirs, theirs.pad_token_id + 1),
+            attention_window=theirs.attention_window,
+            sep_token_id=theirs.sep_token_id,
+        )
+        origin, backbone = prefix(source, "longformer"), "" if head == "Model" else "model."
+        take = encoder(backbone, origin, config) | global_maps(backbone, origin, config, "_global")
+        copies: dict[str, str] = {}
+        if head == "ForMaskedLM":
+            made, copies = masked_head(source, theirs, origin, *ROBERTA_HEAD)
+            take |= made
+        elif head == "ForSequenceClassification":
+            take |= first_token_head()
+        elif head == "ForTokenClassification":
+            take |= affine("classifier", "classifier")
+        elif head == "ForQuestionAnswering":
+            take |= affine("qa_outputs", "qa_outputs")
+        return Plan(
+            model=getattr(modeling_longformer, f"GalleryLongformer{head}"),
+            config=config,
+            take=take,
+            ignore=IGNORED,
+            copies=copies,
+            tokenizer=tokenizer_for(config.longest_input),
+        )
