@@ -269,7 +269,7 @@ VARIANTS = [
     transformer_xl("_no_memory", mem_len=0),
     transformer_xl("_same_length", same_length=True, mem_len=6),
     transformer_xl("_clamp", clamp_len=6, mem_len=8),
-    transformer_xl("_untied_pre", untie_r=True, pre_lnorm=True),
+    transformer_xl("_untied_pre_zeros", untie_r=True, pre_lnorm=True, initial_memory="zeros"),
     transformer_xl("_adaptive", XL_HEADS, cutoffs=[13, 41], div_val=2),
     longformer(
         "_dilated",

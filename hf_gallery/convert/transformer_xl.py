@@ -24,6 +24,7 @@ from ..models.modeling_transformer_xl import (
     GalleryTransformerXLForCausalLM,
     GalleryTransformerXLForSequenceClassification,
     GalleryTransformerXLModel,
+    has_projections,
     is_adaptive,
 )
 from .checkpoint import Plan, Source, Take, only
@@ -287,8 +288,3 @@ def _softmax(config, base: str, tensors) -> tuple[dict[str, Take], dict[str, str
         # safetensors files hold one of two that are the same
         take[ours] = Take((copies[theirs] if theirs in copies and theirs not in tensors else theirs,))
     return take, copies
-
-
-def has_projections(config: GalleryTransformerXLConfig) -> bool:
-    """Whether embeddings and hidden states are of different widths, as AdaptiveEmbedding decides it."""
-    return config.div_val > 1 or config.embedding_size != config.hidden_size

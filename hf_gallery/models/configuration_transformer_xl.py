@@ -32,6 +32,9 @@ class GalleryTransformerXLConfig(GalleryConfig):
     # Which column of the adaptive softmax's head is a tail cluster's: "forward" as transformers' port computes it,
     # "reversed" as the authors' code does (utils/proj_adaptive_softmax.py). Matters for published weights only.
     cluster_order: str = "forward"
+    # What stands before a row's first token: nothing, as in the authors' code, or "zeros", mem_len states of zeros that
+    # take part in the softmax, as transformers' port has it.
+    initial_memory: str = "empty"
     projection_init_range: float = 0.01
 
     def __post_init__(self, **kwargs: Any):
@@ -42,6 +45,7 @@ class GalleryTransformerXLConfig(GalleryConfig):
         self.check_count("mem_len", 0)
         self.check_count("div_val", 1)
         self.check_choice("cluster_order", ["forward", "reversed"])
+        self.check_choice("initial_memory", ["empty", "zeros"])
         if self.same_length and self.mem_len == 0:
             raise ValueError(
                 "same_length is True and mem_len is 0, so no query would see a key; give mem_len 1 or more"

@@ -6,7 +6,8 @@
     h      = LayerNorm(h + o),  then the same around the feed-forward
 
 Query p sees [seg(p) - mem_len, p]; with same_length [p - mem_len + 1, p], mem_len keys, as the authors' code masks it
-(pytorch/mem_transformer.py, RelPartialLearnableDecoderLayer and MemTransformerLM._forward).
+(pytorch/mem_transformer.py, RelPartialLearnableDecoderLayer and MemTransformerLM._forward). What is below 0 does not
+exist; with initial_memory "zeros" it holds states of zeros, as in transformers' port (4.35.2, TransfoXLModel.init_mems).
 
 A forward may be longer than a segment: it is then cut into segments inside. No gradient crosses from a segment into
 the one before, so all segments of a layer are computed side by side: each query meets its own segment's keys, with
@@ -54,6 +55,7 @@ class Context:
     limit: int | None = None  # columns it keeps
     output_attentions: bool = False
     shared: list | None = None  # per layer: its table of positions, made once for a cache
+    start: torch.Tensor | None = None  # (B or 1, C) the columns before a row's first token, where they hold zeros
     facts: dict = field(default_factory=dict)
 
 
@@ -141,7 +143,7 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
         y = self._attention_input(x)
         own = self.self_attn.keys_values(y)
-        past = self._past(state)
+        past = self._past(state, context, x)
         joined = before = None
         if context.parts is None or context.output_attentions or (context.keep and "keys" in state):
             joined = own if past is None else tuple(map(append_columns, past, own))
@@ -153,11 +155,20 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         return self._add(x, y, self.feed_forward_norm), state, probabilities
 
-    def _past(self, state):
+    def _past(self, state, context, x):
         """Keys and values (B, H, C, D) of the cached columns; made anew from hidden states, so that W_k, W_v learn."""
+        past = None
         if "hidden" in state:
-            return self.self_attn.keys_values(self._attention_input(state["hidden"]))
-        return (state["keys"], state["values"]) if state else None
+            past = self.self_attn.keys_values(self._attention_input(state["hidden"]))
+        elif state:
+            past = state["keys"], state["values"]
+        if context.start is None:
+            return past
+        zeros = self.self_attn.keys_values(self._attention_input(x.new_zeros(1, 1, x.shape[-1])))
+        return tuple(
+            start_with(zero, columns, context.start, len(x))
+            for zero, columns in zip(zeros, past or (None, None), strict=True)
+        )
 
     def _before(self, x, past, parts):
         if parts.before is None:  # nobody sees any, though rows that were emptied may have left a cache of no columns
@@ -186,6 +197,15 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
         return x if self.pre else norm(x)
 
 
+def start_with(zero: torch.Tensor, columns: torch.Tensor | None, start: torch.Tensor, batch: int) -> torch.Tensor:
+    """columns (B, H, up to C, D), with what a state of zeros gives, (1, H, 1, D), where start (B or 1, C) says so."""
+    count = start.shape[1]
+    if columns is None:
+        return zero.expand(batch, -1, count, -1)
+    columns = F.pad(columns, (0, 0, count - columns.shape[2], 0))
+    return torch.where(start[:, None, :, None], zero, columns)
+
+
 class Projections(nn.ParameterList):
     """Maps between a cluster's width and E, (E, width) each. A type of its own, initialised in its own way."""
 
@@ -209,8 +229,7 @@ class AdaptiveEmbedding(nn.Module):
             for start, end, width in zip(self.ends[:-1], self.ends[1:], widths, strict=True)
         )
         self.width = config.hidden_size
-        needed = config.div_val > 1 or config.embedding_size != config.hidden_size
-        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if needed)
+        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if has_projections(config))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         ids = input_ids.flatten()
@@ -245,8 +264,7 @@ class AdaptiveSoftmax(nn.Module):
         sizes = list(zip(ends[:-1], ends[1:], widths, strict=False))
         self.weights = nn.ParameterList(torch.empty(end - start, width) for start, end, width in sizes)
         self.biases = nn.ParameterList(torch.zeros(end - start) for start, end, _ in sizes)
-        needed = config.div_val > 1 or config.embedding_size != config.hidden_size
-        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if needed)
+        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if has_projections(config))
         if count > 1:
             self.cluster_weight = nn.Parameter(torch.zeros(count - 1, config.embedding_size))
             self.cluster_bias = nn.Parameter(torch.zeros(count - 1))
@@ -299,7 +317,12 @@ def cluster_ends(config: GalleryTransformerXLConfig) -> list[int]:
 
 def is_adaptive(config: GalleryTransformerXLConfig) -> bool:
     """Whether embedding and softmax need clusters or projections; else they are one table and one linear map."""
-    return bool(config.cutoffs) or config.embedding_size != config.hidden_size
+    return bool(config.cutoffs) or has_projections(config)
+
+
+def has_projections(config: GalleryTransformerXLConfig) -> bool:
+    """Whether maps stand between the embeddings' widths and hidden_size."""
+    return config.div_val > 1 or config.embedding_size != config.hidden_size
 
 
 class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
@@ -390,8 +413,13 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
 
     def _context(self, rows: Rows, cache, x, output_attentions):
         config = self.config
-        cached = cache.columns_held if cache is not None else 0
-        spans, parts = segment_spans(rows, cached, config.segment_length, config.mem_len, config.same_length)
+        cached, start, least = cache.columns_held if cache is not None else 0, None, 0
+        if config.initial_memory == "zeros":
+            start, least = self._start(rows, cached), -config.mem_len
+            cached = cached if start is None else start.shape[1]
+        spans, parts = segment_spans(
+            rows, cached, config.segment_length, config.mem_len, config.same_length, least=least
+        )
         far, shared = max(0, spans.distances(cached)[1]), None
         if parts is None and cache is not None:
             far = config.cache_capacity  # one table for all forwards to come
@@ -410,7 +438,18 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
             limit=None if cache is None else cache.limit,
             output_attentions=output_attentions,
             shared=shared,
+            start=None if start is None else start.to(x.device),
         )
+
+    def _start(self, rows: Rows, cached: int):
+        """Which of the C columns that this forward needs stand before their row's first token, (B or 1, C); None if
+        none do. C is above `cached` where more are needed than the cache holds."""
+        config = self.config
+        seen = rows.seen[:1] if rows.uniform else rows.seen
+        reach = seen % config.segment_length + config.mem_len  # from the next token to the first key that it sees
+        columns = max(cached, config.mem_len if config.same_length else int(reach.max()))
+        start = (seen - columns)[:, None] + torch.arange(columns) < 0
+        return start if bool(start.any()) else None
 
 
 class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrainedModel):

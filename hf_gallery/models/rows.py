@@ -69,14 +69,14 @@ class Rows:
         seen = self.seen[:1] if self.uniform else self.seen
         return seen[:, None] + torch.arange(self.width)
 
-    def spans(self, lower: torch.Tensor, upper: torch.Tensor, cached: int) -> Spans:
+    def spans(self, lower: torch.Tensor, upper: torch.Tensor, cached: int, least: int = 0) -> Spans:
         """Intervals of positions (B or 1, T) as intervals of the columns [cached | new tokens].
 
-        Positions below 0 are cut off; columns after a row's last token see nothing.
+        Positions below `least` are cut off; columns after a row's last token see nothing.
         """
         seen = self.seen[:1] if self.uniform else self.seen
         first = (seen - cached)[:, None]  # the position in column 0
-        lower, upper = lower.clamp(min=0) - first, upper - first
+        lower, upper = lower.clamp(min=least) - first, upper - first
         if not self.uniform:
             beyond = torch.arange(self.width) >= self.lengths[:, None]
             upper = torch.where(beyond, lower - 1, upper)

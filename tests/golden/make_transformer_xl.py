@@ -1,0 +1,132 @@
+"""Makes the checkpoints and outputs in tests/golden/transformer_xl with transformers 4.35.2, which has Transformer-XL.
+
+    python3.11 -m venv golden
+    golden/bin/pip install transformers==4.35.2 torch==2.13.0 "numpy<2" sacremoses safetensors
+    golden/bin/python tests/golden/make_transformer_xl.py
+
+Each case is a folder as save_pretrained writes it, with outputs.safetensors beside the weights: the ids of three
+segments of 8 tokens in 2 rows, and for each segment, its memory carried from the one before, log-probabilities, hidden
+states and loss; the gradient of the last loss by the first layer's projection; a greedy continuation.
+"""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+warnings.filterwarnings("ignore")
+import transformers  # noqa: E402
+from transformers import (  # noqa: E402
+    TransfoXLConfig,
+    TransfoXLForSequenceClassification,
+    TransfoXLLMHeadModel,
+    TransfoXLTokenizer,
+)
+
+OUT = Path(__file__).parent / "transformer_xl"
+SMALL = dict(
+    vocab_size=43, d_model=16, d_embed=16, n_head=2, d_head=6, d_inner=20, n_layer=2, clamp_len=-1, same_length=False
+)
+CASES = {
+    # as transfo-xl-wt103: a memory longer than the segment, shared projections but for the first, and a torch file
+    "wt103": dict(cutoffs=[7, 12, 25], div_val=4, d_embed=64, clamp_len=15, same_length=True, mem_len=20, untie_r=True),
+    "div_2": dict(cutoffs=[9, 20], div_val=2, mem_len=5, untie_r=False),
+    "div_1": dict(cutoffs=[9, 20], div_val=1, mem_len=11, untie_r=False),
+    "div_1_projected": dict(cutoffs=[9, 20], div_val=1, d_embed=10, mem_len=11, untie_r=True),
+    "plain": dict(cutoffs=[], div_val=1, mem_len=8, untie_r=False, proj_share_all_but_first=False),
+    "plain_projected": dict(cutoffs=[], div_val=2, mem_len=8, untie_r=True),
+    "plain_same_length": dict(cutoffs=[], div_val=1, same_length=True, clamp_len=3, mem_len=5, untie_r=False),
+    "clamp": dict(cutoffs=[9], div_val=2, clamp_len=6, mem_len=13, untie_r=True),
+    "pre_lnorm": dict(cutoffs=[9], div_val=2, mem_len=13, untie_r=True, pre_lnorm=True),
+    "no_memory": dict(cutoffs=[9], div_val=2, mem_len=0, untie_r=True),
+    "nothing_tied": dict(
+        cutoffs=[9, 20], div_val=2, mem_len=9, untie_r=False, tie_word_embeddings=False, proj_share_all_but_first=False
+    ),
+}
+ROWS, SEGMENT, SEGMENTS, PROMPT, NEW = 2, 8, 3, 7, 12
+
+
+def loud(model, seed):
+    """Weights wide enough that a key too many or too few shows."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            x = torch.randn(parameter.shape, generator=g)
+            if "emb_layers" in name:
+                x = 0.5 * x
+            elif parameter.dim() > 1:
+                x = 1.2 * x / parameter.shape[-1] ** 0.5
+            else:
+                x = 1 + 0.2 * x if "layer_norm.weight" in name else 0.3 * x
+            parameter.copy_(x)
+    return model.eval()
+
+
+def greedy(model, prompt, whole):
+    """The continuation of prompt (B, T); the prompt read at once, or token by token."""
+    mems, tokens = None, []
+    for part in [prompt] if whole else prompt.split(1, dim=1):
+        output = model(part, mems=mems)
+        mems = output.mems
+    for _ in range(NEW):
+        token = output.prediction_scores[:, -1].argmax(-1, keepdim=True)
+        tokens.append(token)
+        output = model(token, mems=mems)
+        mems = output.mems
+    return torch.cat(tokens, dim=1)
+
+
+def language_model(name, settings, seed):
+    config = TransfoXLConfig(**{**SMALL, **settings})
+    model = loud(TransfoXLLMHeadModel(config), seed)
+    ids = torch.randint(1, config.vocab_size, (ROWS, SEGMENT * SEGMENTS), generator=torch.Generator().manual_seed(seed))
+    labels = ids.clone()
+    labels[1, 3::5] = -100
+    outputs, mems = {"ids": ids, "labels": labels}, None
+    for i, (part, wanted) in enumerate(zip(ids.split(SEGMENT, 1), labels.split(SEGMENT, 1))):
+        output = model(part, mems=mems, output_hidden_states=True)
+        loss = model(part, mems=mems, labels=wanted.clone()).loss
+        outputs[f"log_probabilities.{i}"] = output.prediction_scores
+        outputs[f"hidden_states.{i}"] = torch.stack(output.hidden_states)
+        outputs[f"loss.{i}"] = loss
+        mems = output.mems
+    model.zero_grad()
+    loss.backward()
+    outputs["gradient"] = model.transformer.layers[0].dec_attn.qkv_net.weight.grad
+    with torch.no_grad():
+        outputs["greedy"] = greedy(model, ids[:, :PROMPT], config.same_length)
+    save(name, model, outputs, safetensors=name != "wt103")
+
+
+def classifier(seed=99):
+    """Three rows, padded on the right with pad_token_id."""
+    config = TransfoXLConfig(**SMALL, cutoffs=[9], div_val=2, mem_len=12, num_labels=5, pad_token_id=42)
+    model = loud(TransfoXLForSequenceClassification(config), seed)
+    ids = torch.randint(1, 42, (3, 10), generator=torch.Generator().manual_seed(seed))
+    ids[0, 6:] = ids[2, 9:] = 42
+    ids[1, -1] = 42
+    labels = torch.tensor([4, 0, 2])
+    output = model(ids, labels=labels)
+    save("classifier", model, {"ids": ids, "labels": labels, "logits": output.logits, "loss": output.loss})
+
+
+def save(name, model, outputs, safetensors=True):
+    model.save_pretrained(OUT / name, safe_serialization=safetensors)
+    (OUT / name / "generation_config.json").unlink(missing_ok=True)
+    save_file({k: x.detach().contiguous() for k, x in outputs.items()}, OUT / name / "outputs.safetensors")
+
+
+def main():
+    assert transformers.__version__ == "4.35.2", transformers.__version__
+    torch.set_num_threads(1)
+    shutil.rmtree(OUT, ignore_errors=True)
+    for seed, (name, settings) in enumerate(CASES.items()):
+        language_model(name, settings, seed)
+    classifier()
+
+
+if __name__ == "__main__":
+    main()
