@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from . import attention, benchmark, long, memory, peers, report
+from . import attention, benchmark, compare, long, memory, peers, report
 from .cells import Run
 from .files import write_json
 from .machine import provenance
@@ -108,6 +108,29 @@ def report_command(
     report.write(runs / name, results)
     report.show(results, console)
     console.print(f"\nreport   {runs / name / report.PAGE}")
+
+
+@app.command("compare")
+def compare_command(
+    first: Annotated[str, typer.Argument(help="Name of a run, or a results.json.")],
+    second: Annotated[str, typer.Argument(help="Name of the run to hold against it, or a results.json.")],
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Hold two runs against each other: what changed, and whether it is more than chance.
+
+    Example: python -m eval compare eval/results/quick.json quick
+    """
+    try:
+        results = [
+            report.read(Path(name).parent, Path(name).name) if name.endswith(".json") else report.read(runs / name)
+            for name in (first, second)
+        ]
+        found = compare.differences(*results)
+        if not found:
+            raise ValueError(f"{first} and {second} measured nothing that both have")
+    except ValueError as error:
+        raise _refuse(error) from None
+    compare.show((Path(first).stem, Path(second).stem), found, console)
 
 
 @app.command("attention")

@@ -23,11 +23,11 @@ COLOURS = ["#999999", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7"]
 SYMBOLS = ["circle-open", "x", "square", "diamond", "triangle-up", "star"]
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path, name: str = RESULTS) -> dict[str, Any]:
     """The results of a finished run. Raises ValueError if there are none."""
-    results = read_json(folder / RESULTS)
+    results = read_json(folder / name)
     if not isinstance(results, dict) or "summary" not in results:
-        raise ValueError(f"{folder / RESULTS} is missing or damaged; measure the run first with `python -m eval`")
+        raise ValueError(f"{folder / name} is missing or damaged; measure the run first with `python -m eval`")
     return results
 
 

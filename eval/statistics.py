@@ -13,3 +13,15 @@ def wilson(correct: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def two_proportions(correct: int, asked: int, other_correct: int, other_asked: int) -> float | None:
+    """The probability that two samples with one and the same share of right answers differ by as much as these, or
+    more (two-sided z-test with the pooled share); None if either asked nothing."""
+    if not asked or not other_asked:
+        return None
+    pooled = (correct + other_correct) / (asked + other_asked)
+    deviation = math.sqrt(pooled * (1 - pooled) * (1 / asked + 1 / other_asked))
+    if deviation == 0.0:
+        return 1.0
+    return math.erfc(abs(correct / asked - other_correct / other_asked) / deviation / math.sqrt(2))

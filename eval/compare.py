@@ -1,0 +1,101 @@
+"""Two runs side by side: `python -m eval compare A B`. What changed, and whether it is more than chance."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from statistics import mean, stdev
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .statistics import two_proportions
+
+SURE = 0.05  # a difference is marked where chance alone would give it more rarely than this
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """One number of one contestant in both runs. chance: the probability of so large a difference between equal
+    contestants, None where one measurement cannot tell."""
+
+    contestant: str
+    what: str
+    unit: str
+    before: float
+    after: float
+    chance: float | None = None
+
+    @property
+    def sure(self) -> bool:
+        """Whether the difference is more than chance."""
+        return self.chance is not None and self.chance < SURE
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
+    """Every number that both runs measured, in the order of the first. Runs need not be of one preset: contestants,
+    distances and contexts that only one of them has are left out."""
+    found = []
+    for name, a in first["summary"].items():
+        b = second["summary"].get(name)
+        if b is None:
+            continue
+        for d in sorted(set(a.get("recall", {})) & set(b.get("recall", {})), key=int):
+            x, y = a["recall"][d], b["recall"][d]
+            chance = two_proportions(x["correct"], x["asked"], y["correct"], y["asked"])
+            shares = (100 * s["correct"] / max(1, s["asked"]) for s in (x, y))
+            found.append(Difference(a["label"], f"recall at {d} tokens", "%", *shares, chance))
+        if "bits_per_byte" in a and "bits_per_byte" in b:
+            x, y = a["bits_per_byte"], b["bits_per_byte"]
+            found.append(Difference(a["label"], "bits per byte", "bits", mean(x), mean(y), _paired(x, y)))
+        if "cost" in a and "cost" in b:
+            x, y = a["cost"], b["cost"]
+            for key, what, unit, scale in (
+                ("training_tokens_per_second", "training", "tokens/s", 1),
+                ("training_peak_bytes", "training peak", "MiB", 2**20),
+            ):
+                found.append(Difference(a["label"], what, unit, x[key] / scale, y[key] / scale))
+            for key, what, unit, scale in (
+                ("decode_ms_per_token", "decoding after", "ms/token", 1),
+                ("cache_bytes", "cache after", "KiB", 2**10),
+            ):
+                for c in sorted(set(x[key]) & set(y[key]), key=int):
+                    what_at = f"{what} {int(c):,} tokens"
+                    found.append(Difference(a["label"], what_at, unit, x[key][c] / scale, y[key][c] / scale))
+    return found
+
+
+def _paired(first: list[float], second: list[float]) -> float | None:
+    """Student's paired test over seeds; None with fewer than two seeds in common."""
+    from scipy.stats import t
+
+    steps = [b - a for a, b in zip(first, second, strict=False)]
+    if len(steps) < 2:
+        return None
+    if stdev(steps) == 0:
+        return 1.0 if steps[0] == 0 else 0.0
+    return float(2 * t.sf(abs(mean(steps)) / (stdev(steps) / math.sqrt(len(steps))), len(steps) - 1))
+
+
+def show(names: tuple[str, str], found: list[Difference], console: Console) -> None:
+    """Prints the differences as one table, those that are more than chance marked."""
+    table = Table(title=f"{names[0]} and {names[1]}", caption=f"* more than chance (p < {SURE:g})")
+    for heading in ("variant", "measured", *names, "change", ""):
+        table.add_column(heading, justify="left" if heading in ("variant", "measured", "") else "right")
+    last = None
+    for d in found:
+        if last is not None and d.contestant != last:
+            table.add_section()
+        change = d.after - d.before
+        relative = f"{100 * change / d.before:+.1f} %" if d.unit != "%" and d.before else f"{change:+.1f}"
+        table.add_row(
+            d.contestant if d.contestant != last else "",
+            f"{d.what}, {d.unit}",
+            f"{d.before:,.4g}",
+            f"{d.after:,.4g}",
+            relative,
+            "*" if d.sure else "",
+        )
+        last = d.contestant
+    console.print(table)
