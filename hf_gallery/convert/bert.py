@@ -167,15 +167,12 @@ def masked_head(
     source: Source, theirs: PreTrainedConfig, origin: str, dense: str, norm: str, decoder: str, bias: str
 ) -> tuple[dict[str, Take], dict[str, str]]:
     """The head of a masked language model, and which source tensors are copies of others."""
+    only(theirs.to_dict(), tie_word_embeddings=(True,))
     if dense.startswith("lm_head"):
         only(theirs.to_dict(), hidden_act=("gelu",))  # of RoBERTa's head, whatever that of the layers
-    take = affine("transform", dense) | affine("transform_norm", norm)
     kept, copies = alias(source, bias, f"{decoder}.bias")
-    take["lm_head.bias"] = Take((kept,))
-    if theirs.tie_word_embeddings:
-        copies[f"{decoder}.weight"] = f"{origin}embeddings.word_embeddings.weight"
-    else:
-        take["lm_head.weight"] = Take((f"{decoder}.weight",))
+    copies[f"{decoder}.weight"] = f"{origin}embeddings.word_embeddings.weight"
+    take = affine("transform", dense) | affine("transform_norm", norm) | {"lm_head.bias": Take((kept,))}
     return take, copies
 
 

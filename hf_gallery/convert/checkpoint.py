@@ -271,8 +271,11 @@ def carry_out(plan: Plan, source: Source) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)  # the fresh parameters: the same folder from the same source
         model = plan.model.from_pretrained(None, config=plan.config, state_dict=state, dtype=dtype)
-    if (source.folder / "generation_config.json").is_file() and model.can_generate():
+    if model.can_generate() and (source.folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(source.folder)
+    elif model.can_generate():  # older checkpoints keep the settings of generate() in their config
+        known = vars(model.generation_config)
+        model.generation_config.update(**{name: x for name, x in source.config.items() if name in known})
     return model.eval()
 
 
