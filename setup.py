@@ -9,7 +9,7 @@ version = next(
     if line.startswith("__version__")
 )
 
-evaluation = ["typer", "rich", "plotly>=6", "psutil"]
+evaluation = ["typer", "rich", "plotly>=6", "matplotlib", "scipy", "psutil"]
 testing = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "beautifulsoup4"]
 
 setup(

@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from . import attention, benchmark, compare, long, memory, peers, report
+from . import attention, benchmark, compare, long, memory, peers, pictures, report
 from .cells import Run
 from .files import write_json
 from .machine import provenance
@@ -88,26 +88,32 @@ def run(
 
 @app.command("report")
 def report_command(
-    name: Annotated[str, typer.Argument(help="Name of the run.")] = "quick",
+    name: Annotated[str, typer.Argument(help="Name of the run, or a results.json.")] = "quick",
     runs: RunsOption = Path("runs"),
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print the table in Markdown, and nothing else.")
     ] = False,
+    picture: Annotated[
+        Path | None, typer.Option("--picture", help="Draw recall by distance into this .png or .svg too.")
+    ] = None,
 ) -> None:
     """Show the table of a run again, and write its page anew.
 
     Example: python -m eval report quick
     """
     try:
-        results = report.read(runs / name)
+        results = report.read(name, runs)
+        if picture is not None:
+            pictures.forgetting_curves(results, picture)
     except ValueError as error:
         raise _refuse(error) from None
     if markdown:
         typer.echo(report.markdown(results))
         return
-    report.write(runs / name, results)
     report.show(results, console)
-    console.print(f"\nreport   {runs / name / report.PAGE}")
+    if not name.endswith(".json"):
+        report.write(runs / name, results)
+        console.print(f"\nreport   {runs / name / report.PAGE}")
 
 
 @app.command("compare")
@@ -121,11 +127,7 @@ def compare_command(
     Example: python -m eval compare eval/results/quick.json quick
     """
     try:
-        results = [
-            report.read(Path(name).parent, Path(name).name) if name.endswith(".json") else report.read(runs / name)
-            for name in (first, second)
-        ]
-        found = compare.differences(*results)
+        found = compare.differences(report.read(first, runs), report.read(second, runs))
         if not found:
             raise ValueError(f"{first} and {second} measured nothing that both have")
     except ValueError as error:

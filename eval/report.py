@@ -23,11 +23,13 @@ COLOURS = ["#999999", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7"]
 SYMBOLS = ["circle-open", "x", "square", "diamond", "triangle-up", "star"]
 
 
-def read(folder: Path, name: str = RESULTS) -> dict[str, Any]:
-    """The results of a finished run. Raises ValueError if there are none."""
-    results = read_json(folder / name)
+def read(name: str, runs: Path) -> dict[str, Any]:
+    """The results of a finished run, by its name or by the path of its results.json. Raises ValueError if there are
+    none."""
+    path = Path(name) if name.endswith(".json") else runs / name / RESULTS
+    results = read_json(path)
     if not isinstance(results, dict) or "summary" not in results:
-        raise ValueError(f"{folder / name} is missing or damaged; measure the run first with `python -m eval`")
+        raise ValueError(f"{path} is missing or damaged; measure the run first with `python -m eval`")
     return results
 
 
@@ -43,15 +45,15 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows. Recall stands under the distance in windows; what was not measured is a dash."""
     window = results["window"]["recall"]
-    distances = _distances(results)
+    tested = distances(results)
     contexts = _contexts(results)
-    heads = ["variant", "parameters", *(f"recall {_times(d / window)}" for d in distances), "bits/byte"]
+    heads = ["variant", "parameters", *(f"recall {times(d / window)}" for d in tested), "bits/byte"]
     heads += ["train tokens/s", "train peak MiB"]
     heads += [f"decode ms, {_short(c)}" for c in contexts] + [f"cache KiB, {_short(c)}" for c in contexts]
     rows = []
     for entry in results["summary"].values():
         row = [entry["label"], f"{entry['parameters']:,}" if "parameters" in entry else "-"]
-        for d in distances:
+        for d in tested:
             score = entry.get("recall", {}).get(str(d))
             row.append(f"{100 * score['correct'] / max(1, score['asked']):.0f} %" if score else "-")
         bits = entry.get("bits_per_byte")
@@ -73,9 +75,10 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [heads[i] for i in used], [[row[i] for i in used] for row in [*rows, base]]
 
 
-def show(results: dict[str, Any], console: Console) -> None:
-    """Prints the table, in parts that fit a terminal of 80 columns."""
+def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The table cut into parts of a page's width: title, headings and rows of each that has something to show."""
     heads, rows = table(results)
+    baselines = iter(("chance", "bytes by frequency", ""))
     groups = {
         f"Recall by distance, in windows of {results['window']['recall']} tokens": [
             i for i, h in enumerate(heads) if h.startswith("recall")
@@ -87,27 +90,39 @@ def show(results: dict[str, Any], console: Console) -> None:
             i for i, h in enumerate(heads) if h.startswith(("decode", "cache"))
         ],
     }
+    found = []
     for title, columns in groups.items():
-        if not columns:
-            continue
+        rows[-1][0] = next(baselines)
+        if columns:
+            measured = [row for row in rows if any(row[i] != "-" for i in columns)]
+            short = [_FAMILY.sub("", heads[i]) if len(columns) > 1 else heads[i] for i in columns]  # the title says it
+            found.append((title, [heads[0], *short], [[row[0], *(row[i] for i in columns)] for row in measured]))
+    return found
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Prints the table, in parts that fit a terminal of 80 columns."""
+    for title, heads, rows in parts(results):
         shown = Table(title=title, title_justify="left")
         shown.add_column(heads[0], no_wrap=True)
-        for i in columns:
-            shown.add_column(_FAMILY.sub("", heads[i]), justify="right")  # the title says it
+        for head in heads[1:]:
+            shown.add_column(head, justify="right")
         for row in rows:
-            if any(row[i] != "-" for i in columns):
-                shown.add_row(row[0], *(row[i] for i in columns))
+            shown.add_row(*row)
         console.print(shown)
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table in Markdown, for a README or a model card."""
-    heads, rows = table(results)
-    lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    """The same parts in Markdown, for a README or a model card."""
+    blocks = []
+    for title, heads, rows in parts(results):
+        lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
+        blocks.append("\n".join([f"{title}:", "", *lines, *("| " + " | ".join(row) + " |" for row in rows)]))
+    return "\n\n".join(blocks)
 
 
-def _distances(results: dict[str, Any]) -> list[int]:
+def distances(results: dict[str, Any]) -> list[int]:
+    """Every distance at which some contestant was asked, in tokens."""
     return sorted({int(d) for entry in results["summary"].values() for d in entry.get("recall", {})})
 
 
@@ -119,7 +134,8 @@ def _contexts(results: dict[str, Any]) -> list[int]:
 _FAMILY = re.compile("^(recall|train|decode|cache) ")
 
 
-def _times(x: float) -> str:
+def times(x: float) -> str:
+    """A number of windows as the tables have it: 1/4x, 8x."""
     return {0.25: "1/4", 0.5: "1/2"}.get(x, f"{x:g}") + "x"
 
 
@@ -171,17 +187,17 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
     """(title, caption, figure) of every plot for which something was measured."""
     plots = []
     entries = [(i, name, e) for i, (name, e) in enumerate(results["summary"].items())]
-    window, distances = results["window"]["recall"], _distances(results)
-    if distances:
+    window, tested = results["window"]["recall"], distances(results)
+    if tested:
         figure = go.Figure()
         for i, _, e in entries:
             if "recall" not in e:
                 continue
-            scores = [e["recall"][str(d)] for d in distances]
+            scores = [e["recall"][str(d)] for d in tested]
             share = [s["correct"] / max(1, s["asked"]) for s in scores]
             limits = [wilson(s["correct"], s["asked"]) for s in scores]
             figure.add_scatter(
-                x=[_times(d / window) for d in distances],
+                x=[times(d / window) for d in tested],
                 y=share,
                 name=e["label"],
                 mode="lines+markers",
@@ -191,7 +207,7 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
                     "array": [high - y for (_, high), y in zip(limits, share, strict=True)],
                     "arrayminus": [y - low for (low, _), y in zip(limits, share, strict=True)],
                 },
-                customdata=[[d, s["correct"], s["asked"]] for d, s in zip(distances, scores, strict=True)],
+                customdata=[[d, s["correct"], s["asked"]] for d, s in zip(tested, scores, strict=True)],
                 hovertemplate="%{y:.1%} at %{customdata[0]} tokens (%{customdata[1]} of %{customdata[2]})",
             )
         figure.add_hline(y=results["chance"], line_dash="dot", annotation_text="chance")

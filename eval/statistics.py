@@ -12,7 +12,7 @@ def wilson(correct: int, asked: int, z: float = 1.96) -> tuple[float, float]:
     share, spread = correct / asked, z * z / asked
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))  # it holds the share, also rounded
 
 
 def two_proportions(correct: int, asked: int, other_correct: int, other_asked: int) -> float | None:

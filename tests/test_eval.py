@@ -304,8 +304,14 @@ def test_the_whole_run(tiny):
     assert read_json(folder / report.RESULTS) == results
     again = invoke("report", "tiny")
     assert again.exit_code == 0 and "Transformer-XL" in again.output
-    lines = invoke("report", "tiny", "--markdown").output.strip().splitlines()
-    assert len(lines) == 3 + len(NAMES) and len({line.count("|") for line in lines}) == 1
+    blocks = invoke("report", "tiny", "--markdown").output.strip().split("\n\n")
+    assert [len(block.splitlines()) for block in blocks] == [1, 3 + len(NAMES)] * 2 + [1, 2 + len(NAMES)]
+    assert all(len({line.count("|") for line in block.splitlines()}) == 1 for block in blocks)
+    for name in ("curves.png", "curves.svg"):
+        assert invoke("report", str(folder / report.RESULTS), "--picture", name).exit_code == 0
+    assert Path("curves.png").read_bytes().startswith(b"\x89PNG") and "Longformer" in Path("curves.svg").read_text()
+    refused = invoke("report", "tiny", "--picture", "curves.pdf")
+    assert refused.exit_code == 2 and "must end in .png or .svg" in refused.output
 
 
 def test_the_same_run_gives_the_same_numbers(tiny):
