@@ -28,6 +28,7 @@ from ..models.modeling_transformer_xl import (
     is_adaptive,
 )
 from .checkpoint import Plan, Source, Take, only
+from .transfo_xl_vocabulary import vocabulary_tokenizer
 
 # What a config.json that leaves a field out means by it: the defaults of transformers 4.35.2, TransfoXLConfig.
 DEFAULTS: dict[str, Any] = dict(
@@ -217,7 +218,14 @@ def plan_tensors(config: GalleryTransformerXLConfig, source: Source) -> Plan:
         copies |= ties
     elif model is GalleryTransformerXLForSequenceClassification:
         take["classifier.weight"] = Take(("score.weight",))
-    return Plan(model, config, take, ignore=(r"(transformer\.)?pos_emb\.inv_freq",), copies=copies)
+    return Plan(
+        model,
+        config,
+        take,
+        ignore=(r"(transformer\.)?pos_emb\.inv_freq",),
+        copies=copies,
+        tokenizer=vocabulary_tokenizer,
+    )
 
 
 def _backbone(config, base: str) -> dict[str, Take]:
