@@ -1,6 +1,7 @@
 """Longformer against transformers' own, against a plain loop over queries, and the checks of its paper."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from variants import FLOAT32, SEP, SIZES, assert_equal, loud, words
 
 import hf_gallery as gallery
+from hf_gallery.convert.longformer import Longformer
 
 QUIET = dict(hidden_dropout=0.0, attention_dropout=0.0)
 DECODER = dict(position_embedding_type="relative", norm_position="pre")
@@ -30,48 +32,22 @@ def encoder(**settings):
 # ------------------------------------------------------------------------------------------------- transformers' model
 
 THEIR_PAD = 1
-NAMES = [
-    ("embeddings.word_embeddings", "embed_tokens"),
-    ("embeddings.position_embeddings", "embed_positions"),
-    ("embeddings.token_type_embeddings", "embed_types"),
-    ("embeddings.LayerNorm", "embed_norm"),
-    ("encoder.layer", "layers"),
-    *[(f"attention.self.{x}_global.", f"self_attn.{x[0]}_global_proj.") for x in ("query", "key", "value")],
-    *[(f"attention.self.{x}.", f"self_attn.{x[0]}_proj.") for x in ("query", "key", "value")],
-    ("attention.output.dense", "self_attn.o_proj"),
-    ("attention.output.LayerNorm", "self_attn_norm"),
-    ("intermediate.dense", "feed_forward.up_proj"),
-    ("output.dense", "feed_forward.down_proj"),
-    ("output.LayerNorm", "feed_forward_norm"),
-    ("lm_head.dense", "transform"),
-    ("lm_head.layer_norm", "transform_norm"),
-    ("lm_head.decoder", "lm_head"),
-    ("classifier.dense", "pooler"),
-    ("classifier.out_proj", "classifier"),
-]
-
-
-def our_name(name):
-    name = name.replace("longformer.", "model.")
-    for theirs, ours in NAMES:
-        name = name.replace(theirs, ours)
-    return name
-
-
 HEADS = {
-    "masked": (transformers.LongformerForMaskedLM, gallery.GalleryLongformerForMaskedLM),
-    "sequence": (
-        transformers.LongformerForSequenceClassification,
-        gallery.GalleryLongformerForSequenceClassification,
-    ),
-    "tokens": (transformers.LongformerForTokenClassification, gallery.GalleryLongformerForTokenClassification),
-    "question": (transformers.LongformerForQuestionAnswering, gallery.GalleryLongformerForQuestionAnswering),
+    "masked": transformers.LongformerForMaskedLM,
+    "sequence": transformers.LongformerForSequenceClassification,
+    "tokens": transformers.LongformerForTokenClassification,
+    "question": transformers.LongformerForQuestionAnswering,
 }
+
+
+def plan_for(them):
+    """What the converter makes of transformers' model, without files."""
+    config = them.config.to_dict() | {"architectures": [type(them).__name__]}
+    return Longformer().plan(SimpleNamespace(config=config, tensors=them.state_dict()), "longformer")
 
 
 def pair(head, window=(4, 8, 4)):
     """transformers' model with loud weights, and ours with the same, in float64, but for its softmax."""
-    theirs, ours = HEADS[head]
     sizes = dict(vocab_size=97, hidden_size=30, num_hidden_layers=3, num_attention_heads=3, intermediate_size=41)
     sizes |= dict(
         type_vocab_size=1,
@@ -81,10 +57,12 @@ def pair(head, window=(4, 8, 4)):
     )
     special = dict(bos_token_id=0, eos_token_id=2, sep_token_id=SEP, pad_token_id=THEIR_PAD)
     no_dropout = dict(hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    them = loud(theirs(transformers.LongformerConfig(**sizes, **special, **no_dropout, layer_norm_eps=1e-5)), 1)
-    us = ours(gallery.GalleryLongformerConfig(**sizes, **special, **QUIET))
-    weights = {our_name(name): x for name, x in them.state_dict().items() if name != "lm_head.bias"}
-    us.load_state_dict(weights)
+    config = transformers.LongformerConfig(**sizes, **special, **no_dropout, layer_norm_eps=1e-5)
+    them = loud(HEADS[head](config), 1)
+    plan, theirs = plan_for(them), them.state_dict()
+    us = plan.model(plan.config)
+    weights = {name: take.make(*(theirs[n] for n in take.names)) for name, take in plan.take.items()}
+    assert set(us.load_state_dict(weights, strict=False).missing_keys) <= set(us.all_tied_weights_keys)
     return them.double(), us.double()
 
 
@@ -129,6 +107,7 @@ def assert_same_output(them, us, ids, mask, given):
         grads = torch.autograd.grad(total, named.values(), allow_unused=True)
         found.append((parts, {name: g for name, g in zip(named, grads, strict=True) if g is not None}))
     (parts, grads), (our_parts, our_grads) = found
+    our_name = {n: name for name, take in plan_for(them).take.items() for n in take.names}
     for a, b in zip(our_parts, parts, strict=True):
         torch.testing.assert_close(a, b, **FLOAT32)
     if not all(g.isfinite().all() for g in grads.values()):
@@ -137,7 +116,7 @@ def assert_same_output(them, us, ids, mask, given):
         return
     checked, scale = 0, max(float(g.abs().max()) for g in grads.values())
     for name, g in grads.items():
-        name = our_name(name) if name != "lm_head.bias" else name
+        name = our_name[name]
         if name.endswith("embed_positions.weight"):
             continue  # theirs embeds what it pads, too
         ours = our_grads.get(name)
