@@ -182,6 +182,21 @@ def test_classifiers(name, dtype, tmp_path):
 
 
 @torch.no_grad()
+def test_attention_maps(tmp_path):
+    """What the heads look at, where there are tokens."""
+    theirs = published("BertModel", torch.float64)
+    theirs.set_attn_implementation("eager")
+    ids, inputs = bert_input(theirs)
+    mask = inputs["attention_mask"]
+    got, expected = (model(ids, **inputs, output_attentions=True) for model in (converted(theirs, tmp_path), theirs))
+    seen = (mask[:, None, :, None] * mask[:, None, None]) == 1
+    assert len(got.attentions) == 3
+    for a, b in zip(got.attentions, expected.attentions, strict=True):
+        assert a.shape == (3, 3, 23, 23)
+        assert_equal(a[seen.expand_as(a)], b[seen.expand_as(b)])
+
+
+@torch.no_grad()
 def test_bert_under_its_published_names(tmp_path):
     """Google's norms have a gamma and a beta, and beside the language model stand a pooler and a sentence head."""
     theirs = published("BertForMaskedLM")
