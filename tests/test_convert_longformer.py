@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from test_convert_transformer import assert_same_states, bert_input, converted, opened, published
+from test_convert_transformer import assert_same_states, bert_input, opened, ours_of, published
 from test_longformer import HEADS, THEIR_PAD, global_mask, outputs_of, rows_of
 from variants import PAD, SEP, assert_equal, loud, words
 
@@ -39,7 +39,7 @@ TARGETS = {
 def test_heads(head, which, tmp_path):
     """Logits, loss and hidden states, with two types of tokens, padding, and global tokens that differ by row."""
     theirs = longformer(head)
-    ours = converted(theirs, tmp_path)
+    ours = ours_of(theirs, tmp_path)
     assert type(ours).__name__ == f"Gallery{type(theirs).__name__}"
     ids, mask = rows_of(23, 0 if head == "question" else 5)  # an answer's loss: see test_longformer.py
     inputs = dict(attention_mask=mask, token_type_ids=(torch.arange(23) > 9).long().expand(2, -1))
@@ -106,7 +106,7 @@ WIDE = dict(to="longformer", attention_window=80, max_position_embeddings=101)  
 def test_from_an_encoder(family, head, tmp_path):
     """In a window over everything it is the source, and global tokens, whose maps are copies, change nothing."""
     theirs = published(family + head, torch.float64)
-    ours = converted(theirs, tmp_path, **WIDE)
+    ours = ours_of(theirs, tmp_path, **WIDE)
     assert type(ours).__name__ == f"GalleryLongformer{head}"
     ids, inputs = bert_input(theirs)
     mask = inputs["attention_mask"]
@@ -127,7 +127,7 @@ def test_from_an_encoder(family, head, tmp_path):
 @torch.no_grad()
 def test_from_gpt2(name, tmp_path):
     theirs = published(name, torch.float64, scale_attn_by_inverse_layer_idx=True)
-    ours = converted(theirs, tmp_path, to="longformer", attention_window=[30, 31, 80], max_position_embeddings=70)
+    ours = ours_of(theirs, tmp_path, to="longformer", attention_window=[30, 31, 80], max_position_embeddings=70)
     ids = words(2, 31)
     assert_equal(ours(ids)[0], theirs(ids)[0])
     table = ours.base_model.embed_positions.weight
@@ -141,7 +141,7 @@ def test_from_gpt2(name, tmp_path):
         prompt = words(2, 5)
         expected = theirs.generate(prompt, num_beams=beams, **options)
         assert torch.equal(ours.generate(prompt, num_beams=beams, **options), expected)
-    narrow = converted(theirs, tmp_path / "narrow", to="longformer", attention_window=3)
+    narrow = ours_of(theirs, tmp_path / "narrow", to="longformer", attention_window=3)
     logits, expected = narrow(ids).logits, theirs(ids).logits
     assert_equal(logits[:, :4], expected[:, :4])
     assert (logits - expected)[:, 4].abs().max() > 1e-2
@@ -150,7 +150,7 @@ def test_from_gpt2(name, tmp_path):
 def test_how_long_by_default(tmp_path):
     """The paper's 4096 tokens and a window of 512."""
     for name, length in (("GPT2LMHeadModel", 4096), ("BertForMaskedLM", 4096), ("RobertaForMaskedLM", 4098)):
-        ours = converted(published(name), tmp_path / name, to="longformer")
+        ours = ours_of(published(name), tmp_path / name, to="longformer")
         assert ours.config.max_position_embeddings == length and ours.config.longest_input == 4096
         assert ours.config.attention_window == 512
 

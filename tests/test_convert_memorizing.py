@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_convert_transformer import assert_same_states, converted, precisions, published
+from test_convert_transformer import assert_same_states, ours_of, precisions, published
 from test_law_2_batch_anyhow import padded
 from variants import PAD, assert_equal, words
 
@@ -14,7 +14,7 @@ MEMORY = dict(to="memorizing_transformer", memory_layers=[0, 2], memory_size=64,
 
 def with_memory(theirs, folder, closed=True, **options):
     """The gallery's model, with closed gates or with those that it starts with."""
-    ours = converted(theirs, folder, **MEMORY | options)
+    ours = ours_of(theirs, folder, **MEMORY | options)
     for layer in ours.config.memory_layers:
         gate = ours.base_model.layers[layer].self_attn.gate_bias
         assert (gate == 0).all()
@@ -84,7 +84,7 @@ def test_the_gates_learn(tmp_path):
 
 
 def test_what_it_is_by_default(tmp_path):
-    ours = converted(published("GPT2LMHeadModel"), tmp_path, to="memorizing_transformer")
+    ours = ours_of(published("GPT2LMHeadModel"), tmp_path, to="memorizing_transformer")
     config, default = ours.config, gallery.GalleryMemorizingTransformerConfig()
     assert (config.segment_length, config.mem_len, config.position_period, config.memory_layers) == (31, 0, 31, [0])
     assert (config.memory_size, config.memory_topk) == (default.memory_size, default.memory_topk)

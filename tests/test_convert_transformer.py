@@ -50,7 +50,7 @@ def opened(folder):
     return getattr(gallery, name).from_pretrained(folder).eval()
 
 
-def converted(model, folder, **options):
+def ours_of(model, folder, **options):
     """The gallery's model, through files in the folder."""
     model.save_pretrained(folder / "published")
     return opened(convert(folder / "published", folder / "converted", **options))
@@ -83,7 +83,7 @@ def test_gpt2(settings, dtype, tmp_path):
     if settings.get("reorder_and_upcast_attn") and dtype == torch.float64:
         pytest.skip("it computes scores in float32")
     theirs = published("GPT2LMHeadModel", dtype, **settings)
-    ours = converted(theirs, tmp_path)
+    ours = ours_of(theirs, tmp_path)
     assert type(ours) is gallery.GalleryTransformerForCausalLM and ours.dtype == dtype
     assert ours.config.tie_word_embeddings == theirs.config.tie_word_embeddings
     ids, mask = words(3, 31), padded((31, 9, 16), "left", 31)
@@ -128,11 +128,11 @@ def test_bare_models(tmp_path):
     ids = words(2, 23).clamp(min=2)
     for name in ("GPT2Model", "BertModel", "RobertaModel"):
         theirs = published(name, torch.float64)
-        ours = converted(theirs, tmp_path / name)
+        ours = ours_of(theirs, tmp_path / name)
         assert type(ours) is gallery.GalleryTransformerModel
         assert_equal(ours(ids).last_hidden_state, theirs(ids).last_hidden_state)
     theirs, target = published("MarianModel", torch.float64), words(2, 7, seed=1)
-    ours = converted(theirs, tmp_path / "marian")
+    ours = ours_of(theirs, tmp_path / "marian")
     got, expected = (model(input_ids=ids, decoder_input_ids=target) for model in (ours, theirs))
     assert_equal(got.last_hidden_state, expected.last_hidden_state)
 
@@ -155,7 +155,7 @@ def bert_input(theirs):
 @torch.no_grad()
 def test_masked_language_models(name, dtype, tmp_path):
     theirs = published(name, dtype)
-    ours = converted(theirs, tmp_path)
+    ours = ours_of(theirs, tmp_path)
     ids, inputs = bert_input(theirs)
     mask = inputs["attention_mask"]
     labels = ids.masked_fill((ids % 3 > 0) | (mask == 0), -100)
@@ -172,7 +172,7 @@ def test_masked_language_models(name, dtype, tmp_path):
 @torch.no_grad()
 def test_classifiers(name, dtype, tmp_path):
     theirs = published(name, dtype, id2label={0: "yes", 1: "no", 2: "perhaps"}, num_labels=3)
-    ours = converted(theirs, tmp_path)
+    ours = ours_of(theirs, tmp_path)
     ids, inputs = bert_input(theirs)
     labels = torch.tensor([2, 0, 1])
     got, expected = (model(ids, **inputs, labels=labels) for model in (ours, theirs))
@@ -188,7 +188,7 @@ def test_attention_maps(tmp_path):
     theirs.set_attn_implementation("eager")
     ids, inputs = bert_input(theirs)
     mask = inputs["attention_mask"]
-    got, expected = (model(ids, **inputs, output_attentions=True) for model in (converted(theirs, tmp_path), theirs))
+    got, expected = (model(ids, **inputs, output_attentions=True) for model in (ours_of(theirs, tmp_path), theirs))
     seen = (mask[:, None, :, None] * mask[:, None, None]) == 1
     assert len(got.attentions) == 3
     for a, b in zip(got.attentions, expected.attentions, strict=True):
@@ -227,7 +227,7 @@ def translations(model, source, mask):
 @torch.no_grad()
 def test_marian(settings, dtype, tmp_path):
     theirs = published("MarianMTModel", dtype, **settings)
-    ours = converted(theirs, tmp_path)
+    ours = ours_of(theirs, tmp_path)
     source, labels, mask = words(3, 11), words(3, 7, seed=1), padded((11, 4, 8), "right", 11)
     labels[1, 5:] = -100
     inputs = dict(attention_mask=mask, labels=labels, output_hidden_states=True)
@@ -348,3 +348,24 @@ def test_the_tokenizer_comes_along(options, length, tmp_path):
     ours = AutoTokenizer.from_pretrained(folder)
     assert ours("gallery").input_ids == tokenizer("gallery").input_ids == [6, 0, 11, 11, 4, 17, 24]
     assert ours.model_max_length == length
+
+
+def test_the_two_tokenizers_of_marian(tmp_path):
+    """One for the source language, one for the target's, and one vocabulary for both."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    folder, text = tmp_path / "published", ["the gallery holds models for long texts", "a sentence of plain words"]
+    published("MarianMTModel").save_pretrained(folder)
+    for side in ("source", "target"):
+        with open(folder / f"{side}.spm", "wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(text), model_writer=file, vocab_size=40, hard_vocab_limit=False, minloglevel=2
+            )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(folder / "source.spm"))
+    vocabulary = ["</s>", "<unk>", *(pieces.id_to_piece(i) for i in range(3, len(pieces))), "<pad>"]
+    (folder / "vocab.json").write_text(json.dumps({piece: i for i, piece in enumerate(vocabulary)}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(dict(source_lang="en", target_lang="de")))
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ours = AutoTokenizer.from_pretrained(convert(folder, tmp_path / "converted"))
+    assert type(ours) is type(theirs) is transformers.MarianTokenizer
+    ids = ours("a gallery of words", text_target="long sentence")
+    assert ids == theirs("a gallery of words", text_target="long sentence") and len(ids.input_ids) > 4
