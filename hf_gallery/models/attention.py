@@ -363,11 +363,11 @@ class _Tiling:
     """
 
     budget = 2**18
-    queries = 64
+    queries, wide_queries, wide = 64, 128, 2048  # where queries see much, a tile's corners outside of it cost little
 
     def __init__(self, spans, b, h, t, s, d):
         self.spans, self.columns, self.offset, self.t = spans, s, s - t, t
-        self.query_size = max(1, min(t, self.queries))
+        self.query_size = max(1, min(t, self.wide_queries if spans.widest >= self.wide else self.queries))
         reach = max(1, min(s, spans.widest + self.query_size))
         rows = max(1, min(b, self.budget // (h * self.query_size * reach)))
         self.key_size = max(64, self.budget // (h * rows * self.query_size))
