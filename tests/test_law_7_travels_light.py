@@ -91,6 +91,22 @@ def results_here(run, inputs):
     return result
 
 
+def open_elsewhere(base, jobs):
+    """Runs ELSEWHERE on the jobs in another process, in an empty folder of base; its report, by the jobs' names."""
+    (base / "jobs.json").write_text(json.dumps(jobs))
+    (base / "elsewhere.py").write_text(ELSEWHERE)
+    work = base / "empty"
+    work.mkdir()
+    environment = os.environ | {"HF_MODULES_CACHE": str(base / "modules"), "HF_HOME": str(base / "home")}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-I", str(base / "elsewhere.py"), str(base / "jobs.json"), str(base / "report.json")],
+        cwd=work, env=environment, capture_output=True, text=True, timeout=500,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((base / "report.json").read_text())
+
+
 @pytest.fixture(scope="module")
 def elsewhere(tmp_path_factory):
     """Saves every variant under every head, and opens all in the other process: (its report, results here, folder)."""
@@ -115,18 +131,7 @@ def elsewhere(tmp_path_factory):
                 name = f"{variant.name}-causal as {head}"
                 folder = str(base / "saved" / f"{variant.name}-causal")
                 jobs.append(dict(common, name=name, folder=folder, out=str(base / f"{name}.out"), again=None))
-    (base / "jobs.json").write_text(json.dumps(jobs))
-    (base / "elsewhere.py").write_text(ELSEWHERE)
-    work = base / "empty"
-    work.mkdir()
-    environment = os.environ | {"HF_MODULES_CACHE": str(base / "modules"), "HF_HOME": str(base / "home")}
-    environment.pop("PYTHONPATH", None)
-    done = subprocess.run(
-        [sys.executable, "-I", str(base / "elsewhere.py"), str(base / "jobs.json"), str(base / "report.json")],
-        cwd=work, env=environment, capture_output=True, text=True, timeout=500,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads((base / "report.json").read_text()), here, base
+    return open_elsewhere(base, jobs), here, base
 
 
 @over()

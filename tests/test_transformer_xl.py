@@ -20,6 +20,8 @@ SETTINGS = {
     "same_length, long": dict(same_length=True, mem_len=9, segment_length=4),
     "same_length, one key": dict(same_length=True, mem_len=1),
     "clamp_len": dict(clamp_len=6, mem_len=8),
+    "zeros": dict(initial_memory="zeros", mem_len=9),
+    "zeros, same_length, pre_lnorm": dict(initial_memory="zeros", same_length=True, mem_len=9, pre_lnorm=True),
     "untie_r": dict(untie_r=True),
     "pre_lnorm": dict(pre_lnorm=True),
     "odd heads": dict(num_attention_heads=5, head_dim=7),
@@ -45,6 +47,8 @@ def by_the_authors(model, ids, length=None, mems=None):
     """Log-probabilities (B, T, V), the embeddings (T, B, E) that they come from, and mems."""
     w, config = reference.weights_of(model), reference.config_of(model.config)
     x = reference.embed(w, config, ids.T)
+    if mems is None and model.config.initial_memory == "zeros":
+        mems = [x.new_zeros(config.mem_len, *x.shape[1:])] * config.n_layer
     hidden, mems = reference.run(w, config, x, length or model.config.segment_length, mems)
     order = model.config.cluster_order
     result = reference.log_probabilities(w, config, hidden.transpose(0, 1).flatten(0, 1), order)

@@ -157,16 +157,23 @@ class Plan:
 
 
 class Format(Protocol):
-    """What a module of this package offers for one family of checkpoints."""
+    """What this package knows of one family of checkpoints."""
 
-    name: str  # as messages call it
-    targets: tuple[str, ...]  # what it can become; the first is what it becomes unless told otherwise
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What it can become; the first is what it becomes unless told otherwise."""
 
     def recognises(self, source: Source) -> bool:
         """Whether the source is of this format, from its config or its files' names."""
 
-    def plan(self, source: Source, to: str, **options: Any) -> Plan:
-        """Raises ValueError for what has no counterpart in the gallery, naming the field and its value."""
+    @property
+    def plan(self) -> Callable[..., Plan]:
+        """plan(source, to, ...), the options as further arguments. Raises ValueError for what has no counterpart in
+        the gallery, naming the field and its value."""
 
 
 # ---------------------------------------------------------------------------------------------------- for formats

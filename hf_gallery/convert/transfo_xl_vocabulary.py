@@ -8,7 +8,7 @@ the `tokenizers` library. What differs:
 - A third apostrophe in a row with single characters between, as in 'a'b'c, is treated as the second is.
 - Of several marks after a quotation mark, as in "?!".., only full stops, commas and an ellipsis go before it.
 - Decoding undoes the dashes and numbers and closes the space before punctuation and after opening brackets. Quotation
-  marks keep the space on both sides: whether one opens or closes, Moses finds by counting.
+  marks keep the space on both sides, since Moses finds by counting whether one opens or closes; so do ideographs.
 """
 
 from __future__ import annotations
@@ -105,13 +105,20 @@ def _unpickle(path: Path):
         if not zipfile.is_zipfile(path):
             with open(path, "rb") as file:
                 content = _Unpickler(file).load()
-        if content is None or isinstance(content, int):  # a torch file; old ones begin with a pickled number
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{refused}: {str(error).splitlines()[0]}") from error
+    except _Foreign as error:
+        raise ValueError(f"{refused}: it asks for {error}") from error
     except Exception as error:  # a damaged pickle can fail in any way
         raise ValueError(f"{path} is no vocabulary, or is damaged: {error}") from error
-    return content
+    if content is not None and not isinstance(content, int):
+        return content
+    try:  # a torch file; old ones begin with a pickled number
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{refused}: {str(error).splitlines()[0]}") from error
+
+
+class _Foreign(pickle.UnpicklingError):
+    """The name of something that no vocabulary is made of."""
 
 
 class _Unpickler(pickle.Unpickler):
@@ -140,12 +147,12 @@ class _Unpickler(pickle.Unpickler):
         }
 
     def find_class(self, module: str, name: str):
-        module = {"__builtin__": "builtins"}.get(module, module)
+        module = {"__builtin__": "builtins", "copy_reg": "copyreg"}.get(module, module)
         if (module, name) in self.containers:
             return self.containers[module, name]
         if module.split(".")[0] in KNOWN_MODULES or (module, name) == ("copyreg", "_reconstructor"):
             return self.bag
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        raise _Foreign(f"{module}.{name}")
 
 
 # ------------------------------------------------------------------------------------------------------ the rules

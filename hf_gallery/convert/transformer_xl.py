@@ -18,6 +18,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from ..models.configuration_transformer_xl import GalleryTransformerXLConfig
 from ..models.modeling_transformer_xl import (
@@ -200,18 +201,19 @@ def plan_tensors(config: GalleryTransformerXLConfig, source: Source) -> Plan:
     """Where the tensors go, under the head that they have: a language model's, a classifier's or none."""
     tensors = source.tensors
     base = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
+    model: type[PreTrainedModel]
     if any(name.startswith("crit.") for name in tensors):
         model, inside = GalleryTransformerXLForCausalLM, "model."
     elif "score.weight" in tensors:
         model, inside = GalleryTransformerXLForSequenceClassification, "model."
     else:
         model, inside = GalleryTransformerXLModel, ""
-    take, copies = _backbone(config, base), {}
+    take = {inside + name: made for name, made in _backbone(config, base).items()}
+    copies: dict[str, str] = {}
     if not config.untie_r:
         for name in ("r_w_bias", "r_r_bias"):  # transformers' port lists the shared biases again in every layer
             layers = range(config.num_hidden_layers)
             copies |= {f"{base}layers.{i}.dec_attn.{name}": f"{base}{name}" for i in layers}
-    take = {inside + name: made for name, made in take.items()}
     if model is GalleryTransformerXLForCausalLM:
         head, ties = _softmax(config, base, tensors)
         take |= head

@@ -7,7 +7,7 @@
 
 Query p sees [seg(p) - mem_len, p]; with same_length [p - mem_len + 1, p], mem_len keys, as the authors' code masks it
 (pytorch/mem_transformer.py, RelPartialLearnableDecoderLayer and MemTransformerLM._forward). What is below 0 does not
-exist; with initial_memory "zeros" it holds states of zeros, as in transformers' port (4.35.2, TransfoXLModel.init_mems).
+exist; with initial_memory "zeros" states of zeros stand there, as in transformers' port (4.35.2, init_mems).
 
 A forward may be longer than a segment: it is then cut into segments inside. No gradient crosses from a segment into
 the one before, so all segments of a layer are computed side by side: each query meets its own segment's keys, with
