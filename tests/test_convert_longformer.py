@@ -70,6 +70,18 @@ def test_the_bare_model_under_its_published_names(tmp_path):
     assert_equal(got[mask == 1], expected[mask == 1])
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_a_config_that_names_no_class(head, tmp_path):
+    theirs = longformer(head)
+    theirs.save_pretrained(tmp_path / "published")
+    path = tmp_path / "published" / "config.json"
+    config = json.loads(path.read_text())
+    del config["architectures"]
+    path.write_text(json.dumps(config))
+    ours = opened(convert(tmp_path / "published", tmp_path / "converted"))
+    assert type(ours).__name__ == f"Gallery{type(theirs).__name__}"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

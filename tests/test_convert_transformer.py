@@ -270,6 +270,25 @@ def test_positions_that_are_no_sinusoids(tmp_path):
         convert(tmp_path / "published", tmp_path / "converted")
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(family + head for family in ("Bert", "Roberta") for head in ("Model", "ForMaskedLM")),
+        *("GPT2Model", "GPT2LMHeadModel", "MarianModel", "MarianMTModel", "RobertaForSequenceClassification"),
+    ],
+)
+def test_a_config_that_names_no_class(name, tmp_path):
+    """As some old ones do: the tensors tell."""
+    published(name).save_pretrained(tmp_path / "published")
+    path = tmp_path / "published" / "config.json"
+    config = json.loads(path.read_text())
+    expected = type(opened(convert(tmp_path / "published", tmp_path / "named")))
+    assert config.pop("architectures") == [name]
+    path.write_text(json.dumps(config))
+    assert type(opened(convert(tmp_path / "published", tmp_path / "converted"))) is expected
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 WITHOUT_COUNTERPART = [

@@ -18,7 +18,18 @@ from ..models.configuration_transformer import GalleryTransformerConfig
 from .checkpoint import Plan, Source, Take, only
 from .parts import affine, alias, architecture, given, labels, longer, prefix, repeated, tokenizer_for
 
-HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification")
+HEADS = {
+    "Bert": {
+        "BertForMaskedLM": "cls.predictions.transform.dense.weight",
+        "BertForSequenceClassification": "classifier.weight",
+        "BertModel": "embeddings.word_embeddings.weight",
+    },
+    "Roberta": {
+        "RobertaForMaskedLM": "lm_head.dense.weight",
+        "RobertaForSequenceClassification": "classifier.out_proj.weight",
+        "RobertaModel": "embeddings.word_embeddings.weight",
+    },
+}
 
 
 class Bert:
@@ -45,7 +56,7 @@ class Bert:
         roberta = source.config["model_type"] == "roberta"
         family = "Roberta" if roberta else "Bert"
         theirs: Any = (RobertaConfig if roberta else BertConfig).from_dict(source.config)
-        head = architecture(source, [family + head for head in HEADS]).removeprefix(family)
+        head = architecture(source, HEADS[family]).removeprefix(family)
         only(
             theirs.to_dict(), is_decoder=(False,), add_cross_attention=(False,), position_embedding_type=("absolute",)
         )

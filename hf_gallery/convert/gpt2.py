@@ -17,7 +17,7 @@ from ..models.configuration_transformer import GalleryTransformerConfig
 from .checkpoint import Plan, Source, Take, only
 from .parts import affine, alias, architecture, given, longer, prefix, repeated, tokenizer_for
 
-HEADS = {"GPT2Model": "Model", "GPT2LMHeadModel": "ForCausalLM"}
+HEADS = {"GPT2LMHeadModel": "transformer.wte.weight", "GPT2Model": "wte.weight"}
 OPTIONS = {
     "transformer": (),
     "longformer": ("attention_window", "max_position_embeddings"),
@@ -58,7 +58,7 @@ class GPT2:
         default one segment_length of all of them, and mem_len 0. Other options are the config's, with its defaults.
         """
         theirs: Any = GPT2Config.from_dict(source.config)
-        head = HEADS[architecture(source, HEADS)]
+        head = "ForCausalLM" if architecture(source, HEADS) == "GPT2LMHeadModel" else "Model"
         only(theirs.to_dict(), add_cross_attention=(False,), embd_pdrop=(theirs.resid_pdrop,))
         options = given(
             to,
@@ -98,6 +98,8 @@ class GPT2:
         if to == "transformer":
             backbone += "stack."
         take, copies = decoder(source, theirs, backbone, "project." if to == "memorizing_transformer" else "")
+        if head == "ForCausalLM" and not theirs.tie_word_embeddings:
+            take["lm_head.weight"] = Take(("lm_head.weight",))
         if to == "longformer":
             table = f"{backbone}embed_positions.weight"
             take[table] = Take(take[table].names, repeated(length))
@@ -143,16 +145,14 @@ def settings(theirs: Any) -> dict[str, Any]:
 
 
 def decoder(source: Source, theirs: Any, to: str, heads: str) -> tuple[dict[str, Take], dict[str, str]]:
-    """Embeddings, layers and output map, `to` standing before our names and `heads` before those of the maps to
-    heads; and which source tensors are copies of others."""
+    """Embeddings and layers, `to` standing before our names and `heads` before those of the maps to heads; and which
+    source tensors are copies of others."""
     origin = prefix(source, "transformer")
     words = f"{origin}wte.weight"
     copies: dict[str, str] = {}
     if theirs.tie_word_embeddings:
         words, copies = alias(source, words, "lm_head.weight")
     take = {f"{to}embed_tokens.weight": Take((words,)), f"{to}embed_positions.weight": Take((f"{origin}wpe.weight",))}
-    if not theirs.tie_word_embeddings and "GPT2LMHeadModel" in theirs.architectures:
-        take["lm_head.weight"] = Take(("lm_head.weight",))
     for i in range(theirs.n_layer):
         a, b = f"{to}layers.{i}", f"{origin}h.{i}"
         for part, x in enumerate("qkv"):

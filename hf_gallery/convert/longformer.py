@@ -20,7 +20,13 @@ from .bert import (
 from .checkpoint import Plan, Source, only
 from .parts import affine, architecture, prefix, tokenizer_for
 
-HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering")
+HEADS = {
+    "LongformerForMaskedLM": "lm_head.dense.weight",
+    "LongformerForSequenceClassification": "classifier.out_proj.weight",
+    "LongformerForTokenClassification": "classifier.weight",
+    "LongformerForQuestionAnswering": "qa_outputs.weight",
+    "LongformerModel": "embeddings.word_embeddings.weight",
+}
 
 
 class Longformer:
@@ -37,7 +43,7 @@ class Longformer:
         dilation or causal attention, which the released code never had.
         """
         theirs: Any = LongformerConfig.from_dict(source.config)
-        head = architecture(source, [f"Longformer{head}" for head in HEADS]).removeprefix("Longformer")
+        head = architecture(source, HEADS).removeprefix("Longformer")
         layers = theirs.num_hidden_layers
         only(theirs.to_dict(), autoregressive=(False,), attention_dilation=(1, [1] * layers))
         config: Any = GalleryLongformerConfig(

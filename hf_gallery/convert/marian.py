@@ -13,7 +13,7 @@ from ..models.positions import sinusoids
 from .checkpoint import Plan, Source, Take, copy_tokenizer, only
 from .parts import affine, alias, architecture, prefix
 
-HEADS = {"MarianModel": "Model", "MarianMTModel": "ForConditionalGeneration"}
+HEADS = {"MarianMTModel": "final_logits_bias", "MarianModel": "shared.weight"}
 # Ours, theirs: an attention's maps.
 MAPS = (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("o_proj", "out_proj"))
 
@@ -32,7 +32,7 @@ class Marian:
         are no sinusoids.
         """
         theirs: Any = MarianConfig.from_dict(source.config)
-        head = HEADS[architecture(source, HEADS)]
+        head = "ForConditionalGeneration" if architecture(source, HEADS) == "MarianMTModel" else "Model"
         only(
             theirs.to_dict(),
             share_encoder_decoder_embeddings=(True,),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from transformers import PreTrainedConfig
 from .checkpoint import Source, Take, copy_tokenizer
 
 
-def architecture(source: Source, known: Iterable[str]) -> str:
-    """The class that the source's config names. Raises ValueError if it is none of those known."""
-    names = source.config.get("architectures") or [None]
+def architecture(source: Source, known: Mapping[str, str]) -> str:
+    """The class that the source's config names. Some old configs name none: then the first of the known classes whose
+    tensor, which it has and later ones have not, is there. Raises ValueError if it is none of those known."""
+    names = source.config.get("architectures") or [next((n for n, x in known.items() if x in source.tensors), None)]
     if len(names) != 1 or names[0] not in known:
         raise ValueError(
             f"architectures is {source.config.get('architectures')!r}; it must be one of {', '.join(known)}"
