@@ -172,6 +172,7 @@ def test_how_long_by_default(tmp_path):
     [
         (dict(max_position_embeddings=39), "max_position_embeddings is 39, fewer than the 40"),
         (dict(attention_window=5), "attention_window is 5.*even"),
+        (dict(max_position_embeddings=0), "max_position_embeddings is 0, fewer than the 40"),
         (dict(attention_window=[4, 4]), "attention_window has 2 entries.*num_hidden_layers 3"),
         (dict(window=4), "no option window.*attention_window, max_position_embeddings"),
     ],
@@ -182,3 +183,16 @@ def test_options_that_do_not_fit(options, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "published", tmp_path / "converted", to="longformer", **options)
     assert not (tmp_path / "converted").exists()
+
+
+def test_a_table_of_positions_that_does_not_fit(tmp_path):
+    """Copying must not hide it."""
+    for name in ("BertForMaskedLM", "GPT2LMHeadModel"):
+        folder = tmp_path / name
+        published(name).save_pretrained(folder)
+        tensors = load_file(folder / "model.safetensors")
+        table = next(x for x in tensors if "position_embeddings" in x or "wpe" in x)
+        tensors[table] = tensors[table][1:]
+        save_file(tensors, folder / "model.safetensors")
+        with pytest.raises(ValueError, match=rf"{table} \(\d+, 30\) cannot make .*embed_positions.*(40|31) positions"):
+            convert(folder, tmp_path / "converted", to="longformer")

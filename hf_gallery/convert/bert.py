@@ -16,7 +16,7 @@ from ..models import modeling_longformer, modeling_transformer
 from ..models.configuration_longformer import GalleryLongformerConfig
 from ..models.configuration_transformer import GalleryTransformerConfig
 from .checkpoint import Plan, Source, Take, only
-from .parts import affine, alias, architecture, given, labels, longer, prefix, repeated, tokenizer_for
+from .parts import affine, alias, architecture, given, longer, prefix, repeated, tokenizer_for
 
 HEADS = {
     "Bert": {
@@ -33,6 +33,8 @@ HEADS = {
 
 
 class Bert:
+    """Folders of transformers' BERT and RoBERTa: the bare models, masked language models, classifiers of texts."""
+
     name = "BERT or RoBERTa"
     targets = ("transformer", "longformer")
 
@@ -46,9 +48,9 @@ class Bert:
         attention_window: int | list[int] | None = None,
         max_position_embeddings: int | None = None,
     ) -> Plan:
-        """BertModel, BertForMaskedLM, BertForSequenceClassification and RoBERTa's likewise.
+        """to="transformer": the same model.
 
-        to="transformer": the same model. to="longformer": position embeddings copied again and again until there are
+        to="longformer": position embeddings copied again and again until there are
         max_position_embeddings (by default enough for 4096 tokens), global maps that start as the local ones, and an
         attention_window (default 512) of so many keys, half of them on each side. With a window over everything, it
         gives what the source gives.
@@ -85,7 +87,7 @@ class Bert:
             )
             take = encoder(backbone, origin, config) | global_maps(backbone, origin, config, "")
             take[f"{backbone}embed_positions.weight"] = Take(
-                (f"{origin}embeddings.position_embeddings.weight",), repeated(length, offset)
+                (f"{origin}embeddings.position_embeddings.weight",), repeated(own, length, offset)
             )
         copies: dict[str, str] = {}
         if head == "ForMaskedLM":
@@ -125,7 +127,7 @@ def encoder_settings(theirs: PreTrainedConfig, offset: int) -> dict[str, Any]:
     same = (
         "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "hidden_act",
         "layer_norm_eps", "initializer_range", "max_position_embeddings", "type_vocab_size", "tie_word_embeddings",
-        "pad_token_id", "bos_token_id", "eos_token_id",
+        "pad_token_id", "bos_token_id", "eos_token_id", "id2label", "label2id", "problem_type",
     )  # fmt: skip
     return {field: getattr(theirs, field) for field in same} | dict(
         hidden_dropout=theirs.hidden_dropout_prob,
@@ -137,7 +139,6 @@ def encoder_settings(theirs: PreTrainedConfig, offset: int) -> dict[str, Any]:
         scale_embedding=False,
         embedding_norm=True,
         initialization="normal",
-        **labels(theirs),
     )
 
 

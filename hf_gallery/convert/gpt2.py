@@ -26,6 +26,8 @@ OPTIONS = {
 
 
 class GPT2:
+    """Folders of transformers' GPT2LMHeadModel and GPT2Model."""
+
     name = "GPT-2"
     targets = ("transformer", "longformer", "memorizing_transformer")
 
@@ -44,9 +46,7 @@ class GPT2:
         mem_len: int | None = None,
         segment_length: int | None = None,
     ) -> Plan:
-        """GPT2LMHeadModel and GPT2Model.
-
-        to="transformer": the same model.
+        """to="transformer": the same model.
 
         to="longformer": a decoder whose queries see the attention_window (default 512) keys before them, with the
         position embeddings copied again and again until there are max_position_embeddings (default 4096). With a
@@ -102,7 +102,7 @@ class GPT2:
             take["lm_head.weight"] = Take(("lm_head.weight",))
         if to == "longformer":
             table = f"{backbone}embed_positions.weight"
-            take[table] = Take(take[table].names, repeated(length))
+            take[table] = Take(take[table].names, repeated(theirs.n_positions, length))
         gates = getattr(config, "memory_layers", [])
         return Plan(
             model=model,

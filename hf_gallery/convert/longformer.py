@@ -30,6 +30,8 @@ HEADS = {
 
 
 class Longformer:
+    """Folders of transformers' LongformerModel, without its pooler, and of its heads but multiple choice."""
+
     name = "Longformer"
     targets = ("longformer",)
 
@@ -37,9 +39,7 @@ class Longformer:
         return source.config.get("model_type") == "longformer"
 
     def plan(self, source: Source, to: str) -> Plan:
-        """LongformerModel and its heads, all but the one for multiple choice. The bare model's pooler is left out.
-
-        attention_window keeps its meaning, the keys on both sides together. Raises ValueError for a config with
+        """attention_window keeps its meaning, the keys on both sides together. Raises ValueError for a config with
         dilation or causal attention, which the released code never had.
         """
         theirs: Any = LongformerConfig.from_dict(source.config)

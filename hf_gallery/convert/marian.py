@@ -19,6 +19,8 @@ MAPS = (("q_proj", "q_proj"), ("k_proj", "k_proj"), ("v_proj", "v_proj"), ("o_pr
 
 
 class Marian:
+    """Folders of transformers' MarianMTModel and MarianModel."""
+
     name = "Marian"
     targets = ("transformer",)
 
@@ -26,7 +28,7 @@ class Marian:
         return source.config.get("model_type") == "marian"
 
     def plan(self, source: Source, to: str) -> Plan:
-        """MarianMTModel and MarianModel, with one table of embeddings for source, target and logits.
+        """One table of embeddings serves source, target and logits.
 
         Raises ValueError if the encoder and the decoder differ in more than their depth, or positions are stored that
         are no sinusoids.

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from .checkpoint import Source, Take, copy_tokenizer
 
@@ -43,17 +42,14 @@ def alias(source: Source, *names: str) -> tuple[str, dict[str, str]]:
     return kept, {name: kept for name in names if name != kept}
 
 
-def labels(theirs: PreTrainedConfig) -> dict[str, Any]:
-    """What a classifier's config says of its labels."""
-    return {name: getattr(theirs, name) for name in ("id2label", "label2id", "problem_type")}
-
-
-def repeated(length: int, offset: int = 0) -> Callable[[Tensor], Tensor]:
-    """Makes a table of positions of `length` rows by copying a shorter one again and again, its first `offset` rows,
+def repeated(own: int, length: int, offset: int = 0) -> Callable[[Tensor], Tensor]:
+    """Makes a table of positions of `length` rows by copying one of `own` again and again, its first `offset` rows,
     which belong to no position, once (Beltagy et al. 2020, section 5)."""
 
     def make(table: Tensor) -> Tensor:
-        copies = -(-(length - offset) // (len(table) - offset))
+        if len(table) != own:
+            raise ValueError(f"the config says that there are {own} positions")
+        copies = -(-(length - offset) // (own - offset))
         return torch.cat([table[:offset], table[offset:].repeat(copies, 1)])[:length]
 
     return make
