@@ -68,6 +68,11 @@ KINDS = {
     "torch file of old": lambda source: (
         lambda tensors: torch.save(tensors, source / "pytorch_model.bin", _use_new_zipfile_serialization=False)
     ),
+    "torch file of parameters": lambda source: (
+        lambda tensors: torch.save(
+            {name: torch.nn.Parameter(x) for name, x in tensors.items()}, source / "pytorch_model.bin"
+        )
+    ),
     "torch files in shards": lambda source: in_shards(source, "pytorch_model.bin", torch.save),
 }
 
@@ -205,6 +210,10 @@ def test_files_that_are_damaged_or_absent(source, tmp_path):
     refused(r"names the shard 'gone\.safetensors', which is not in")
     (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../source/config.json"}}')
     refused("names the shard 'config.json', which is not in")
+    in_shards(source, "model.safetensors", lambda tensors, path: save_file({"a": torch.ones(1)}, path))(
+        {"a": 0, "b": 0}
+    )
+    refused("holds a twice")
 
 
 # -------------------------------------------------------------------------------------------------------------- safety
@@ -307,7 +316,7 @@ def test_a_repository_on_the_hub(kind, source, tmp_path, monkeypatch):
 
 # -------------------------------------------------------------------------------------------------------------- memory
 
-PEAK = """
+PEAK = r"""
 import re, sys
 from hf_gallery.convert import convert
 

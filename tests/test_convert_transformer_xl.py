@@ -122,6 +122,24 @@ def test_opens_without_the_library(tmp_path):
     open_without_the_library(variants, tmp_path)
 
 
+@pytest.mark.parametrize("case", ["div_1_projected", "div_2"])
+def test_any_name_of_a_shared_tensor_will_do(case, tmp_path):
+    """Of those that are the same a safetensors file holds one: here the last that transformers has a name for."""
+    source, layer = tmp_path / "published", "transformer.layers.1.dec_attn."
+    shutil.copytree(GOLDEN / case, source)
+    names = {"transformer.r_w_bias": f"{layer}r_w_bias", "transformer.r_r_bias": f"{layer}r_r_bias"}
+    for i in range(3):
+        names[f"transformer.word_emb.emb_layers.{i}.weight"] = f"crit.out_layers.{i}.weight"
+        if i and case == "div_2":
+            names[f"transformer.word_emb.emb_projs.{i}"] = f"crit.out_projs.{i}"
+    tensors = load_file(source / "model.safetensors")
+    moved = {names.get(name, name): x for name, x in tensors.items()}
+    assert moved.keys() != tensors.keys()
+    save_file(moved, source / "model.safetensors")
+    folders = [convert(x, tmp_path / name) for x, name in ((GOLDEN / case, "a"), (source, "b"))]
+    assert (folders[0] / "model.safetensors").read_bytes() == (folders[1] / "model.safetensors").read_bytes()
+
+
 def test_segment_length(tmp_path):
     """Said, or that of the config's old tgt_len, or mem_len."""
     source = tmp_path / "published"
@@ -146,7 +164,7 @@ def test_segment_length(tmp_path):
         (dict(n_layer=3), r"missing transformer\.layers\.2\.dec_attn\.qkv_net\.weight"),
         (dict(n_layer=1), r"unknown transformer\.layers\.1\.dec_attn\.qkv_net\.weight \(36, 16\)"),
         (dict(n_head=3), r"qkv_net\.weight \(36, 16\) makes \(12, 16\), but .*q_proj\.weight is \(18, 16\)"),
-        (dict(untie_r=False), r"missing transformer\.r_w_bias"),
+        (dict(untie_r=False), r"layers\.1\.dec_attn\.r_w_bias and transformer\.layers\.0\.dec_attn\.r_w_bias differ"),
         (
             dict(tie_projs=[True, True, True, True]),
             r"crit\.out_projs\.0 and transformer\.word_emb\.emb_projs\.0 differ",

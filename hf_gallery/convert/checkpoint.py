@@ -52,6 +52,8 @@ class Tensors(Mapping[str, Tensor]):
         for path in self._paths(folder):
             content = _open(path)
             for name in content.keys():  # noqa: SIM118 - safe_open has keys() and is no mapping
+                if _modern(name) in self._places:
+                    raise ValueError(f"{self.path} holds {_modern(name)} twice")
                 self._places[_modern(name)] = content, name
 
     def _paths(self, folder):
@@ -228,11 +230,7 @@ def check(plan: Plan, source: Source):
         if name in wanted:
             problems += _problems_of(name, take, tuple(wanted[name].shape), source.tensors)
     problems += _leftovers(plan, source.tensors)
-    problems += [
-        f"{name} and {other} differ, though the config says that they are one"
-        for name, other in plan.copies.items()
-        if {name, other} <= set(source.tensors) and not _equal(source.tensors[name], source.tensors[other])
-    ]
+    problems += _differences(plan, source.tensors)
     if problems:
         raise ValueError(f"{source.folder} does not fit {plan.model.__name__}:\n  " + "\n  ".join(problems))
 
@@ -261,10 +259,23 @@ def _leftovers(plan, tensors) -> list[str]:
     return [f"unknown {n} {tuple(tensors.meta(n).shape)}" for n in left]
 
 
+def _differences(plan, tensors) -> list[str]:
+    same: dict[str, list[str]] = {}
+    for name, original in plan.copies.items():
+        same.setdefault(original, [original]).append(name)
+    problems = []
+    for names in same.values():
+        first, *others = [n for n in names if n in tensors] or [None]
+        differ = [n for n in others if not _equal(tensors[n], tensors[first])]
+        problems += [f"{n} and {first} differ, though the config says that they are one" for n in differ]
+    return problems
+
+
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() and a.shape == b.shape or torch.equal(a, b)
 
 
+@torch.no_grad()
 def carry_out(plan: Plan, source: Source) -> PreTrainedModel:
     """The gallery's model with the source's weights, in the widest of their types.
 

@@ -15,6 +15,7 @@ same keys whatever the segments; otherwise give the length of the forwards whose
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -215,11 +216,14 @@ def plan_tensors(config: GalleryTransformerXLConfig, source: Source) -> Plan:
             layers = range(config.num_hidden_layers)
             copies |= {f"{base}layers.{i}.dec_attn.{name}": f"{base}{name}" for i in layers}
     if model is GalleryTransformerXLForCausalLM:
-        head, ties = _softmax(config, base, tensors)
+        head, ties = _softmax(config, base)
         take |= head
         copies |= ties
     elif model is GalleryTransformerXLForSequenceClassification:
         take["classifier.weight"] = Take(("score.weight",))
+    # A safetensors file holds one of those that are the same, and any of them may be it.
+    other = {a: b for pair in copies.items() for a, b in (pair, pair[::-1]) if a not in tensors and b in tensors}
+    take = {name: replace(made, names=tuple(other.get(n, n) for n in made.names)) for name, made in take.items()}
     return Plan(
         model,
         config,
@@ -271,7 +275,7 @@ def _backbone(config, base: str) -> dict[str, Take]:
     return take
 
 
-def _softmax(config, base: str, tensors) -> tuple[dict[str, Take], dict[str, str]]:
+def _softmax(config, base: str) -> tuple[dict[str, Take], dict[str, str]]:
     """What makes the map to the vocabulary, and the source's names of what it shares with the embedding."""
     tables = range(len(config.cutoffs) + 1 if config.div_val > 1 else 1)
     table = {f"crit.out_layers.{i}.weight": f"{base}word_emb.emb_layers.{i}.weight" for i in tables}
@@ -295,6 +299,5 @@ def _softmax(config, base: str, tensors) -> tuple[dict[str, Take], dict[str, str
     for ours, theirs in names.items():
         if theirs in copies and config.tie_word_embeddings:
             continue  # transformers ties it when it loads
-        # safetensors files hold one of two that are the same
-        take[ours] = Take((copies[theirs] if theirs in copies and theirs not in tensors else theirs,))
+        take[ours] = Take((theirs,))
     return take, copies

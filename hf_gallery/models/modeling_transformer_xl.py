@@ -202,7 +202,8 @@ def start_with(zero: torch.Tensor, columns: torch.Tensor | None, start: torch.Te
     count = start.shape[1]
     if columns is None:
         return zero.expand(batch, -1, count, -1)
-    columns = F.pad(columns, (0, 0, count - columns.shape[2], 0))
+    if columns.shape[2] < count:
+        columns = F.pad(columns, (0, 0, count - columns.shape[2], 0))
     return torch.where(start[:, None, :, None], zero, columns)
 
 
