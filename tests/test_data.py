@@ -26,7 +26,8 @@ from hf_gallery.data import (
     slot_recall,
     split_of,
 )
-from hf_gallery.data.tasks import ANSWERS, FILLER, KEYS, NOISE, READS, SLOT_VALUES, VALUES, WRITES
+from hf_gallery.data.examples import NOISE
+from hf_gallery.data.tasks import ANSWERS, FILLER, KEYS, READS, SLOT_VALUES, VALUES, WRITES
 
 SPLITS = ("train", "validation", "test")
 # No lone surrogates: they have no UTF-8 form, so no text that was read from anywhere holds them.
@@ -537,9 +538,9 @@ def read_slot(ids, column):
 def read_number(ids, column):
     """The digit of the number that the text names, in the place at which its repetition stands."""
     text = bytes(ids[:column]).decode("ascii")
-    (number,) = re.finditer(r" The pass key is (\d+)\.", text)
-    place = column - (text.rindex(" is ") + 4)
-    assert text[:column].endswith(" What is the pass key? The pass key is " + number[1][:place])
+    (number,) = re.finditer(r" The pass key is:(\d+)\.", text)
+    place = column - (text.rindex(" is:") + 4)
+    assert text[:column].endswith(" What is the pass key? The pass key is:" + number[1][:place])
     return ord(number[1][place]), column - (number.start(1) + place)
 
 

@@ -1,0 +1,100 @@
+"""What all synthetic tasks share: how an example is drawn, kept, and read as a text with a question.
+
+An example is a row of a datasets.Dataset with the columns input_ids, labels and distance, each a list of `length` int.
+As in transformers, labels[t] is what column t - 1 is to predict where it is scored and -100 elsewhere; distance[t]
+counts the tokens from where the (first) thing that the answer needs was shown to where it is asked for, and is -1
+where nothing is scored. All ids are bytes, below 256.
+
+What all tasks take: `examples` rows of `length` tokens; `seed` (0 or more) and `split` ("train", "validation" or
+"test"), of which each pair has random numbers of its own. The same arguments give the same data in every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from datasets import Dataset, Features, Value
+
+SPLITS = {"train": 0, "validation": 1, "test": 2}
+NOISE = np.frombuffer(b" .,-", dtype=np.uint8)
+
+
+def questions(data: Dataset) -> Dataset:
+    """The questions of a task's examples as text, as lm-eval asks them.
+
+    A row for each answer, in the order of the examples: `context`, what stands before the answer; `target`, the
+    answer, one character or more; `distance`, as in the example, of the answer's first character. An answer is a run
+    of scored columns that stand in the input as well; where they do not (slot_recall, permutation_composition), each
+    scored column is one. Characters are the ids of the byte tokenizer. No context ends in white space, which lm-eval
+    would count among the answer.
+
+    Raises ValueError for ids that are not ASCII; associative_recall makes text if asked for (printable=True).
+    """
+    columns = data.with_format("numpy")
+    ids, labels, distance = (columns[name][:] for name in ("input_ids", "labels", "distance"))
+    if len(ids) and ids.max() >= 128:
+        raise ValueError(f"input_ids holds {ids.max()}, which is not ASCII; make the examples with printable=True")
+    scored = labels >= 0
+    goes_on = scored[:, 1:] & scored[:, :-1] & (labels[:, :-1] == ids[:, :-1])  # from one column to the next
+    first = scored.copy()
+    first[:, 1:] &= ~goes_on
+    last = scored.copy()
+    last[:, :-1] &= ~goes_on
+    found: dict[str, list] = {"context": [], "target": [], "distance": []}
+    starts, ends = np.argwhere(first), np.argwhere(last)[:, 1] + 1
+    for (row, start), end in zip(starts, ends, strict=True):
+        found["context"].append(ids[row, :start].astype(np.uint8).tobytes().decode("ascii"))
+        found["target"].append(labels[row, start:end].astype(np.uint8).tobytes().decode("ascii"))
+        found["distance"].append(int(distance[row, start]))
+    features = Features({"context": Value("string"), "target": Value("string"), "distance": Value("int64")})
+    return Dataset.from_dict(found, features=features)
+
+
+def generator(seed: int, split: str, task: str) -> np.random.Generator:
+    """A stream of its own for each seed, split and task, so that no test example was ever trained on by its seed."""
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
+    check("seed", seed, 0)
+    return np.random.default_rng([seed, SPLITS[split], *task.encode()])
+
+
+def check(name: str, value: int, least: int, most: int | None = None):
+    """Raises ValueError unless value is a whole number from least to most."""
+    if not isinstance(value, (int, np.integer)) or value < least or (most is not None and value > most):
+        limit = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of {limit}")
+
+
+def choices(distances: Sequence[int], least: int, most: int, where: str) -> np.ndarray:
+    """The distances to draw from, each once, in rising order. Raises ValueError for one outside of least to most."""
+    if isinstance(distances, (int, np.integer)):
+        raise ValueError(f"distances is {distances}; give a list of distances, [{distances}]")
+    found = sorted(set(distances))
+    whole = all(isinstance(d, (int, np.integer)) for d in found)
+    if not found or not whole or found[0] < least or found[-1] > most:
+        room = f"whole numbers from {least} to {most}" if most >= least else "longer examples: none fits"
+        raise ValueError(f"distances are {found}; {where} they need {room}")
+    return np.asarray(found, dtype=np.int64)
+
+
+def scattered(random: np.random.Generator, examples: int, pieces: int, size: int, room: int) -> np.ndarray:
+    """First columns of `pieces` pieces of `size` columns, in order, spread at random over `room` columns without
+    overlap: (examples, pieces)."""
+    gaps = np.sort(random.integers(room - pieces * size + 1, size=(examples, pieces)), axis=1)
+    return gaps + size * np.arange(pieces)
+
+
+def noise(random: np.random.Generator, examples: int, length: int) -> np.ndarray:
+    """Characters without meaning, (examples, length) int64."""
+    return random.choice(NOISE, size=(examples, length)).astype(np.int64)
+
+
+def unscored(examples: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """labels and distance of examples in which nothing is scored yet, (examples, length) each."""
+    return np.full((examples, length), -100, dtype=np.int64), np.full((examples, length), -1, dtype=np.int64)
+
+
+def dataset(ids: np.ndarray, labels: np.ndarray, distance: np.ndarray) -> Dataset:
+    """Examples as all tasks return them; three arrays of (examples, length)."""
+    return Dataset.from_dict({"input_ids": list(ids), "labels": list(labels), "distance": list(distance)})
