@@ -93,7 +93,7 @@ def test_what_it_is_by_default(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(segment_length=32), "segment_length is 32.*max_position_embeddings 31"),
+        (dict(segment_length=32), "segment_length is 32.*num_positions 31"),
         (dict(mem_len=4), "mem_len is 4.*after 31 tokens.*mem_len 0"),
         (dict(memory_layers=[3]), r"memory_layers holds 3.*0 to 2"),
         (dict(memory_size=3), "memory_topk is 4.*memory_size 3"),

@@ -59,11 +59,11 @@ def by_position(model, ids, starts=(0,)):
     starts: where forwards began. Keys and values from before a segment, or a forward, carry no gradient.
     """
     c, n, d = model.config, len(ids), model.config.head_dim
-    learned = c.position_embedding_type == "learned"
+    learned = c.num_positions is not None
     x = model.model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)
     period = n
     if learned:
-        period = c.max_position_embeddings // c.segment_length * c.segment_length
+        period = c.num_positions // c.segment_length * c.segment_length
         x = x + model.model.embed_positions.weight[[p % period for p in range(n)]]
     chosen = {}
     for number, layer in enumerate(model.model.layers):
@@ -117,7 +117,7 @@ SETTINGS = {
     "odd heads": dict(num_attention_heads=5, head_dim=7),
     "no memory": dict(memory_layers=[]),
     "of GPT-2's layers": GPT2_WITH_MEMORY,
-    "learned positions, no local cache": dict(position_embedding_type="learned", max_position_embeddings=9, mem_len=0),
+    "learned positions, no local cache": dict(num_positions=9, mem_len=0),
     "queries and keys as they come": dict(normalize_qk=False),
 }
 settings_of_all = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
@@ -556,16 +556,9 @@ WRONG = [
     (dict(memory_backend="annoy"), "memory_backend.*annoy.*exact.*faiss_flat"),
     (dict(segment_length=0), r"segment_length.*\b0\b"),
     (dict(mem_len=-1), "mem_len.*-1"),
-    (dict(position_embedding_type="sinusoidal"), "position_embedding_type.*sinusoidal.*relative_bias, learned"),
-    (dict(max_position_embeddings=0), r"max_position_embeddings.*\b0\b"),
-    (
-        dict(position_embedding_type="learned", max_position_embeddings=6),
-        r"segment_length is 7.*max_position_embeddings 6",
-    ),
-    (
-        dict(position_embedding_type="learned", max_position_embeddings=13),
-        r"mem_len is 5.*after 7 tokens.*mem_len 0 or less",
-    ),
+    (dict(num_positions=0), r"num_positions.*\b0\b"),
+    (dict(num_positions=6), r"segment_length is 7.*num_positions 6"),
+    (dict(num_positions=13), r"mem_len is 5.*after 7 tokens.*mem_len 0 or less"),
 ]
 
 

@@ -223,8 +223,7 @@ def memorizing(name, heads, *, needs=None, **settings):
 # What gives the Memorizing Transformer GPT-2's layers; positions start anew every 15 tokens, in whole segments.
 GPT2_WITH_MEMORY = dict(
     segment_length=5,
-    position_embedding_type="learned",
-    max_position_embeddings=19,
+    num_positions=19,
     normalize_qk=False,
     scale_embedding=False,
     attention_bias=True,

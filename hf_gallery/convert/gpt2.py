@@ -74,17 +74,19 @@ class GPT2:
         config: Any
         if to == "transformer":
             model = getattr(modeling_transformer, f"GalleryTransformer{head}")
-            config = GalleryTransformerConfig(**settings(theirs) | STACK)
             length = theirs.n_positions
+            config = GalleryTransformerConfig(**settings(theirs) | STACK, max_position_embeddings=length)
         elif to == "longformer":
             model = getattr(modeling_longformer, f"GalleryLongformer{head}")
             length = longer(options.pop("max_position_embeddings", None), 4096, theirs.n_positions)
-            config = GalleryLongformerConfig(
-                **settings(theirs) | STACK | options | {"max_position_embeddings": length}
-            )
+            config = GalleryLongformerConfig(**settings(theirs) | STACK | options, max_position_embeddings=length)
         else:
             model = getattr(modeling_memorizing_transformer, f"GalleryMemorizingTransformer{head}")
-            options = {"segment_length": theirs.n_positions, "mem_len": 0} | options
+            options = {
+                "segment_length": theirs.n_positions,
+                "mem_len": 0,
+                "num_positions": theirs.n_positions,
+            } | options
             config = GalleryMemorizingTransformerConfig(
                 **settings(theirs),
                 **options,
@@ -120,6 +122,7 @@ NO_END = int(1e30)  # transformers' own number for a tokenizer without a limit
 STACK = dict(
     is_decoder=True,
     norm_position="pre",
+    position_embedding_type="learned",
     position_offset=0,
     scale_embedding=False,
     embedding_norm=False,
@@ -139,8 +142,6 @@ def settings(theirs: Any) -> dict[str, Any]:
         hidden_dropout=theirs.resid_pdrop,
         attention_dropout=theirs.attn_pdrop,
         layer_norm_eps=theirs.layer_norm_epsilon,
-        position_embedding_type="learned",
-        max_position_embeddings=theirs.n_positions,
     )
 
 

@@ -15,9 +15,10 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     Defaults are the paper's model (Wu et al. 2022, arXiv 2203.08913, and meliad's configs/memory) over bytes: 12
     layers, 1024 wide, 8 heads, segments and cache of 512, memory in layer 9 of 12.
 
-    The fields from position_embedding_type on give a trained GPT-2 a memory (section 4.5 of the paper gives one to a
-    trained Transformer). Its learned positions end, so they start anew after `position_period` tokens, and local
-    attention reaches back no farther than that start: what came before is seen through the memory only.
+    The fields from num_positions on give a trained GPT-2 a memory (section 4.5 of the paper gives one to a trained
+    Transformer). Its learned positions end, so they start anew after `position_period` tokens, and local attention
+    reaches back no farther than that start: what came before is seen through the memory only. So the input has no
+    limit, and the field is not called max_position_embeddings, which tools take for one.
 
     Raises ValueError for values that do not fit, naming the argument.
     """
@@ -34,8 +35,7 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     memory_size: int = 8192  # M: pairs kept for each row and head, first in, first out
     memory_topk: int = 32  # k: pairs that each query and head retrieves
     memory_backend: str = "exact"  # exact: torch, streaming; faiss_flat, faiss_hnsw, faiss_ivf
-    position_embedding_type: str = "relative_bias"  # T5's, as published; learned: a table of positions (GPT-2)
-    max_position_embeddings: int = 1024  # length of the learned table
+    num_positions: int | None = None  # length of a learned table of positions; None: T5's bias, as published
     normalize_qk: bool = True  # queries and keys of length 1, a learned scale a head; else 1 / sqrt(head_dim)
     scale_embedding: bool = True  # times sqrt(hidden_size)
     attention_bias: bool = False  # of the maps to queries, keys and values
@@ -56,31 +56,29 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         if self.memory_layers is None:
             self.memory_layers = [max(0, self.num_hidden_layers - 3)]
         check_layers("memory_layers", self.memory_layers, self.num_hidden_layers)
-        self.check_choice("position_embedding_type", ["relative_bias", "learned"])
-        self.check_count("max_position_embeddings", 1)
-        self._check_learned_positions()
+        if self.num_positions is not None:
+            self.check_count("num_positions", 1)
+            self._check_learned_positions()
         super().__post_init__(**kwargs)
 
     def _check_learned_positions(self):
         period = self.position_period
         if period == 0:
             raise ValueError(
-                f"segment_length is {self.segment_length}, more than max_position_embeddings "
-                f"{self.max_position_embeddings}; learned positions must cover a segment"
+                f"segment_length is {self.segment_length}, more than num_positions {self.num_positions}; learned "
+                "positions must cover a segment"
             )
-        if period is not None and self.mem_len > period - self.segment_length:
+        if self.mem_len > period - self.segment_length:
             raise ValueError(
                 f"mem_len is {self.mem_len}, but learned positions start anew after {period} tokens, the segments of "
-                f"{self.segment_length} that max_position_embeddings {self.max_position_embeddings} covers; give "
-                f"mem_len {period - self.segment_length} or less"
+                f"{self.segment_length} that num_positions {self.num_positions} covers; give mem_len "
+                f"{period - self.segment_length} or less"
             )
 
     @property
     def position_period(self) -> int | None:
         """Tokens after which learned positions start anew, in whole segments; None where positions have no end."""
-        if self.position_embedding_type != "learned":
-            return None
-        return self.max_position_embeddings - self.max_position_embeddings % self.segment_length
+        return None if self.num_positions is None else self.num_positions - self.num_positions % self.segment_length
 
     @property
     def cache_capacity(self) -> int:

@@ -146,7 +146,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         super().__init__()
         self.layer = layer
         self.project = (ScaledHeads if config.normalize_qk else Heads)(config, config.attention_bias)
-        if config.position_embedding_type == "relative_bias":
+        if config.num_positions is None:
             self.relative_bias = T5Bias(config.num_attention_heads)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
         self.remembers = layer in config.memory_layers
@@ -291,8 +291,8 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
         super().__init__(config)
         scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
-        if config.position_embedding_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        if config.num_positions is not None:
+            self.embed_positions = nn.Embedding(config.num_positions, config.hidden_size)
         self.layers = nn.ModuleList(
             [GalleryMemorizingTransformerLayer(config, i) for i in range(config.num_hidden_layers)]
         )
