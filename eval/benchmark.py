@@ -11,12 +11,13 @@ import torch
 
 from hf_gallery.data import corpus_version, load_corpus
 
-from . import cost, recall, text
+from . import abilities, cost, recall, text
+from .abilities import ABILITIES
 from .cells import EVERYONE, Cell
 from .contestants import CONTESTANTS, Contestant
 from .presets import Preset
 
-TASKS = ("recall", "text", "cost")
+TASKS = ("recall", *ABILITIES, "text", "cost")
 
 
 def plan(
@@ -42,6 +43,16 @@ def plan(
 
                 settings = _plain(recall_settings) | where
                 cells.append(Cell("recall", c.name, seed, settings, recall.units(recall_settings), measure_recall))
+        for name in (task for task in tasks if task in ABILITIES):
+            levels = _plain(abilities.ability(name, preset.abilities))["levels"]
+            for c in contestants:
+
+                def measure_ability(tick, name=name, c=c, seed=seed):
+                    return abilities.measure(name, c, preset.abilities, seed, device, tick)
+
+                settings = _plain(preset.abilities) | where | {"levels": levels}
+                units = abilities.units(name, preset.abilities)
+                cells.append(Cell(name, c.name, seed, settings, units, measure_ability))
         if "text" in tasks:
             settings = _plain(text_settings) | where | {"corpus": corpus_version(corpus)}
             if seed == 0:
@@ -77,7 +88,8 @@ def plan(
 def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str, Any]]) -> dict[str, Any]:
     """All of a run in one value: the cells as measured, and by contestant what the table and the page show.
 
-    recall: distance -> asked and correct, added up over seeds. bits_per_byte: by seed. cost: as measured.
+    recall: distance -> asked and correct, added up over seeds; abilities likewise by name and level. bits_per_byte: by
+    seed. cost: as measured.
     """
     summary: dict[str, Any] = {}
     for c in contestants:
@@ -93,6 +105,12 @@ def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str,
                 total = entry.setdefault(distance, {"asked": 0, "correct": 0})
                 for key in total:
                     total[key] += score[key]
+        elif cell["task"] in ABILITIES:
+            entry = summary[cell["contestant"]].setdefault("abilities", {}).setdefault(cell["task"], {})
+            for label, score in result["levels"].items():
+                total = entry.setdefault(label, score | {"asked": 0, "correct": 0})
+                for key in ("asked", "correct"):
+                    total[key] += score[key]
         elif cell["task"] == "text":
             summary[cell["contestant"]].setdefault("bits_per_byte", []).append(result["bits_per_byte"])
             summary[cell["contestant"]]["parameters"] = result["parameters"]
@@ -106,6 +124,14 @@ def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str,
         "window": {"recall": preset.recall.sizes.window, "text": preset.text.sizes.window},
         "chance": 1 / preset.recall.num_values,
         "order0_bits_per_byte": order0,
+        "abilities": {
+            name: {
+                key: getattr(abilities.ability(name, preset.abilities), key)
+                for key in ("title", "group", "axis", "about")
+            }
+            for name in ABILITIES
+            if any(name in entry.get("abilities", {}) for entry in summary.values())
+        },
         "summary": summary,
         "cells": cells,
     }

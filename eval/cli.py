@@ -46,7 +46,9 @@ def run(
     context: typer.Context,
     preset: Annotated[str, typer.Option(help="; ".join(f"{p.name}: {p.about}" for p in PRESETS.values()))] = "quick",
     variants: Annotated[str | None, typer.Option(help="Comma-separated contestants; default: all.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="Comma-separated, of recall, text, cost; default: all.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help=f"Comma-separated, of {', '.join(benchmark.TASKS)}; default: the preset's.")
+    ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds; default: the preset's.")] = None,
     corpus: Annotated[str, typer.Option(help="stdlib, a folder of text, or hf:NAME.")] = "stdlib",
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the preset's.")] = None,
@@ -67,7 +69,7 @@ def run(
         chosen = PRESETS[preset]
         where = benchmark.choose_device(device)
         contestants = benchmark.choose_contestants(variants)
-        wanted = benchmark.choose(tasks, benchmark.TASKS, "--tasks")
+        wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")
         cells = benchmark.plan(chosen, contestants, wanted, seeds or chosen.seeds, corpus, where)
         folder = Run(runs / (name or chosen.name))
         if fresh:

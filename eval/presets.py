@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from .abilities import ABILITIES, AbilitySettings
 from .contestants import Sizes
 
 
@@ -59,13 +60,15 @@ class CostSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A named amount of work."""
+    """A named amount of work. tasks: those that are measured unless others are asked for."""
 
     name: str
     about: str
     seeds: int
-    text: TextSettings
+    tasks: tuple[str, ...]
     recall: RecallSettings
+    abilities: AbilitySettings
+    text: TextSettings
     cost: CostSettings
 
 
@@ -121,15 +124,18 @@ _PAPER = Sizes(
 )
 _MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
+_EVERYTHING = ("recall", *ABILITIES, "text", "cost")
+_WIDER = dataclasses.replace(_SMALL, hidden=128, window=32, context=512, intermediate=384, states=32)
+
 PRESETS = {
     p.name: p
     for p in (
         Preset(
             "quick",
             "minutes on two cores: small models, one seed",
-            1,
-            TextSettings(_MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536),
-            RecallSettings(
+            seeds=1,
+            tasks=("recall", "text", "cost"),
+            recall=RecallSettings(
                 _SMALL,
                 steps=400,
                 tokens=2048,
@@ -139,16 +145,20 @@ PRESETS = {
                 multiples=_MULTIPLES,
                 examples=128,
             ),
-            CostSettings(_MEDIUM, batch=2, length=1024, repeats=5, contexts=(1024, 4096), decode_tokens=24),
+            abilities=AbilitySettings(
+                dataclasses.replace(_SMALL, context=1024), steps=400, tokens=4096, learning_rate=3e-3, examples=128
+            ),
+            text=TextSettings(_MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536),
+            cost=CostSettings(_MEDIUM, batch=2, length=1024, repeats=5, contexts=(1024, 4096), decode_tokens=24),
         ),
         Preset(
             "standard",
-            "hours on two cores, minutes on a GPU: three seeds",
-            3,
-            TextSettings(_LARGE, steps=3000, lanes=8, length=512, learning_rate=2e-3, test_bytes=524288),
-            RecallSettings(
-                dataclasses.replace(_SMALL, hidden=128, window=32, context=512, intermediate=384, states=32),
-                steps=1500,
+            "hours on two cores, minutes on a GPU: all abilities, two seeds",
+            seeds=2,
+            tasks=_EVERYTHING,
+            recall=RecallSettings(
+                _WIDER,
+                steps=1000,
                 tokens=8192,
                 short=48,
                 length=320,
@@ -156,16 +166,24 @@ PRESETS = {
                 multiples=_MULTIPLES,
                 examples=512,
             ),
-            CostSettings(_LARGE, batch=2, length=4096, repeats=9, contexts=(1024, 4096, 16384), decode_tokens=64),
+            abilities=AbilitySettings(
+                dataclasses.replace(_WIDER, window=16, context=1024),
+                steps=800,
+                tokens=4096,
+                learning_rate=2e-3,
+                examples=256,
+            ),
+            text=TextSettings(_LARGE, steps=1500, lanes=8, length=512, learning_rate=2e-3, test_bytes=524288),
+            cost=CostSettings(_LARGE, batch=2, length=4096, repeats=9, contexts=(1024, 4096, 16384), decode_tokens=64),
         ),
         Preset(
             "full",
             "widths and lengths of the papers, for a GPU: five seeds",
-            5,
-            TextSettings(_PAPER, steps=50000, lanes=16, length=1024, learning_rate=5e-4, test_bytes=4194304),
-            RecallSettings(
+            seeds=5,
+            tasks=_EVERYTHING,
+            recall=RecallSettings(
                 dataclasses.replace(
-                    _SMALL, hidden=256, heads=8, window=128, context=2048, intermediate=768, states=64
+                    _WIDER, hidden=256, heads=8, window=128, context=2048, intermediate=768, states=64
                 ),
                 steps=5000,
                 tokens=32768,
@@ -175,7 +193,15 @@ PRESETS = {
                 multiples=_MULTIPLES,
                 examples=1024,
             ),
-            CostSettings(
+            abilities=AbilitySettings(
+                dataclasses.replace(_WIDER, hidden=512, layers=6, heads=8, window=64, context=4096, intermediate=2048),
+                steps=20000,
+                tokens=65536,
+                learning_rate=5e-4,
+                examples=1024,
+            ),
+            text=TextSettings(_PAPER, steps=50000, lanes=16, length=1024, learning_rate=5e-4, test_bytes=4194304),
+            cost=CostSettings(
                 _PAPER, batch=2, length=8192, repeats=15, contexts=(1024, 8192, 32768, 131072), decode_tokens=128
             ),
         ),

@@ -7,13 +7,13 @@ from typing import Any
 
 import torch
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from hf_gallery.data import slot_recall
 
-from .contestants import Contestant, build
+from .contestants import Contestant
 from .presets import RecallSettings
-from .training import Tick, train, training_arguments
+from .training import Tick, learn
 
 
 class Curriculum(IterableDataset):
@@ -67,27 +67,12 @@ def measure(
 ) -> dict[str, Any]:
     """Trains a fresh model and asks it at each distance. Returns its size and, for each distance in tokens, how many
     questions were asked and how many answers were right."""
-    model = build(contestant, settings.sizes, seed)
-    with training_arguments(
-        device,
-        settings.steps,
-        settings.learning_rate,
-        seed,
-        per_device_train_batch_size=1,
-        remove_unused_columns=False,
-    ) as arguments:
-        train(Trainer(model, arguments, train_dataset=Curriculum(settings, seed), data_collator=_only), tick)
-    model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
+    model = learn(contestant, settings, Curriculum(settings, seed), seed, device, tick)
     scores = {}
     for distance in settings.distances():
         scores[str(distance)] = ask(model, settings, distance, seed, device)
         tick(1)
     return {"parameters": model.num_parameters(), "chance": 1 / settings.num_values, "recall": scores}
-
-
-def _only(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The Trainer's batch of one element, which is a whole batch already."""
-    return batches[0]
 
 
 @torch.no_grad()

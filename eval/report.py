@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from .files import read_json, write_json, write_text
-from .statistics import wilson
+from .statistics import two_proportions, wilson
 
 RESULTS, PAGE = "results.json", "report.html"
 # Okabe and Ito's colours, which the colour-blind can tell apart, in the order of the contestants.
@@ -47,15 +47,22 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     window = results["window"]["recall"]
     tested = distances(results)
     contexts = _contexts(results)
-    heads = ["variant", "parameters", *(f"recall {times(d / window)}" for d in tested), "bits/byte"]
+    abilities = results["abilities"]
+    best = {name: _leaders(results, name) for name in abilities}
+    heads = ["variant", "parameters", *(f"recall {times(d / window)}" for d in tested)]
+    heads += [*(f"ability {about['title']}" for about in abilities.values()), "bits/byte"]
     heads += ["train tokens/s", "train peak MiB"]
     heads += [f"decode ms, {_short(c)}" for c in contexts] + [f"cache KiB, {_short(c)}" for c in contexts]
     rows = []
-    for entry in results["summary"].values():
+    for contestant, entry in results["summary"].items():
         row = [entry["label"], f"{entry['parameters']:,}" if "parameters" in entry else "-"]
         for d in tested:
             score = entry.get("recall", {}).get(str(d))
             row.append(f"{100 * score['correct'] / max(1, score['asked']):.0f} %" if score else "-")
+        for name in abilities:
+            correct, asked = _total(entry, name)
+            mark = " *" if contestant in best[name] else ""
+            row.append(f"{100 * correct / asked:.0f} %{mark}" if asked else "-")
         bits = entry.get("bits_per_byte")
         row.append(f"{mean(bits):.3f}" if bits else "-")
         cost = entry.get("cost")
@@ -69,6 +76,10 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     for i, head in enumerate(heads):
         if head.startswith("recall"):
             base[i] = f"{100 * results['chance']:.0f} %"
+        elif head.startswith("ability"):
+            base[i] = (
+                f"{100 * _blind(results, next(n for n, a in abilities.items() if head.endswith(a['title']))):.0f} %"
+            )
         elif head == "bits/byte" and results["order0_bits_per_byte"] is not None:
             base[i] = f"{results['order0_bits_per_byte']:.3f}"
     used = [i for i in range(len(heads)) if i == 0 or any(row[i] != "-" for row in rows)]
@@ -78,10 +89,13 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """The table cut into parts of a page's width: title, headings and rows of each that has something to show."""
     heads, rows = table(results)
-    baselines = iter(("chance", "bytes by frequency", ""))
+    baselines = iter(("chance", "chance", "bytes by frequency", ""))
     groups = {
         f"Recall by distance, in windows of {results['window']['recall']} tokens": [
             i for i, h in enumerate(heads) if h.startswith("recall")
+        ],
+        "Abilities: right answers over all levels; * the best, and who is not surely behind": [
+            i for i, h in enumerate(heads) if h.startswith("ability")
         ],
         "Text; speed and memory of a training step": [
             i for i, h in enumerate(heads) if h in ("parameters", "bits/byte") or "train" in h
@@ -131,7 +145,31 @@ def _contexts(results: dict[str, Any]) -> list[int]:
     return sorted({int(c) for cost in costs for c in cost["decode_ms_per_token"]})
 
 
-_FAMILY = re.compile("^(recall|train|decode|cache) ")
+def _total(entry: dict[str, Any], ability: str) -> tuple[int, int]:
+    """Right answers and questions of a contestant, over all levels."""
+    levels = entry.get("abilities", {}).get(ability, {}).values()
+    return sum(s["correct"] for s in levels), sum(s["asked"] for s in levels)
+
+
+def _leaders(results: dict[str, Any], ability: str) -> set[str]:
+    """The contestant with most right answers, and those that might be as good: a difference as theirs is no rarer than
+    1 in 20 by chance. Nobody where the first is not surely better than guessing."""
+    totals = {name: _total(entry, ability) for name, entry in results["summary"].items()}
+    totals = {name: total for name, total in totals.items() if total[1]}
+    first = max(totals.values(), key=lambda total: total[0] / total[1])
+    if wilson(*first)[0] <= _blind(results, ability):
+        return set()
+    return {name for name, total in totals.items() if (two_proportions(*total, *first) or 0.0) >= 0.05}
+
+
+def _blind(results: dict[str, Any], ability: str) -> float:
+    """How often guesses are right over all levels."""
+    entry = next(e for e in results["summary"].values() if ability in e.get("abilities", {}))
+    levels = entry["abilities"][ability].values()
+    return sum(s["chance"] * s["asked"] for s in levels) / max(1, sum(s["asked"] for s in levels))
+
+
+_FAMILY = re.compile("^(recall|ability|train|decode|cache) ")
 
 
 def times(x: float) -> str:
@@ -189,38 +227,26 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
     entries = [(i, name, e) for i, (name, e) in enumerate(results["summary"].items())]
     window, tested = results["window"]["recall"], distances(results)
     if tested:
-        figure = go.Figure()
-        for i, _, e in entries:
-            if "recall" not in e:
-                continue
-            scores = [e["recall"][str(d)] for d in tested]
-            share = [s["correct"] / max(1, s["asked"]) for s in scores]
-            limits = [wilson(s["correct"], s["asked"]) for s in scores]
-            figure.add_scatter(
-                x=[times(d / window) for d in tested],
-                y=share,
-                name=e["label"],
-                mode="lines+markers",
-                line={"color": COLOURS[i % len(COLOURS)]},
-                marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-                error_y={
-                    "array": [high - y for (_, high), y in zip(limits, share, strict=True)],
-                    "arrayminus": [y - low for (low, _), y in zip(limits, share, strict=True)],
-                },
-                customdata=[[d, s["correct"], s["asked"]] for d, s in zip(tested, scores, strict=True)],
-                hovertemplate="%{y:.1%} at %{customdata[0]} tokens (%{customdata[1]} of %{customdata[2]})",
-            )
-        figure.add_hline(y=results["chance"], line_dash="dot", annotation_text="chance")
-        figure.update_yaxes(title="right answers", tickformat=".0%", range=[-0.02, 1.04])
-        figure.update_xaxes(title=f"distance, in windows of {window} tokens", type="category")
-        plots.append(
-            (
-                "What each remembers",
-                "Share of right answers by the distance from where something was written to where it is asked for. "
-                "Bars are 95 % intervals (Wilson).",
-                figure,
-            )
+        curves = [(i, e["label"], [e["recall"][str(d)] for d in tested]) for i, _, e in entries if "recall" in e]
+        figure = _curves(curves, [times(d / window) for d in tested], [results["chance"]] * len(tested))
+        figure.update_xaxes(title=f"distance, in windows of {window} tokens")
+        caption = (
+            "Share of right answers by the distance from where something was written to where it is asked for. "
+            "Bars are 95 % intervals (Wilson)."
         )
+        plots.append(("What each remembers", caption, figure))
+    for name, about in results["abilities"].items():
+        levels = next(e["abilities"][name] for _, _, e in entries if name in e.get("abilities", {}))
+        curves = [
+            (i, e["label"], [e["abilities"][name][level] for level in levels])
+            for i, _, e in entries
+            if name in e.get("abilities", {})
+        ]
+        figure = _curves(curves, list(levels), [score["chance"] for score in levels.values()])
+        figure.update_xaxes(title=about["axis"])
+        beyond = [level for level, score in levels.items() if not score["trained"]]
+        caption = about["about"] + (f" Never practised: {', '.join(beyond)}." if beyond else "")
+        plots.append((f"{about['title']} ({about['group']})", caption, figure))
     bits = [(i, e["label"], e["bits_per_byte"]) for i, _, e in entries if "bits_per_byte" in e]
     if bits:
         figure = go.Figure(
@@ -301,6 +327,33 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
         figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
         figure.update_yaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
     return plots
+
+
+def _curves(curves: list[tuple[int, str, list[dict[str, Any]]]], levels: list[str], chance: list[float]) -> go.Figure:
+    """Shares of right answers by level with their intervals, a line for each (number, label, scores) of a contestant,
+    and what guesses give."""
+    figure = go.Figure()
+    for i, label, scores in curves:
+        share = [s["correct"] / max(1, s["asked"]) for s in scores]
+        limits = [wilson(s["correct"], s["asked"]) for s in scores]
+        figure.add_scatter(
+            x=levels,
+            y=share,
+            name=label,
+            mode="lines+markers",
+            line={"color": COLOURS[i % len(COLOURS)]},
+            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
+            error_y={
+                "array": [high - y for (_, high), y in zip(limits, share, strict=True)],
+                "arrayminus": [y - low for (low, _), y in zip(limits, share, strict=True)],
+            },
+            customdata=[[s["correct"], s["asked"]] for s in scores],
+            hovertemplate="%{y:.1%} at %{x} (%{customdata[0]} of %{customdata[1]})",
+        )
+    figure.add_scatter(x=levels, y=chance, name="chance", mode="lines", line={"dash": "dot", "color": "#888888"})
+    figure.update_yaxes(title="right answers", tickformat=".0%", range=[-0.02, 1.04])
+    figure.update_xaxes(type="category")
+    return figure
 
 
 def _bars(title, caption, costs, value, axis):

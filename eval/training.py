@@ -8,9 +8,34 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import IterableDataset
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from .contestants import Contestant, build
 
 Tick = Callable[[int], None]
+
+
+def learn(
+    contestant: Contestant, settings: Any, batches: IterableDataset, seed: int, device: torch.device, tick: Tick
+) -> PreTrainedModel:
+    """A fresh model that has trained on `batches`, which yields settings.steps whole batches, ready to be asked."""
+    model = build(contestant, settings.sizes, seed)
+    with training_arguments(
+        device,
+        settings.steps,
+        settings.learning_rate,
+        seed,
+        per_device_train_batch_size=1,
+        remove_unused_columns=False,
+    ) as arguments:
+        train(Trainer(model, arguments, train_dataset=batches, data_collator=_only), tick)
+    return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
+
+
+def _only(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The Trainer's batch of one element, which is a whole batch already."""
+    return batches[0]
 
 
 def train(trainer: Trainer, tick: Tick) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ from bs4 import BeautifulSoup
 from rich.console import Console
 from typer.testing import CliRunner
 
-from eval import attention, benchmark, cells, contestants, cost, presets, recall, report, text
+from eval import abilities, attention, benchmark, cells, contestants, cost, presets, recall, report, text
 from eval import cli as command_line
 from eval.cells import Cell, Run
 from eval.files import read_json, write_json, write_text
 from eval.measure import interleaved, peak_bytes
 from eval.statistics import wilson
-from hf_gallery.data import load_corpus, slot_recall
+from hf_gallery.data import TASKS, load_corpus, questions, slot_recall
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -35,12 +36,14 @@ TINY_SIZES = dataclasses.replace(
 TINY = presets.Preset(
     "tiny",
     "seconds",
-    1,
-    presets.TextSettings(TINY_SIZES, steps=3, lanes=2, length=16, learning_rate=1e-2, test_bytes=500),
-    presets.RecallSettings(
+    seeds=1,
+    tasks=("recall", "permutations", "text", "cost"),
+    recall=presets.RecallSettings(
         TINY_SIZES, steps=4, tokens=64, short=8, length=40, learning_rate=1e-2, multiples=(0.5, 2.0, 8.0), examples=9
     ),
-    presets.CostSettings(TINY_SIZES, batch=2, length=24, repeats=1, contexts=(8, 24), decode_tokens=2),
+    abilities=abilities.AbilitySettings(TINY_SIZES, steps=4, tokens=64, learning_rate=1e-2, examples=9),
+    text=presets.TextSettings(TINY_SIZES, steps=3, lanes=2, length=16, learning_rate=1e-2, test_bytes=500),
+    cost=presets.CostSettings(TINY_SIZES, batch=2, length=24, repeats=1, contexts=(8, 24), decode_tokens=2),
 )
 
 
@@ -151,6 +154,65 @@ def test_test_questions_were_not_trained_on():
     trained = {str(row) for batch in recall.Curriculum(TINY.recall, 0) for row in batch["input_ids"].tolist()}
     asked = slot_recall(50, TINY.recall.length, distances=[8], seed=0, split="test")
     assert not trained & {str(row) for row in asked["input_ids"]}
+
+
+@pytest.mark.parametrize("preset", presets.PRESETS)
+@pytest.mark.parametrize("name", abilities.ABILITIES)
+def test_levels_of_abilities(name, preset):
+    """Every level can be made, some are practised and the hardest is not the easiest."""
+    settings = presets.PRESETS[preset].abilities
+    found = abilities.ability(name, settings)
+    assert found.group in ("memory", "reasoning") and len({level.label for level in found.levels}) >= 3
+    assert found.levels[0].trained
+    assert max(level.arguments["length"] for level in found.levels) <= settings.sizes.context * 1.1
+    if preset != "full":
+        for level in found.levels:
+            assert len(TASKS[found.task](2, **level.arguments)) == 2
+
+
+@pytest.mark.parametrize("name", ["verbatim_copy", "permutations", "variable_tracking", "capacity"])
+def test_answers_are_counted_as_lm_eval_would(name):
+    """A model that knows the answers but for every third example's last character."""
+    level = abilities.ability(name, TINY.abilities).levels[1]
+    task = abilities.ability(name, TINY.abilities).task
+    arguments = level.arguments | ({"printable": True} if name == "capacity" else {})
+    data = TASKS[task](30, **arguments, seed=0, split="test")
+    rows = {str(row["input_ids"]): (i, row["labels"]) for i, row in enumerate(data)}
+
+    class Knows(torch.nn.Module):
+        def forward(self, input_ids):
+            best = torch.zeros(input_ids.shape, dtype=torch.long)
+            for row, ids in enumerate(input_ids.tolist()):
+                i, labels = rows[str(ids)]
+                best[row, :-1] = torch.tensor(labels[1:])
+                if i % 3 == 0:
+                    best[row, max(t for t, label in enumerate(labels) if label >= 0) - 1] = 7
+            return SimpleNamespace(logits=torch.nn.functional.one_hot(best.clamp(min=0), 256).float())
+
+    score = abilities.ask(Knows(), task, arguments, 30, 0, CPU)
+    assert score == {"asked": len(questions(data)), "correct": len(questions(data)) - 10}
+
+
+def test_abilities_are_learned_from_other_examples_than_asked():
+    settings = dataclasses.replace(TINY.abilities, steps=30)
+    batches = [list(abilities.Levels("permutations", settings, 0)) for _ in range(2)]
+    for a, b in zip(*batches, strict=True):
+        assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["labels"], b["labels"])
+    lengths = [batch["input_ids"].shape[1] for batch in batches[0]]
+    practised = [v.arguments["length"] for v in abilities.ability("permutations", settings).levels if v.trained]
+    assert set(lengths) == set(practised) and lengths[0] == practised[0] and lengths.index(practised[-1]) > 10
+    trained = {str(row) for batch in batches[0] for row in batch["input_ids"].tolist()}
+    asked = TASKS["permutation_composition"](50, length=practised[-1], num_questions=1, seed=0, split="test")
+    assert not trained & {str(row) for row in asked["input_ids"]}
+
+
+def test_leaders_are_the_best_and_those_that_might_be():
+    def entry(correct):
+        return {"abilities": {"x": {"a": {"asked": 100, "correct": correct, "chance": 0.1}}}}
+
+    results = {"summary": {"first": entry(90), "near": entry(85), "far": entry(50), "none": {}}}
+    assert report._leaders(results, "x") == {"first", "near"}
+    assert report._leaders({"summary": {"a": entry(10), "b": entry(12)}}, "x") == set()
 
 
 def test_order0_bits_by_hand(tmp_path):
@@ -290,22 +352,24 @@ def test_the_whole_run(tiny):
         assert set(entry["recall"]) == {"2", "8", "32"}
         assert all(0 <= s["correct"] <= s["asked"] > 0 for s in entry["recall"].values())
         assert 3 < entry["bits_per_byte"][0] < 12
+        (scores,) = entry["abilities"].values()
+        assert all(0 <= s["correct"] <= s["asked"] > 0 for s in scores.values())
     assert 3 < results["order0_bits_per_byte"] < 8
-    assert len(list((folder / "cells").iterdir())) == 2 * len(NAMES) + 2
+    assert len(list((folder / "cells").iterdir())) == 3 * len(NAMES) + 2
     page = BeautifulSoup((folder / report.PAGE).read_text(), "html.parser")
     rows = page.select("tbody th[scope=row]")
     assert [row.text for row in rows][:-1] == [c.label for c in contestants.CONTESTANTS.values()]
-    assert len(page.select(".plot")) == 6
+    assert len(page.select(".plot")) == 7
     assert not page.select("script[src], link[href^=http]")  # nothing is fetched
     before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     second = invoke(*tiny)
-    assert second.exit_code == 0 and "14 of 14 cells" in second.output
+    assert second.exit_code == 0 and "20 of 20 cells" in second.output
     assert {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == before
     assert read_json(folder / report.RESULTS) == results
     again = invoke("report", "tiny")
     assert again.exit_code == 0 and "Transformer-XL" in again.output
     blocks = invoke("report", "tiny", "--markdown").output.strip().split("\n\n")
-    assert [len(block.splitlines()) for block in blocks] == [1, 3 + len(NAMES)] * 2 + [1, 2 + len(NAMES)]
+    assert [len(block.splitlines()) for block in blocks] == [1, 3 + len(NAMES)] * 3 + [1, 2 + len(NAMES)]
     assert all(len({line.count("|") for line in block.splitlines()}) == 1 for block in blocks)
     for name in ("curves.png", "curves.svg"):
         assert invoke("report", str(folder / report.RESULTS), "--picture", name).exit_code == 0
@@ -411,6 +475,6 @@ def test_nothing_but_benchmark_plans(tmp_path):
     chosen = benchmark.choose_contestants("transformer_xl,transformer")
     planned = benchmark.plan(TINY, chosen, list(benchmark.TASKS), 2, "stdlib", CPU)
     names = [c.name for c in planned]
-    assert len(set(names)) == len(names) == 2 * 2 * 2 + 2
+    assert len(set(names)) == len(names) == 2 * 2 * (2 + len(abilities.ABILITIES)) + 2
     assert names[:2] == ["recall.transformer.0", "recall.transformer_xl.0"]
     assert isinstance(planned[0], cells.Cell) and all(c.units > 0 for c in planned)
