@@ -89,7 +89,7 @@ def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str,
     """All of a run in one value: the cells as measured, and by contestant what the table and the page show.
 
     recall: distance -> asked and correct, added up over seeds; abilities likewise by name and level. bits_per_byte: by
-    seed. cost: as measured.
+    seed; by_position and by_last_use: bits and bytes, added up over seeds. cost: as measured.
     """
     summary: dict[str, Any] = {}
     for c in contestants:
@@ -114,6 +114,12 @@ def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str,
         elif cell["task"] == "text":
             summary[cell["contestant"]].setdefault("bits_per_byte", []).append(result["bits_per_byte"])
             summary[cell["contestant"]]["parameters"] = result["parameters"]
+            for curve in ("by_position", "by_last_use"):
+                entry = summary[cell["contestant"]].setdefault(curve, {})
+                for label, sums in result[curve].items():
+                    total = entry.setdefault(label, dict.fromkeys(sums, 0))
+                    for key, value in sums.items():
+                        total[key] += value
         elif cell["task"] == "cost":
             for name, entry in result.items():
                 summary[name]["cost"] = entry

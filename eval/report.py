@@ -277,6 +277,25 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
                 figure,
             )
         )
+    for key, title, axis, caption in (
+        (
+            "by_position",
+            "Does more context help?",
+            "bytes of the document read before, at least",
+            "Bits per byte over the stretches of a document. A line that goes on falling is a model that uses what it "
+            "read long ago.",
+        ),
+        (
+            "by_last_use",
+            "Names and other rare words",
+            "bytes since the document used the word last, at least",
+            "Bits per byte of words that are rare in the training text: their first use, and later ones by the "
+            "distance to the last. Who remembers a name pays less for it.",
+        ),
+    ):
+        curves = [(i, e["label"], e[key]) for i, _, e in entries if e.get(key)]
+        if curves:
+            plots.append((title, caption, _bit_curves(curves, axis)))
     costs = [(i, e["label"], e["cost"]) for i, _, e in entries if "cost" in e]
     if costs:
         plots.append(
@@ -353,6 +372,25 @@ def _curves(curves: list[tuple[int, str, list[dict[str, Any]]]], levels: list[st
     figure.add_scatter(x=levels, y=chance, name="chance", mode="lines", line={"dash": "dot", "color": "#888888"})
     figure.update_yaxes(title="right answers", tickformat=".0%", range=[-0.02, 1.04])
     figure.update_xaxes(type="category")
+    return figure
+
+
+def _bit_curves(curves: list[tuple[int, str, dict[str, dict[str, float]]]], axis: str) -> go.Figure:
+    """Bits per byte by label, a line for each (number, label, sums) of a contestant."""
+    figure = go.Figure()
+    for i, label, sums in curves:
+        figure.add_scatter(
+            x=list(sums),
+            y=[s["bits"] / max(1, s["bytes"]) for s in sums.values()],
+            name=label,
+            mode="lines+markers",
+            line={"color": COLOURS[i % len(COLOURS)]},
+            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
+            customdata=[[s["bytes"]] for s in sums.values()],
+            hovertemplate="%{y:.3f} bits per byte at %{x} (%{customdata[0]:,} bytes)",
+        )
+    figure.update_xaxes(title=axis, type="category")
+    figure.update_yaxes(title="bits per byte, lower is better")
     return figure
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import math
+import re
 import time
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
+from transformers import PreTrainedModel
 
 from hf_gallery.data import byte_tokenizer, encode_bytes
 from hf_gallery.training import SegmentTrainer
@@ -57,7 +60,8 @@ def measure(
     contestant: Contestant, settings: TextSettings, corpus: DatasetDict, seed: int, device: torch.device, tick: Tick
 ) -> dict[str, Any]:
     """Trains a fresh model on the training documents, its cache carried from step to step, and reads the held-out
-    documents likewise. Returns its size, bits per byte, scored bytes, bytes trained on and seconds of training."""
+    documents from their first byte to their last. Returns its size, bits per byte, scored bytes, bytes trained on,
+    seconds of training, and bits by position and of rare words (see `by_position`, `by_last_use`)."""
     model = build(contestant, settings.sizes, seed)
     with training_arguments(
         device,
@@ -65,25 +69,113 @@ def measure(
         settings.learning_rate,
         seed,
         per_device_train_batch_size=settings.lanes,
-        per_device_eval_batch_size=settings.lanes,
     ) as arguments:
         trainer = SegmentTrainer(
             model,
             arguments,
             segment_length=settings.length,
             train_dataset=dataset(documents(corpus["train"])),
-            eval_dataset=dataset(documents(corpus["test"], settings.test_bytes)),
             processing_class=byte_tokenizer(),
         )
         start = time.perf_counter()
         train(trainer, tick)
         seconds = time.perf_counter() - start
-        metrics = trainer.evaluate()
+    model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
+    found = documents(corpus["test"], settings.test_bytes)
+    bits = read(model, found, settings.lanes, settings.length, device)
     tick(units(settings) - settings.steps)
+    scored = sum(len(x) for x in bits)
     return {
         "parameters": model.num_parameters(),
-        "bits_per_byte": metrics["eval_bits_per_byte"],
-        "scored_bytes": metrics["eval_tokens"],
+        "bits_per_byte": sum(float(x.sum()) for x in bits) / scored,
+        "scored_bytes": scored,
         "trained_bytes": settings.steps * settings.lanes * settings.length,
         "training_seconds": seconds,
+        "by_position": by_position(bits),
+        "by_last_use": by_last_use(bits, found, frequent_words(corpus["train"])),
     }
+
+
+@torch.no_grad()
+def read(
+    model: PreTrainedModel, found: list[np.ndarray], lanes: int, length: int, device: torch.device
+) -> list[np.ndarray]:
+    """Bits that the model gives each byte of each document but its first, (bytes - 1,) each.
+
+    Documents are read side by side, `lanes` at a time, `length` tokens a forward, with their state carried along;
+    those that end before others are padded.
+    """
+    bits: list[np.ndarray] = [np.zeros(0)] * len(found)
+    order = sorted(range(len(found)), key=lambda i: len(found[i]))  # of like length side by side
+    for group in (order[i : i + lanes] for i in range(0, len(order), lanes)):
+        longest = max(len(found[i]) for i in group)
+        ids = torch.zeros(len(group), longest, dtype=torch.long)
+        mask = torch.zeros(len(group), longest, dtype=torch.long)
+        for row, i in enumerate(group):
+            ids[row, : len(found[i])], mask[row, : len(found[i])] = torch.from_numpy(found[i].astype(np.int64)), 1
+        ids, mask, cache, parts = ids.to(device), mask.to(device), None, []
+        for start in range(0, longest - 1, length):
+            columns = slice(start, min(start + length, longest - 1))
+            output = model(
+                input_ids=ids[:, columns], attention_mask=mask[:, columns], past_key_values=cache, use_cache=True
+            )
+            cache = output.past_key_values
+            asked = ids[:, columns.start + 1 : columns.stop + 1]
+            loss = torch.nn.functional.cross_entropy(output.logits.float().mT, asked, reduction="none")
+            parts.append((loss / math.log(2)).cpu().numpy())
+        joined = np.concatenate(parts, axis=1)  # (lanes, longest - 1)
+        for row, i in enumerate(group):
+            bits[i] = joined[row, : len(found[i]) - 1].astype(np.float64)
+    return bits
+
+
+def by_position(bits: list[np.ndarray]) -> dict[str, dict[str, float]]:
+    """{first byte of the stretch: {bits, bytes}} over stretches of a document that double in length from 64 bytes on:
+    does more context help, and until where?"""
+    found: dict[str, dict[str, float]] = {}
+    longest = max(len(x) for x in bits)
+    start, stop = 0, 64
+    while start < longest:
+        parts = [x[start:stop] for x in bits]
+        found[str(start)] = {"bits": float(sum(x.sum() for x in parts)), "bytes": int(sum(len(x) for x in parts))}
+        start, stop = stop, 2 * stop
+    return found
+
+
+WORD = re.compile(rb"[A-Za-z_][A-Za-z0-9_]{2,}")
+FREQUENT = 2000  # words that are not rare
+FIRST_USE = "first use"
+
+
+def frequent_words(training: Dataset) -> set[bytes]:
+    """The most frequent words of the training documents; all other words are rare: names, for the most part."""
+    counts: collections.Counter[bytes] = collections.Counter()
+    for text in training["text"]:
+        counts.update(WORD.findall(text.encode()))
+    return {word for word, _ in counts.most_common(FREQUENT)}
+
+
+def by_last_use(bits: list[np.ndarray], found: list[np.ndarray], frequent: set[bytes]) -> dict[str, dict[str, float]]:
+    """What rare words cost, by how many bytes ago the document used the same word last: {least distance: {bits, bytes,
+    words}}, in steps of four from 16 on, and "first use". Who remembers the names of a book pays less for a later use
+    than for the first. A word stands from its first to its last byte; the byte after it, which ends it, is not
+    counted."""
+    sums: dict[str, dict[str, float]] = {}
+    for x, ids in zip(bits, found, strict=True):
+        last: dict[bytes, int] = {}
+        for match in WORD.finditer(ids.astype(np.uint8).tobytes()):
+            word, start = match.group(), match.start()
+            if word in frequent:
+                continue
+            label = FIRST_USE
+            if word in last:
+                distance = start - last[word]
+                label = str(4 ** max(2, int(math.log(distance, 4) + 1e-9)))
+            last[word] = start
+            if start == 0:
+                continue  # nothing stands before the first byte
+            entry = sums.setdefault(label, {"bits": 0.0, "bytes": 0, "words": 0})
+            entry["bits"] += float(x[start - 1 : match.end() - 1].sum())
+            entry["bytes"] += match.end() - start
+            entry["words"] += 1
+    return {label: sums[label] for label in sorted(sums, key=lambda k: -1 if k == FIRST_USE else int(k))}

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from bs4 import BeautifulSoup
+from datasets import Dataset
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -51,6 +53,7 @@ TINY = presets.Preset(
 def tiny(monkeypatch, tmp_path):
     """The command with the tiny preset beside the others, in an empty folder, on a small corpus."""
     monkeypatch.setitem(presets.PRESETS, "tiny", TINY)
+    monkeypatch.setattr(text, "FREQUENT", 1)  # of the few words there are
     monkeypatch.chdir(tmp_path)
     corpus = tmp_path / "corpus"
     corpus.mkdir()
@@ -224,6 +227,49 @@ def test_order0_bits_by_hand(tmp_path):
     assert bits == pytest.approx(-(math.log2(2 / total) + math.log2(3 / total)) / 2)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_documents_are_read_as_if_alone(name):
+    """Side by side, in forwards of any length, with padding: each byte gets the bits of one forward over its
+    document."""
+    model = contestants.build(contestants.CONTESTANTS[name], TINY_SIZES).eval().double()
+    random = np.random.default_rng(0)
+    found = [random.integers(0, 256, size=n) for n in (2, 61, 30, 7, 44)]
+    got = text.read(model, found, lanes=3, length=9, device=CPU)
+    for ids, bits in zip(found, got, strict=True):
+        ids = torch.from_numpy(ids)[None]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, :-1]
+        expected = -torch.log_softmax(logits.double(), -1).gather(-1, ids[0, 1:, None])[:, 0] / math.log(2)
+        np.testing.assert_allclose(bits, expected.numpy(), rtol=1e-4)  # the loss is taken in float32
+
+
+def test_bits_by_position():
+    bits = [np.arange(200.0), np.ones(70)]
+    got = text.by_position(bits)
+    assert {k: v["bytes"] for k, v in got.items()} == {"0": 128, "64": 70, "128": 72}
+    assert got["0"]["bits"] == sum(range(64)) + 64 and got["128"]["bits"] == sum(range(128, 200))
+
+
+def test_bits_of_rare_words_by_hand():
+    """Each byte costs as many bits as its place, so that sums tell which bytes were counted."""
+    said = b"Anna the Anna" + b" " * 60 + b"Anna. Bo Bob"
+    ids = np.frombuffer(said, dtype=np.uint8)
+    got = text.by_last_use([np.arange(1.0, len(said))], [ids], {b"the"})
+    first, second, bob = 9, 73, said.index(b"Bob")
+    assert got == {
+        "first use": {"bits": sum(range(bob, bob + 3)), "bytes": 3, "words": 1},  # Anna's stands at the very start
+        "16": {"bits": sum(range(first, first + 4)), "bytes": 4, "words": 1},
+        "64": {"bits": sum(range(second, second + 4)), "bytes": 4, "words": 1},
+    }
+
+
+def test_frequent_words(monkeypatch):
+    said = Dataset.from_dict({"text": ["the cat the dog a an", "_x1 the cat"]})
+    assert text.frequent_words(said) == {b"the", b"cat", b"dog", b"_x1"}
+    monkeypatch.setattr(text, "FREQUENT", 2)
+    assert text.frequent_words(said) == {b"the", b"cat"}
+
+
 def test_documents_are_cut_at_the_limit(tmp_path):
     for i in range(5):
         (tmp_path / f"{i}.txt").write_text("0123456789" * 10)
@@ -359,7 +405,7 @@ def test_the_whole_run(tiny):
     page = BeautifulSoup((folder / report.PAGE).read_text(), "html.parser")
     rows = page.select("tbody th[scope=row]")
     assert [row.text for row in rows][:-1] == [c.label for c in contestants.CONTESTANTS.values()]
-    assert len(page.select(".plot")) == 7
+    assert len(page.select(".plot")) == 9
     assert not page.select("script[src], link[href^=http]")  # nothing is fetched
     before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     second = invoke(*tiny)
