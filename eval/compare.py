@@ -41,11 +41,16 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Differenc
         b = second["summary"].get(name)
         if b is None:
             continue
-        for d in sorted(set(a.get("recall", {})) & set(b.get("recall", {})), key=int):
-            x, y = a["recall"][d], b["recall"][d]
-            chance = two_proportions(x["correct"], x["asked"], y["correct"], y["asked"])
-            shares = (100 * s["correct"] / max(1, s["asked"]) for s in (x, y))
-            found.append(Difference(a["label"], f"recall at {d} tokens", "%", *shares, chance))
+        curves = [("recall at {} tokens", a.get("recall", {}), b.get("recall", {}))]
+        for ability, levels in a.get("abilities", {}).items():
+            title = first["abilities"][ability]["title"]
+            curves.append((f"{title}, {{}}", levels, b.get("abilities", {}).get(ability, {})))
+        for what, levels, others in curves:
+            for level in (k for k in levels if k in others):
+                x, y = levels[level], others[level]
+                chance = two_proportions(x["correct"], x["asked"], y["correct"], y["asked"])
+                before, after = (100 * s["correct"] / max(1, s["asked"]) for s in (x, y))
+                found.append(Difference(a["label"], what.format(level), "%", before, after, chance))
         if "bits_per_byte" in a and "bits_per_byte" in b:
             x, y = a["bits_per_byte"], b["bits_per_byte"]
             found.append(Difference(a["label"], "bits per byte", "bits", mean(x), mean(y), _paired(x, y)))

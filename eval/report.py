@@ -293,9 +293,9 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
             "distance to the last. Who remembers a name pays less for it.",
         ),
     ):
-        curves = [(i, e["label"], e[key]) for i, _, e in entries if e.get(key)]
-        if curves:
-            plots.append((title, caption, _bit_curves(curves, axis)))
+        sums = [(i, e["label"], e[key]) for i, _, e in entries if e.get(key)]
+        if sums:
+            plots.append((title, caption, _bit_curves(sums, axis)))
     costs = [(i, e["label"], e["cost"]) for i, _, e in entries if "cost" in e]
     if costs:
         plots.append(
