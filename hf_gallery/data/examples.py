@@ -20,13 +20,13 @@ SPLITS = {"train": 0, "validation": 1, "test": 2}
 NOISE = np.frombuffer(b" .,-", dtype=np.uint8)
 
 
-def questions(data: Dataset) -> Dataset:
+def questions(data: Dataset, *, last: bool = False) -> Dataset:
     """The questions of a task's examples as text, as lm-eval asks them.
 
     A row for each answer, in the order of the examples: `context`, what stands before the answer; `target`, the
     answer, one character or more; `distance`, as in the example, of the answer's first character. An answer is a run
     of scored columns that stand in the input as well; where they do not (slot_recall, permutation_composition), each
-    scored column is one. Characters are the ids of the byte tokenizer. No context ends in white space, which lm-eval
+    scored column is one. last=True keeps only the last of each example. Characters are the ids of the byte tokenizer. No context ends in white space, which lm-eval
     would count among the answer.
 
     Raises ValueError for ids that are not ASCII; associative_recall makes text if asked for (printable=True).
@@ -37,15 +37,17 @@ def questions(data: Dataset) -> Dataset:
         raise ValueError(f"input_ids holds {ids.max()}, which is not ASCII; make the examples with printable=True")
     scored = labels >= 0
     goes_on = scored[:, 1:] & scored[:, :-1] & (labels[:, :-1] == ids[:, :-1])  # from one column to the next
-    first = scored.copy()
-    first[:, 1:] &= ~goes_on
-    last = scored.copy()
-    last[:, :-1] &= ~goes_on
+    begins, ends = scored.copy(), scored.copy()
+    begins[:, 1:] &= ~goes_on
+    ends[:, :-1] &= ~goes_on
     found: dict[str, list] = {"context": [], "target": [], "distance": []}
-    starts, ends = np.argwhere(first), np.argwhere(last)[:, 1] + 1
-    for (row, start), end in zip(starts, ends, strict=True):
+    starts, stops = np.argwhere(begins), np.argwhere(ends)[:, 1] + 1
+    if last:
+        keep = np.append(starts[1:, 0] != starts[:-1, 0], True)[: len(starts)]
+        starts, stops = starts[keep], stops[keep]
+    for (row, start), stop in zip(starts, stops, strict=True):
         found["context"].append(ids[row, :start].astype(np.uint8).tobytes().decode("ascii"))
-        found["target"].append(labels[row, start:end].astype(np.uint8).tobytes().decode("ascii"))
+        found["target"].append(labels[row, start:stop].astype(np.uint8).tobytes().decode("ascii"))
         found["distance"].append(int(distance[row, start]))
     features = Features({"context": Value("string"), "target": Value("string"), "distance": Value("int64")})
     return Dataset.from_dict(found, features=features)

@@ -1,0 +1,332 @@
+"""Gallery models in lm-eval, without cutting their past short: the model `hf-gallery`, its command line, and scores of
+a model in memory.
+
+lm-eval's own `--model hf` works on a saved gallery model like on any other, but as for any other it cuts a context to
+max_length tokens (2,048 unless told otherwise) and begins each window of a long document anew. `--model hf-gallery`
+keeps the cache from window to window, reads long contexts in chunks, and cuts nothing that the model could read.
+
+Needs lm-eval: pip install "hf-gallery[eval]".
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset, DatasetDict
+from lm_eval import simple_evaluate
+from lm_eval._cli import HarnessCLI
+from lm_eval.api.instance import Instance
+from lm_eval.api.registry import register_model
+from lm_eval.api.task import ConfigurableTask
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import setup_logging
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+import hf_gallery  # registers the models with AutoModel...
+
+from .data import TASKS, byte_tokenizer, questions
+
+TASK_FOLDER = Path(hf_gallery.__file__).parents[1] / "eval" / "tasks"  # in a checkout, not in an installed package
+UNLIMITED = sys.maxsize
+
+
+@register_model("hf-gallery")
+class GalleryLM(HFLM):
+    """A causal gallery model for lm-eval. Takes the arguments of lm-eval's `hf` and
+
+    prefill_chunk_size: tokens of a forward; what is longer is read in as many, with the cache carried along. No result
+        depends on it.
+
+    max_length limits nothing unless it is given, or the model has learned positions that end. A text is read on from
+    prefix_token_id, the tokenizer's <bos> unless given. Requests with the same context read it once.
+
+    Raises ValueError for a model that is not of the gallery, a batch_size that is no number, a prefill_chunk_size
+    below 1, and a prefix token that the model has no embedding of.
+    """
+
+    def __init__(self, pretrained: str | PreTrainedModel, *, prefill_chunk_size: int = 2048, **arguments: Any):
+        if str(arguments.get("batch_size", 1)).startswith("auto"):
+            raise ValueError(
+                "batch_size is 'auto', which tries the longest input there is; give a number to hf-gallery"
+            )
+        self.prefill_chunk_size = int(prefill_chunk_size)
+        if self.prefill_chunk_size < 1:
+            raise ValueError(f"prefill_chunk_size is {prefill_chunk_size}; it counts tokens, so give 1 or more")
+        super().__init__(pretrained, **arguments)
+        kind = self.config.model_type
+        if not kind.startswith("gallery_"):
+            raise ValueError(f"model_type is {kind!r}; hf-gallery is for models of the gallery: use --model hf")
+        if self.prefix_token_id >= self.config.vocab_size:
+            raise ValueError(
+                f"prefix_token_id is {self.prefix_token_id}, outside the model's vocabulary of "
+                f"{self.config.vocab_size}; give one that it knows, 10 (a line feed) for example"
+            )
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest input; no limit for models that can read on for ever."""
+        if self._max_length:
+            return self._max_length
+        limit = getattr(self.config, "longest_input", None)
+        segments = getattr(self.config, "segment_length", None)  # in which learned positions begin anew
+        return UNLIMITED if limit is None or segments is not None else limit
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each text, every token given all before it, as far as the model remembers.
+
+        Texts are read side by side, each in its row, in chunks of prefill_chunk_size. Models that cannot read for ever
+        do as lm-eval's `hf`.
+        """
+        if self.max_length != UNLIMITED:
+            return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+        texts = [request.args[0] for request in requests]
+        tokens = [torch.tensor([self.prefix_token_id, *self.tok_encode(text)]) for text in texts]
+        totals = [0.0] * len(texts)
+        with self._progress(len(texts), "texts", disable_tqdm) as bar:
+            for batch in self._batches(range(len(texts)), lambda i: len(tokens[i])):
+                for i, total in zip(batch, self._read([tokens[i] for i in batch]), strict=True):
+                    totals[i] = total
+                    self.cache_hook.add_partial("loglikelihood_rolling", (texts[i],), total)
+                    bar.update(1)
+        return totals
+
+    def _read(self, rows: list[torch.Tensor]) -> list[float]:
+        """Log-likelihoods of rows of tokens, the longest first, each without its first token."""
+        cache, totals = None, torch.zeros(len(rows), dtype=torch.float64)
+        for start in range(0, len(rows[0]) - 1, self.prefill_chunk_size):
+            stop = start + self.prefill_chunk_size
+            reading = sum(len(row) - 1 > start for row in rows)  # the others have ended
+            if cache is not None and reading < cache.batch_size:
+                cache.batch_select_indices(torch.arange(reading))
+            inputs = _right_padded([row[start : min(stop, len(row) - 1)] for row in rows[:reading]])
+            targets = _right_padded([row[start + 1 : stop + 1] for row in rows[:reading]], -100)
+            logits, cache = self._forward(inputs, cache=cache)
+            totals[:reading] += self._scores(logits, targets).sum(1)
+        return totals.tolist()
+
+    def _loglikelihood_tokens(
+        self,
+        requests: list[tuple[tuple[str, str], list[int], list[int]]],
+        disable_tqdm: bool = False,
+        override_bs: int | None = None,
+    ) -> list[tuple[float, bool]]:
+        """For each (texts, context, continuation): the log-likelihood of the continuation, and whether it is what the
+        model would say, token by token. A context is read once for all its continuations."""
+        if self.max_length != UNLIMITED:
+            return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
+        asked: dict[tuple[int, ...], list[int]] = {}  # the requests of each context
+        for i, (_, context, _) in enumerate(requests):
+            asked.setdefault(tuple(context), []).append(i)
+        answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        with self._progress(len(requests), "answers", disable_tqdm) as bar:
+            for contexts in self._batches(asked, len):
+                logits, cache = self._prefill(contexts)
+                pairs = [(row, i) for row, context in enumerate(contexts) for i in asked[context]]
+                for start in range(0, len(pairs), int(self.batch_size)):
+                    rows, part = zip(*pairs[start : start + int(self.batch_size)], strict=True)
+                    found = self._answer(logits, cache, list(rows), [torch.tensor(requests[i][2]) for i in part])
+                    for i, answer in zip(part, found, strict=True):
+                        answers[i] = answer
+                        if requests[i][0] is not None:
+                            self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+                        bar.update(1)
+        return answers
+
+    def _prefill(self, contexts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
+        """Reads contexts, all but the longest padded on the left. Returns the logits after each (B, 1, V), the cache."""
+        longest = max(map(len, contexts))
+        ids = torch.zeros(len(contexts), longest, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, context in enumerate(contexts):
+            ids[row, longest - len(context) :] = torch.tensor(context)
+            mask[row, longest - len(context) :] = 1
+        return self._in_chunks(ids, mask)
+
+    def _in_chunks(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        """Reads ids (B, T) with mask (B, T). Returns the logits after the last column (B, 1, V), and the cache."""
+        cache = None
+        for start in range(0, ids.shape[1], self.prefill_chunk_size):
+            chunk = slice(start, start + self.prefill_chunk_size)
+            padded = None if bool(mask[:, chunk].all()) else mask[:, chunk]
+            logits, cache = self._forward(ids[:, chunk], padded, cache, logits_to_keep=1)
+        return logits, cache
+
+    def _answer(
+        self, logits: torch.Tensor, cache: Any, rows: list[int], continuations: list[torch.Tensor]
+    ) -> list[tuple[float, bool]]:
+        """Log-likelihood and exactness of continuations of the contexts in these rows of the cache, which is kept."""
+        targets = _right_padded(continuations, -100)
+        logits = logits[rows]
+        if targets.shape[1] > 1:
+            cache = cache.copy()
+            cache.batch_select_indices(torch.tensor(rows))
+            inputs = _right_padded([continuation[:-1] for continuation in continuations])
+            logits = torch.cat([logits, self._forward(inputs, cache=cache)[0]], dim=1)
+        right = (logits.argmax(-1).cpu() == targets) | (targets < 0)
+        return list(zip(self._scores(logits, targets).sum(1).tolist(), right.all(1).tolist(), strict=True))
+
+    def _forward(
+        self, ids: torch.Tensor, mask: torch.Tensor | None = None, cache: Any = None, logits_to_keep: int = 0
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits and the cache, advanced by ids (B, T)."""
+        autocast = torch.autocast(
+            self.device.type, dtype=self.mixed_precision_dtype, enabled=self.mixed_precision_dtype is not None
+        )
+        with torch.no_grad(), autocast:
+            output = self.model(
+                input_ids=ids.to(self.device),
+                attention_mask=None if mask is None else mask.to(self.device),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+            )
+        return output.logits, output.past_key_values
+
+    def _scores(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Log-probabilities of the targets (B, T), 0 where they are below 0; float64, on the CPU."""
+        logits = logits.flatten(0, 1).to(self.softmax_dtype or torch.float32)
+        losses = torch.nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="none")
+        return -losses.double().cpu().view(targets.shape)
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **arguments: Any):
+        """As lm-eval's, after reading all but the last token of the context in chunks."""
+        if context.shape[1] > 1:
+            mask = arguments.get("attention_mask", torch.ones_like(context))
+            _, arguments["past_key_values"] = self._in_chunks(context[:, :-1], mask[:, :-1])
+        return super()._model_generate(context, max_length, stop, **arguments)
+
+    def _batches(self, items, length: Callable[[Any], int]) -> Iterator[list]:
+        """batch_size items at a time, the longest first, so that little is padded."""
+        ordered = sorted(items, key=length, reverse=True)
+        size = int(self.batch_size)
+        return (ordered[start : start + size] for start in range(0, len(ordered), size))
+
+    def _progress(self, total: int, what: str, hidden: bool) -> tqdm:
+        return tqdm(total=total, desc=f"hf-gallery: {what}", disable=hidden or self.rank != 0)
+
+
+def _right_padded(rows: list[torch.Tensor], value: int = 0) -> torch.Tensor:
+    """(B, T) of rows, with `value` after the shorter ones: nothing before sees it."""
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+
+
+def score(
+    model: PreTrainedModel,
+    levels: dict[str, tuple[str, dict[str, Any]]],
+    *,
+    examples: int,
+    seed: int = 0,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    batch_size: int = 16,
+    prefill_chunk_size: int = 2048,
+) -> dict[str, dict[str, int]]:
+    """Asks a model in memory, through lm-eval, questions of synthetic tasks, and counts its right answers.
+
+    levels: for each label, a task of hf_gallery.data by name and its arguments, without examples, seed and split; each
+    of `examples` test examples asks its last question, as in eval/tasks. An answer is right if the model's most likely
+    token is the right one at each place of it. tokenizer: the byte tokenizer unless given.
+
+    Returns, by label, {"asked": questions, "correct": right answers}. The model stays where it is, in evaluation mode;
+    no random state changes. Raises ValueError for a task that there is none of, and for what the task refuses.
+    """
+    tasks = []
+    for label, (name, arguments) in levels.items():
+        if name not in TASKS:
+            raise ValueError(f"task is {name!r} at level {label!r}; it must be one of {', '.join(TASKS)}")
+        data = questions(TASKS[name](examples, **arguments, seed=seed, split="test"), last=True)
+        tasks.append(_question_task(label, data))
+    with _quiet():
+        harness = GalleryLM(
+            model,
+            tokenizer=tokenizer or byte_tokenizer(),
+            batch_size=batch_size,
+            prefill_chunk_size=prefill_chunk_size,
+            prefix_token_id=0,  # stands before texts without a context, of which there are none here
+        )
+        found = simple_evaluate(
+            harness,
+            tasks=tasks,
+            task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=0,
+            random_seed=None,
+            numpy_random_seed=None,
+            torch_random_seed=None,
+        )
+    right = {label: [int(sample["acc"]) for sample in found["samples"][label]] for label in levels}
+    return {label: {"asked": len(answers), "correct": sum(answers)} for label, answers in right.items()}
+
+
+def _question_task(label: str, data: Dataset) -> ConfigurableTask:
+    """An lm-eval task as eval/tasks/question_template has it, on these questions."""
+    return ConfigurableTask(
+        config={
+            "task": label,
+            "custom_dataset": lambda **metadata: DatasetDict(test=data),
+            "output_type": "loglikelihood",
+            "test_split": "test",
+            "doc_to_text": "context",
+            "doc_to_target": "target",
+            "target_delimiter": "",
+            "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+            "metadata": {"version": 1.0},
+        }
+    )
+
+
+@contextmanager
+def _quiet():
+    """Without lm-eval's bars and its advice for the command line."""
+    logger = logging.getLogger("lm_eval")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def main(argv: Sequence[str]) -> int:
+    """lm-eval's command line, `lm_eval ...`, with the model hf-gallery and, in a checkout, the gallery's tasks.
+
+    argv: its arguments. Where they name no --model it is hf-gallery; where they name no --include_path it is
+    eval/tasks. Returns the exit code: 0, 2 for wrong usage, 1 for other errors, which are told on stderr.
+    """
+    arguments = list(argv)
+    if arguments and arguments[0] not in ("run", "ls", "validate", "-h", "--help"):
+        arguments.insert(0, "run")
+    if arguments[:1] == ["run"] and not _names(arguments, "--config", "-C"):
+        if not _names(arguments, "--model", "-M"):
+            arguments += ["--model", "hf-gallery"]
+        if not _names(arguments, "--include_path") and TASK_FOLDER.is_dir():
+            arguments += ["--include_path", str(TASK_FOLDER)]
+    before = sys.argv
+    sys.argv = ["hf-gallery eval", *arguments]  # lm-eval reads it from there
+    try:
+        setup_logging()
+        command = HarnessCLI()
+        command.execute(command.parse_args())
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    finally:
+        sys.argv = before
+    return 0
+
+
+def _names(arguments: list[str], *options: str) -> bool:
+    return any(argument.split("=")[0] in options for argument in arguments)
