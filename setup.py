@@ -9,8 +9,8 @@ version = next(
     if line.startswith("__version__")
 )
 
-evaluation = ["typer", "rich", "plotly>=6", "matplotlib", "scipy", "psutil"]
-testing = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "beautifulsoup4"]
+evaluation = ["lm-eval>=0.4.9", "plotly>=6", "matplotlib", "scipy", "psutil"]
+testing = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "beautifulsoup4", "peft", "trl", "sentencepiece"]
 
 setup(
     name="hf-gallery",
@@ -33,6 +33,10 @@ setup(
         "tokenizers",
         "numpy",
         "pyarrow",
+        "typer",
+        "rich",
+        "tqdm",
     ],
+    entry_points={"console_scripts": ["hf-gallery = hf_gallery.cli:app"]},
     extras_require={"eval": evaluation, "test": evaluation + testing},
 )

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers.utils import logging as transformers_logging
 
-from .files import read_json, write_json
+from hf_gallery.files import read_json, write_json
+
 from .machine import provenance
 from .training import Tick
 

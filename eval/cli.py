@@ -14,9 +14,10 @@ import torch
 import typer
 from rich.console import Console
 
+from hf_gallery.files import write_json
+
 from . import attention, benchmark, compare, long, memory, peers, pictures, report
 from .cells import Run
-from .files import write_json
 from .machine import provenance
 from .presets import PRESETS
 

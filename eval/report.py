@@ -14,7 +14,8 @@ from plotly.offline import get_plotlyjs
 from rich.console import Console
 from rich.table import Table
 
-from .files import read_json, write_json, write_text
+from hf_gallery.files import read_json, write_json, write_text
+
 from .statistics import two_proportions, wilson
 
 RESULTS, PAGE = "results.json", "report.html"

@@ -23,10 +23,10 @@ from typer.testing import CliRunner
 from eval import abilities, attention, benchmark, cells, contestants, cost, presets, recall, report, text
 from eval import cli as command_line
 from eval.cells import Cell, Run
-from eval.files import read_json, write_json, write_text
 from eval.measure import interleaved, peak_bytes
 from eval.statistics import wilson
 from hf_gallery.data import TASKS, load_corpus, questions, slot_recall
+from hf_gallery.files import read_json, write_json, write_text
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")

@@ -1,0 +1,353 @@
+"""The command line: `hf-gallery list | train | generate | eval | convert | card | push`.
+
+What a command says for people goes to stderr, what a script may read to stdout. Exit codes: 0 done, 1 it failed, 2 it
+was asked wrongly. What only one command needs is imported by it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="hf-gallery",
+    help="Five long-sequence transformers: train, run, measure, convert and publish them.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+FolderArgument = Annotated[
+    Path, typer.Argument(help="A folder that holds a saved model.", exists=True, file_okay=False)
+]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+
+
+def _plainly(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Errors that a user can mend are told in a line, without a traceback."""
+
+    @wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            return command(*args, **kwargs)
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            typer.echo("stopped", err=True)
+            raise typer.Exit(130) from None
+
+    return run
+
+
+@app.command("list")
+@_plainly
+def list_command(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, with all classes.")] = False,
+) -> None:
+    """Show the variants, their papers and their heads.
+
+    Example: hf-gallery list
+    """
+    from .variants import VARIANTS
+
+    if as_json:
+        rows = []
+        for v in VARIANTS.values():
+            about = {"name": v.name, "title": v.title, "authors": v.authors, "idea": v.idea}
+            rows.append(about | {"paper": v.paper, "config": v.config.__name__, "heads": v.heads})
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table(show_lines=True)
+    table.add_column("name", no_wrap=True)
+    table.add_column("paper and idea")
+    table.add_column("heads", no_wrap=True)
+    for v in VARIANTS.values():
+        prefix = v.config.__name__.removesuffix("Config")
+        heads = "\n".join(name.removeprefix(prefix).removeprefix("For") for name in v.heads.values())
+        table.add_row(v.name, f"{v.authors}: {v.idea}", heads)
+    Console().print(table)
+
+
+@app.command()
+@_plainly
+def train(
+    model: Annotated[str, typer.Argument(help="A variant's name (see `list`), or the folder of a causal model.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the trained model; its checkpoints go there too.")],
+    corpus: Annotated[str, typer.Option(help="stdlib, a folder of text, or hf:NAME.")] = "stdlib",
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A config argument of a new model, NAME=VALUE; give it as often as needed."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 1000,
+    lanes: Annotated[int, typer.Option(min=1, help="Documents that are read side by side.")] = 8,
+    length: Annotated[int, typer.Option(min=1, help="Tokens that each lane reads in a step.")] = 512,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
+    seed: int = 0,
+    save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a model on long documents, its memory carried along, and print its bits per token on held-out ones.
+
+    Example: hf-gallery train transformer_xl my-model --corpus my_texts --steps 2000 --set num_hidden_layers=6
+    """
+    from transformers import TrainingArguments, set_seed
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from .data import byte_tokenizer, load_corpus
+    from .training import SegmentTrainer
+
+    set_seed(seed)
+    net, tokenizer = _model_to_train(model, settings or [], byte_tokenizer)
+    checkpoints = out / "checkpoints"
+    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if resume and last is None:
+        raise ValueError(f"--resume, but {checkpoints} holds no checkpoint; leave --resume out to start")
+    if last is not None and not resume:
+        raise ValueError(f"{checkpoints} holds a training that was begun; go on with --resume, or give another folder")
+    splits = load_corpus(corpus)
+    ids = splits.map(
+        lambda row: {"input_ids": tokenizer(row["text"])["input_ids"]}, remove_columns=["text", "document"]
+    )
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        max_steps=steps,
+        per_device_train_batch_size=lanes,
+        per_device_eval_batch_size=lanes,
+        learning_rate=learning_rate,
+        warmup_steps=max(1, steps // 20),
+        lr_scheduler_type="cosine",
+        save_steps=save_steps,
+        save_total_limit=2,
+        logging_steps=max(1, steps // 100),
+        seed=seed,
+        report_to=[],
+        use_cpu=_device(device).type == "cpu",
+    )
+    trainer = SegmentTrainer(
+        net,
+        arguments,
+        segment_length=length,
+        train_dataset=ids["train"],
+        eval_dataset=ids["validation"],
+        processing_class=tokenizer,
+    )
+    with redirect_stdout(sys.stderr):  # the Trainer's log
+        trainer.train(resume_from_checkpoint=last)
+        metrics = trainer.evaluate()
+        trainer.save_model(str(out))
+    wanted = ("eval_loss", "eval_bits_per_token", "eval_bits_per_byte", "eval_tokens")
+    typer.echo(json.dumps({"folder": str(out)} | {name: metrics[name] for name in wanted if name in metrics}))
+
+
+def _model_to_train(model: str, settings: list[str], tokenizer: Callable[[], Any]) -> tuple[Any, Any]:
+    """A new small model of a variant with the byte tokenizer, or a saved one with its own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .variants import VARIANTS
+
+    arguments = dict(_setting(text) for text in settings)
+    if model in VARIANTS:
+        variant = VARIANTS[model]
+        made = tokenizer()
+        return variant.causal(variant.make_config(**{"vocab_size": len(made)} | arguments)), made
+    if not Path(model).is_dir():
+        raise ValueError(f"{model!r} is neither a variant ({', '.join(VARIANTS)}) nor a folder")
+    if arguments:
+        raise ValueError(f"--set {next(iter(arguments))} is for new models; {model} has its config")
+    return AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ValueError(f"--set is {text!r}; it must be NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+@app.command()
+@_plainly
+def generate(
+    folder: FolderArgument,
+    prompt: Annotated[str, typer.Argument(help="What to continue; - or nothing reads it from stdin.")] = "-",
+    document: Annotated[
+        Path | None, typer.Option("--file", help="A text to be read before the prompt, of any length.", exists=True)
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="What was read before, by --save-cache, in place of --file.", exists=True)
+    ] = None,
+    save_cache: Annotated[
+        Path | None, typer.Option(help="Keep what --file left in memory, for other prompts.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    seed: int = 0,
+    device: DeviceOption = "auto",
+) -> None:
+    """Continue a prompt; the text streams to stdout as it comes.
+
+    Read a book once, ask twice: hf-gallery generate my-model --file book.txt --save-cache book.cache "Chapter 1"
+
+    Example: hf-gallery generate my-model "def main(" --max-new-tokens 100 --temperature 0.8
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+
+    from . import GalleryCache
+
+    if cache is not None and document is not None:
+        raise ValueError("--cache and --file are both given; --cache is what was read, so leave --file out")
+    if save_cache is not None and document is None:
+        raise ValueError("--save-cache keeps what --file leaves; give --file")
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    where = _device(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).to(where).eval()
+    ids = tokenizer(prompt, return_tensors="pt").input_ids.to(where)
+    if not ids.shape[1]:
+        raise ValueError("the prompt is empty; give at least a character to go on from")
+    read = GalleryCache.load(cache).to(where) if cache is not None else None
+    if document is not None:
+        text = tokenizer(document.read_text(encoding="utf-8"), return_tensors="pt").input_ids.to(where)
+        with torch.no_grad(), typer.progressbar(text.split(2048, dim=1), label="reading", file=sys.stderr) as parts:
+            for part in parts:
+                read = model(part, past_key_values=read, use_cache=True, logits_to_keep=1).past_key_values
+        if save_cache is not None:
+            read.save(save_cache)
+    if read is not None:  # generate() counts the columns that were read, and looks at the new ones only
+        ids = torch.cat([ids.new_zeros(1, read.get_seq_length()), ids], dim=1)
+    set_seed(seed)
+    sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature else dict(do_sample=False)
+    model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=read,
+        max_new_tokens=max_new_tokens,
+        streamer=TextStreamer(tokenizer, skip_prompt=True),
+        **sampling,
+    )
+
+
+@app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_plainly
+def eval_command(
+    context: typer.Context,
+    folder: FolderArgument,
+    tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, comma-separated.")] = "gallery_memory",
+) -> None:
+    """Measure a saved model with lm-eval; further options are handed over to it.
+
+    Example: hf-gallery eval my-model --tasks gallery_memory,gallery_lm --limit 20
+    """
+    try:
+        from .harness import main
+    except ImportError as error:
+        raise ImportError(f'{error}; install what measuring needs: pip install "hf-gallery[eval]"') from None
+    raise typer.Exit(main(["--model_args", f"pretrained={folder}", "--tasks", tasks, *context.args]))
+
+
+@app.command()
+@_plainly
+def convert(
+    source: Annotated[str, typer.Argument(help="A folder, or a repository on the Hub.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or not there.")],
+    to: Annotated[str | None, typer.Option(help="The variant it becomes, where there is a choice.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the conversion, NAME=VALUE.")
+    ] = None,
+) -> None:
+    """Turn a published checkpoint into a gallery checkpoint that gives the same outputs.
+
+    Example: hf-gallery convert openai-community/gpt2 my-gpt2 --to memorizing_transformer --set memory_layers=[9]
+    """
+    from .convert import convert as run
+
+    typer.echo(run(source, out, to=to, revision=revision, **dict(_setting(text) for text in settings or [])))
+
+
+@app.command()
+@_plainly
+def card(
+    variant: Annotated[str | None, typer.Argument(help="A variant's name; leave it out with --all.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="A trained model; its card goes there as README.md.", exists=True)
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="A results.json of `python -m eval`, for the numbers.", exists=True)
+    ] = None,
+    repo_id: Annotated[str | None, typer.Option(help="Where it will be on the Hub.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Cards of all variants, into the folder --out.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder of the cards that --all writes.")] = Path("model_cards"),
+) -> None:
+    """Render a model card: to stdout, or into the folder of a trained model.
+
+    Example: hf-gallery card transformer_xl --folder my-model
+    """
+    if everything == (variant is not None):
+        raise ValueError("give a variant's name, or --all")
+    from .files import write_text
+    from .hub import render_card, write_cards
+
+    if everything:
+        if results is None:
+            raise ValueError("--all writes cards with measured numbers; give --results")
+        write_cards(out, results)
+        return
+    text = render_card(str(variant), folder=folder, results=results, repo_id=repo_id)
+    if folder is None:
+        typer.echo(text)
+    else:
+        write_text(folder / "README.md", text)
+        typer.echo(folder / "README.md")
+
+
+@app.command()
+@_plainly
+def push(
+    folder: FolderArgument,
+    repo_id: Annotated[str, typer.Argument(help="USER/NAME on the Hub; made if it is not there.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to push to.")] = None,
+    message: Annotated[str | None, typer.Option(help="Commit message.")] = None,
+) -> None:
+    """Upload a saved model with its code, tokenizer and card, in one commit. The token is huggingface_hub's own.
+
+    Example: hf-gallery push my-model me/my-model --private
+    """
+    from .hub import push as run
+
+    typer.echo(run(folder, repo_id, private=private, revision=revision, message=message))
+
+
+def _device(name: str) -> Any:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device is {name!r}; it must be auto, cpu, cuda or cuda:NUMBER") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device is {name}, and torch finds no GPU here; leave it at auto, or say cpu")
+    return found

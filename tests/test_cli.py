@@ -1,0 +1,175 @@
+"""`hf-gallery` on the command line: what it prints where, and with which exit code it ends."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+import hf_gallery
+from hf_gallery.cli import app
+from hf_gallery.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--set", "hidden_size=16", "--set", "num_attention_heads=2", "--set", "intermediate_size=32"]
+
+
+def invoke(*arguments, **options):
+    return CliRunner().invoke(app, [str(a) for a in arguments], **options)
+
+
+@pytest.fixture
+def texts(tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for i in range(30):
+        (folder / f"{i}.txt").write_text("It was the best of times, it was the worst of times. " * (2 + i % 3))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A small Memorizing Transformer with its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    from hf_gallery.data import byte_tokenizer
+
+    torch.manual_seed(0)
+    variant = VARIANTS["memorizing_transformer"]
+    sizes = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, segment_length=8, mem_len=8)
+    variant.causal(variant.make_config(**sizes, memory_size=64, memory_topk=4)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_list_names_every_head():
+    shown = invoke("list", env={"COLUMNS": "100"})
+    assert shown.exit_code == 0
+    listed = json.loads(invoke("list", "--json").output)
+    assert [entry["name"] for entry in listed] == list(VARIANTS)
+    for entry in listed:
+        assert entry["name"] in shown.output
+        assert set(entry["heads"].values()) | {entry["config"]} <= set(hf_gallery.__all__)
+    models = {name for name in hf_gallery.__all__ if not name.endswith(("Config", "Cache"))}
+    assert models == {head for entry in listed for head in entry["heads"].values()}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_the_small_configuration_is_one_that_runs(name):
+    variant = VARIANTS[name]
+    model = variant.causal(variant.make_config(hidden_size=16, num_attention_heads=2, intermediate_size=32)).eval()
+    assert model(torch.zeros(1, 5, dtype=torch.long)).logits.shape == (1, 5, model.config.vocab_size)
+
+
+@pytest.mark.parametrize("command", ["list", "train", "generate", "eval", "convert", "card", "push"])
+def test_help_has_an_example_of_the_command_with_options_it_has(command):
+    text = " ".join(re.sub(r"[│╭╮╰╯─]", " ", invoke(command, "--help", env={"COLUMNS": "200"}).output).split())
+    example = re.search(rf"Example: hf-gallery {command}(.*?)(?: Arguments| Options|$)", text).group(1)
+    for option in re.findall(r" (--[\w-]+)", example):
+        assert option == "--limit" or option in text.split("Options")[-1]  # --limit is lm-eval's
+
+
+def test_train_generate_and_go_on(texts, tmp_path):
+    out = tmp_path / "model"
+    common = ["train", "transformer_xl", out, "--corpus", texts, "--lanes", 2, "--length", 32, "--device", "cpu"]
+    common += ["--save-steps", 4, *SMALL]
+    first = invoke(*common, "--steps", 4)
+    assert first.exit_code == 0, first.output
+    metrics = json.loads(first.stdout)
+    assert metrics["folder"] == str(out) and 0 < metrics["eval_bits_per_byte"] < 9
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert type(model) is hf_gallery.GalleryTransformerXLForCausalLM and model.config.hidden_size == 16
+    again = invoke(*common, "--steps", 8)
+    assert again.exit_code == 1 and "go on with --resume" in again.stderr
+    on = invoke(*common, "--steps", 8, "--resume")
+    assert on.exit_code == 0 and (out / "checkpoints" / "checkpoint-8").is_dir()
+    unbroken = tmp_path / "unbroken"
+    whole = invoke(*[unbroken if a is out else a for a in common], "--steps", 8)
+    assert whole.exit_code == 0
+    from_it = invoke("train", out, tmp_path / "more", "--corpus", texts, "--steps", 2, "--lanes", 2, "--length", 32)
+    assert from_it.exit_code == 0, from_it.output
+
+    said = invoke("generate", out, "It was the", "--max-new-tokens", 7)
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    ids = tokenizer("It was the", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(out)
+    expected = model.generate(**ids, max_new_tokens=7, do_sample=False)[0, ids.input_ids.shape[1] :]
+    assert said.stdout == tokenizer.decode(expected) + "\n"
+
+
+def test_generate_after_a_document_and_from_its_cache(saved, tmp_path):
+    """Reading before the prompt is the same as having it all in the prompt; and it is read once."""
+    document, cache = tmp_path / "book.txt", tmp_path / "book.cache"
+    document.write_text("Call me Ishmael. " * 9)
+    options = ["--max-new-tokens", 9]
+    joined = invoke("generate", saved, document.read_text() + "Some years", *options)
+    assert joined.exit_code == 0, joined.output
+    read = invoke("generate", saved, "Some years", "--file", document, "--save-cache", cache, *options)
+    assert read.exit_code == 0 and read.stdout == joined.stdout
+    kept = cache.read_bytes()
+    for prompt in ("Some years", "Some years"):
+        assert invoke("generate", saved, prompt, "--cache", cache, *options).stdout == joined.stdout
+    assert cache.read_bytes() == kept
+    assert invoke("generate", saved, "-", *options, input=document.read_text() + "Some years").stdout == joined.stdout
+    sampled = [
+        invoke("generate", saved, "x", "--temperature", 1, "--seed", seed, *options).stdout for seed in (0, 0, 1)
+    ]
+    assert sampled[0] == sampled[1] != sampled[2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["train", "nothing", "out"], 1, "'nothing' is neither a variant"),
+        (["train", "longformer", "out", "--set", "window=3"], 1, "has no argument 'window'"),
+        (["train", "longformer", "out", "--set", "hidden_size"], 1, "must be NAME=VALUE"),
+        (["train", "longformer", "out", "--set", "hidden_size=30"], 1, "hidden_size is 30"),
+        (["train", "longformer", "out", "--resume"], 1, "holds no checkpoint"),
+        (["train", "longformer", "out", "--corpus", "no-such-folder"], 1, "no-such-folder"),
+        (["train", "SAVED", "out", "--set", "hidden_size=8"], 1, "is for new models"),
+        (["train", "longformer", "out", "--steps", "0"], 2, "--steps"),
+        (["generate", "no-such-folder", "x"], 2, "no-such-folder"),
+        (["generate", "SAVED", ""], 1, "the prompt is empty"),
+        (["generate", "SAVED", "x", "--save-cache", "c"], 1, "give --file"),
+        (["generate", "SAVED", "x", "--device", "tpu9"], 1, "--device is 'tpu9'"),
+        (["convert", "SAVED", "out"], 1, "is no checkpoint that can be converted"),
+        (["convert", "SAVED", "SAVED"], 1, "holds something already"),
+        (["card"], 1, "give a variant's name, or --all"),
+        (["nothing"], 2, "No such command"),
+    ],
+)
+def test_bad_arguments(saved, tmp_path, monkeypatch, arguments, code, message):
+    """A line on stderr, nothing on stdout, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    result = invoke(*[saved if a == "SAVED" else a for a in arguments], env={"COLUMNS": "300"})
+    assert result.exit_code == code and message in result.stderr and not result.stdout
+    assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
+
+
+def test_convert(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    source = GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
+    ).eval()
+    source.save_pretrained(tmp_path / "gpt2")
+    options = ["--to", "memorizing_transformer", "--set", "memory_layers=[1]", "--set", "memory_size=64"]
+    result = invoke("convert", tmp_path / "gpt2", tmp_path / "out", *options, "--set", "memory_topk=4")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.strip() == str(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.memory_layers == [1] and model.config.memory_size == 64
+
+
+def test_python_m(tmp_path):
+    """The module runs as the command does, and only its result is on stdout."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "hf_gallery", "list", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0 and [v["name"] for v in json.loads(done.stdout)] == list(VARIANTS)
