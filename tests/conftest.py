@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from works import Works  # noqa: E402
 
 hypothesis.settings.register_profile(
     "suite",
@@ -27,8 +28,14 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("suite")
 
 
+def pytest_addoption(parser):
+    parser.addoption("--works", metavar="FILE", help="write what works for which variant into the table in FILE")
+    parser.addoption("--check-works", metavar="FILE", help="fail if the table in FILE says something else")
+
+
 def pytest_configure(config):
     torch.set_num_threads(1)  # the models here are so small that a second thread only waits
+    config.pluginmanager.register(Works(config))
 
 
 def pytest_unconfigure(config):

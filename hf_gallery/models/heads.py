@@ -124,8 +124,9 @@ class SequenceClassificationHead:
         output_hidden_states: bool | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
-        """Arguments as in the bare model. labels (B,), or (B, num_labels) for several at once. logits
-        (B, num_labels)."""
+        """Arguments as in the bare model. labels (B,), or (B, num_labels) for several at once. num_items_in_batch: the
+        labels of all batches of an update, whose losses then add up to their mean. logits (B, num_labels)."""
+        items = kwargs.pop("num_items_in_batch", None)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -140,6 +141,8 @@ class SequenceClassificationHead:
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
+            if items is not None:  # transformers' loss would use it for one of its three problem types only
+                loss = loss * (labels.ne(-100).sum() / items)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,

@@ -1,0 +1,267 @@
+"""transformers' own Trainer and Seq2SeqTrainer on the heads of every variant, with what they are mostly used with:
+bf16, checkpointed activations, accumulation, torch.compile, resuming. Data and collators are the usual ones."""
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_training import NO_DROPOUT, Stop, arguments, assert_same, dataset, losses, texts, weights
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    DataCollatorForTokenClassification,
+    DataCollatorWithPadding,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+)
+from variants import VARIANTS, over
+
+from hf_gallery.data import byte_tokenizer
+from hf_gallery.training import SegmentTrainer
+
+TOKENIZER = byte_tokenizer()
+# As in most training: with padding on the left, the column before a text's first token predicts that token, so the
+# number of predicted tokens would depend on what a text is batched with.
+TOKENIZER.padding_side = "right"
+# One of each architecture, with all of its heads.
+FIVE = [
+    v for v in VARIANTS if v.name in ("transformer", "transformer_xl", "longformer", "memorizing", "block_recurrent")
+]
+five = pytest.mark.parametrize("variant", FIVE, ids=[variant.name for variant in FIVE])
+AUTOS = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
+heads = over(lambda variant, head: variant in FIVE and head.auto in AUTOS)
+
+
+def make(variant, head="causal", **settings):
+    """The variant with a byte tokenizer's vocabulary."""
+    special = {f"{name}_token_id": getattr(TOKENIZER, f"{name}_token_id") for name in ("pad", "bos", "eos", "sep")}
+    return variant.make(head, vocab_size=len(TOKENIZER), **special, **settings)
+
+
+def examples(head, count=8):
+    """Short texts, tokenised. A classifier's are labelled by what they speak of; of a masked model's, every third
+    token is to be found."""
+    rows = []
+    for i in range(count):
+        ids = TOKENIZER(f"{'the sea is wide' if i % 2 else 'a hill'}, {'and so on ' * (i % 4)}end")["input_ids"]
+        if head == "sequence":
+            rows.append({"input_ids": ids, "labels": i % 2})
+        elif head == "masked":
+            hidden = [t % 3 == 1 for t in range(len(ids))]
+            masked = [TOKENIZER.mask_token_id if h else token for h, token in zip(hidden, ids, strict=True)]
+            labels = [token if h else -100 for h, token in zip(hidden, ids, strict=True)]
+            rows.append({"input_ids": masked, "labels": labels})
+        else:
+            rows.append({"input_ids": ids})
+    return datasets.Dataset.from_list(rows)
+
+
+COLLATORS = {
+    "causal": DataCollatorForLanguageModeling(TOKENIZER, mlm=False),
+    "masked": DataCollatorForTokenClassification(TOKENIZER),  # pads labels that stand under their tokens
+    "sequence": DataCollatorWithPadding(TOKENIZER),
+}
+
+
+def trainer(model, head, folder, callbacks=None, **changes):
+    settings = arguments(folder, **{"per_device_train_batch_size": 4, "max_steps": 4, "learning_rate": 0.02} | changes)
+    return Trainer(
+        model,
+        settings,
+        data_collator=COLLATORS[head],
+        train_dataset=examples(head),
+        eval_dataset=examples(head),
+        processing_class=TOKENIZER,
+        callbacks=callbacks,
+    )
+
+
+@pytest.mark.works("Trainer")
+@heads
+def test_training_lowers_the_loss_and_what_is_saved_is_what_was_trained(variant, head, tmp_path):
+    own = trainer(make(variant, head), head, tmp_path, max_steps=20, optim="adamw_torch", learning_rate=0.01)
+    before = own.evaluate()["eval_loss"]
+    own.train()
+    after = own.evaluate()["eval_loss"]
+    assert after < 0.8 * before
+    own.save_model()
+    auto = getattr(transformers, variant.heads[head].auto)
+    loaded = trainer(auto.from_pretrained(tmp_path, trust_remote_code=True), head, tmp_path)
+    expected = own.predict(examples(head)).predictions
+    np.testing.assert_allclose(loaded.predict(examples(head)).predictions, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.works("bf16")
+@heads
+def test_bf16(variant, head, tmp_path):
+    exact, half = (trainer(make(variant, head, **NO_DROPOUT), head, tmp_path, bf16=bf16) for bf16 in (False, True))
+    for own in (exact, half):
+        own.train()
+    assert losses(half) == pytest.approx(losses(exact), rel=0.05)
+    assert losses(half) != losses(exact), "bf16 was on"
+    assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
+
+
+@pytest.mark.works("gradient checkpointing")
+@heads
+def test_checkpointed_activations_give_the_same_training(variant, head, tmp_path):
+    """With dropout, which falls on the same places when a layer is computed again."""
+    plain = trainer(make(variant, head), head, tmp_path)
+    plain.train()
+    saving = trainer(make(variant, head), head, tmp_path, gradient_checkpointing=True)
+    runs = []
+    layer = next(module for name, module in saving.model.named_modules() if name.endswith("layers.0"))
+    layer.feed_forward.register_forward_hook(lambda *_: runs.append(1))
+    saving.train()
+    assert len(runs) == 2 * saving.state.max_steps, "each layer runs again in the backward"
+    assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
+    for name, parameter in plain.model.named_parameters():
+        torch.testing.assert_close(saving.model.get_parameter(name), parameter, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.works("gradient accumulation")
+@heads
+def test_accumulated_batches_are_one_large_batch(variant, head, tmp_path):
+    """Also where they differ in length and so in predicted tokens."""
+    whole = trainer(make(variant, head, **NO_DROPOUT), head, tmp_path, per_device_train_batch_size=8)
+    whole.train()
+    changes = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    parts = trainer(make(variant, head, **NO_DROPOUT), head, tmp_path, **changes)
+    parts.train()
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+    for name, parameter in whole.model.named_parameters():
+        torch.testing.assert_close(parts.model.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+def test_accumulation_is_right_for_every_kind_of_label(problem, tmp_path):
+    """Of the losses that transformers has for labels of a row, only one of classes knows of accumulation."""
+    texts_only = examples("sequence").remove_columns("labels")
+    count = 1 if problem == "regression" else 3
+    labels = torch.rand(8, count, generator=torch.Generator().manual_seed(0)).round(decimals=2)
+    rows = texts_only.add_column("labels", (labels if count > 1 else labels[:, 0]).tolist())
+    found = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        model = make(FIVE[0], "sequence", num_labels=count, problem_type=problem, **NO_DROPOUT)
+        own = trainer(
+            model,
+            "sequence",
+            tmp_path,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_steps=2,
+        )
+        own.train_dataset = rows
+        own.train()
+        found.append((losses(own), weights(own.model)))
+    (whole, expected), (parts, got) = found
+    assert parts == pytest.approx(whole, rel=1e-4)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name], value, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.works("resume")
+@heads
+def test_a_run_that_was_cut_off_goes_on_bit_for_bit(variant, head, tmp_path):
+    changes = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0, "max_steps": 5}
+    whole = trainer(make(variant, head), head, tmp_path / "whole", **changes)
+    whole.train()
+    saving = {**changes, "save_strategy": "steps", "save_steps": 3}
+    cut = trainer(make(variant, head), head, tmp_path / "cut", callbacks=[Stop(3)], **saving)
+    with pytest.raises(KeyboardInterrupt):
+        cut.train()
+    # Other weights, which the checkpoint's must replace.
+    resumed = trainer(make(variant, head, seed=1), head, tmp_path / "cut", **changes)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert_same(weights(resumed.model), weights(whole.model))
+
+
+# ---- torch.compile
+
+
+@pytest.mark.slow
+@pytest.mark.works("torch.compile")
+@heads
+def test_a_compiled_model_trains_alike(variant, head, tmp_path):
+    torch.compiler.reset()
+    changes = {"max_steps": 2, "per_device_train_batch_size": 8}
+    plain, compiled = (
+        trainer(make(variant, head, **NO_DROPOUT), head, tmp_path, torch_compile=on, **changes) for on in (False, True)
+    )
+    for own in (plain, compiled):
+        own.train()
+    assert hasattr(compiled.model_wrapped, "_orig_mod"), "it was compiled"
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.works("torch.compile")
+@five
+def test_a_compiled_model_carries_its_cache_alike(variant, tmp_path):
+    torch.compiler.reset()
+    documents = texts(9, 12, 7)
+    plain, compiled = (
+        SegmentTrainer(
+            variant.make(**NO_DROPOUT),
+            arguments(tmp_path, max_steps=3, torch_compile=on),
+            segment_length=4,
+            train_dataset=dataset(documents),
+        )
+        for on in (False, True)
+    )
+    for own in (plain, compiled):
+        own.train()
+    assert hasattr(compiled.model_wrapped, "_orig_mod"), "it was compiled"
+    assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+
+
+# ---- Seq2SeqTrainer
+
+
+@pytest.mark.works("Seq2SeqTrainer", "transformer")
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_seq2seq_trainer_is_measured_by_what_it_generates(bf16, tmp_path):
+    """Trained to say a source again, it gets more of them right; each prediction is what the source gives alone."""
+    sources = [TOKENIZER(text)["input_ids"] for text in ("abc", "bcab", "ca", "cbacb", "ab", "bbca")]
+    rows = datasets.Dataset.from_list([{"input_ids": s, "labels": [*s, TOKENIZER.eos_token_id]} for s in sources])
+
+    def right(result):
+        texts = TOKENIZER.batch_decode(
+            np.where(result.predictions < 0, 0, result.predictions), skip_special_tokens=True
+        )
+        return {"right": sum(a == TOKENIZER.decode(b) for a, b in zip(texts, sources, strict=True))}
+
+    model = make(FIVE[0], "seq2seq", decoder_start_token_id=TOKENIZER.bos_token_id, **NO_DROPOUT)
+    own = Seq2SeqTrainer(
+        model,
+        Seq2SeqTrainingArguments(
+            str(tmp_path),
+            max_steps=100,
+            learning_rate=5e-3,
+            per_device_train_batch_size=6,
+            predict_with_generate=True,
+            generation_max_length=8,
+            bf16=bf16,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
+        data_collator=DataCollatorForSeq2Seq(TOKENIZER, model=model),
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=TOKENIZER,
+        compute_metrics=right,
+    )
+    before = own.evaluate()
+    own.train()
+    after = own.evaluate()
+    assert after["eval_loss"] < 0.5 * before["eval_loss"]
+    assert before["eval_right"] == 0 and after["eval_right"] >= 4
+    if not bf16:
+        for source, predicted in zip(sources, own.predict(rows).predictions, strict=True):
+            alone = model.generate(torch.tensor([source]), max_length=8)[0].tolist()
+            assert predicted[: len(alone)].tolist() == alone
