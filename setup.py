@@ -10,7 +10,18 @@ version = next(
 )
 
 evaluation = ["lm-eval>=0.4.9", "plotly>=6", "matplotlib", "scipy", "psutil"]
-testing = ["pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "beautifulsoup4", "peft", "trl", "sentencepiece"]
+testing = [
+    "pytest",
+    "pytest-xdist",
+    "hypothesis",
+    "ruff",
+    "mypy",
+    "beautifulsoup4",
+    "peft",
+    "trl",
+    "sentencepiece",
+    "pyyaml",
+]
 
 setup(
     name="hf-gallery",

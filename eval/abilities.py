@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset
-from transformers import PreTrainedModel
 
 from hf_gallery.data import TASKS, chance
+from hf_gallery.harness import score
 
 from .contestants import Contestant, Sizes
 from .training import Tick, learn
@@ -85,7 +85,7 @@ def _associative_recall(window: int) -> Ability:
         f"pairs held at once, in {length} tokens",
         "Pairs of key and value; when a key comes again, its value is asked for. More pairs, more to hold at once.",
         tuple(
-            Level(str(n), {"length": length, "distances": near, "num_pairs": n}, trained=n <= 16)
+            Level(str(n), {"length": length, "distances": near, "num_pairs": n, "printable": True}, trained=n <= 16)
             for n in (1, 2, 4, 8, 16, 32, 64)
             if 4 * n <= length
         ),
@@ -228,40 +228,15 @@ def units(name: str, settings: AbilitySettings) -> int:
 def measure(
     name: str, contestant: Contestant, settings: AbilitySettings, seed: int, device: torch.device, tick: Tick
 ) -> dict[str, Any]:
-    """Trains a fresh model and asks it at each level. Returns its size and, for each level, how many questions were
-    asked, how many answers were right, and how often a guess is."""
+    """Trains a fresh model and asks it at each level, through lm-eval (hf_gallery.harness.score): an answer is right
+    if each of its characters is the model's first choice after what stands before it. Returns its size and, for each
+    level, how many questions were asked, how many answers were right, and how often a guess is."""
     model = learn(contestant, settings, Levels(name, settings, seed), seed, device, tick)
     found = ability(name, settings)
     scores = {}
     for level in found.levels:
-        score = ask(model, found.task, level.arguments, settings.examples, seed, device)
-        scores[level.label] = score | {"chance": chance(found.task, **level.arguments), "trained": level.trained}
+        asked = score(model, {level.label: (found.task, level.arguments)}, examples=settings.examples, seed=seed)
+        guess = chance(found.task, **level.arguments)
+        scores[level.label] = asked[level.label] | {"chance": guess, "trained": level.trained}
         tick(1)
     return {"parameters": model.num_parameters(), "levels": scores}
-
-
-@torch.no_grad()
-def ask(
-    model: PreTrainedModel, task: str, arguments: dict[str, Any], examples: int, seed: int, device: torch.device
-) -> dict[str, int]:
-    """{asked, correct} over test examples: an answer is right if each of its characters is the model's first choice
-    after what stands before it, as lm-eval counts (hf_gallery.data.questions says what an answer is)."""
-    rows = TASKS[task](examples, **arguments, seed=seed, split="test").with_format("torch")
-    asked = correct = 0
-    size = max(1, 16384 // arguments["length"])
-    for start in range(0, examples, size):
-        batch = rows[start : start + size]
-        ids, labels = batch["input_ids"], batch["labels"][:, 1:]
-        best = model(input_ids=ids.to(device)).logits[:, :-1].argmax(-1).cpu()  # (B, T - 1)
-        for row in range(len(ids)):
-            right = True
-            scored = (labels[row] >= 0).nonzero().flatten().tolist()
-            for i, column in enumerate(scored):
-                follows = i > 0 and scored[i - 1] == column - 1 and labels[row, column - 1] == ids[row, column]
-                if not follows:  # another answer begins
-                    correct += int(right and i > 0)
-                    asked += 1
-                    right = True
-                right = right and bool(best[row, column] == labels[row, column])
-            correct += int(right and bool(scored))
-    return {"asked": asked, "correct": correct}

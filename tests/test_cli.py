@@ -3,17 +3,28 @@
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LongformerConfig,
+    LongformerForMaskedLM,
+    RobertaConfig,
+    RobertaForMaskedLM,
+)
 from typer.testing import CliRunner
 
 import hf_gallery
 from hf_gallery.cli import app
+from hf_gallery.data import byte_tokenizer
 from hf_gallery.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
@@ -37,8 +48,6 @@ def texts(tmp_path):
 def saved(tmp_path_factory):
     """A small Memorizing Transformer with its tokenizer."""
     folder = tmp_path_factory.mktemp("saved")
-    from hf_gallery.data import byte_tokenizer
-
     torch.manual_seed(0)
     variant = VARIANTS["memorizing_transformer"]
     sizes = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, segment_length=8, mem_len=8)
@@ -152,8 +161,6 @@ def test_bad_arguments(saved, tmp_path, monkeypatch, arguments, code, message):
 
 
 def test_convert(tmp_path):
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     source = GPT2LMHeadModel(
         GPT2Config(vocab_size=50, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0)
@@ -173,3 +180,63 @@ def test_python_m(tmp_path):
     command = [sys.executable, "-m", "hf_gallery", "list", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0 and [v["name"] for v in json.loads(done.stdout)] == list(VARIANTS)
+
+
+# -------------------------------------------------------------------------------------------------------- the README
+
+
+def readme_commands(name):
+    lines = re.findall(rf"^hf-gallery {name} .+$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert lines
+    return [shlex.split(line, comments=True)[1:] for line in lines]
+
+
+def test_readme_train_generate_card(tmp_path, monkeypatch):
+    """The README's lines in their order, with fewer and smaller steps, on texts as it makes them."""
+    monkeypatch.chdir(tmp_path)
+    Path("my_texts").mkdir()
+    for name in ("tale", *map(str, range(20))):
+        Path(f"my_texts/{name}.txt").write_text("It was the best of times, it was the worst of times. " * 5)
+    (train,) = readme_commands("train")
+    assert invoke(*train, "--steps", 2, "--lanes", 2, "--length", 32, *SMALL).exit_code == 0
+    said = [invoke(*line, "--max-new-tokens", 3) for line in readme_commands("generate")]
+    assert [result.exit_code for result in said] == [0, 0] and Path("tale.cache").exists()
+    (card,) = readme_commands("card")
+    done = invoke(*card)
+    assert done.exit_code == 0, done.output
+    assert "Transformer-XL" in Path("my_xl/README.md").read_text()
+
+
+PUBLISHED = {
+    "allenai/longformer-base-4096": lambda: LongformerForMaskedLM(
+        LongformerConfig(**TINY, attention_window=8, max_position_embeddings=66, pad_token_id=1)
+    ),
+    "FacebookAI/roberta-base": lambda: RobertaForMaskedLM(
+        RobertaConfig(**TINY, max_position_embeddings=514, pad_token_id=1)
+    ),
+    "openai-community/gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=12, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=0)
+    ),
+}
+TINY = dict(
+    vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, bos_token_id=0,
+    eos_token_id=2,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("line", readme_commands("convert"), ids=lambda line: line[1])
+def test_readme_convert(line, tmp_path, monkeypatch):
+    """The README's lines, with a small local checkpoint of the same kind in place of the published one."""
+    monkeypatch.chdir(tmp_path)
+    _, source, out, *options = line
+    if source in PUBLISHED:
+        PUBLISHED[source]().save_pretrained("source")
+        source = "source"
+    else:
+        assert source == "transfo-xl/transfo-xl-wt103"
+        source = ROOT / "tests" / "golden" / "transformer_xl" / "wt103"
+    result = invoke("convert", source, out, *options)
+    assert result.exit_code == 0, result.output
+    wanted = options[options.index("--to") + 1] if "--to" in options else None
+    model_type = json.loads(Path(out, "config.json").read_text())["model_type"]
+    assert model_type.startswith("gallery_") and (wanted is None or model_type == f"gallery_{wanted}")

@@ -67,7 +67,8 @@ def imports(path):
 
 def third_party(path):
     """Top-level packages that a file imports, but for the standard library, this repository and files beside it."""
-    own = {"hf_gallery", "eval", *(p.stem for p in path.parent.glob("*.py"))}
+    beside = [*path.parent.glob("*.py"), *(ROOT / "eval" / "tasks").glob("*.py")]  # lm-eval puts a task's folder there
+    own = {"hf_gallery", "eval", *(p.stem for p in beside)}
     names = {module.split(".")[0] for module, level, _, _ in imports(path) if level == 0}
     return names - own - set(sys.stdlib_module_names)
 
