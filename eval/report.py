@@ -333,7 +333,9 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
                     marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
                 )
             figure.update_xaxes(title="tokens read before", type="category")
-            figure.update_yaxes(title=unit, rangemode="tozero", type="log" if key == "cache_bytes" else "linear")
+            figure.update_yaxes(title=unit, rangemode="tozero")
+            if key == "cache_bytes":
+                figure.update_yaxes(type="log", dtick=1)  # plotly writes the digits between powers of ten too small
             plots.append((title, caption, figure))
     for _, _, figure in plots:
         figure.update_layout(
