@@ -36,7 +36,7 @@ import hf_gallery  # registers the models with AutoModel...
 from .data import TASKS, byte_tokenizer, questions
 
 TASK_FOLDER = Path(hf_gallery.__file__).parents[1] / "eval" / "tasks"  # in a checkout, not in an installed package
-UNLIMITED = sys.maxsize
+UNLIMITED = 2**48  # tokens; more than any text has, and still what torch takes as the bound of a slice
 
 
 @register_model("hf-gallery")
@@ -133,7 +133,13 @@ class GalleryLM(HFLM):
                 pairs = [(row, i) for row, context in enumerate(contexts) for i in asked[context]]
                 for start in range(0, len(pairs), int(self.batch_size)):
                     rows, part = zip(*pairs[start : start + int(self.batch_size)], strict=True)
-                    found = self._answer(logits, cache, list(rows), [torch.tensor(requests[i][2]) for i in part])
+                    continuations = [torch.tensor(requests[i][2]) for i in part]
+                    if len(pairs) == len(contexts):  # one continuation each: none needs the cache again
+                        found = self._answer(logits, cache, continuations)
+                    else:
+                        picked = cache.copy()
+                        picked.batch_select_indices(torch.tensor(rows))
+                        found = self._answer(logits[list(rows)], picked, continuations)
                     for i, answer in zip(part, found, strict=True):
                         answers[i] = answer
                         if requests[i][0] is not None:
@@ -142,7 +148,7 @@ class GalleryLM(HFLM):
         return answers
 
     def _prefill(self, contexts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
-        """Reads contexts, all but the longest padded on the left. Returns the logits after each (B, 1, V), the cache."""
+        """Reads contexts, shorter ones padded on the left. Returns the logits after each (B, 1, V), and the cache."""
         longest = max(map(len, contexts))
         ids = torch.zeros(len(contexts), longest, dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -160,15 +166,11 @@ class GalleryLM(HFLM):
             logits, cache = self._forward(ids[:, chunk], padded, cache, logits_to_keep=1)
         return logits, cache
 
-    def _answer(
-        self, logits: torch.Tensor, cache: Any, rows: list[int], continuations: list[torch.Tensor]
-    ) -> list[tuple[float, bool]]:
-        """Log-likelihood and exactness of continuations of the contexts in these rows of the cache, which is kept."""
+    def _answer(self, logits: torch.Tensor, cache: Any, continuations: list[torch.Tensor]) -> list[tuple[float, bool]]:
+        """Log-likelihood and exactness of the continuation of each row, after whose context these are the logits
+        (B, 1, V) and the cache, which is advanced."""
         targets = _right_padded(continuations, -100)
-        logits = logits[rows]
         if targets.shape[1] > 1:
-            cache = cache.copy()
-            cache.batch_select_indices(torch.tensor(rows))
             inputs = _right_padded([continuation[:-1] for continuation in continuations])
             logits = torch.cat([logits, self._forward(inputs, cache=cache)[0]], dim=1)
         right = (logits.argmax(-1).cpu() == targets) | (targets < 0)
@@ -193,7 +195,8 @@ class GalleryLM(HFLM):
 
     def _scores(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the targets (B, T), 0 where they are below 0; float64, on the CPU."""
-        logits = logits.flatten(0, 1).to(self.softmax_dtype or torch.float32)
+        logits = logits.flatten(0, 1)
+        logits = logits.to(self.softmax_dtype or torch.promote_types(logits.dtype, torch.float32))
         losses = torch.nn.functional.cross_entropy(logits, targets.flatten().to(logits.device), reduction="none")
         return -losses.double().cpu().view(targets.shape)
 
@@ -238,12 +241,11 @@ def score(
     Returns, by label, {"asked": questions, "correct": right answers}. The model stays where it is, in evaluation mode;
     no random state changes. Raises ValueError for a task that there is none of, and for what the task refuses.
     """
-    tasks = []
+    data = {}
     for label, (name, arguments) in levels.items():
         if name not in TASKS:
             raise ValueError(f"task is {name!r} at level {label!r}; it must be one of {', '.join(TASKS)}")
-        data = questions(TASKS[name](examples, **arguments, seed=seed, split="test"), last=True)
-        tasks.append(_question_task(label, data))
+        data[label] = questions(TASKS[name](examples, **arguments, seed=seed, split="test"), last=True)
     with _quiet():
         harness = GalleryLM(
             model,
@@ -254,7 +256,7 @@ def score(
         )
         found = simple_evaluate(
             harness,
-            tasks=tasks,
+            tasks=[_question_task(label, asked) for label, asked in data.items()],
             task_manager=TaskManager(include_defaults=False),
             bootstrap_iters=0,
             random_seed=None,

@@ -26,8 +26,8 @@ def questions(data: Dataset, *, last: bool = False) -> Dataset:
     A row for each answer, in the order of the examples: `context`, what stands before the answer; `target`, the
     answer, one character or more; `distance`, as in the example, of the answer's first character. An answer is a run
     of scored columns that stand in the input as well; where they do not (slot_recall, permutation_composition), each
-    scored column is one. last=True keeps only the last of each example. Characters are the ids of the byte tokenizer. No context ends in white space, which lm-eval
-    would count among the answer.
+    scored column is one. last=True keeps only the last of each example. Characters are the ids of the byte tokenizer.
+    No context ends in white space, which lm-eval would count among the answer.
 
     Raises ValueError for ids that are not ASCII; associative_recall makes text if asked for (printable=True).
     """

@@ -1,0 +1,407 @@
+"""lm-eval on gallery models: its own `hf` and our `hf-gallery` give what the model itself gives, and the tasks in
+eval/tasks ask what the generators make."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from variants import VARIANTS, causal
+
+import hf_gallery
+from hf_gallery.data import TASKS, byte_tokenizer, load_corpus, questions, slot_recall
+
+pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+
+from lm_eval import simple_evaluate  # noqa: E402
+from lm_eval.api.instance import Instance  # noqa: E402
+from lm_eval.models.huggingface import HFLM  # noqa: E402
+from lm_eval.tasks import TaskManager  # noqa: E402
+from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
+
+from hf_gallery import harness  # noqa: E402
+
+FOLDER = Path(__file__).parents[1] / "eval" / "tasks"
+BYTES = dict(vocab_size=262, pad_token_id=256, bos_token_id=257, eos_token_id=258)
+TEXTS = ["It was the best of times, it was the worst of times. " * 3, "e", "Déjà vu? " * 7, "", "x = 1\n" * 9]
+
+
+def make(variant):
+    return variant.make(dtype=torch.float64, **BYTES)
+
+
+def wrapped(model, kind=harness.GalleryLM, **arguments):
+    return kind(pretrained=model, tokenizer=byte_tokenizer(), **{"batch_size": 3} | arguments)
+
+
+def requests(kind, arguments):
+    return [
+        Instance(request_type=kind, doc={}, arguments=a, idx=i, metadata=("test", i, 1))
+        for i, a in enumerate(arguments)
+    ]
+
+
+@torch.no_grad()
+def directly(model, context, target):
+    """Log-likelihood of the target's bytes after the context's ids, and whether each is the most likely one; from one
+    forward over the whole."""
+    ids = torch.tensor([*context, *target.encode()])
+    logits = model(input_ids=ids[None]).logits[0, len(context) - 1 : -1]
+    target = ids[len(context) :]
+    scores = logits.log_softmax(-1).gather(-1, target[:, None])
+    return float(scores.sum()), bool((logits.argmax(-1) == target).all())
+
+
+def long_enough(variant):
+    return variant.limit is None
+
+
+# ------------------------------------------------------------------------------------------------------- rolling texts
+
+
+@causal(long_enough)
+def test_rolling_equals_one_long_forward(variant):
+    """However the text is cut into chunks, and whoever reads beside it."""
+    model = make(variant)
+    expected = [directly(model, [257], text)[0] for text in TEXTS]
+    for chunk in (5, 64, 2048):
+        lm = wrapped(model, prefill_chunk_size=chunk)
+        found = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in TEXTS]), disable_tqdm=True)
+        np.testing.assert_allclose(found, expected, rtol=1e-9)
+
+
+def test_rolling_where_positions_end():
+    """Learned positions reach 61 tokens: windows of as many, as lm-eval's own model makes them."""
+    (variant,) = (v for v in VARIANTS if v.name == "transformer_pre")
+    model = make(variant)
+    asked = requests("loglikelihood_rolling", [(t,) for t in TEXTS if t])
+    lm = wrapped(model)
+    assert lm.max_length == 61
+    found = lm.loglikelihood_rolling(asked, disable_tqdm=True)
+    np.testing.assert_allclose(found, wrapped(model, HFLM).loglikelihood_rolling(asked, disable_tqdm=True))
+    assert found[0] != pytest.approx(wrapped(model, max_length=30).loglikelihood_rolling(asked[:1])[0], rel=1e-9)
+
+
+def test_stock_rolling_throws_the_past_away():
+    """What hf-gallery is for: with windows of 64, lm-eval's own model forgets what its own cache would hold."""
+    (variant,) = (v for v in VARIANTS if v.name == "transformer_xl_long_memory")
+    model = make(variant)
+    asked = requests("loglikelihood_rolling", [(TEXTS[0],)])
+    stock = wrapped(model, HFLM, max_length=64).loglikelihood_rolling(asked, disable_tqdm=True)
+    ours = wrapped(model, prefill_chunk_size=64).loglikelihood_rolling(asked, disable_tqdm=True)
+    whole = wrapped(model, HFLM, max_length=4096).loglikelihood_rolling(asked, disable_tqdm=True)
+    np.testing.assert_allclose(ours, whole, rtol=1e-9)
+    assert abs(stock[0] - whole[0]) > 1
+
+
+# ------------------------------------------------------------------------------------------------------------- answers
+
+CONTEXTS = ["a", "What is the pass key? It is:", "To be, or not to be, that is the question:" * 2, "[MAX 1 2]="]
+
+
+@causal(long_enough)
+def test_answers_equal_direct_ones_and_those_of_stock(variant):
+    """Some continuations are the model's own, some are not; contexts are asked once, or several times."""
+    model = make(variant)
+    pairs = []
+    for i, context in enumerate(CONTEXTS):
+        ids = torch.tensor([list(context.encode())])
+        said = model.generate(ids, max_new_tokens=3, do_sample=False, suppress_tokens=list(range(128, 262)))
+        pairs.append((context, bytes(said[0, ids.shape[1] :].tolist()).decode()))
+        pairs += [(context, text) for text in ("b", "hall", " long answer")[:i]]
+    asked = requests("loglikelihood", pairs)
+    expected = [directly(model, context.encode(), text) for context, text in pairs]
+    for lm in (
+        wrapped(model, HFLM, max_length=4096),
+        wrapped(model, prefill_chunk_size=9),
+        wrapped(model, prefill_chunk_size=1000, batch_size=1),
+    ):
+        found = lm.loglikelihood(asked, disable_tqdm=True)
+        np.testing.assert_allclose([x for x, _ in found], [x for x, _ in expected], rtol=1e-9)
+        assert [exact for _, exact in found] == [exact for _, exact in expected]
+
+
+def test_a_context_is_read_once():
+    model = make(VARIANTS[0])
+    read = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: read.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    asked = requests("loglikelihood", [("x" * 50, letter) for letter in "abcdefgh"])
+    wrapped(model).loglikelihood(asked, disable_tqdm=True)
+    assert read == [50]
+
+
+def test_nothing_is_cut_unless_asked_for():
+    """A first letter 3,000 bytes back counts, beyond the 2,048 that lm-eval reads by itself."""
+    model = make(VARIANTS[0])
+    asked = requests("loglikelihood", [(letter + "x" * 3000, "y") for letter in "ab"])
+    (first, _), (second, _) = wrapped(model).loglikelihood(asked, disable_tqdm=True)
+    assert first != second
+    (first, _), (second, _) = wrapped(model, max_length=2048).loglikelihood(asked, disable_tqdm=True)
+    assert first == second
+
+
+@causal(long_enough)
+def test_generation_equals_the_models_own(variant):
+    """After reading the context in chunks, rows of different lengths side by side."""
+    model = make(variant)
+    arguments = {"until": [], "max_gen_toks": 5}
+    asked = requests("generate_until", [(context, dict(arguments)) for context in CONTEXTS])
+    found = wrapped(model, prefill_chunk_size=11).generate_until(asked, disable_tqdm=True)
+    tokenizer = byte_tokenizer()
+    for context, text in zip(CONTEXTS, found, strict=True):
+        ids = torch.tensor([list(context.encode())])
+        said = model.generate(ids, max_new_tokens=5, do_sample=False)[0, ids.shape[1] :]
+        assert text == tokenizer.decode(said, skip_special_tokens=True).split("<eos>")[0]
+
+
+def test_arguments_that_do_not_fit():
+    model = make(VARIANTS[0])
+    with pytest.raises(ValueError, match=r"batch_size is 'auto'.*give a number"):
+        wrapped(model, batch_size="auto:4")
+    with pytest.raises(ValueError, match=r"prefill_chunk_size is 0; it counts tokens, so give 1 or more"):
+        wrapped(model, prefill_chunk_size=0)
+    with pytest.raises(ValueError, match=r"prefix_token_id is 257, outside the model's vocabulary of 97; .* 10 "):
+        wrapped(VARIANTS[0].make())
+    wrapped(VARIANTS[0].make(), prefix_token_id=10)
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=262, n_embd=8, n_layer=1, n_head=1))
+    with pytest.raises(ValueError, match=r"model_type is 'gpt2'; hf-gallery is for models of the gallery"):
+        wrapped(other)
+
+
+# ------------------------------------------------------------------------------------------------- a model that learns
+
+ARGUMENTS = dict(length=20, num_writes=3, num_values=4)
+LEVELS = {f"{d} back": ("slot_recall", ARGUMENTS | {"distances": [d]}) for d in (1, 5, 12)}
+
+
+@pytest.fixture(scope="module")
+def learned():
+    """A Transformer-XL after some seconds of slot recall: right more often than by chance, and not always."""
+    torch.manual_seed(0)
+    config = hf_gallery.GalleryTransformerXLConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, segment_length=8, mem_len=8,
+        hidden_dropout=0.0, attention_dropout=0.0, **BYTES,
+    )  # fmt: skip
+    model = hf_gallery.GalleryTransformerXLForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(80):
+        data = slot_recall(32, distances=range(1, 13), num_reads=3, seed=step, **ARGUMENTS).with_format("torch")
+        model(input_ids=data["input_ids"][:], labels=data["labels"][:]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@torch.no_grad()
+def right_by_argmax(model, examples):
+    """Right answers among the scored columns, as `python -m eval` counts them."""
+    data = examples.with_format("torch")
+    labels = data["labels"][:][:, 1:]
+    predicted = model(input_ids=data["input_ids"][:]).logits[:, :-1].argmax(-1)
+    return (predicted == labels)[labels >= 0]
+
+
+def test_scores_equal_the_argmax_of_the_model(learned):
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    found = harness.score(learned, LEVELS, examples=60, seed=3, batch_size=7)
+    assert torch.equal(torch.get_rng_state(), before[0]) and np.random.get_state()[1].tolist() == before[1]
+    for label, (_, arguments) in LEVELS.items():
+        data = slot_recall(60, **arguments, seed=3, split="test")
+        last = [max(i for i, y in enumerate(row) if y >= 0) for row in data["labels"]]
+        scored = [(row, i) for row, labels in enumerate(data["labels"]) for i, y in enumerate(labels) if y >= 0]
+        right = right_by_argmax(learned, data)
+        correct = sum(bool(r) for (row, i), r in zip(scored, right, strict=True) if i == last[row])
+        assert found[label] == {"asked": 60, "correct": correct}
+    assert 15 < sum(level["correct"] for level in found.values()) < 165  # neither chance nor all
+
+
+def test_scores_of_stock_are_the_same(learned):
+    """The same questions through lm-eval's own model."""
+    ours = harness.score(learned, LEVELS, examples=40)
+    for label, (_, arguments) in LEVELS.items():
+        data = questions(slot_recall(40, **arguments, split="test"), last=True)
+        stock = simple_evaluate(
+            wrapped(learned, HFLM, max_length=4096),
+            tasks=[harness._question_task(label, data)],
+            task_manager=TaskManager(include_defaults=False),
+            bootstrap_iters=0,
+        )
+        assert stock["results"][label]["acc,none"] == ours[label]["correct"] / 40
+
+
+def test_answers_of_several_bytes_are_right_as_a_whole(learned):
+    """A model that always says "aaa..." copies only where all letters are a."""
+    biased = hf_gallery.GalleryTransformerXLForCausalLM(learned.config)
+    biased.get_output_embeddings().weight.data.zero_()
+    biased.get_output_embeddings().bias.data.copy_(torch.arange(262) == ord("a"))
+    levels = {str(n): ("verbatim_copy", dict(length=30, distances=[12], num_symbols=n, alphabet=2)) for n in (1, 3)}
+    found = harness.score(biased, levels, examples=80)
+    for label, (task, arguments) in levels.items():
+        expected = [directly(biased, row["context"].encode(), row["target"])[1]
+                    for row in questions(TASKS[task](80, **arguments, split="test"))]  # fmt: skip
+        assert found[label] == {"asked": 80, "correct": sum(expected)}
+    assert 80 > found["1"]["correct"] > found["3"]["correct"] > 0
+
+
+def test_score_of_no_task(learned):
+    with pytest.raises(ValueError, match=r"task is 'copy' at level 'far'; it must be one of associative_recall"):
+        harness.score(learned, {"far": ("copy", {})}, examples=3)
+
+
+# ----------------------------------------------------------------------------------------------------- the task folder
+
+
+@pytest.fixture(scope="module")
+def manager():
+    return TaskManager(
+        include_path=str(FOLDER), include_defaults=False, metadata={"examples": 2, "seed": 5, "pretrained": "x"}
+    )
+
+
+def subtasks():
+    for path in sorted(FOLDER.glob("*.yaml")):
+        text = path.read_text()
+        if "question_template" in text:
+            config = yaml.safe_load(text)
+            for task in config["task"]:
+                yield config["group"], task["task"], task["dataset_kwargs"]
+
+
+def test_questions_of_the_task_folder(manager):
+    """All groups load; each subtask asks what the generator makes of its arguments, and its label says its length."""
+    loaded = manager.load(["gallery_memory", "gallery_reasoning"])["tasks"]
+    expected = {f"{group}::{label}": given for group, label, given in subtasks()}
+    assert set(loaded) == set(expected)
+    for name, given in expected.items():
+        made = TASKS[given["generator"]](2, **given["arguments"], seed=5, split="test")
+        docs = loaded[name].test_docs()
+        assert docs.to_list() == questions(made, last=True).to_list()
+        assert len(docs) == 2
+        length = given["arguments"]["length"]
+        if "pairs" not in name:
+            assert int(name.rpartition("_")[2].rpartition(":")[2]) == length
+        for doc in docs:
+            context = loaded[name].fewshot_context(doc, 0)
+            assert (context, loaded[name].doc_to_target(doc)) == (doc["context"], doc["target"])
+            request = loaded[name].construct_requests(doc, context, metadata=(name, 0, 1))
+            assert request.args == (doc["context"], doc["target"])
+
+
+def test_lengths_of_the_language_modelling_task(manager):
+    """The same documents at every length; a byte that is part of a character at the cut is left out."""
+    tasks = manager.load(["gallery_lm"])["tasks"]
+    assert list(tasks) == ["gallery_lm::01024", "gallery_lm::04096", "gallery_lm::16384"]
+    held_out = [text for text in load_corpus("stdlib")["test"]["text"] if len(text.encode()) >= 16384][:2]
+    for name, task in tasks.items():
+        for doc, text in zip(task.test_docs(), held_out, strict=True):
+            read = task.doc_to_target(doc)
+            assert text.startswith(read) and int(name[-5:]) - 3 <= len(read.encode()) <= int(name[-5:])
+
+
+def test_bits_per_byte_of_the_language_modelling_task(learned, manager, tmp_path):
+    """lm-eval's number is the log-likelihood of one long forward over all bytes."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    (folder / "a.txt").write_text("".join(rng.choice(list("ab é\n"), size=30_000)))
+    config = load_yaml(FOLDER / "gallery_lm.yaml")
+    config.pop("group")
+    config |= {"task": "own", "dataset_kwargs": {"length": 1000, "corpus": str(folder)}}
+    found = simple_evaluate(
+        wrapped(learned, prefill_chunk_size=256), tasks=[config], task_manager=manager, bootstrap_iters=0
+    )
+    (doc,) = load_corpus(str(folder))["test"]["text"]
+    text = doc.encode()[:1000].decode(errors="ignore")
+    expected = -directly(learned, [257], text)[0] / np.log(2) / len(text.encode())
+    assert found["results"]["own"]["bits_per_byte,none"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_corpus_without_long_documents(tmp_path):
+    (tmp_path / "a.txt").write_text("short " * 100)
+    documents = load_yaml(FOLDER / "gallery_lm.yaml")["custom_dataset"]
+    with pytest.raises(ValueError, match=r"no held-out document of the corpus has 16384 bytes"):
+        documents(1024, longest=16384, corpus=str(tmp_path))
+
+
+# ------------------------------------------------------------------------------------------------------- command lines
+
+
+@pytest.fixture(scope="module")
+def saved(learned, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    learned.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def samples(folder):
+    """{task: {number of the question: (log-likelihood, right)}} from the logs of a run."""
+    found = {}
+    for path in folder.rglob("samples_*.jsonl"):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        found[re.sub(r"_\d{4}-.*", "", path.name)] = {
+            row["doc_id"]: (float(row["filtered_resps"][0][0]), row["acc"]) for row in rows
+        }
+    return found
+
+
+@pytest.mark.slow
+def test_own_command_line(learned, saved, tmp_path, capsys):
+    """Model and tasks are registered; the log-likelihoods are the model's."""
+    code = harness.main(
+        ["--model_args", f"pretrained={saved},prefill_chunk_size=100", "--tasks", "gallery_passkey", "--limit", "2",
+         "--device", "cpu", "--output_path", str(tmp_path), "--log_samples", "--metadata", '{"examples": 2}']
+    )  # fmt: skip
+    assert code == 0
+    assert "gallery_passkey::04096" in capsys.readouterr().out
+    found = samples(tmp_path)
+    assert set(found) == {f"samples_gallery_passkey::{n:05}" for n in (256, 1024, 4096, 16384)}
+    for n in (256, 16384):
+        asked = questions(TASKS["passkey"](2, n, distances=[n - 22], split="test"))
+        for i, row in enumerate(asked):
+            score, right = found[f"samples_gallery_passkey::{n:05}"][i]
+            expected = directly(learned, row["context"].encode(), row["target"])
+            assert score == pytest.approx(expected[0], rel=1e-4) and bool(right) == expected[1]
+
+
+def test_own_command_line_refuses(saved, capsys):
+    assert harness.main(["--model_args", f"pretrained={saved},batch_size=auto", "--tasks"]) == 2
+    assert harness.main(["--help"]) == 0
+    assert "lm-eval" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["gallery_memory", "gallery_reasoning"])
+def test_stock_command_line(learned, saved, group, tmp_path):
+    """lm_eval, installed and unchanged, on a saved folder: its answers are those of one forward."""
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--include_path", str(FOLDER), "--tasks", group,
+         "--model_args", f"pretrained={saved},trust_remote_code=True,max_length=20000",
+         "--limit", "2", "--device", "cpu", "--output_path", str(tmp_path), "--log_samples"],
+        capture_output=True, text=True, timeout=600, cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = samples(tmp_path)
+    names = yaml.safe_load((FOLDER / f"{group}.yaml").read_text())["task"]
+    expected = {f"samples_{g}::{label}": given for g, label, given in subtasks() if g in names}
+    assert set(found) == set(expected)
+    for name, given in expected.items():
+        asked = questions(TASKS[given["generator"]](100, **given["arguments"], split="test"), last=True)
+        for i in range(2):
+            score, right = directly(learned, asked[i]["context"].encode(), asked[i]["target"])
+            assert found[name][i] == (pytest.approx(score, rel=1e-3), right)
+
+
+def test_the_library_needs_no_lm_eval():
+    """hf_gallery and its data are imported without it."""
+    code = "import sys; sys.modules['lm_eval'] = None; import hf_gallery, hf_gallery.data, hf_gallery.training"
+    assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
