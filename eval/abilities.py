@@ -177,7 +177,7 @@ def _permutation_composition(window: int) -> Ability:
         "bytes of the sequence",
         "Five things swap places step by step; where is one of them in the end? Attention alone has no shortcut.",
         tuple(
-            Level(str(n), {"length": n, "num_questions": max(1, n // 12)}, trained=n <= 4 * window)
+            Level(str(n), {"length": n, "num_questions": max(1, n // 6)}, trained=n <= 4 * window)
             for n in lengths
             if n >= 6
         ),
