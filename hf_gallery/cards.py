@@ -1,0 +1,490 @@
+"""Model cards: README.md as the Hub reads it, with the numbers that were measured."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import EvalResult, ModelCardData
+from safetensors import SafetensorError, safe_open
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from .files import read_json, write_text
+from .variants import VARIANTS, Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prose:
+    """What a card says of an architecture. contestants: its names in the results of `python -m eval`."""
+
+    paper: str
+    what: str
+    limits: tuple[str, ...]
+    contestants: tuple[str, ...]
+
+
+PROSE = {
+    "transformer": _Prose(
+        "Attention Is All You Need",
+        "A query sees every position before it, or the whole input in an encoder. With `segment_length` the input is "
+        "cut into segments that see only themselves, which is what the long-sequence architectures are compared with.",
+        (
+            "Without `segment_length` its cache and its cost per token grow with the text.",
+            "With `segment_length` it knows nothing of the segments before.",
+        ),
+        ("transformer_full", "transformer"),
+    ),
+    "transformer_xl": _Prose(
+        "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context",
+        "The text is read in segments, and each layer also attends to what it computed for the `mem_len` tokens "
+        "before the segment. Positions are relative, so what is remembered needs no new positions.",
+        (
+            "It reaches back one memory a layer, and no farther.",
+            "No gradient crosses from a segment into the one before, so it learns no longer dependence by itself.",
+        ),
+        ("transformer_xl",),
+    ),
+    "longformer": _Prose(
+        "Longformer: The Long-Document Transformer",
+        "A query sees a sliding window, dilated if asked, and a few global tokens. The causal language model is the "
+        "paper's character model; encoder heads serve classification, token classification and question answering.",
+        (
+            "The causal model reaches back one window a layer, times its dilation.",
+            "Absolute learned positions, as the released checkpoints have them, end at `max_position_embeddings`; "
+            "relative ones do not.",
+        ),
+        ("longformer",),
+    ),
+    "memorizing_transformer": _Prose(
+        "Memorizing Transformers",
+        "Some layers store the keys and values of what was read, up to `memory_size` pairs a head, and each query "
+        "also attends to the `memory_topk` stored pairs nearest to it. A learned gate joins that to local attention.",
+        (
+            "What is stored is not differentiated: the model learns to search the memory, not to write to it.",
+            "The memory is first in, first out: beyond `memory_size` tokens the oldest are forgotten.",
+            "Every token searches the memory, so a large one costs time and space; `memory_backend` has indexes.",
+        ),
+        ("memorizing_transformer",),
+    ),
+    "block_recurrent_transformer": _Prose(
+        "Block-Recurrent Transformers",
+        "A window slides over the text, and in some layers a state of vectors is carried from block to block: tokens "
+        "read it, and it reads the tokens, through a gate like an LSTM's.",
+        (
+            "The state has a fixed size, so what is far back is kept at falling strength.",
+            "The state moves when a block is complete; within a block tokens see the window and the last state.",
+        ),
+        ("block_recurrent_transformer",),
+    ),
+}
+
+PIPELINES = {
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+}
+
+
+def write_cards(out: Path, results: Path) -> None:
+    """Renders the cards of all variants, with their measured numbers, to out/VARIANT.md. Raises as render_card does,
+    and then writes none."""
+    cards = {name: render_card(name, results=results) for name in VARIANTS}
+    for name, card in cards.items():
+        write_text(out / f"{name}.md", card)
+
+
+def render_card(
+    variant: str, *, folder: Path | None = None, results: Path | None = None, repo_id: str | None = None
+) -> str:
+    """The model card of an architecture, or of a trained model: metadata and text, as README.md holds them.
+
+    folder: a saved model. Its class, sizes and, where Trainer.save_metrics("eval", ...) left an eval_results.json, its
+    scores are read from there. results: a file that `python -m eval` wrote. Its numbers are of models which that
+    command trained, so they enter the metadata (model-index) of an architecture's card, and only the text of a
+    folder's. repo_id: where it will be, for the code that loads it.
+
+    Raises ValueError for a variant that is not known, a folder that holds none or another, and results that are no
+    such file or have no numbers of the variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; choose from {', '.join(VARIANTS)}")
+    about, prose = VARIANTS[variant], PROSE[variant]
+    if folder is not None and variant_of(Path(folder)) is not about:
+        held = variant_of(Path(folder)).name
+        raise ValueError(f"variant is {variant!r}, but {folder} holds a {held}; give that name")
+    saved = None if folder is None else _Saved.read(Path(folder))
+    measured = None if results is None else _Measured.read(Path(results), prose.contestants)
+    auto = "AutoModelForCausalLM" if saved is None else saved.auto
+    name = repo_id.split("/")[-1] if repo_id else about.config.model_type if folder is None else Path(folder).name
+    scores = measured.scores() if measured and not saved else saved.scores() if saved else []
+    metadata = ModelCardData(
+        model_name=name,
+        license="apache-2.0",
+        library_name="transformers",
+        pipeline_tag=PIPELINES.get(auto),
+        tags=["hf-gallery", "long-context", variant.replace("_", "-"), f"arxiv:{about.arxiv}"],
+        eval_results=scores or None,
+    )
+    if not scores:
+        del metadata.model_name  # it is the model-index's
+    sections = [
+        f"# {about.title}" if saved is None else f"# {name}",
+        prose.what,
+        f"The architecture is that of [{prose.paper}]({about.paper}) ({about.authors}), written from scratch in "
+        "hf-gallery. What it carries from one call to the next lives in its cache, and goes on in `generate`.",
+    ]
+    sections += [] if saved is None else [saved.text()]
+    sections += [
+        "## How to use",
+        _code(auto, repo_id or "user/name", about, saved),
+        "`trust_remote_code=True` runs the Python files beside the weights: read them first, or pin a commit by "
+        "`revision`. Where hf-gallery is installed, `import hf_gallery` makes that argument unnecessary.",
+        "## Intended use",
+        "Research on long sequences: to read and change an architecture in one file, to train it on long documents "
+        "(`hf_gallery.training.SegmentTrainer` carries its cache from step to step), and to compare it with others "
+        "at equal size. Not for decisions about people, nor for text that is shown unread.",
+        "## Limits",
+        "\n".join(
+            f"- {limit}"
+            for limit in (
+                *prose.limits,
+                "A model knows its training text only, with that text's mistakes and biases; nothing filters what it "
+                "writes.",
+            )
+        ),
+    ]
+    sections += [] if measured is None else [measured.text(own=saved is None)]
+    card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
+    return str(card)
+
+
+def variant_of(folder: Path) -> Variant:
+    """The variant that a folder's config.json names. Raises ValueError if it names none."""
+    if not folder.is_dir():
+        raise ValueError(f"folder is {str(folder)!r}, which is no folder; give what save_pretrained wrote")
+    config = read_json(folder / "config.json")
+    known = {variant.config.model_type: variant for variant in VARIANTS.values()}
+    if not isinstance(config, dict) or config.get("model_type") not in known:
+        found = f"of {config.get('model_type')!r}" if isinstance(config, dict) else "missing or no JSON object"
+        raise ValueError(
+            f"{folder / 'config.json'} is {found}; it must be of a gallery model ({', '.join(known)}), as "
+            "save_pretrained writes it"
+        )
+    return known[config["model_type"]]
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers would read a model's weights from, be they there or not: one, or those that an index
+    names. Raises ValueError for an index that names none."""
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
+        return [folder / SAFE_WEIGHTS_NAME]
+    content = read_json(index)
+    if not isinstance(content, dict) or not content.get("weight_map"):
+        raise ValueError(f"{index} has no weight_map; save the model there again")
+    return [folder / name for name in sorted(set(content["weight_map"].values()))]
+
+
+def _code(auto: str, place: str, about: Variant, saved: _Saved | None) -> str:
+    """Lines that load the model and call it, whole as they stand."""
+    tokenizes = saved is None or saved.tokenizes
+    carries = auto == "AutoModelForCausalLM"
+    lines = ["import torch"] if carries or not tokenizes else []
+    lines += [f"from transformers import {', '.join(sorted([auto] + ['AutoTokenizer'] * tokenizes))}", ""]
+    lines += [f'name = "{place}"  # a repository on the Hub, or a folder']
+    lines += [f"model = {auto}.from_pretrained(name, trust_remote_code=True).eval()"]
+    if tokenizes:
+        lines += ["tokenizer = AutoTokenizer.from_pretrained(name)"]
+        lines += ['text = tokenizer("def area(width, height):", return_tensors="pt")']
+    else:
+        lines += ['text = {"input_ids": torch.tensor([[1, 2, 3]])}  # this model came without a tokenizer']
+    if not (carries or auto == "AutoModelForSeq2SeqLM"):
+        return "\n".join(["```python", *lines, "print(model(**text))", "```"])
+    said = "tokenizer.decode({}[0])" if tokenizes else "{}"
+    lines += [f"print({said.format('model.generate(**text, max_new_tokens=20)')})"]
+    if carries:
+        ids = 'text["input_ids"]'
+        lines += ["", "# what was read goes on: the cache holds what the model keeps of the text"]
+        lines += ["with torch.no_grad():", "    read = model(**text, use_cache=True)"]
+        lines += [f"more = torch.cat([{ids}, {ids}], dim=1)"]
+        again = "model.generate(more, past_key_values=read.past_key_values, max_new_tokens=20)"
+        lines += [f"print({said.format(again)})"]
+    return "\n".join(["```python", *lines, "```"])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What a folder tells of the model in it."""
+
+    config: dict[str, Any]
+    parameters: int
+    dtypes: list[str]
+    tokenizes: bool
+    evaluation: dict[str, float]  # of Trainer.save_metrics("eval", ...)
+
+    @classmethod
+    def read(cls, folder: Path) -> _Saved:
+        config = read_json(folder / "config.json")
+        parameters, dtypes = 0, set()
+        for path in weight_files(folder):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    tensors = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118, a handle is no dictionary
+            except (FileNotFoundError, SafetensorError) as error:
+                raise ValueError(f"{path} is missing or damaged; save the model there again: {error}") from error
+            parameters += sum(math.prod(tensor.get_shape()) for tensor in tensors)
+            dtypes |= {tensor.get_dtype() for tensor in tensors}
+        scores = read_json(folder / "eval_results.json")
+        scores = {k: x for k, x in scores.items() if isinstance(x, (int, float))} if isinstance(scores, dict) else {}
+        tokenizes = (folder / "tokenizer_config.json").is_file()
+        return cls(config, parameters, sorted(dtypes), tokenizes, scores)
+
+    @property
+    def auto(self) -> str:
+        """The Auto class that opens the model under the head that it was saved with."""
+        names = self.config.get("architectures") or []
+        mapped = self.config.get("auto_map") or {}
+        found = (auto for auto, place in mapped.items() if place.split(".")[-1] in names)
+        return next(found, "AutoModel")
+
+    def scores(self) -> list[EvalResult]:
+        """The evaluation's scores; speeds and counts are not among them."""
+        kept = {name.removeprefix("eval_"): x for name, x in self.evaluation.items() if name.startswith("eval_")}
+        told = ("runtime", "samples_per_second", "steps_per_second", "samples")
+        return [
+            EvalResult(
+                task_type=PIPELINES.get(self.auto, "feature-extraction"),
+                dataset_type="evaluation_set",
+                dataset_name="the evaluation set of its training",
+                metric_type=name,
+                metric_name=name.replace("_", " "),
+                metric_value=round(x, 4),
+            )
+            for name, x in kept.items()
+            if name not in told
+        ]
+
+    def text(self) -> str:
+        hidden = {"auto_map", "architectures", "model_type", "transformers_version", "dtype", "use_cache", "id2label"}
+        hidden |= {"label2id"}
+        rows = [(name, value) for name, value in sorted(self.config.items()) if name not in hidden]
+        lines = [
+            "## This model",
+            "",
+            f"`{(self.config.get('architectures') or ['?'])[0]}`, {self.parameters:,} parameters, saved as "
+            f"{', '.join(self.dtypes)}.",
+            "",
+        ]
+        for score in self.scores():
+            lines += [f"- {score.metric_name} on {score.dataset_name}: {score.metric_value}"]
+        lines += [""] if self.scores() else []
+        lines += ["| setting | value |", "|---|---|"]
+        lines += [f"| {name} | `{json.dumps(value)}` |" for name, value in rows]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Of a results file of `python -m eval`: all of it, and the entries of some contestants."""
+
+    results: dict[str, Any]
+    entries: dict[str, dict[str, Any]]
+
+    @classmethod
+    def read(cls, path: Path, contestants: tuple[str, ...]) -> _Measured:
+        results = read_json(path)
+        if not isinstance(results, dict) or not {"summary", "settings", "window", "cells"} <= set(results):
+            raise ValueError(f"results is {str(path)!r}, no file of `python -m eval`; give its results.json")
+        summary = results["summary"]
+        measures = ("recall", "bits_per_byte", "cost", "abilities")
+        entries = {n: summary[n] for n in contestants if any(key in summary.get(n, {}) for key in measures)}
+        if not entries:
+            raise ValueError(
+                f"{path} has no numbers of {' or '.join(contestants)}; run `python -m eval --variants "
+                f"{','.join(contestants)}`"
+            )
+        return cls(results, entries)
+
+    def scores(self) -> list[EvalResult]:
+        """Shares of right answers and bits per byte, for the model-index. Speeds belong to a machine, and stay out."""
+        found = []
+        window = self.results["window"]["recall"]
+        for entry in self.entries.values():
+            of = f" ({entry['label']})" if len(self.entries) > 1 else ""
+            for distance, score in entry.get("recall", {}).items():
+                windows = f"{int(distance) / window:g} window{'s' if int(distance) != window else ''}"
+                name = f"Slot recall, distance of {distance} tokens ({windows})"
+                found.append(_share("slot_recall", name, f"distance_{distance}", of, score))
+            for ability, levels in entry.get("abilities", {}).items():
+                title = self.results["abilities"][ability]["title"]
+                for level, score in levels.items():
+                    found.append(_share(ability, f"{title}, {level}", level, of, score))
+            if entry.get("bits_per_byte"):
+                found.append(
+                    EvalResult(
+                        task_type="text-generation",
+                        dataset_type="text",
+                        dataset_name=f"Held-out documents: {self.settings('text')['corpus']}",
+                        dataset_split="test",
+                        metric_type="bits_per_byte",
+                        metric_name=f"bits per byte{of}",
+                        metric_value=round(_mean(entry["bits_per_byte"]), 4),
+                    )
+                )
+        return found
+
+    def cell(self, task: str) -> dict[str, Any] | None:
+        """A cell of the task that measured one of the contestants, or everyone."""
+        for cell in self.results["cells"]:
+            if cell["task"] == task and cell["contestant"] in (*self.entries, "all"):
+                return cell
+        return None
+
+    def settings(self, task: str) -> dict[str, Any]:
+        cell = self.cell(task)
+        return {} if cell is None else cell["settings"]
+
+    def text(self, own: bool) -> str:
+        """Tables, and how they came about. own: the card is the architecture's, not that of a trained model."""
+        intro = (
+            "Of small models that `python -m eval` trained from scratch, all architectures at one size and on the "
+            "same batches. They compare architectures" + (" and" if own else ", are not of the weights here, and")
+        )
+        parts = ["## Results", f"{intro} say nothing about large models."]
+        parts += [table for table in (self._recall(), *self._abilities(), self._text_and_cost()) if table]
+        parts += ["## How it was measured", self._how()]
+        return "\n\n".join(parts)
+
+    def _recall(self) -> str:
+        window = self.results["window"]["recall"]
+        return self._shares(
+            f"Recall by distance, in windows of {window} tokens; chance is {self.results['chance']:.1%}:",
+            {name: entry.get("recall", {}) for name, entry in self.entries.items()},
+            lambda distance: f"{int(distance) / window:g}x",
+        )
+
+    def _abilities(self) -> Iterator[str]:
+        for name, about in self.results.get("abilities", {}).items():
+            by = {key: entry.get("abilities", {}).get(name, {}) for key, entry in self.entries.items()}
+            yield self._shares(f"{about['title']} ({about['axis']}). {about['about']}", by, str)
+
+    def _shares(self, title: str, by: dict[str, dict[str, Any]], head) -> str:
+        labels = next((list(scores) for scores in by.values() if scores), [])
+        if not labels:
+            return ""
+        lines = [title, "", f"| model | {' | '.join(head(x) for x in labels)} |", "|---|" + "---:|" * len(labels)]
+        for name, scores in by.items():
+            shares = [f"{scores[x]['correct'] / scores[x]['asked']:.1%}" if x in scores else "-" for x in labels]
+            lines += [f"| {self.entries[name]['label']} | {' | '.join(shares)} |"]
+        return "\n".join(lines)
+
+    def _text_and_cost(self) -> str:
+        contexts = next((list(e["cost"]["cache_bytes"]) for e in self.entries.values() if "cost" in e), [])
+        heads = ["model", "parameters", "bits/byte", "training tokens/s", "peak MiB of a training step"]
+        heads += [f"ms/token after {int(x):,}" for x in contexts] + [
+            f"KiB of cache after {int(x):,}" for x in contexts
+        ]
+        lines = []
+        for entry in self.entries.values():
+            cost, bits = entry.get("cost"), entry.get("bits_per_byte")
+            parameters = entry.get("parameters") or (cost or {}).get("parameters")
+            row = [entry["label"], f"{parameters:,}" if parameters else "-", f"{_mean(bits):.3f}" if bits else "-"]
+            if cost:
+                row += [f"{cost['training_tokens_per_second']:,.0f}", f"{cost['training_peak_bytes'] / 2**20:.0f}"]
+                row += [f"{cost['decode_ms_per_token'][x]:.2f}" for x in contexts]
+                row += [f"{cost['cache_bytes'][x] / 2**10:,.0f}" for x in contexts]
+            else:
+                row += ["-"] * (len(heads) - len(row))
+            if cost or bits:
+                lines.append(f"| {' | '.join(row)} |")
+        if not lines:
+            return ""
+        baseline = self.results.get("order0_bits_per_byte")
+        title = "Text, speed and memory" + (
+            f"; a model that knows only how frequent each byte is takes {baseline:.3f} bits a byte:"
+            if baseline is not None
+            else ":"
+        )
+        return "\n".join([title, "", f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1), *lines])
+
+    def _how(self) -> str:
+        lines = []
+        recall, text, cost = (self.settings(task) for task in ("recall", "text", "cost"))
+        if recall:
+            lines.append(
+                f"- Recall: a token says that slot k holds v, and after a distance another asks for slot k. "
+                f"{recall['steps']:,} training steps of about {recall['tokens']:,} tokens, then "
+                f"{recall['examples']:,} test texts of {recall['length']:,} tokens at each distance. {_sizes(recall)}"
+            )
+        if self.results.get("abilities"):
+            found = self.results["settings"]["abilities"]
+            lines.append(
+                f"- Abilities: {found['steps']:,} training steps of about {found['tokens']:,} tokens, from easy "
+                f"levels to hard ones, then {found['examples']:,} test texts at each level. {_sizes(found)}"
+            )
+        if text:
+            lines.append(
+                f"- Text: {text['corpus']}; {text['steps']:,} training steps of {text['lanes']} documents side by "
+                f"side, {text['length']} bytes each, the cache carried from step to step; then "
+                f"{text['test_bytes']:,} held-out bytes, each document from its first byte to its last. {_sizes(text)}"
+            )
+        if cost:
+            lines.append(
+                f"- Cost: medians of {cost['repeats']} training steps (forward and backward) on {cost['batch']} x "
+                f"{cost['length']:,} tokens, and of {cost['decode_tokens']} decoded tokens. {_sizes(cost)}"
+            )
+        cells = [c for c in self.results["cells"] if c["contestant"] in (*self.entries, "all")]
+        seeds = sorted({c["seed"] for c in cells})
+        lines.append(f"- Seeds: {', '.join(map(str, seeds))}.")
+        origins = {json.dumps(_origin(c["provenance"]), sort_keys=True) for c in cells}
+        for origin in (json.loads(x) for x in sorted(origins)):
+            lines.append(
+                f"- Machine: {origin['processor']}, {origin['cores']} cores, {origin['device']}; torch "
+                f"{origin['torch']}, transformers {origin['transformers']}, Python {origin['python']}; commit "
+                f"{origin['commit']}, {origin['day']}, by `{origin['command']}`."
+            )
+        return "\n".join(lines)
+
+
+def _share(dataset: str, name: str, part: str, of: str, score: dict[str, Any]) -> EvalResult:
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=dataset,
+        dataset_name=name,
+        dataset_config=part,
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_name=f"accuracy{of}",
+        metric_value=round(score["correct"] / score["asked"], 4),
+    )
+
+
+def _sizes(settings: dict[str, Any]) -> str:
+    sizes = settings["sizes"]
+    return (
+        f"Models of {sizes['layers']} layers, {sizes['hidden']} wide, {sizes['heads']} heads, windows of "
+        f"{sizes['window']} tokens."
+    )
+
+
+def _origin(provenance: dict[str, Any]) -> dict[str, Any]:
+    machine, versions = provenance["machine"], provenance["versions"]
+    return {
+        "processor": machine.get("accelerator") or machine["processor"],
+        **{key: machine[key] for key in ("cores", "device")},
+        **{key: versions[key] for key in ("torch", "transformers", "python")},
+        "commit": str(provenance["commit"])[:12],
+        "command": provenance["command"],
+        "day": provenance["date"][:10],
+    }
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,204 @@
+"""Model cards: metadata that the Hub takes, numbers from the results file, code that runs as it stands."""
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from variants import VARIANTS as TINY
+
+from hf_gallery.cards import render_card, write_cards
+from hf_gallery.data import byte_tokenizer
+from hf_gallery.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "eval" / "results" / "quick.json"
+each = pytest.mark.parametrize("name", VARIANTS)
+
+
+def committed(name):
+    return (ROOT / "model_cards" / f"{name}.md").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads(RESULTS.read_text(encoding="utf-8"))
+
+
+@each
+def test_committed_cards_are_current(name):
+    assert committed(name) == render_card(name, results=RESULTS), (
+        "model_cards is not what eval/results/quick.json gives; renew it: "
+        "hf-gallery card --all --results eval/results/quick.json --out model_cards"
+    )
+
+
+@each
+def test_metadata(name):
+    """As huggingface_hub reads it back: nothing is lost, and the fields that the Hub shows are there."""
+    card = ModelCard(committed(name), ignore_metadata_errors=False)
+    written = yaml.safe_load(card.content.split("---")[1])
+    assert card.data.to_dict() == written
+    assert written["license"] == "apache-2.0" and written["library_name"] == "transformers"
+    assert written["pipeline_tag"] == "text-generation"
+    assert f"arxiv:{VARIANTS[name].arxiv}" in written["tags"]
+    assert VARIANTS[name].paper in card.text
+    for heading in ("How to use", "Intended use", "Limits", "Results", "How it was measured"):
+        assert f"\n## {heading}\n" in card.text
+
+
+@each
+def test_the_model_index_holds_the_measured_numbers(name, results):
+    """Every measured share and bits per byte of the variant is there once, and nothing else."""
+    contestants = [key for key in results["summary"] if key == name or (name, key) == ("transformer", f"{name}_full")]
+    expected = []
+    for key in contestants:
+        entry = results["summary"][key]
+        label = f" ({entry['label']})" if len(contestants) > 1 else ""
+        for distance, score in entry["recall"].items():
+            expected.append((f"distance_{distance}", f"accuracy{label}", score["correct"] / score["asked"]))
+        for levels in entry.get("abilities", {}).values():
+            expected += [(level, f"accuracy{label}", x["correct"] / x["asked"]) for level, x in levels.items()]
+        bits = entry["bits_per_byte"]
+        expected.append((None, f"bits per byte{label}", sum(bits) / len(bits)))
+    found = [(x.dataset_config, x.metric_name, x.metric_value) for x in ModelCard(committed(name)).data.eval_results]
+    assert len(found) == len(expected)
+    for part, metric, value in expected:
+        (same,) = [x for c, m, x in found if (c, m) == (part, metric) and abs(x - value) < 1e-4] or [None]
+        assert same is not None, (part, metric, value)
+
+
+@each
+def test_the_text_says_the_measured_numbers(name, results):
+    text = ModelCard(committed(name)).text
+    entry = results["summary"][name]
+    row = next(line for line in text.splitlines() if line.startswith(f"| {entry['label']} | {entry['parameters']:,} "))
+    assert f"{sum(entry['bits_per_byte']) / len(entry['bits_per_byte']):.3f}" in row
+    assert f"{entry['cost']['training_tokens_per_second']:,.0f}" in row
+    for score in entry["recall"].values():
+        assert f"{score['correct'] / score['asked']:.1%}" in text
+    cells = [cell for cell in results["cells"] if cell["contestant"] == name]
+    for cell in cells:
+        assert cell["provenance"]["machine"]["processor"] in text and cell["provenance"]["date"][:10] in text
+        assert cell["provenance"]["commit"][:12] in text and f"`{cell['provenance']['command']}`" in text
+
+
+def test_other_numbers_make_another_card(tmp_path, results):
+    changed = json.loads(json.dumps(results))
+    entry = changed["summary"]["longformer"]
+    entry["recall"][next(iter(entry["recall"]))] = {"asked": 1000, "correct": 123}
+    entry["bits_per_byte"] = [1.0, 2.5]
+    entry["abilities"] = {"passkey": {"4x": {"asked": 8, "correct": 5}}}
+    changed["abilities"] = {
+        "passkey": {"title": "Passkey", "group": "memory", "axis": "distance", "about": "A number."}
+    }
+    changed["settings"]["abilities"] = changed["settings"]["recall"]
+    (tmp_path / "results.json").write_text(json.dumps(changed))
+    card = ModelCard(render_card("longformer", results=tmp_path / "results.json"))
+    assert {0.123, 1.75, 0.625} <= {x.metric_value for x in card.data.eval_results}
+    assert "12.3%" in card.text and "1.750" in card.text and "62.5%" in card.text and "A number." in card.text
+
+
+def test_cards_are_written_whole(tmp_path):
+    write_cards(tmp_path / "cards", RESULTS)
+    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "cards").iterdir()} == {
+        f"{name}.md": committed(name) for name in VARIANTS
+    }
+
+
+def test_cards_are_written_all_or_none(tmp_path, results):
+    del results["summary"]["longformer"]
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    with pytest.raises(ValueError, match="no numbers of longformer; run `python -m eval --variants longformer`"):
+        write_cards(tmp_path / "cards", tmp_path / "results.json")
+    assert not (tmp_path / "cards").exists()
+
+
+# ---- cards of trained models, and the code in them
+
+
+def tiny(name, head="causal"):
+    variant = next(v for v in TINY if v.config is VARIANTS[name].config and head in v.heads)
+    return variant.make(head, vocab_size=262)
+
+
+def run_code(card, folder):
+    """Runs the card's one block of Python with the folder in place of the repository; what it printed."""
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert code.count('"user/name"') == 1
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(code.replace('"user/name"', repr(str(folder))), "card", "exec"), {})
+    return printed.getvalue()
+
+
+@each
+def test_the_code_of_a_card_runs(name, tmp_path):
+    """It prints what generate() says of the text, from its start and going on from the cache."""
+    model = tiny(name)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    printed = run_code(committed(name), tmp_path)
+    text = byte_tokenizer()("def area(width, height):", return_tensors="pt")
+    twice = torch.cat([text["input_ids"]] * 2, dim=1)
+    expected = [byte_tokenizer().decode(model.generate(x, max_new_tokens=20)[0]) for x in (text["input_ids"], twice)]
+    assert printed == "".join(f"{x}\n" for x in expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "tag"),
+    [
+        ("transformer", "seq2seq", None),
+        ("transformer", "masked", "fill-mask"),
+        ("longformer", "tokens", "token-classification"),
+        ("longformer", "question", "question-answering"),
+        ("transformer_xl", "sequence", "text-classification"),
+        ("block_recurrent_transformer", "decoder", None),
+    ],
+)
+def test_a_card_of_a_folder_fits_its_head(name, head, tag, tmp_path):
+    """The class that opens it, what it is for, its size; and the code runs, with a tokenizer and without."""
+    model = tiny(name, head)
+    model.save_pretrained(tmp_path)
+    card = ModelCard(render_card(name, folder=tmp_path))
+    assert card.data.to_dict().get("pipeline_tag") == tag
+    count = sum(x.numel() for x in load_file(tmp_path / "model.safetensors").values())
+    assert f"`{type(model).__name__}`, {count:,} parameters, saved as F32" in card.text
+    assert "model-index" not in card.content
+    assert run_code(card.content, tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    if head != "question":  # a question needs its separator in the text
+        assert run_code(render_card(name, folder=tmp_path), tmp_path)
+
+
+def test_a_folder_brings_its_own_scores(tmp_path):
+    """Those that Trainer.save_metrics left. Numbers of other models stay out of the metadata."""
+    tiny("transformer_xl").save_pretrained(tmp_path / "mine")
+    scores = {"eval_bits_per_byte": 2.34567, "eval_loss": 1.5, "eval_runtime": 9.0, "epoch": 1.0}
+    (tmp_path / "mine" / "eval_results.json").write_text(json.dumps(scores))
+    card = ModelCard(render_card("transformer_xl", folder=tmp_path / "mine", results=RESULTS, repo_id="me/fine"))
+    assert {x.metric_type: x.metric_value for x in card.data.eval_results} == {"bits_per_byte": 2.3457, "loss": 1.5}
+    assert card.data.model_name == "fine" and card.text.lstrip().startswith("# fine\n")
+    assert "bits per byte on the evaluation set of its training: 2.3457" in card.text
+    assert "are not of the weights here" in card.text and 'name = "me/fine"' in card.text
+
+
+def test_what_cannot_be_rendered(tmp_path):
+    with pytest.raises(ValueError, match="variant is 'mamba'; choose from transformer, "):
+        render_card("mamba")
+    with pytest.raises(ValueError, match="no file of `python -m eval`"):
+        render_card("longformer", results=ROOT / "pyproject.toml")
+    with pytest.raises(ValueError, match="is no folder"):
+        render_card("longformer", folder=tmp_path / "nothing")
+    tiny("transformer_xl").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="variant is 'longformer', but .* holds a transformer_xl"):
+        render_card("longformer", folder=tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing or damaged"):
+        render_card("transformer_xl", folder=tmp_path)

@@ -1,0 +1,378 @@
+"""To the Hub and back, by huggingface_hub over HTTP, to a small Hub on this machine (hub_server.py).
+
+What needs a client of its own, since the client reads its address once, runs in two other processes for all variants:
+one has the library and uploads, the other has not and opens what arrived. What a client must refuse runs here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from hub_server import TOKEN, Hub
+from safetensors.torch import load_file, save_file
+from test_law_7_travels_light import inputs_of, open_elsewhere, results_here
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from variants import VARIANTS, Runner, assert_equal, words
+
+import hf_gallery.variants
+from hf_gallery import GalleryTransformerForCausalLM
+from hf_gallery.data import byte_tokenizer
+from hf_gallery.hub import push
+
+ROOT = Path(__file__).parent.parent
+NAMES = list(hf_gallery.variants.VARIANTS)
+TINY = {name: next(v for v in VARIANTS if v.config is about.config) for name, about in
+        hf_gallery.variants.VARIANTS.items()}  # fmt: skip
+
+CLIENT = """
+import json, sys
+from pathlib import Path
+import torch, transformers
+from huggingface_hub import HfApi, ModelCard
+
+import hf_gallery
+from hf_gallery.cli import app
+from hf_gallery.convert import convert
+from hf_gallery.data import byte_tokenizer
+from hf_gallery.hub import push, render_card
+
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+base, *names = sys.argv[1:]
+base = Path(base)
+report = {}
+for name in names:
+    folder = base / "saved" / name
+    transformers.AutoModelForCausalLM.from_pretrained(folder).push_to_hub(f"user/{name}")
+    byte_tokenizer().push_to_hub(f"user/{name}")
+    ModelCard(render_card(name, folder=folder, repo_id=f"user/{name}")).push_to_hub(f"user/{name}")
+    report[name] = push(folder, f"user/{name}-folder", private=True)
+try:
+    app(["push", str(base / "saved" / names[0]), "user/by-command", "--message", "by command"])
+except SystemExit as end:
+    report["by command"] = end.code
+
+gpt2 = transformers.GPT2LMHeadModel.from_pretrained(base / "gpt2")
+for name in ("user/gpt2", "user/gpt2-broken"):
+    gpt2.push_to_hub(name)
+HfApi().create_repo("user/config-only")
+HfApi().upload_file(
+    path_or_fileobj=base / "gpt2" / "config.json", path_in_repo="config.json", repo_id="user/config-only"
+)
+convert("user/gpt2", base / "converted")
+
+
+def attempt(name, act):
+    try:
+        act()
+        report[name] = None
+    except Exception as error:
+        report[name] = f"{type(error).__name__}: {error}"
+
+
+open_hub = transformers.AutoModelForCausalLM.from_pretrained
+attempt("open, wrong revision", lambda: open_hub(f"user/{names[0]}", revision="nowhere"))
+attempt("open, wrong name", lambda: open_hub("user/nothing"))
+attempt("open, no weights", lambda: open_hub("user/config-only"))
+attempt("convert, wrong revision", lambda: convert("user/gpt2", base / "no" / "revision", revision="nowhere"))
+attempt("convert, no weights", lambda: convert("user/config-only", base / "no" / "weights"))
+attempt("convert, broken download", lambda: convert("user/gpt2-broken", base / "no" / "download"))
+(base / "client.json").write_text(json.dumps(report))
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    with Hub(tmp_path / "hub") as server:
+        yield server
+
+
+def save_tiny(name, folder):
+    """A tiny causal model of a variant with the byte tokenizer, saved; as something to run."""
+    variant = TINY[name]
+    run = Runner(variant, variant.heads["causal"], variant.make("causal", vocab_size=262))
+    run.model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return run
+
+
+def test_there_and_back(hub, tmp_path, monkeypatch):
+    """All variants go up by push_to_hub and by push, and open without the library, with the same logits and the same
+    generated text, under every head; a checkpoint of transformers comes down and is converted."""
+    here, jobs = {}, []
+    for name in NAMES:
+        run = save_tiny(name, tmp_path / "saved" / name)
+        inputs = inputs_of(run)
+        save_file(inputs, tmp_path / f"{name}.inputs")
+        here[name] = results_here(run, inputs)
+        for repo in (name, f"{name}-folder"):
+            jobs.append(dict(name=repo, folder=f"user/{repo}", auto="AutoModelForCausalLM"))
+        others = {head.auto for head in run.variant.heads.values()} - {"AutoModelForCausalLM", "AutoModelForSeq2SeqLM"}
+        for auto in sorted(others):
+            jobs.append(dict(name=f"{name} by {auto}", folder=f"user/{name}", auto=auto))
+        for job in jobs:
+            job.setdefault("inputs", str(tmp_path / f"{name}.inputs"))
+            job |= dict(out=str(tmp_path / f"{job['name']}.out"), again=None)
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_positions=32, n_embd=12, n_layer=2, n_head=2, bos_token_id=94, eos_token_id=95)
+    ).eval()
+    gpt2.save_pretrained(tmp_path / "gpt2")
+    hub.break_at("resolve", "user/gpt2-broken", status=403, times=1000)
+
+    for variable, value in hub.environment(tmp_path / "client home").items():
+        monkeypatch.setenv(variable, value)
+    (tmp_path / "client.py").write_text(CLIENT)
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "client.py"), str(tmp_path), *NAMES],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    client = json.loads((tmp_path / "client.json").read_text())
+    opened = open_elsewhere(tmp_path, jobs)
+
+    for job in jobs:
+        about = opened[job["name"]]
+        assert "error" not in about, about["error"]
+        assert about["module"].startswith("transformers_modules.user.")
+    for name in NAMES:
+        for repo in (name, f"{name}-folder"):
+            assert opened[repo]["class"] == TINY[name].heads["causal"].kind.__name__
+            result = load_file(tmp_path / f"{repo}.out")
+            assert_equal(result["result"], here[name]["result"])
+            assert torch.equal(result["generated"], here[name]["generated"])
+            check_repository(hub, f"user/{repo}", tmp_path / "saved" / name, tmp_path / "down" / repo)
+        assert client[name] == f"{hub.url}/user/{name}-folder"
+        assert hub.repos[f"user/{name}-folder"].private and not hub.repos[f"user/{name}"].private
+        assert hub.repos[f"user/{name}-folder"].messages == ["initial commit", f"Upload {name}"]
+
+    assert client["by command"] == 0
+    pushed, same = (hub.files(repo) for repo in ("user/by-command", f"user/{NAMES[0]}-folder"))
+    assert {k: x for k, x in pushed.items() if k != "README.md"} == {k: x for k, x in same.items() if k != "README.md"}
+    assert hub.repos["user/by-command"].messages[-1] == "by command"
+
+    model = GalleryTransformerForCausalLM.from_pretrained(tmp_path / "converted").eval()
+    with torch.no_grad():
+        assert_equal(model(words(2, 13)).logits, gpt2(words(2, 13)).logits)
+
+    for name, said in {
+        "open, wrong revision": "nowhere",
+        "open, wrong name": "user/nothing",
+        "open, no weights": "model.safetensors",
+        "convert, wrong revision": "Revision Not Found",
+        "convert, no weights": "config-only",
+        "convert, broken download": "cannot find the requested files",
+    }.items():
+        assert client[name] is not None and said in client[name], (name, client[name])
+    assert not (tmp_path / "no").exists()
+    assert not hub.unknown
+
+
+def check_repository(hub, repo, saved, folder):
+    """What is there is what was saved, with a card; and its tokenizer opens."""
+    files = hub.files(repo)
+    for path in saved.iterdir():
+        assert files[path.name] == path.read_bytes() or path.name == "config.json", path.name
+    card = huggingface_hub.ModelCard(files["README.md"].decode())
+    assert card.data.library_name == "transformers" and "hf-gallery" in card.data.tags
+    folder.mkdir(parents=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes(files[name])
+    assert AutoTokenizer.from_pretrained(folder)("né")["input_ids"] == byte_tokenizer()("né")["input_ids"]
+
+
+# ---- what push refuses, and what a failure leaves
+
+
+@pytest.fixture
+def online(hub, tmp_path, monkeypatch):
+    """The client of this process, turned to the server."""
+    for name, value in dict(ENDPOINT=hub.url, HF_HUB_OFFLINE=False, HF_HUB_DISABLE_XET=True).items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", str(tmp_path / "no token here"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    return hub
+
+
+@pytest.fixture
+def saved(tmp_path):
+    save_tiny("transformer_xl", tmp_path / "model")
+    return tmp_path / "model"
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_push_makes_one_commit(online, saved):
+    """Of what belongs to the model, and of nothing that training left; the folder stays as it is."""
+    (saved / "checkpoint-10").mkdir()
+    for name in ("checkpoint-10/model.safetensors", "training_args.bin", ".hidden", "trainer_state.json"):
+        (saved / name).write_bytes(b"left")
+    before = content(saved)
+    url = push(saved, "user/name", message="first")
+    assert url == f"{online.url}/user/name" and content(saved) == before
+    assert online.repos["user/name"].messages == ["initial commit", "first"]
+    left = {"checkpoint-10/model.safetensors", "training_args.bin", ".hidden", "trainer_state.json"}
+    assert set(online.files("user/name")) == {str(path) for path in before} - left | {"README.md"}
+    assert 'name = "user/name"' in online.files("user/name")["README.md"].decode()
+    assert push(saved, "name") == url  # the token's owner is meant
+    assert not online.unknown
+
+
+def test_a_card_that_is_there_is_kept(online, saved):
+    (saved / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
+    push(saved, "user/name")
+    assert online.files("user/name")["README.md"] == (saved / "README.md").read_bytes()
+
+
+def test_old_weights_do_not_stay(online, saved, tmp_path):
+    """transformers would open model.safetensors though an index lies beside it."""
+    push(saved, "user/name")
+    model = GalleryTransformerForCausalLM(TINY["transformer"].make_config("causal", vocab_size=262))
+    model.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    push(tmp_path / "shards", "user/name")
+    files = online.files("user/name")
+    assert "model.safetensors" not in files and "model.safetensors.index.json" in files
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+
+
+def test_a_branch(online, saved):
+    push(saved, "user/name")
+    huggingface_hub.HfApi().create_branch("user/name", branch="tries")
+    (saved / "generation_config.json").write_text("{}")
+    push(saved, "user/name", revision="tries")
+    assert online.files("user/name", "tries")["generation_config.json"] == b"{}"
+    assert online.files("user/name")["generation_config.json"] != b"{}"
+
+
+def test_a_wrong_revision(online, saved):
+    with pytest.raises(ValueError, match="revision is 'nowhere', no branch of user/name"):
+        push(saved, "user/name", revision="nowhere")
+    assert not online.repos
+    push(saved, "user/name")
+    with pytest.raises(ValueError, match="revision is 'nowhere'"):
+        push(saved, "user/name", revision="nowhere")
+    assert len(online.repos["user/name"].messages) == 2
+
+
+def test_private_is_private(online, saved):
+    push(saved, "user/open")
+    with pytest.raises(ValueError, match="user/open is there and public"):
+        push(saved, "user/open", private=True)
+    assert len(online.repos["user/open"].messages) == 2
+    push(saved, "user/hidden", private=True)
+    push(saved, "user/hidden", private=True)
+    assert online.repos["user/hidden"].private
+
+
+@pytest.mark.parametrize("repo_id", ["a/b/c", "user/a b", "user/..", "", "user/x.git"])
+def test_a_bad_repo_id(online, saved, repo_id):
+    with pytest.raises(ValueError, match="repo_id is .*USER/NAME"):
+        push(saved, repo_id)
+    assert not online.asked
+
+
+def test_no_token(online, saved, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(ValueError, match="no token .*hf auth login"):
+        push(saved, "user/name")
+    assert not online.asked
+    with pytest.raises(RuntimeError, match="token is not valid"):
+        push(saved, "user/name", token="hf_other")
+    push(saved, "user/name", token=TOKEN)
+
+
+def test_a_name_of_others(online, saved):
+    with pytest.raises(RuntimeError, match="others/name got no commit.*may not write there"):
+        push(saved, "others/name")
+    assert not online.repos
+
+
+def damage(folder, name):
+    path = folder / name
+    if name in ("model.safetensors", "tokenizer.json"):
+        path.write_bytes(path.read_bytes()[:-20])
+    elif name == "README.md":
+        path.write_text("---\nlicense: [\n---\n")
+    elif name == "config.json":
+        path.write_text("{")
+    elif name == "model.safetensors.index.json":
+        (folder / "model.safetensors").unlink()
+        path.write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+
+
+@pytest.mark.parametrize(
+    ("name", "how", "said"),
+    [
+        ("config.json", "missing", "config.json"),
+        ("config.json", "damaged", "config.json"),
+        ("model.safetensors", "missing", "model.safetensors is missing"),
+        ("model.safetensors", "damaged", "model.safetensors is damaged"),
+        ("model.safetensors.index.json", "damaged", "model-00001-of-00001.safetensors is missing"),
+        ("modeling_transformer_xl.py", "missing", "modeling_transformer_xl.py is missing, which auto_map needs"),
+        ("rows.py", "missing", "rows.py is missing, which [a-z_]+.py needs"),
+        ("tokenizer.json", "missing", "the tokenizer does not load"),
+        ("tokenizer.json", "damaged", "the tokenizer does not load"),
+        ("README.md", "damaged", "README.md has metadata"),
+    ],
+)
+def test_an_incomplete_folder(online, saved, name, how, said):
+    """Is refused before anything is sent."""
+    (saved / name).unlink() if how == "missing" else damage(saved, name)
+    with pytest.raises(ValueError, match=said):
+        push(saved, "user/name")
+    assert not online.asked
+
+
+def test_a_folder_of_something_else(online, tmp_path):
+    with pytest.raises(ValueError, match="is no folder"):
+        push(tmp_path / "nothing", "user/name")
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    with pytest.raises(ValueError, match="'gpt2'.*gallery_transformer_xl"):
+        push(tmp_path, "user/name")
+    assert not online.asked
+
+
+@pytest.mark.parametrize("step", ["create", "preupload", "batch", "upload", "verify", "commit"])
+def test_a_broken_upload(online, saved, step):
+    """Leaves no commit; the next try makes it whole."""
+    before = content(saved)
+    online.break_at(step, status=400)
+    with pytest.raises(RuntimeError, match="user/name got no commit, the upload failed.*Run it again") as caught:
+        push(saved, "user/name")
+    assert "\n" not in str(caught.value) and f"told to fail at {step}" in str(caught.value)
+    assert content(saved) == before
+    if step != "create":
+        assert online.files("user/name") == {} and online.repos["user/name"].messages == ["initial commit"]
+    push(saved, "user/name")
+    assert online.files("user/name")["model.safetensors"] == before[Path("model.safetensors")]
+
+
+def test_a_broken_upload_leaves_the_last_commit(online, saved):
+    push(saved, "user/name")
+    before = online.files("user/name")
+    model = TINY["transformer_xl"].make("causal", vocab_size=262, seed=1)
+    model.save_pretrained(saved)
+    online.break_at("commit", status=403)
+    with pytest.raises(RuntimeError, match="got no commit"):
+        push(saved, "user/name")
+    assert online.files("user/name") == before
+
+
+def test_a_hub_that_is_not_there(online, saved):
+    online.__exit__()
+    with pytest.raises(RuntimeError, match="user/name got no commit"):
+        push(saved, "user/name")
+
+
+def test_offline(hub, saved, monkeypatch):
+    """The suite's own setting."""
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE"):
+        push(saved, "user/name")
+    assert not hub.asked
