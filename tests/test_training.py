@@ -257,6 +257,8 @@ def assert_same(a, b):
     assert not different, different
 
 
+@pytest.mark.works("SegmentTrainer")
+@pytest.mark.works("gradient accumulation")
 @causal()
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_training_equals_a_plain_loop(variant, accumulation, tmp_path):
@@ -321,6 +323,8 @@ class Stop(TrainerCallback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.works("SegmentTrainer")
+@pytest.mark.works("resume")
 @causal()
 def test_resuming_is_bit_for_bit(variant, tmp_path):
     """With dropout, momentum and accumulation, losses and weights of a run that was cut off in its second epoch, and
@@ -413,6 +417,7 @@ def test_a_checkpoint_that_is_not_whole_is_refused_or_passed_over(tmp_path):
         trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.works("SegmentTrainer")
 @causal()
 def test_evaluation_is_the_mean_over_tokens(variant, tmp_path):
     """It equals one long forward over each document alone, whatever the number of lanes and the segments."""
@@ -482,6 +487,7 @@ def test_evaluation_leaves_training_alone(variant, tmp_path):
     assert_same(weights(watched.model), weights(quiet.model))
 
 
+@pytest.mark.works("gradient checkpointing")
 @causal()
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_checkpointed_activations_give_the_same_training(variant, tmp_path):
@@ -569,6 +575,7 @@ class SmallDevice(TrainerCallback):
             raise RuntimeError("CUDA out of memory.")
 
 
+@pytest.mark.works("bf16")
 @some
 def test_bf16_on_the_processor(variant, tmp_path):
     exact = trainer(variant.make(**NO_DROPOUT), tmp_path, max_steps=5)
@@ -593,6 +600,7 @@ def test_batches_from_workers_are_the_same(tmp_path):
     assert losses(there) == losses(here)
 
 
+@pytest.mark.works("Trainer")
 @some
 def test_transformers_own_trainer(variant, tmp_path):
     """Independent examples, padded, with accumulation: the loss is the mean over the predicted tokens of an update."""
@@ -680,6 +688,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.works("SegmentTrainer, 2 processes", *(variant.name for variant in SOME))
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_two_processes_train_as_one_with_all_lanes(tmp_path):
