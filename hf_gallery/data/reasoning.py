@@ -4,6 +4,7 @@ ids of the byte tokenizer, as hf_gallery.data.examples describes, and all ids ar
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import combinations
 from random import Random
 
@@ -12,7 +13,7 @@ from datasets import Dataset
 
 from .examples import check, dataset, generator, noise, scattered, unscored
 
-OPERATORS = {
+OPERATORS: dict[str, Callable[[list[int]], int]] = {
     "MAX": max,
     "MIN": min,
     "MED": lambda values: _median(sorted(values)),
@@ -143,16 +144,20 @@ def variable_tracking(
     for i in range(count):
         which, at = chain[:, i], start[:, i]
         hop = done[rows, which]
-        for place, id in enumerate((names[rows, which, hop], ord("="), sources[rows, which, hop], ord(";"))):
-            ids[rows, at + place] = id
+        _put(ids, at, names[rows, which, hop], ord("="), sources[rows, which, hop], ord(";"))
         set_at[rows, which] = np.where(hop == 0, at + 2, set_at[rows, which])
         done[rows, which] += 1
     for question in range(num_questions):  # the chains' order is random as it is
-        at = length - 4 * (num_questions - question)
-        for place, id in enumerate((ord("?"), names[:, question, -1], ord("="), values[:, question])):
-            ids[:, at + place] = id
-        labels[:, at + 3], distance[:, at + 3] = values[:, question], at + 3 - set_at[:, question]
+        at = np.full(examples, length - 4 * (num_questions - question))
+        _put(ids, at, ord("?"), names[:, question, -1], ord("="), values[:, question])
+        labels[rows, at + 3], distance[rows, at + 3] = values[:, question], at + 3 - set_at[:, question]
     return dataset(ids, labels, distance)
+
+
+def _put(ids: np.ndarray, at: np.ndarray, *characters: np.ndarray | int):
+    """Writes characters, each an id or one for each row, into every row of ids from column `at` (examples,) on."""
+    columns = at[:, None] + np.arange(len(characters))
+    ids[np.arange(len(ids))[:, None], columns] = np.stack(np.broadcast_arrays(at, *characters)[1:], axis=1)
 
 
 def permutation_composition(
@@ -189,9 +194,8 @@ def permutation_composition(
     asked = np.concatenate([scattered(random, examples, num_questions - 1, 3, length - 3), last], axis=1)
     thing = random.integers(size, size=asked.shape)
     is_step = np.ones((examples, length), dtype=bool)
-    for place, id in enumerate((ord("?"), thing + ord("1"))):
-        ids[rows[:, None], asked + place] = id
-        is_step[rows[:, None], asked + place] = False
+    ids[rows[:, None], asked], ids[rows[:, None], asked + 1] = ord("?"), thing + ord("1")
+    is_step[rows[:, None], asked] = is_step[rows[:, None], asked + 1] = False
     place_of = np.tile(np.arange(size), (examples, 1))  # of each thing
     for column in range(length):
         row, question = np.nonzero(asked + 2 == column)
