@@ -399,3 +399,9 @@ def test_stock_command_line(learned, saved, group, tmp_path):
         for i in range(2):
             score, right = directly(learned, asked[i]["context"].encode(), asked[i]["target"])
             assert found[name][i] == (pytest.approx(score, rel=1e-3), right)
+
+
+def test_the_library_needs_no_lm_eval():
+    """hf_gallery and its data are imported without it."""
+    code = "import sys; sys.modules['lm_eval'] = None; import hf_gallery, hf_gallery.data, hf_gallery.training"
+    assert subprocess.run([sys.executable, "-c", code], timeout=240).returncode == 0
