@@ -143,7 +143,7 @@ def render_card(
     sections += [] if saved is None else [saved.text()]
     sections += [
         "## How to use",
-        _code(auto, repo_id or "user/name", about, saved),
+        _code(auto, repo_id or "user/name", saved),
         "`trust_remote_code=True` runs the Python files beside the weights: read them first, or pin a commit by "
         "`revision`. Where hf-gallery is installed, `import hf_gallery` makes that argument unnecessary.",
         "## Intended use",
@@ -192,7 +192,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(content["weight_map"].values()))]
 
 
-def _code(auto: str, place: str, about: Variant, saved: _Saved | None) -> str:
+def _code(auto: str, place: str, saved: _Saved | None) -> str:
     """Lines that load the model and call it, whole as they stand."""
     tokenizes = saved is None or saved.tokenizes
     carries = auto == "AutoModelForCausalLM"
@@ -200,22 +200,25 @@ def _code(auto: str, place: str, about: Variant, saved: _Saved | None) -> str:
     lines += [f"from transformers import {', '.join(sorted([auto] + ['AutoTokenizer'] * tokenizes))}", ""]
     lines += [f'name = "{place}"  # a repository on the Hub, or a folder']
     lines += [f"model = {auto}.from_pretrained(name, trust_remote_code=True).eval()"]
+    asks = auto == "AutoModelForQuestionAnswering"  # its input is a question, a separator and a text
     if tokenizes:
         lines += ["tokenizer = AutoTokenizer.from_pretrained(name)"]
-        lines += ['text = tokenizer("def area(width, height):", return_tensors="pt")']
+        question = '"Who came? " + tokenizer.sep_token + "Ann came.", split_special_tokens=False'
+        said = question if asks else '"def area(width, height):"'
+        lines += [f'text = tokenizer({said}, return_tensors="pt")']
     else:
-        lines += ['text = {"input_ids": torch.tensor([[1, 2, 3]])}  # this model came without a tokenizer']
+        ids = "[[1, model.config.sep_token_id, 2, 3]]" if asks else "[[1, 2, 3]]"
+        lines += [f'text = {{"input_ids": torch.tensor({ids})}}  # this model came without a tokenizer']
     if not (carries or auto == "AutoModelForSeq2SeqLM"):
         return "\n".join(["```python", *lines, "print(model(**text))", "```"])
-    said = "tokenizer.decode({}[0])" if tokenizes else "{}"
-    lines += [f"print({said.format('model.generate(**text, max_new_tokens=20)')})"]
+    show = "print(tokenizer.decode({}[0]))" if tokenizes else "print({})"
+    lines += [show.format("model.generate(**text, max_new_tokens=20)")]
     if carries:
         ids = 'text["input_ids"]'
         lines += ["", "# what was read goes on: the cache holds what the model keeps of the text"]
         lines += ["with torch.no_grad():", "    read = model(**text, use_cache=True)"]
         lines += [f"more = torch.cat([{ids}, {ids}], dim=1)"]
-        again = "model.generate(more, past_key_values=read.past_key_values, max_new_tokens=20)"
-        lines += [f"print({said.format(again)})"]
+        lines += [show.format("model.generate(more, past_key_values=read.past_key_values, max_new_tokens=20)")]
     return "\n".join(["```python", *lines, "```"])
 
 

@@ -58,17 +58,14 @@ def push(
             api.repo_info(repo_id, revision=revision)  # before the repository is made: a new one has no such branch
         url = api.create_repo(repo_id, private=private or None, exist_ok=True)
         public = private and not api.repo_info(url.repo_id).private
+        there = api.list_repo_files(url.repo_id, revision=revision)
     if public:
         raise ValueError(f"private is True, but {url.repo_id} is there and public; make it private there, or leave it")
+    operations = list(_operations(folder, variant, url.repo_id, there))
     with _told(repo_id, revision):
-        there = api.list_repo_files(url.repo_id, revision=revision)
         # create_commit and not upload_folder, which may cut an upload into several commits.
-        api.create_commit(
-            url.repo_id,
-            list(_operations(folder, variant, url.repo_id, there)),
-            commit_message=message or f"Upload {folder.resolve().name}",
-            revision=revision,
-        )
+        message = message or f"Upload {folder.resolve().name}"
+        api.create_commit(url.repo_id, operations, commit_message=message, revision=revision)
     return str(url)
 
 

@@ -149,10 +149,6 @@ class Hub:
     # ---- requests. Each takes the parts of its path, the query, the body and whether a known token came with it, and
     # returns (status, headers, content); content is bytes, or what JSON can say.
 
-    def whoami(self, known, **_):
-        must(known)
-        return 200, {}, {"type": "user", "name": USER, "orgs": [], "auth": {"type": "access_token"}}
-
     def create(self, body, known, **_):
         must(known)
         wanted = json.loads(body)
@@ -260,13 +256,6 @@ class Hub:
         siblings = [{"rfilename": path} for path in sorted(found.commits[oid])]
         return 200, {}, {"id": repo, "sha": oid, "private": found.private, "siblings": siblings, "tags": []}
 
-    def refs(self, repo, known, **_):
-        found = self.repo(repo, known)
-        branches = [
-            {"name": name, "ref": f"refs/heads/{name}", "targetCommit": oid} for name, oid in found.branches.items()
-        ]
-        return 200, {}, {"branches": branches, "tags": [], "converts": []}
-
     def tree(self, repo, revision, query, known, folder="", **_):
         found = self.repo(repo, known)
         files = found.commits[found.resolve(unquote(revision))]
@@ -277,12 +266,6 @@ class Hub:
         if query.get("recursive", ["false"])[0].lower() not in ("true", "1"):
             inside = {path: blob for path, blob in inside.items() if "/" not in path[len(start) :]}
         return 200, {}, [self.entry(path, blob) for path, blob in inside.items()]
-
-    def paths(self, repo, revision, body, known, **_):
-        found = self.repo(repo, known)
-        files = found.commits[found.resolve(unquote(revision))]
-        wanted = parse_qs(body.decode()).get("paths", [])
-        return 200, {}, [self.entry(path, files[path]) for path in wanted if path in files]
 
     @staticmethod
     def entry(path, blob):
@@ -316,16 +299,13 @@ class Hub:
 
 
 ROUTES = [
-    ("GET", r"/api/whoami-v2", Hub.whoami),
     ("POST", r"/api/repos/create", Hub.create),
     ("POST", r"/api/validate-yaml", Hub.validate_yaml),
     ("POST", rf"/api/models/{NAME}/branch/(?P<branch>[^/]+)", Hub.branch),
     ("POST", rf"/api/models/{NAME}/preupload/(?P<revision>[^/]+)", Hub.preupload),
     ("POST", rf"/api/models/{NAME}/commit/(?P<revision>[^/]+)", Hub.commit),
-    ("POST", rf"/api/models/{NAME}/paths-info/(?P<revision>[^/]+)", Hub.paths),
     ("GET", rf"/api/models/{NAME}", Hub.info),
     ("GET", rf"/api/models/{NAME}/revision/(?P<revision>[^/]+)", Hub.info),
-    ("GET", rf"/api/models/{NAME}/refs", Hub.refs),
     ("GET", rf"/api/models/{NAME}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", Hub.tree),
     ("POST", rf"/{NAME}\.git/info/lfs/objects/batch", Hub.batch),
     ("PUT", rf"/lfs/upload/{NAME}/(?P<oid>[0-9a-f]{{64}})", Hub.upload),

@@ -371,7 +371,7 @@ def test_a_hub_that_is_not_there(online, saved):
 
 
 def test_offline(hub, saved, monkeypatch):
-    """The suite's own setting."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE"):
         push(saved, "user/name")
