@@ -231,7 +231,7 @@ def generate(
         with torch.no_grad(), typer.progressbar(text.split(2048, dim=1), label="reading", file=sys.stderr) as parts:
             for part in parts:
                 read = model(part, past_key_values=read, use_cache=True, logits_to_keep=1).past_key_values
-        if save_cache is not None:
+        if save_cache is not None and read is not None:
             read.save(save_cache)
     if read is not None:  # generate() counts the columns that were read, and looks at the new ones only
         ids = torch.cat([ids.new_zeros(1, read.get_seq_length()), ids], dim=1)

@@ -265,9 +265,9 @@ def _differences(plan, tensors) -> list[str]:
         same.setdefault(original, [original]).append(name)
     problems = []
     for names in same.values():
-        first, *others = [n for n in names if n in tensors] or [None]
-        differ = [n for n in others if not _equal(tensors[n], tensors[first])]
-        problems += [f"{n} and {first} differ, though the config says that they are one" for n in differ]
+        present = [n for n in names if n in tensors]
+        differ = [n for n in present[1:] if not _equal(tensors[n], tensors[present[0]])]
+        problems += [f"{n} and {present[0]} differ, though the config says that they are one" for n in differ]
     return problems
 
 
