@@ -45,7 +45,7 @@ PROSE = {
         "before the segment. Positions are relative, so what is remembered needs no new positions.",
         (
             "It reaches back one memory a layer, and no farther.",
-            "No gradient crosses from a segment into the one before, so it learns no longer dependence by itself.",
+            "No gradient crosses from a segment into the one before: it learns to read its memory, not to write it.",
         ),
         ("transformer_xl",),
     ),
@@ -67,14 +67,14 @@ PROSE = {
         (
             "What is stored is not differentiated: the model learns to search the memory, not to write to it.",
             "The memory is first in, first out: beyond `memory_size` tokens the oldest are forgotten.",
-            "Every token searches the memory, so a large one costs time and space; `memory_backend` has indexes.",
+            "Every token searches the memory, so a large one costs time; `memory_backend` offers faiss indexes.",
         ),
         ("memorizing_transformer",),
     ),
     "block_recurrent_transformer": _Prose(
         "Block-Recurrent Transformers",
         "A window slides over the text, and in some layers a state of vectors is carried from block to block: tokens "
-        "read it, and it reads the tokens, through a gate like an LSTM's.",
+        "read it, and a gate lets it take in what it reads of them.",
         (
             "The state has a fixed size, so what is far back is kept at falling strength.",
             "The state moves when a block is complete; within a block tokens see the window and the last state.",
@@ -126,7 +126,7 @@ def render_card(
     scores = measured.scores() if measured and not saved else saved.scores() if saved else []
     metadata = ModelCardData(
         model_name=name,
-        license="apache-2.0",
+        license="apache-2.0" if saved is None else None,  # of weights only their author can say
         library_name="transformers",
         pipeline_tag=PIPELINES.get(auto),
         tags=["hf-gallery", "long-context", variant.replace("_", "-"), f"arxiv:{about.arxiv}"],
@@ -147,7 +147,7 @@ def render_card(
         "`trust_remote_code=True` runs the Python files beside the weights: read them first, or pin a commit by "
         "`revision`. Where hf-gallery is installed, `import hf_gallery` makes that argument unnecessary.",
         "## Intended use",
-        "Research on long sequences: to read and change an architecture in one file, to train it on long documents "
+        "Research on long sequences: to read and change the architecture, to train it on long documents "
         "(`hf_gallery.training.SegmentTrainer` carries its cache from step to step), and to compare it with others "
         "at equal size. Not for decisions about people, nor for text that is shown unread.",
         "## Limits",

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import huggingface_hub
@@ -107,17 +108,13 @@ def test_there_and_back(hub, tmp_path, monkeypatch):
     here, jobs = {}, []
     for name in NAMES:
         run = save_tiny(name, tmp_path / "saved" / name)
-        inputs = inputs_of(run)
-        save_file(inputs, tmp_path / f"{name}.inputs")
-        here[name] = results_here(run, inputs)
-        for repo in (name, f"{name}-folder"):
-            jobs.append(dict(name=repo, folder=f"user/{repo}", auto="AutoModelForCausalLM"))
-        others = {head.auto for head in run.variant.heads.values()} - {"AutoModelForCausalLM", "AutoModelForSeq2SeqLM"}
-        for auto in sorted(others):
-            jobs.append(dict(name=f"{name} by {auto}", folder=f"user/{name}", auto=auto))
-        for job in jobs:
-            job.setdefault("inputs", str(tmp_path / f"{name}.inputs"))
-            job |= dict(out=str(tmp_path / f"{job['name']}.out"), again=None)
+        here[name] = results_here(run, inputs_of(run))
+        for auto, head in {head.auto: head for head in run.variant.heads.values()}.items():
+            save_file(inputs_of(replace(run, head=head)), tmp_path / f"{name} {auto}.inputs")
+            for repo in (name, f"{name}-folder") if head.auto == "AutoModelForCausalLM" else (name,):
+                job = dict(name=f"{repo} {auto}", folder=f"user/{repo}", auto=auto, again=None)
+                files = dict(inputs=str(tmp_path / f"{name} {auto}.inputs"), out=str(tmp_path / f"{repo} {auto}.out"))
+                jobs.append(job | files | {"class": head.kind.__name__})
     gpt2 = GPT2LMHeadModel(
         GPT2Config(vocab_size=97, n_positions=32, n_embd=12, n_layer=2, n_head=2, bos_token_id=94, eos_token_id=95)
     ).eval()
@@ -138,11 +135,10 @@ def test_there_and_back(hub, tmp_path, monkeypatch):
     for job in jobs:
         about = opened[job["name"]]
         assert "error" not in about, about["error"]
-        assert about["module"].startswith("transformers_modules.user.")
+        assert about["class"] == job["class"] and about["module"].startswith("transformers_modules.user.")
     for name in NAMES:
         for repo in (name, f"{name}-folder"):
-            assert opened[repo]["class"] == TINY[name].heads["causal"].kind.__name__
-            result = load_file(tmp_path / f"{repo}.out")
+            result = load_file(tmp_path / f"{repo} AutoModelForCausalLM.out")
             assert_equal(result["result"], here[name]["result"])
             assert torch.equal(result["generated"], here[name]["generated"])
             check_repository(hub, f"user/{repo}", tmp_path / "saved" / name, tmp_path / "down" / repo)
