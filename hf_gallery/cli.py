@@ -43,6 +43,8 @@ def _plainly(command: Callable[..., Any]) -> Callable[..., Any]:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             return command(*args, **kwargs)
+        except typer.Exit:  # is a RuntimeError too
+            raise
         except (ValueError, OSError, ImportError, RuntimeError) as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
@@ -253,6 +255,9 @@ def eval_command(
     context: typer.Context,
     folder: FolderArgument,
     tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, comma-separated.")] = "gallery_memory",
+    model_args: Annotated[
+        str, typer.Option("--model_args", help="Arguments of the model, prefill_chunk_size=512 for example.")
+    ] = "",
 ) -> None:
     """Measure a saved model with lm-eval; further options are handed over to it.
 
@@ -262,7 +267,8 @@ def eval_command(
         from .harness import main
     except ImportError as error:
         raise ImportError(f'{error}; install what measuring needs: pip install "hf-gallery[eval]"') from None
-    raise typer.Exit(main(["--model_args", f"pretrained={folder}", "--tasks", tasks, *context.args]))
+    arguments = ",".join(filter(None, (f"pretrained={folder}", model_args)))
+    raise typer.Exit(main(["--model_args", arguments, "--tasks", tasks, *context.args]))
 
 
 @app.command()

@@ -174,6 +174,35 @@ def test_convert(tmp_path):
     assert model.config.memory_layers == [1] and model.config.memory_size == 64
 
 
+@pytest.mark.parametrize("code", [0, 1])
+def test_eval_hands_over(saved, monkeypatch, code):
+    """What lm-eval is asked, and that its exit code is the command's."""
+    asked = []
+    monkeypatch.setattr("hf_gallery.harness.main", lambda argv: asked.append(argv) or code)
+    result = invoke("eval", saved, "--tasks", "gallery_lm", "--model_args", "prefill_chunk_size=8", "--limit", "2")
+    assert result.exit_code == code and not result.output
+    (argv,) = asked
+    assert argv == [
+        "--model_args",
+        f"pretrained={saved},prefill_chunk_size=8",
+        "--tasks",
+        "gallery_lm",
+        "--limit",
+        "2",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.works("lm-eval, hf-gallery eval", "memorizing")
+def test_eval_for_real(saved, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    options = ["--tasks", "gallery_permutations", "--limit", "1", "--metadata", '{"examples": 2}']
+    command = [sys.executable, "-m", "hf_gallery", "eval", str(saved), *options]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "gallery_permutations" in done.stdout
+
+
 def test_python_m(tmp_path):
     """The module runs as the command does, and only its result is on stdout."""
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
