@@ -184,37 +184,39 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(variant, head, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.works("torch.compile")
-@heads
-def test_a_compiled_model_trains_alike(variant, head, tmp_path):
+@five
+def test_a_compiled_model_trains_alike(variant, tmp_path):
     torch.compiler.reset()
-    changes = {"max_steps": 2, "per_device_train_batch_size": 8}
+    changes = {"max_steps": 2, "per_device_train_batch_size": 8}  # one batch of one shape: compiled once
     plain, compiled = (
-        trainer(make(variant, head, **NO_DROPOUT), head, tmp_path, torch_compile=on, **changes) for on in (False, True)
+        trainer(make(variant, **NO_DROPOUT), "causal", tmp_path, torch_compile=on, **changes) for on in (False, True)
     )
     for own in (plain, compiled):
         own.train()
-    assert hasattr(compiled.model_wrapped, "_orig_mod"), "it was compiled"
+    assert compiled.model._compiled_call_impl is not None or hasattr(compiled.model_wrapped, "_orig_mod")
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
+    for name, parameter in plain.model.named_parameters():
+        torch.testing.assert_close(compiled.model.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.works("torch.compile")
 @five
 def test_a_compiled_model_carries_its_cache_alike(variant, tmp_path):
+    """The cache grows from step to step, so each is traced anew; without inductor's kernels, which the test above has,
+    that takes seconds."""
     torch.compiler.reset()
-    documents = texts(9, 12, 7)
     plain, compiled = (
         SegmentTrainer(
             variant.make(**NO_DROPOUT),
-            arguments(tmp_path, max_steps=3, torch_compile=on),
+            arguments(tmp_path, max_steps=3, torch_compile=on, torch_compile_backend="aot_eager" if on else None),
             segment_length=4,
-            train_dataset=dataset(documents),
+            train_dataset=dataset(texts(9, 12, 7)),
         )
         for on in (False, True)
     )
     for own in (plain, compiled):
         own.train()
-    assert hasattr(compiled.model_wrapped, "_orig_mod"), "it was compiled"
     assert losses(compiled) == pytest.approx(losses(plain), rel=1e-4)
 
 

@@ -37,6 +37,7 @@ class Position(NamedTuple):
     query: torch.Tensor | None = None
 
 
+@torch.compiler.disable  # its tiles depend on the intervals: every new length would be traced anew
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,

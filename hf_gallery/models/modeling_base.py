@@ -57,6 +57,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
     # ---- input
 
+    @torch.compiler.disable  # it asks what the input holds, which no compiled graph can
     def open_input(
         self, input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
     ) -> tuple[Rows, GalleryCache | None]:

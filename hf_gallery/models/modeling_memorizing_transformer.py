@@ -160,8 +160,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         """x (B, T, E). Returns (B, T, E), the next state, and local probabilities (B, H, T, C + T) or None."""
         query, key, value = self.project(x)  # (B, H, T, D)
         past = (state["keys"], state["values"]) if state else None
-        detached = key.detach(), value.detach()
-        keys, values = detached if past is None else map(append_columns, past, detached)  # (B, H, C + T, D)
+        keys, values = without_gradients(past, key, value)  # (B, H, C + T, D)
         out, probabilities = self._local(query, key, value, keys, values, past, context)
         new = {}
         if context.keep:
@@ -200,6 +199,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             result = join(result, before)
         return result[0], probabilities
 
+    @torch.compiler.disable  # where the memory's columns lie depends on the rows: see `attend`
     def _remember(self, query, keys, values, context, state):
         """What the memory gives (B, H, T, D), and the memory's next state."""
         where = context.memory_intervals()
@@ -243,6 +243,13 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         in_ring = columns + torch.div(stored - 1 - columns, size, rounding_mode="floor") * size
         in_columns = columns - slots + (rows.seen - context.cached).to(columns.device).view(-1, 1, 1, 1)
         return torch.where(columns < slots, in_ring, in_columns).masked_fill(~found, -1)
+
+
+@torch.compiler.disable  # torch 2.13 fails on a compiled part that returns views and the same views detached
+def without_gradients(past, key, value):
+    """Keys and values (B, H, C + T, D) over [past | new], which no gradient passes; past: the cache's, or None."""
+    detached = key.detach(), value.detach()
+    return detached if past is None else tuple(map(append_columns, past, detached))
 
 
 class GalleryMemorizingTransformerLayer(GradientCheckpointingLayer):
