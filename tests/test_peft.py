@@ -9,7 +9,7 @@ from variants import assert_equal
 
 SETTINGS = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1}
 # The maps of attention that all variants have; "all-linear" is PEFT's own word for every map but the head's.
-TARGETS = [["q_proj", "v_proj"], "all-linear"]
+TARGETS = [pytest.param(["q_proj", "v_proj"], id="q-v", marks=pytest.mark.slow), "all-linear"]
 
 
 def logits(model, head):
@@ -19,7 +19,7 @@ def logits(model, head):
 
 
 @pytest.mark.works("PEFT LoRA")
-@pytest.mark.parametrize("targets", TARGETS, ids=str)
+@pytest.mark.parametrize("targets", TARGETS)
 @five
 def test_lora_trains_travels_and_merges(variant, targets, tmp_path):
     """Only the adapter learns; it loads on the saved base by itself, and merged into the base it gives the same."""
@@ -56,6 +56,7 @@ def test_lora_trains_travels_and_merges(variant, targets, tmp_path):
     assert_equal(logits(type(base).from_pretrained(tmp_path / "merged"), "causal"), trained)
 
 
+@pytest.mark.slow
 @pytest.mark.works("PEFT LoRA")
 @five
 def test_lora_on_a_classifier(variant, tmp_path):

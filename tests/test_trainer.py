@@ -16,7 +16,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
 )
-from variants import VARIANTS, over
+from variants import VARIANTS
 
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.training import SegmentTrainer
@@ -30,8 +30,15 @@ FIVE = [
     v for v in VARIANTS if v.name in ("transformer", "transformer_xl", "longformer", "memorizing", "block_recurrent")
 ]
 five = pytest.mark.parametrize("variant", FIVE, ids=[variant.name for variant in FIVE])
-AUTOS = ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForSequenceClassification")
-heads = over(lambda variant, head: variant in FIVE and head.auto in AUTOS)
+HEADS = [(v, head) for v in FIVE for head in ("causal", "masked", "sequence") if head in v.heads]
+# The default run takes the causal ones; the others take the same ways, each with a loss of its own.
+heads = pytest.mark.parametrize(
+    ("variant", "head"),
+    [
+        pytest.param(v, head, id=f"{v.name}-{head}", marks=[] if head == "causal" else pytest.mark.slow)
+        for v, head in HEADS
+    ],
+)
 
 
 def make(variant, head="causal", **settings):
@@ -93,6 +100,7 @@ def test_training_lowers_the_loss_and_what_is_saved_is_what_was_trained(variant,
     np.testing.assert_allclose(loaded.predict(examples(head)).predictions, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow  # SegmentTrainer's, which is Trainer in this, runs by default
 @pytest.mark.works("bf16")
 @heads
 def test_bf16(variant, head, tmp_path):
@@ -104,6 +112,7 @@ def test_bf16(variant, head, tmp_path):
     assert {parameter.dtype for parameter in half.model.parameters()} == {torch.float32}
 
 
+@pytest.mark.slow  # SegmentTrainer's, which is Trainer in this, runs by default
 @pytest.mark.works("gradient checkpointing")
 @heads
 def test_checkpointed_activations_give_the_same_training(variant, head, tmp_path):
@@ -135,13 +144,17 @@ def test_accumulated_batches_are_one_large_batch(variant, head, tmp_path):
         torch.testing.assert_close(parts.model.get_parameter(name), parameter, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("problem", ["regression", "multi_label_classification"])
+@pytest.mark.parametrize("problem", ["regression", "single_label_classification", "multi_label_classification"])
 def test_accumulation_is_right_for_every_kind_of_label(problem, tmp_path):
     """Of the losses that transformers has for labels of a row, only one of classes knows of accumulation."""
     texts_only = examples("sequence").remove_columns("labels")
     count = 1 if problem == "regression" else 3
     labels = torch.rand(8, count, generator=torch.Generator().manual_seed(0)).round(decimals=2)
-    rows = texts_only.add_column("labels", (labels if count > 1 else labels[:, 0]).tolist())
+    if problem == "regression":
+        labels = labels[:, 0]
+    elif problem == "single_label_classification":
+        labels = labels.argmax(1)
+    rows = texts_only.add_column("labels", labels.tolist())
     found = []
     for size, accumulation in ((8, 1), (2, 4)):
         model = make(FIVE[0], "sequence", num_labels=count, problem_type=problem, **NO_DROPOUT)
@@ -224,7 +237,7 @@ def test_a_compiled_model_carries_its_cache_alike(variant, tmp_path):
 
 
 @pytest.mark.works("Seq2SeqTrainer", "transformer")
-@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bf16"])
 def test_seq2seq_trainer_is_measured_by_what_it_generates(bf16, tmp_path):
     """Trained to say a source again, it gets more of them right; each prediction is what the source gives alone."""
     sources = [TOKENIZER(text)["input_ids"] for text in ("abc", "bcab", "ca", "cbacb", "ab", "bbca")]

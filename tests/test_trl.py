@@ -26,7 +26,7 @@ def settings(folder, **changes):
 
 
 @pytest.mark.works("TRL SFTTrainer")
-@pytest.mark.parametrize("kind", ROWS)
+@pytest.mark.parametrize("kind", ["text", pytest.param("prompt and completion", marks=pytest.mark.slow)])
 @five
 def test_supervised_fine_tuning(variant, kind, tmp_path):
     own = SFTTrainer(
