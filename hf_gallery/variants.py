@@ -41,7 +41,7 @@ class Variant:
         """
         inherited, known = ({f.name for f in dataclasses.fields(kind)} for kind in (PreTrainedConfig, self.config))
         for name in arguments:
-            if name not in known or name.startswith("_"):
+            if name.startswith("_") or (name not in known and not hasattr(PreTrainedConfig, name)):  # as num_labels
                 own = sorted(name for name in known - inherited if not name.startswith("_"))
                 raise ValueError(f"{self.config.__name__} has no argument {name!r}; it has {', '.join(own)}")
         return self.config(**SHARED | self.small | arguments)

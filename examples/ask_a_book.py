@@ -1,0 +1,62 @@
+"""Read a long text once, keep what is left in memory, and go on from it as often as you like.
+
+    python examples/ask_a_book.py my_model book.txt "Chapter 1" "The end of" --cache book.cache
+
+The first run reads the text in chunks and writes its cache (safetensors). Later runs load it and read nothing. Each
+prompt goes on from a copy, so that none sees another.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from hf_gallery import GalleryCache
+
+
+@torch.no_grad()
+def read(model, ids, chunk=2048):
+    """The cache of a model that has read ids (1, T)."""
+    cache = None
+    for part in ids.split(chunk, dim=1):
+        cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+    return cache
+
+
+def go_on(model, tokenizer, cache, prompt, tokens):
+    """What the model says after the text in the cache and the prompt."""
+    asked = tokenizer(prompt, return_tensors="pt").input_ids
+    # generate() counts columns: those of the text are in the cache, so what stands in them here is not looked at.
+    ids = torch.cat([asked.new_zeros(1, cache.get_seq_length()), asked], dim=1)
+    mask = torch.ones_like(ids)
+    said = model.generate(
+        ids, attention_mask=mask, past_key_values=cache.copy(), max_new_tokens=tokens, do_sample=False
+    )
+    return tokenizer.decode(said[0, ids.shape[1] :])
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("book", type=Path)
+    parser.add_argument("prompts", nargs="+")
+    parser.add_argument("--cache", type=Path, default=Path("book.cache"))
+    parser.add_argument("--tokens", type=int, default=80)
+    arguments = parser.parse_args()
+
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    if arguments.cache.exists():
+        cache = GalleryCache.load(arguments.cache)
+    else:
+        ids = tokenizer(arguments.book.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+        cache = read(model, ids)
+        cache.save(arguments.cache)
+    print(f"{cache.get_seq_length():,} tokens read, {cache.nbytes / 2**20:.1f} MiB kept")
+    for prompt in arguments.prompts:
+        print(f"{prompt}|{go_on(model, tokenizer, cache, prompt, arguments.tokens)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""The examples, run as their first lines say, in sizes that take seconds."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+import hf_gallery  # noqa: F401  # its models are known to AutoModel... from here on
+from hf_gallery.data import byte_tokenizer
+from hf_gallery.variants import VARIANTS
+
+ROOT = Path(__file__).parent.parent
+BOOK = "Call me Ishmael. Some years ago, never mind how long precisely. " * 12
+
+
+def example(name, folder, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / name), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    torch.manual_seed(0)
+    variant = VARIANTS["memorizing_transformer"]
+    config = variant.make_config(
+        hidden_size=16, num_attention_heads=2, intermediate_size=32, segment_length=8, mem_len=8, memory_size=64,
+        memory_topk=4,
+    )  # fmt: skip
+    variant.causal(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def test_every_example_says_how_to_run_it():
+    for path in (ROOT / "examples").glob("*.py"):
+        assert f"python examples/{path.name} " in path.read_text(encoding="utf-8").split('"""')[1]
+
+
+@pytest.mark.slow
+def test_fine_tune(tmp_path):
+    said = example("fine_tune.py", tmp_path, "--steps", 250)
+    accuracy, guess = map(float, re.search(r"accuracy ([\d.]+), ([\d.]+) by guessing", said).groups())
+    assert accuracy > guess + 0.1
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "my_classifier")
+    assert model.config.num_labels == 3
+
+
+def test_train_on_folder(tmp_path):
+    (tmp_path / "texts").mkdir()
+    for i in range(24):
+        (tmp_path / "texts" / f"{i}.txt").write_text(BOOK[i:])
+    arguments = [
+        "texts",
+        "--variant",
+        "transformer_xl",
+        "--steps",
+        30,
+        "--lanes",
+        4,
+        "--length",
+        64,
+        "--hidden-size",
+        32,
+    ]
+    said = example("train_on_folder.py", tmp_path, *arguments)
+    before, after = map(float, re.search(r"bits per byte ([\d.]+) before training, ([\d.]+) after", said).groups())
+    assert after < before - 0.5
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "my_model").config.hidden_size == 32
+
+
+def test_ask_a_book(tmp_path, saved):
+    """Each prompt is answered as if the book stood before it, from the cache of the first run too."""
+    (tmp_path / "book.txt").write_text(BOOK)
+    arguments = [saved, "book.txt", "I thought", "There is", "--tokens", 6]
+    first = example("ask_a_book.py", tmp_path, *arguments)
+    kept = (tmp_path / "book.cache").read_bytes()
+    (tmp_path / "book.txt").write_text("another book")
+    assert example("ask_a_book.py", tmp_path, *arguments) == first
+    assert (tmp_path / "book.cache").read_bytes() == kept
+    tokenizer, model = AutoTokenizer.from_pretrained(saved), AutoModelForCausalLM.from_pretrained(saved)
+    for prompt in ("I thought", "There is"):
+        ids = tokenizer(BOOK + prompt, return_tensors="pt")
+        said = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids.input_ids.shape[1] :]
+        assert f"{prompt}|{tokenizer.decode(said)}\n" in first
+
+
+def test_evaluate_memory(tmp_path, saved):
+    said = example("evaluate_memory.py", tmp_path, saved, "--distances", 8, 40, "--examples", 4)
+    assert re.findall(r"^(\d+) tokens back: \d+% right of (\d+)", said, re.MULTILINE) == [("8", "4"), ("40", "4")]
