@@ -77,8 +77,8 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.works("DDP", *(variant.name for variant in FIVE))
-@pytest.mark.works("FSDP", *(variant.name for variant in FIVE))
+@pytest.mark.works("Trainer, 2 processes (DDP)", *(variant.name for variant in FIVE))
+@pytest.mark.works("FSDP by fully_shard", *(variant.name for variant in FIVE))
 def test_two_processes_train_as_one(tmp_path):
     script = tmp_path / "one_of_two.py"
     script.write_text(ONE_OF_TWO)
