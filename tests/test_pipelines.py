@@ -1,4 +1,4 @@
-"""transformers' pipelines on saved folders: every head gives by a pipeline what it gives by itself, also in batches."""
+"""transformers' pipelines on saved folders: a head gives by its pipeline what it gives by itself, also in batches."""
 
 from threading import Thread
 
