@@ -44,8 +44,11 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """As in transformers; the folder also gets the code, and opens with trust_remote_code under every head."""
         module = sys.modules[type(self).__module__].__name__.split(".")[-1]
         config_module = type(self.config).__module__.split(".")[-1]
+        # transformers' server and its decision pipeline take any causal model, but find one in a folder's code by this
+        # name only.
+        heads = self.heads | {"AutoModelForDecision": self.heads["AutoModelForCausalLM"]}
         self.config.auto_map = {"AutoConfig": f"{config_module}.{type(self.config).__name__}"} | {
-            auto: f"{module}.{name}" for auto, name in self.heads.items()
+            auto: f"{module}.{name}" for auto, name in heads.items()
         }
         return super().save_pretrained(save_directory, **kwargs)
 
