@@ -30,7 +30,8 @@ FIVE = [
     v for v in VARIANTS if v.name in ("transformer", "transformer_xl", "longformer", "memorizing", "block_recurrent")
 ]
 five = pytest.mark.parametrize("variant", FIVE, ids=[variant.name for variant in FIVE])
-HEADS = [(v, head) for v in FIVE for head in ("causal", "masked", "sequence") if head in v.heads]
+TRAINED = ("causal", "masked", "sequence", "tokens", "question")
+HEADS = [(v, head) for v in FIVE for head in TRAINED if head in v.heads]
 # The default run takes the causal ones; the others take the same ways, each with a loss of its own.
 heads = pytest.mark.parametrize(
     ("variant", "head"),
@@ -48,8 +49,8 @@ def make(variant, head="causal", **settings):
 
 
 def examples(head, count=8):
-    """Short texts, tokenised. A classifier's are labelled by what they speak of; of a masked model's, every third
-    token is to be found."""
+    """Short texts, tokenised. A classifier's are labelled by what they speak of, its tokens by what they are; of a
+    masked model's, every third token is to be found; a question is answered by the text's last word."""
     rows = []
     for i in range(count):
         ids = TOKENIZER(f"{'the sea is wide' if i % 2 else 'a hill'}, {'and so on ' * (i % 4)}end")["input_ids"]
@@ -60,6 +61,11 @@ def examples(head, count=8):
             masked = [TOKENIZER.mask_token_id if h else token for h, token in zip(hidden, ids, strict=True)]
             labels = [token if h else -100 for h, token in zip(hidden, ids, strict=True)]
             rows.append({"input_ids": masked, "labels": labels})
+        elif head == "tokens":
+            rows.append({"input_ids": ids, "labels": [-100 if chr(t) == "," else t % 4 for t in ids]})
+        elif head == "question":
+            asked = [*TOKENIZER("how?")["input_ids"], TOKENIZER.sep_token_id, *ids]
+            rows.append({"input_ids": asked, "start_positions": len(asked) - 3, "end_positions": len(asked) - 1})
         else:
             rows.append({"input_ids": ids})
     return datasets.Dataset.from_list(rows)
@@ -69,6 +75,8 @@ COLLATORS = {
     "causal": DataCollatorForLanguageModeling(TOKENIZER, mlm=False),
     "masked": DataCollatorForTokenClassification(TOKENIZER),  # pads labels that stand under their tokens
     "sequence": DataCollatorWithPadding(TOKENIZER),
+    "tokens": DataCollatorForTokenClassification(TOKENIZER),
+    "question": DataCollatorWithPadding(TOKENIZER),
 }
 
 
@@ -98,6 +106,17 @@ def test_training_lowers_the_loss_and_what_is_saved_is_what_was_trained(variant,
     loaded = trainer(auto.from_pretrained(tmp_path, trust_remote_code=True), head, tmp_path)
     expected = own.predict(examples(head)).predictions
     np.testing.assert_allclose(loaded.predict(examples(head)).predictions, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.works("Trainer")
+@pytest.mark.parametrize("variant", [v for v in FIVE if "masked" in v.heads], ids=lambda v: v.name)
+def test_masks_may_be_drawn_anew_for_every_batch(variant, tmp_path):
+    own = trainer(make(variant, "masked"), "masked", tmp_path, max_steps=24)
+    own.train_dataset = examples("causal")
+    own.data_collator = DataCollatorForLanguageModeling(TOKENIZER, mlm=True, mlm_probability=0.3)
+    own.train()
+    assert sum(losses(own)[-6:]) < 0.95 * sum(losses(own)[:6])
 
 
 @pytest.mark.slow  # SegmentTrainer's, which is Trainer in this, runs by default
