@@ -193,7 +193,6 @@ def test_eval_hands_over(saved, monkeypatch, code):
 
 
 @pytest.mark.slow
-@pytest.mark.works("lm-eval, hf-gallery eval", "memorizing")
 def test_eval_for_real(saved, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     options = ["--tasks", "gallery_permutations", "--limit", "1", "--metadata", '{"examples": 2}']

@@ -41,6 +41,7 @@ def greedy(model, prompt, count=NEW):
 OPTIONS = dict(max_new_tokens=NEW, do_sample=False)
 
 
+@pytest.mark.works("generate")
 @causal()
 def test_greedy(variant):
     model = model_of(variant)
@@ -82,6 +83,7 @@ def test_sampling(variant):
     assert torch.equal(model.generate(prompt, temperature=1e-4, **options), greedy(model, prompt))
 
 
+@pytest.mark.works("generate, beams")
 @causal()
 def test_beam_search(variant):
     """Beams move between rows: the cache must follow. Against the search that reads all anew."""
@@ -126,6 +128,7 @@ def test_a_padded_batch_equals_rows_alone(variant):
         assert torch.equal(got[i, PROMPT:], greedy(model, row[None])[0, len(row) :]), i
 
 
+@pytest.mark.works("generate, chunked prefill")
 @pytest.mark.parametrize("size", [1, 4, 7, 30])
 @causal()
 def test_chunked_prefill(variant, size):
@@ -222,6 +225,7 @@ def test_scores_are_the_logits_of_one_forward(variant):
     assert_equal(torch.stack(got.logits, dim=1), expected.float())  # generate() gives logits in float32
 
 
+@pytest.mark.works("generate, assisted decoding")
 @pytest.mark.parametrize("helper", ["another model", "a good model", "prompt lookup"])
 @causal(lambda v: v.croppable)
 def test_assisted_decoding(variant, helper):

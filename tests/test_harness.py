@@ -64,6 +64,7 @@ def long_enough(variant):
 # ------------------------------------------------------------------------------------------------------- rolling texts
 
 
+@pytest.mark.works("lm-eval, cache carried on")
 @causal(long_enough)
 def test_rolling_equals_one_long_forward(variant):
     """However the text is cut into chunks, and whoever reads beside it."""
@@ -104,6 +105,7 @@ def test_stock_rolling_throws_the_past_away():
 CONTEXTS = ["a", "What is the pass key? It is:", "To be, or not to be, that is the question:" * 2, "[MAX 1 2]="]
 
 
+@pytest.mark.works("lm-eval, both models")
 @causal(long_enough)
 def test_answers_equal_direct_ones_and_those_of_stock(variant):
     """Some continuations are the model's own, some are not; contexts are asked once, or several times."""

@@ -102,6 +102,9 @@ def save_tiny(name, folder):
     return run
 
 
+@pytest.mark.works(
+    "Hub, pushed and opened", "transformer", "transformer_xl", "longformer", "memorizing", "block_recurrent"
+)
 def test_there_and_back(hub, tmp_path, monkeypatch):
     """All variants go up by push_to_hub and by push, and open without the library, with the same logits and the same
     generated text, under every head; a checkpoint of transformers comes down and is converted."""

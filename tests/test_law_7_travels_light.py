@@ -134,6 +134,7 @@ def elsewhere(tmp_path_factory):
     return open_elsewhere(base, jobs), here, base
 
 
+@pytest.mark.works("opens with trust_remote_code")
 @over()
 def test_a_saved_folder_opens_without_the_library(variant, head, elsewhere):
     """The same results, generation included; and saved again from there it opens again."""
