@@ -127,9 +127,7 @@ class Works:
             then, now = stands.get(cell, (NONE, ())), ran.get(cell, (NONE, ()))
             # A reason for skipping belongs to the machine; that it is skipped does not make a `yes` wrong.
             if then[0] != now[0] and now[0] != "skipped":
-                self.say(
-                    f"{path}: {cell[0]}, {COLUMNS[cell[1]]} is {then[0]!r}, tests say {now[0]!r}; use --works"
-                )
+                self.say(f"{path}: {cell[0]}, {COLUMNS[cell[1]]} is {then[0]!r}, tests say {now[0]!r}; use --works")
                 session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
     def say(self, line: str):
