@@ -1,12 +1,13 @@
-"""Fine-tune a classifier with transformers' own Trainer: which module does a piece of Python come from?
+"""Fine-tune a classifier with transformers' own Trainer: which module does a piece of Python's library come from?
 
-    python examples/fine_tune.py --variant transformer_xl --steps 300
+    python examples/fine_tune.py --variant transformer_xl --steps 200
 
 The texts are sources of the standard library, so nothing is downloaded. Examples are independent here, so no state is
 carried from one to the next: for documents longer than a step see train_on_folder.py.
 """
 
 import argparse
+import random
 
 import numpy as np
 from datasets import Dataset
@@ -16,23 +17,27 @@ from hf_gallery.data import byte_tokenizer, load_corpus
 from hf_gallery.variants import VARIANTS
 
 
-def pieces(split, modules, tokenizer, length=256):
-    """A row for every `length` bytes of the modules' files: input_ids, label."""
+def pieces(split, modules, tokenizer, length=128):
+    """Rows input_ids, label of `length` bytes of the modules' files, equally many of each module."""
+    texts = [[] for _ in modules]
+    for document, text in zip(split["document"], split["text"], strict=True):
+        if (module := document.split("/")[0]) in modules:
+            starts = range(0, len(text) - length, length)
+            texts[modules.index(module)] += [text[start : start + length] for start in starts]
+    count = min(map(len, texts))
     rows = [
-        {"input_ids": tokenizer(text[start : start + length])["input_ids"], "label": label}
-        for name, text in zip(split["document"], split["text"], strict=True)
-        for label, module in enumerate(modules)
-        if name.startswith(f"{module}/")
-        for start in range(0, len(text) - length, length)
+        {"input_ids": tokenizer(text)["input_ids"], "label": label}
+        for label, own in enumerate(texts)
+        for text in random.Random(0).sample(own, count)
     ]
-    return Dataset.from_list(rows).shuffle(seed=0)
+    return Dataset.from_list(rows)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", default="transformer_xl", choices=[v for v in VARIANTS if v != "longformer"])
-    parser.add_argument("--modules", nargs="+", default=["asyncio", "email", "tkinter"])
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--variant", default="transformer_xl", choices=list(VARIANTS))
+    parser.add_argument("--modules", nargs="+", default=["asyncio", "encodings", "pydoc_data"])
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--hidden-size", type=int, default=64)
     parser.add_argument("--out", default="my_classifier")
     arguments = parser.parse_args()
@@ -54,7 +59,7 @@ def main():
             max_steps=arguments.steps,
             per_device_train_batch_size=16,
             per_device_eval_batch_size=64,
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             logging_steps=max(1, arguments.steps // 10),
             save_strategy="no",
             report_to=[],
