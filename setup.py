@@ -11,6 +11,9 @@ version = next(
 
 evaluation = ["lm-eval>=0.4.13,<0.5", "plotly>=6", "matplotlib", "scipy", "psutil"]
 testing = [
+    "fastapi",
+    "openai",
+    "uvicorn",
     "pytest",
     "pytest-xdist",
     "hypothesis",

@@ -40,6 +40,13 @@ def saved(tmp_path_factory):
     return folder
 
 
+def test_the_readme_shows_every_example():
+    shown = set(
+        re.findall(r"^python examples/(\w+\.py) ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    )
+    assert shown == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
 def test_every_example_says_how_to_run_it():
     for path in (ROOT / "examples").glob("*.py"):
         assert f"python examples/{path.name} " in path.read_text(encoding="utf-8").split('"""')[1]
