@@ -53,6 +53,7 @@ def test_two_sides_in_turns(tmp_path):
     json.dumps(result)
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_be_installed_is_said_and_the_others_are_measured(tmp_path, monkeypatch):
     monkeypatch.setitem(PEERS, "transformer", dataclasses.replace(PEERS["transformer"], requires=("/no/such/wheel",)))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
@@ -69,6 +70,7 @@ def test_a_side_that_dies_says_why():
             side.answer()
 
 
+@pytest.mark.slow
 def test_an_environment_is_made_once_and_sees_this_one(tmp_path, monkeypatch):
     wheel = tmp_path / "ancient_peer-1.0-py3-none-any.whl"
     write_wheel(wheel)
