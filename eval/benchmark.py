@@ -88,8 +88,9 @@ def plan(
 def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str, Any]]) -> dict[str, Any]:
     """All of a run in one value: the cells as measured, and by contestant what the table and the page show.
 
-    recall: distance -> asked and correct, added up over seeds; abilities likewise by name and level. bits_per_byte: by
-    seed; by_position and by_last_use: bits and bytes, added up over seeds. cost: as measured.
+    recall: distance -> asked and correct, added up over seeds; abilities likewise by name and level, and
+    recall_by_memory_size by size. bits_per_byte, by_stretch and training_curve: by seed; by_position, by_last_use and
+    text_by_memory_size: bits and bytes, added up over seeds. cost: as measured.
     """
     summary: dict[str, Any] = {}
     for c in contestants:
@@ -97,35 +98,32 @@ def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str,
     order0 = None
     for cell in cells:
         result = cell["result"]
+        entry = summary.get(cell["contestant"], {})
         if cell["contestant"] == "order0":
             order0 = result["bits_per_byte"]
         elif cell["task"] == "recall":
-            entry = summary[cell["contestant"]].setdefault("recall", {})
-            for distance, score in result["recall"].items():
-                total = entry.setdefault(distance, {"asked": 0, "correct": 0})
-                for key in total:
-                    total[key] += score[key]
+            _add(entry.setdefault("recall", {}), result["recall"])
+            for size, scores in result["by_memory_size"].items():
+                _add(entry.setdefault("recall_by_memory_size", {}).setdefault(size, {}), scores)
         elif cell["task"] in ABILITIES:
-            entry = summary[cell["contestant"]].setdefault("abilities", {}).setdefault(cell["task"], {})
-            for label, score in result["levels"].items():
-                total = entry.setdefault(label, score | {"asked": 0, "correct": 0})
-                for key in ("asked", "correct"):
-                    total[key] += score[key]
+            _add(entry.setdefault("abilities", {}).setdefault(cell["task"], {}), result["levels"])
         elif cell["task"] == "text":
-            summary[cell["contestant"]].setdefault("bits_per_byte", []).append(result["bits_per_byte"])
-            summary[cell["contestant"]]["parameters"] = result["parameters"]
-            for curve in ("by_position", "by_last_use"):
-                entry = summary[cell["contestant"]].setdefault(curve, {})
-                for label, sums in result[curve].items():
-                    total = entry.setdefault(label, dict.fromkeys(sums, 0))
-                    for key, value in sums.items():
-                        total[key] += value
+            entry["parameters"] = result["parameters"]
+            for name in ("bits_per_byte", "by_stretch", "training_curve"):
+                entry.setdefault(name, []).append(result[name])
+            for name in ("by_position", "by_last_use"):
+                _add(entry.setdefault(name, {}), result[name])
+            if result["by_memory_size"]:
+                whole = {key: sum(s[key] for s in result["by_position"].values()) for key in ("bits", "bytes")}
+                sizes = result["by_memory_size"] | {str(preset.text.sizes.memory_size): whole}
+                _add(entry.setdefault("text_by_memory_size", {}), sizes)
         elif cell["task"] == "cost":
-            for name, entry in result.items():
-                summary[name]["cost"] = entry
+            for name, measured in result.items():
+                summary[name]["cost"] = measured
     settings = _plain(preset)
     return {
         "preset": preset.name,
+        "share": preset.share,
         "settings": settings,
         "window": {"recall": preset.recall.sizes.window, "text": preset.text.sizes.window},
         "chance": 1 / preset.recall.num_values,
@@ -141,6 +139,15 @@ def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str,
         "summary": summary,
         "cells": cells,
     }
+
+
+def _add(totals: dict[str, Any], found: dict[str, Any]) -> None:
+    """Adds up by label what can be counted; all else is the same for every seed."""
+    for label, counts in found.items():
+        counted = [key for key in ("asked", "correct", "bits", "bytes", "words") if key in counts]
+        total = totals.setdefault(label, counts | dict.fromkeys(counted, 0))
+        for key in counted:
+            total[key] += counts[key]
 
 
 def choose(names: str | None, choices: dict[str, Any] | tuple[str, ...], argument: str) -> list[str]:

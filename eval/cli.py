@@ -51,6 +51,7 @@ def run(
         str | None, typer.Option(help=f"Comma-separated, of {', '.join(benchmark.TASKS)}; default: the preset's.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds; default: the preset's.")] = None,
+    share: Annotated[float, typer.Option(min=1e-3, max=1.0, help="Share of the preset's training steps.")] = 1.0,
     corpus: Annotated[str, typer.Option(help="stdlib, a folder of text, or hf:NAME.")] = "stdlib",
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the preset's.")] = None,
     runs: RunsOption = Path("runs"),
@@ -67,7 +68,7 @@ def run(
     try:
         if preset not in PRESETS:
             raise ValueError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
-        chosen = PRESETS[preset]
+        chosen = PRESETS[preset].shortened(share)
         where = benchmark.choose_device(device)
         contestants = benchmark.choose_contestants(variants)
         wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from .statistics import two_proportions
+from .statistics import paired, two_proportions
 
 SURE = 0.05  # a difference is marked where chance alone would give it more rarely than this
 
@@ -53,7 +52,7 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Differenc
                 found.append(Difference(a["label"], what.format(level), "%", before, after, chance))
         if "bits_per_byte" in a and "bits_per_byte" in b:
             x, y = a["bits_per_byte"], b["bits_per_byte"]
-            found.append(Difference(a["label"], "bits per byte", "bits", mean(x), mean(y), _paired(x, y)))
+            found.append(Difference(a["label"], "bits per byte", "bits", mean(x), mean(y), paired(x, y)))
         if "cost" in a and "cost" in b:
             x, y = a["cost"], b["cost"]
             for key, what, unit, scale in (
@@ -69,18 +68,6 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Differenc
                     what_at = f"{what} {int(c):,} tokens"
                     found.append(Difference(a["label"], what_at, unit, x[key][c] / scale, y[key][c] / scale))
     return found
-
-
-def _paired(first: list[float], second: list[float]) -> float | None:
-    """Student's paired test over seeds; None with fewer than two seeds in common."""
-    from scipy.stats import t
-
-    steps = [b - a for a, b in zip(first, second, strict=False)]
-    if len(steps) < 2:
-        return None
-    if stdev(steps) == 0:
-        return 1.0 if steps[0] == 0 else 0.0
-    return float(2 * t.sf(abs(mean(steps)) / (stdev(steps) / math.sqrt(len(steps))), len(steps) - 1))
 
 
 def show(names: tuple[str, str], found: list[Difference], console: Console) -> None:

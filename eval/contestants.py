@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -177,6 +177,22 @@ def build(contestant: Contestant, sizes: Sizes, seed: int = 0) -> PreTrainedMode
             f"Transformer's {target:,}; raise hidden or intermediate"
         )
     return model
+
+
+def smaller_memories(model: PreTrainedModel) -> Iterator[int]:
+    """Gives a model with a kNN memory smaller ones in turn, from as many keys as it retrieves on, four times as many
+    each time, and at last its own again. Yields each smaller size while it holds; nothing for other models."""
+    own = getattr(model.config, "memory_size", None)
+    if own is None:
+        return
+    size = model.config.memory_topk
+    try:
+        while size < own:
+            model.config.memory_size = size
+            yield size
+            size *= 4
+    finally:
+        model.config.memory_size = own
 
 
 def _count(contestant: Contestant, sizes: Sizes) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .report import COLOURS, distances, times
+from .figures import COLOURS, distances, times
 from .statistics import wilson
 
 MARKERS = ["o", "x", "s", "D", "^", "*"]

@@ -10,14 +10,18 @@ from .contestants import Sizes
 
 @dataclasses.dataclass(frozen=True)
 class TextSettings:
-    """Language modelling on a corpus: `steps` of `lanes` documents side by side, `length` tokens each."""
+    """Language modelling on a corpus: `steps` of `lanes` documents side by side, `length` tokens each.
+
+    test_bytes: of the held-out documents, from the first on. document_bytes: at most so many of each of them.
+    """
 
     sizes: Sizes
     steps: int
     lanes: int
     length: int
     learning_rate: float
-    test_bytes: int  # of the held-out documents, from the first on
+    test_bytes: int
+    document_bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +64,8 @@ class CostSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A named amount of work. tasks: those that are measured unless others are asked for."""
+    """A named amount of work. tasks: those that are measured unless others are asked for. share: of the training
+    steps that the preset has by itself."""
 
     name: str
     about: str
@@ -70,6 +75,13 @@ class Preset:
     abilities: AbilitySettings
     text: TextSettings
     cost: CostSettings
+    share: float = 1.0
+
+    def shortened(self, share: float) -> Preset:
+        """The same with `share` of the training steps of every task."""
+        parts = {name: getattr(self, name) for name in ("recall", "abilities", "text")}
+        shorter = {name: dataclasses.replace(p, steps=max(1, round(share * p.steps))) for name, p in parts.items()}
+        return dataclasses.replace(self, share=share, **shorter)
 
 
 _SMALL = Sizes(
@@ -98,17 +110,7 @@ _MEDIUM = Sizes(
     states=64,
     recurrent_layers=(1,),
 )
-_LARGE = dataclasses.replace(
-    _MEDIUM,
-    hidden=256,
-    layers=6,
-    window=128,
-    context=2048,
-    intermediate=1024,
-    memory_size=16384,
-    memory_layers=(3,),
-    states=128,
-)
+_LASTING = dataclasses.replace(_MEDIUM, memory_size=8192)
 _PAPER = Sizes(
     hidden=512,
     layers=12,
@@ -148,7 +150,9 @@ PRESETS = {
             abilities=AbilitySettings(
                 dataclasses.replace(_SMALL, context=1024), steps=400, tokens=4096, learning_rate=3e-3, examples=128
             ),
-            text=TextSettings(_MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536),
+            text=TextSettings(
+                _MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536, document_bytes=65536
+            ),
             cost=CostSettings(_MEDIUM, batch=2, length=1024, repeats=5, contexts=(1024, 4096), decode_tokens=24),
         ),
         Preset(
@@ -159,7 +163,7 @@ PRESETS = {
             recall=RecallSettings(
                 _WIDER,
                 steps=1000,
-                tokens=8192,
+                tokens=4096,
                 short=48,
                 length=320,
                 learning_rate=2e-3,
@@ -167,14 +171,20 @@ PRESETS = {
                 examples=512,
             ),
             abilities=AbilitySettings(
-                dataclasses.replace(_WIDER, window=16, context=1024),
-                steps=800,
-                tokens=4096,
-                learning_rate=2e-3,
-                examples=256,
+                dataclasses.replace(_SMALL, context=1024), steps=1200, tokens=2048, learning_rate=3e-3, examples=256
             ),
-            text=TextSettings(_LARGE, steps=1500, lanes=8, length=512, learning_rate=2e-3, test_bytes=524288),
-            cost=CostSettings(_LARGE, batch=2, length=4096, repeats=9, contexts=(1024, 4096, 16384), decode_tokens=64),
+            text=TextSettings(
+                _LASTING,
+                steps=1000,
+                lanes=8,
+                length=512,
+                learning_rate=2e-3,
+                test_bytes=786432,
+                document_bytes=262144,
+            ),
+            cost=CostSettings(
+                _LASTING, batch=2, length=4096, repeats=9, contexts=(1024, 4096, 16384), decode_tokens=64
+            ),
         ),
         Preset(
             "full",
@@ -200,7 +210,15 @@ PRESETS = {
                 learning_rate=5e-4,
                 examples=1024,
             ),
-            text=TextSettings(_PAPER, steps=50000, lanes=16, length=1024, learning_rate=5e-4, test_bytes=4194304),
+            text=TextSettings(
+                _PAPER,
+                steps=50000,
+                lanes=16,
+                length=1024,
+                learning_rate=5e-4,
+                test_bytes=4194304,
+                document_bytes=4194304,
+            ),
             cost=CostSettings(
                 _PAPER, batch=2, length=8192, repeats=15, contexts=(1024, 8192, 32768, 131072), decode_tokens=128
             ),

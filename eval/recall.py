@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from hf_gallery.data import slot_recall
 
-from .contestants import Contestant
+from .contestants import Contestant, smaller_memories
 from .presets import RecallSettings
 from .training import Tick, learn
 
@@ -66,13 +66,23 @@ def measure(
     contestant: Contestant, settings: RecallSettings, seed: int, device: torch.device, tick: Tick
 ) -> dict[str, Any]:
     """Trains a fresh model and asks it at each distance. Returns its size and, for each distance in tokens, how many
-    questions were asked and how many answers were right."""
+    questions were asked and how many answers were right; and the same with smaller memories, where it has one."""
     model = learn(contestant, settings, Curriculum(settings, seed), seed, device, tick)
+    distances = settings.distances()
     scores = {}
-    for distance in settings.distances():
+    for distance in distances:
         scores[str(distance)] = ask(model, settings, distance, seed, device)
         tick(1)
-    return {"parameters": model.num_parameters(), "chance": 1 / settings.num_values, "recall": scores}
+    by_memory_size = {
+        str(size): {str(distance): ask(model, settings, distance, seed, device) for distance in distances}
+        for size in smaller_memories(model)
+    }
+    return {
+        "parameters": model.num_parameters(),
+        "chance": 1 / settings.num_values,
+        "recall": scores,
+        "by_memory_size": by_memory_size,
+    }
 
 
 @torch.no_grad()

@@ -9,19 +9,16 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 from rich.table import Table
 
 from hf_gallery.files import read_json, write_json, write_text
 
+from .figures import contexts, distances, figures, short, times
 from .statistics import two_proportions, wilson
 
 RESULTS, PAGE = "results.json", "report.html"
-# Okabe and Ito's colours, which the colour-blind can tell apart, in the order of the contestants.
-COLOURS = ["#999999", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7"]
-SYMBOLS = ["circle-open", "x", "square", "diamond", "triangle-up", "star"]
 
 
 def read(name: str, runs: Path) -> dict[str, Any]:
@@ -47,13 +44,13 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows. Recall stands under the distance in windows; what was not measured is a dash."""
     window = results["window"]["recall"]
     tested = distances(results)
-    contexts = _contexts(results)
+    after = contexts(results)
     abilities = results["abilities"]
     best = {name: _leaders(results, name) for name in abilities}
     heads = ["variant", "parameters", *(f"recall {times(d / window)}" for d in tested)]
     heads += [*(f"ability {about['title']}" for about in abilities.values()), "bits/byte"]
     heads += ["train tokens/s", "train peak MiB"]
-    heads += [f"decode ms, {_short(c)}" for c in contexts] + [f"cache KiB, {_short(c)}" for c in contexts]
+    heads += [f"decode ms, {short(c)}" for c in after] + [f"cache KiB, {short(c)}" for c in after]
     rows = []
     for contestant, entry in results["summary"].items():
         row = [entry["label"], f"{entry['parameters']:,}" if "parameters" in entry else "-"]
@@ -69,8 +66,8 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cost = entry.get("cost")
         row.append(f"{cost['training_tokens_per_second']:,.0f}" if cost else "-")
         row.append(f"{cost['training_peak_bytes'] / 2**20:,.0f}" if cost else "-")
-        row += [f"{cost['decode_ms_per_token'][str(c)]:.2f}" if cost else "-" for c in contexts]
-        row += [f"{cost['cache_bytes'][str(c)] / 2**10:,.0f}" if cost else "-" for c in contexts]
+        row += [f"{cost['decode_ms_per_token'][str(c)]:.2f}" if cost else "-" for c in after]
+        row += [f"{cost['cache_bytes'][str(c)] / 2**10:,.0f}" if cost else "-" for c in after]
         rows.append(row)
     base = ["-"] * len(heads)
     base[0] = "chance; order-0 bytes"
@@ -110,8 +107,8 @@ def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         rows[-1][0] = next(baselines)
         if columns:
             measured = [row for row in rows if any(row[i] != "-" for i in columns)]
-            short = [_FAMILY.sub("", heads[i]) if len(columns) > 1 else heads[i] for i in columns]  # the title says it
-            found.append((title, [heads[0], *short], [[row[0], *(row[i] for i in columns)] for row in measured]))
+            plain = [_FAMILY.sub("", heads[i]) if len(columns) > 1 else heads[i] for i in columns]  # the title says it
+            found.append((title, [heads[0], *plain], [[row[0], *(row[i] for i in columns)] for row in measured]))
     return found
 
 
@@ -134,16 +131,6 @@ def markdown(results: dict[str, Any]) -> str:
         lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
         blocks.append("\n".join([f"{title}:", "", *lines, *("| " + " | ".join(row) + " |" for row in rows)]))
     return "\n\n".join(blocks)
-
-
-def distances(results: dict[str, Any]) -> list[int]:
-    """Every distance at which some contestant was asked, in tokens."""
-    return sorted({int(d) for entry in results["summary"].values() for d in entry.get("recall", {})})
-
-
-def _contexts(results: dict[str, Any]) -> list[int]:
-    costs = [entry["cost"] for entry in results["summary"].values() if "cost" in entry]
-    return sorted({int(c) for cost in costs for c in cost["decode_ms_per_token"]})
 
 
 def _total(entry: dict[str, Any], ability: str) -> tuple[int, int]:
@@ -171,15 +158,6 @@ def _blind(results: dict[str, Any], ability: str) -> float:
 
 
 _FAMILY = re.compile("^(recall|ability|train|decode|cache) ")
-
-
-def times(x: float) -> str:
-    """A number of windows as the tables have it: 1/4x, 8x."""
-    return {0.25: "1/4", 0.5: "1/2"}.get(x, f"{x:g}") + "x"
-
-
-def _short(tokens: int) -> str:
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
 
 
 # ---- the page
@@ -220,198 +198,6 @@ def _introduction(results: dict[str, Any]) -> str:
         "<p>Models of one width, depth and window, and of the same number of parameters to within 3 %, trained on the "
         f"same batches. They differ in what a query sees:</p><ul>{lines}</ul>"
     )
-
-
-def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
-    """(title, caption, figure) of every plot for which something was measured."""
-    plots = []
-    entries = [(i, name, e) for i, (name, e) in enumerate(results["summary"].items())]
-    window, tested = results["window"]["recall"], distances(results)
-    if tested:
-        curves = [(i, e["label"], [e["recall"][str(d)] for d in tested]) for i, _, e in entries if "recall" in e]
-        figure = _curves(curves, [times(d / window) for d in tested], [results["chance"]] * len(tested))
-        figure.update_xaxes(title=f"distance, in windows of {window} tokens")
-        caption = (
-            "Share of right answers by the distance from where something was written to where it is asked for. "
-            "Bars are 95 % intervals (Wilson)."
-        )
-        plots.append(("What each remembers", caption, figure))
-    for name, about in results["abilities"].items():
-        levels = next(e["abilities"][name] for _, _, e in entries if name in e.get("abilities", {}))
-        curves = [
-            (i, e["label"], [e["abilities"][name][level] for level in levels])
-            for i, _, e in entries
-            if name in e.get("abilities", {})
-        ]
-        figure = _curves(curves, list(levels), [score["chance"] for score in levels.values()])
-        figure.update_xaxes(title=about["axis"])
-        beyond = [level for level, score in levels.items() if not score["trained"]]
-        caption = about["about"] + (f" Never practised: {', '.join(beyond)}." if beyond else "")
-        plots.append((f"{about['title']} ({about['group']})", caption, figure))
-    bits = [(i, e["label"], e["bits_per_byte"]) for i, _, e in entries if "bits_per_byte" in e]
-    if bits:
-        figure = go.Figure(
-            go.Bar(
-                y=[label for _, label, _ in bits],
-                x=[mean(b) for _, _, b in bits],
-                orientation="h",
-                marker={"color": [COLOURS[i % len(COLOURS)] for i, _, _ in bits]},
-                text=[f"{mean(b):.3f}" for _, _, b in bits],
-                textposition="inside",
-                hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-            )
-        )
-        if results["order0_bits_per_byte"] is not None:
-            figure.add_vline(
-                x=results["order0_bits_per_byte"],
-                line_dash="dot",
-                annotation_text="order-0 bytes",
-                annotation_position="bottom left",
-            )
-        figure.update_xaxes(title="bits per byte, lower is better", rangemode="tozero")
-        figure.update_yaxes(autorange="reversed")
-        plots.append(
-            (
-                "How well each models text",
-                "Held-out documents, each read from its first byte to its last with the state carried along. "
-                "The dotted line is a model that knows how frequent each byte is and nothing else.",
-                figure,
-            )
-        )
-    for key, title, axis, caption in (
-        (
-            "by_position",
-            "Does more context help?",
-            "bytes of the document read before, at least",
-            "Bits per byte over the stretches of a document. A line that goes on falling is a model that uses what it "
-            "read long ago.",
-        ),
-        (
-            "by_last_use",
-            "Names and other rare words",
-            "bytes since the document used the word last, at least",
-            "Bits per byte of words that are rare in the training text: their first use, and later ones by the "
-            "distance to the last. Who remembers a name pays less for it.",
-        ),
-    ):
-        sums = [(i, e["label"], e[key]) for i, _, e in entries if e.get(key)]
-        if sums:
-            plots.append((title, caption, _bit_curves(sums, axis)))
-    costs = [(i, e["label"], e["cost"]) for i, _, e in entries if "cost" in e]
-    if costs:
-        plots.append(
-            _bars(
-                "What training costs: time",
-                "Forward and backward, median of steps taken in turns.",
-                costs,
-                lambda c: c["training_tokens_per_second"],
-                "tokens per second, higher is better",
-            )
-        )
-        plots.append(
-            _bars(
-                "What training costs: memory",
-                "Tensors alive at the worst moment of a training step, beyond the weights.",
-                costs,
-                lambda c: c["training_peak_bytes"] / 2**20,
-                "MiB, lower is better",
-            )
-        )
-        contexts = _contexts(results)
-        for key, unit, title, caption, scale in (
-            ("decode_ms_per_token", "ms per token", "What decoding costs: time", "Median over tokens, in turns.", 1),
-            ("cache_bytes", "KiB", "What decoding costs: state", "Bytes of the cache after the context.", 2**10),
-        ):
-            figure = go.Figure()
-            for i, label, c in costs:
-                figure.add_scatter(
-                    x=[_short(n) for n in contexts],
-                    y=[c[key][str(n)] / scale for n in contexts],
-                    name=label,
-                    mode="lines+markers",
-                    line={"color": COLOURS[i % len(COLOURS)]},
-                    marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-                )
-            figure.update_xaxes(title="tokens read before", type="category")
-            figure.update_yaxes(title=unit, rangemode="tozero")
-            if key == "cache_bytes":
-                figure.update_yaxes(type="log", dtick=1)  # plotly writes the digits between powers of ten too small
-            plots.append((title, caption, figure))
-    for _, _, figure in plots:
-        figure.update_layout(
-            template="none",
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            margin={"l": 10, "r": 10, "t": 20, "b": 10},
-            legend={"orientation": "h", "y": -0.3},
-            height=420,
-        )
-        figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
-        figure.update_yaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
-    return plots
-
-
-def _curves(curves: list[tuple[int, str, list[dict[str, Any]]]], levels: list[str], chance: list[float]) -> go.Figure:
-    """Shares of right answers by level with their intervals, a line for each (number, label, scores) of a contestant,
-    and what guesses give."""
-    figure = go.Figure()
-    for i, label, scores in curves:
-        share = [s["correct"] / max(1, s["asked"]) for s in scores]
-        limits = [wilson(s["correct"], s["asked"]) for s in scores]
-        figure.add_scatter(
-            x=levels,
-            y=share,
-            name=label,
-            mode="lines+markers",
-            line={"color": COLOURS[i % len(COLOURS)]},
-            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-            error_y={
-                "array": [high - y for (_, high), y in zip(limits, share, strict=True)],
-                "arrayminus": [y - low for (low, _), y in zip(limits, share, strict=True)],
-            },
-            customdata=[[s["correct"], s["asked"]] for s in scores],
-            hovertemplate="%{y:.1%} at %{x} (%{customdata[0]} of %{customdata[1]})",
-        )
-    figure.add_scatter(x=levels, y=chance, name="chance", mode="lines", line={"dash": "dot", "color": "#888888"})
-    figure.update_yaxes(title="right answers", tickformat=".0%", range=[-0.02, 1.04])
-    figure.update_xaxes(type="category")
-    return figure
-
-
-def _bit_curves(curves: list[tuple[int, str, dict[str, dict[str, float]]]], axis: str) -> go.Figure:
-    """Bits per byte by label, a line for each (number, label, sums) of a contestant."""
-    figure = go.Figure()
-    for i, label, sums in curves:
-        figure.add_scatter(
-            x=list(sums),
-            y=[s["bits"] / max(1, s["bytes"]) for s in sums.values()],
-            name=label,
-            mode="lines+markers",
-            line={"color": COLOURS[i % len(COLOURS)]},
-            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-            customdata=[[s["bytes"]] for s in sums.values()],
-            hovertemplate="%{y:.3f} bits per byte at %{x} (%{customdata[0]:,} bytes)",
-        )
-    figure.update_xaxes(title=axis, type="category")
-    figure.update_yaxes(title="bits per byte, lower is better")
-    return figure
-
-
-def _bars(title, caption, costs, value, axis):
-    figure = go.Figure(
-        go.Bar(
-            y=[label for _, label, _ in costs],
-            x=[value(c) for _, _, c in costs],
-            orientation="h",
-            marker={"color": [COLOURS[i % len(COLOURS)] for i, _, _ in costs]},
-            text=[f"{value(c):,.0f}" for _, _, c in costs],
-            textposition="inside",
-            hovertemplate="%{y}: %{x:,.1f}<extra></extra>",
-        )
-    )
-    figure.update_xaxes(title=axis)
-    figure.update_yaxes(autorange="reversed")
-    return title, caption, figure
 
 
 def _provenance(results: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from statistics import mean, stdev
 
 
 def wilson(correct: int, asked: int, z: float = 1.96) -> tuple[float, float]:
@@ -25,3 +26,16 @@ def two_proportions(correct: int, asked: int, other_correct: int, other_asked: i
     if deviation == 0.0:
         return 1.0
     return math.erfc(abs(correct / asked - other_correct / other_asked) / deviation / math.sqrt(2))
+
+
+def paired(first: list[float], second: list[float]) -> float | None:
+    """The probability that pairs of measurements without a true difference differ by as much as these, or more
+    (Student's paired test, two-sided); None with fewer than two pairs."""
+    from scipy.stats import t
+
+    steps = [b - a for a, b in zip(first, second, strict=False)]
+    if len(steps) < 2:
+        return None
+    if stdev(steps) == 0:
+        return 1.0 if steps[0] == 0 else 0.0
+    return float(2 * t.sf(abs(mean(steps)) / (stdev(steps) / math.sqrt(len(steps))), len(steps) - 1))

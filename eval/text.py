@@ -16,16 +16,20 @@ from transformers import PreTrainedModel
 from hf_gallery.data import byte_tokenizer, encode_bytes
 from hf_gallery.training import SegmentTrainer
 
-from .contestants import Contestant, build
+from .contestants import Contestant, build, smaller_memories
 from .presets import TextSettings
 from .training import Tick, train, training_arguments
 
+LOGGED = 40  # points of a training curve
+STRETCH = 4096  # bytes
 
-def documents(split: Dataset, limit: int | None = None) -> list[np.ndarray]:
-    """The bytes of each document, (bytes,) each; at most `limit` bytes in all, the last document cut there."""
+
+def documents(split: Dataset, limit: int | None = None, each: int | None = None) -> list[np.ndarray]:
+    """The bytes of each document, (bytes,) each: its first `each`, and of all at most `limit`, the last document cut
+    there."""
     found, left = [], math.inf if limit is None else limit
     for text in split["text"]:
-        ids = encode_bytes(text)
+        ids = encode_bytes(text)[:each]
         ids = ids[: int(min(left, len(ids)))]
         if len(ids) > 1:
             found.append(ids)
@@ -33,6 +37,11 @@ def documents(split: Dataset, limit: int | None = None) -> list[np.ndarray]:
         if left <= 0:
             break
     return found
+
+
+def held_out(corpus: DatasetDict, settings: TextSettings) -> list[np.ndarray]:
+    """The documents that are scored, as `documents` has them."""
+    return documents(corpus["test"], settings.test_bytes, settings.document_bytes)
 
 
 def dataset(found: list[np.ndarray]) -> Dataset:
@@ -47,7 +56,7 @@ def order0_bits(corpus: DatasetDict, settings: TextSettings) -> float:
     for ids in documents(corpus["train"]):
         counts += np.bincount(ids, minlength=256)
     bits = -np.log2(counts / counts.sum())
-    scored = np.concatenate([ids[1:] for ids in documents(corpus["test"], settings.test_bytes)])
+    scored = np.concatenate([ids[1:] for ids in held_out(corpus, settings)])
     return float(bits[scored].mean())
 
 
@@ -61,7 +70,8 @@ def measure(
 ) -> dict[str, Any]:
     """Trains a fresh model on the training documents, its cache carried from step to step, and reads the held-out
     documents from their first byte to their last. Returns its size, bits per byte, scored bytes, bytes trained on,
-    seconds of training, and bits by position and of rare words (see `by_position`, `by_last_use`)."""
+    seconds of training, its bits per byte while it trained, bits by position, by stretch and of rare words (see
+    `by_position`, `by_stretch`, `by_last_use`), and where it has a memory, bits with smaller ones."""
     model = build(contestant, settings.sizes, seed)
     with training_arguments(
         device,
@@ -69,6 +79,7 @@ def measure(
         settings.learning_rate,
         seed,
         per_device_train_batch_size=settings.lanes,
+        logging_steps=max(1, settings.steps // LOGGED),
     ) as arguments:
         trainer = SegmentTrainer(
             model,
@@ -81,8 +92,12 @@ def measure(
         train(trainer, tick)
         seconds = time.perf_counter() - start
     model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
-    found = documents(corpus["test"], settings.test_bytes)
+    found = held_out(corpus, settings)
     bits = read(model, found, settings.lanes, settings.length, device)
+    by_memory_size = {}
+    for size in smaller_memories(model):
+        smaller = read(model, found, settings.lanes, settings.length, device)
+        by_memory_size[str(size)] = _sums(smaller)
     tick(units(settings) - settings.steps)
     scored = sum(len(x) for x in bits)
     return {
@@ -91,8 +106,13 @@ def measure(
         "scored_bytes": scored,
         "trained_bytes": settings.steps * settings.lanes * settings.length,
         "training_seconds": seconds,
+        "training_curve": {
+            str(entry["step"]): entry["loss"] / math.log(2) for entry in trainer.state.log_history if "loss" in entry
+        },
         "by_position": by_position(bits),
+        "by_stretch": by_stretch(bits),
         "by_last_use": by_last_use(bits, found, frequent_words(corpus["train"])),
+        "by_memory_size": by_memory_size,
     }
 
 
@@ -136,10 +156,19 @@ def by_position(bits: list[np.ndarray]) -> dict[str, dict[str, float]]:
     longest = max(len(x) for x in bits)
     start, stop = 0, 64
     while start < longest:
-        parts = [x[start:stop] for x in bits]
-        found[str(start)] = {"bits": float(sum(x.sum() for x in parts)), "bytes": int(sum(len(x) for x in parts))}
+        found[str(start)] = _sums([x[start:stop] for x in bits])
         start, stop = stop, 2 * stop
     return found
+
+
+def by_stretch(bits: list[np.ndarray]) -> list[float]:
+    """Bits per byte of each stretch of STRETCH bytes, one document after another: two models that read the same bytes
+    are compared stretch by stretch."""
+    return [float(part.mean()) for x in bits for part in np.array_split(x, max(1, len(x) // STRETCH))]
+
+
+def _sums(bits: list[np.ndarray]) -> dict[str, float]:
+    return {"bits": float(sum(x.sum() for x in bits)), "bytes": int(sum(len(x) for x in bits))}
 
 
 WORD = re.compile(rb"[A-Za-z_][A-Za-z0-9_]{2,}")

@@ -57,10 +57,10 @@ class Ticker(TrainerCallback):
 
 @contextmanager
 def training_arguments(
-    device: torch.device, steps: int, learning_rate: float, seed: int, **more: Any
+    device: torch.device, steps: int, learning_rate: float, seed: int, logging_steps: int | None = None, **more: Any
 ) -> Iterator[TrainingArguments]:
     """Arguments of a Trainer that trains for `steps` and leaves no file: AdamW, warm-up over a tenth of the steps (at
-    most 1,000), then a cosine down to a twentieth."""
+    most 1,000), then a cosine down to a twentieth. Losses, one every `logging_steps`, stay in the Trainer's state."""
     with tempfile.TemporaryDirectory(prefix="gallery-eval-") as folder:
         yield TrainingArguments(
             output_dir=folder,
@@ -76,7 +76,8 @@ def training_arguments(
             data_seed=seed,
             use_cpu=device.type == "cpu",
             save_strategy="no",
-            logging_strategy="no",
+            logging_strategy="steps" if logging_steps else "no",
+            logging_steps=logging_steps or 500,
             eval_strategy="no",
             report_to=[],
             disable_tqdm=True,

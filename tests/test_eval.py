@@ -43,7 +43,9 @@ TINY = presets.Preset(
         TINY_SIZES, steps=4, tokens=64, short=8, length=40, learning_rate=1e-2, multiples=(0.5, 2.0, 8.0), examples=9
     ),
     abilities=abilities.AbilitySettings(TINY_SIZES, steps=4, tokens=64, learning_rate=1e-2, examples=9),
-    text=presets.TextSettings(TINY_SIZES, steps=3, lanes=2, length=16, learning_rate=1e-2, test_bytes=500),
+    text=presets.TextSettings(
+        TINY_SIZES, steps=3, lanes=2, length=16, learning_rate=1e-2, test_bytes=500, document_bytes=400
+    ),
     cost=presets.CostSettings(TINY_SIZES, batch=2, length=24, repeats=1, contexts=(8, 24), decode_tokens=2),
 )
 
@@ -450,22 +452,31 @@ def test_bad_arguments(arguments, message, tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_ctrl_c_keeps_what_is_done(tmp_path):
-    """A real interrupt of a real process, after its first cell; then the run goes on."""
+def start_process(folder, steps, *arguments):
+    """The command on the tiny preset in a process of its own."""
     program = (
         "import sys; sys.path.insert(0, {tests!r})\n"
-        "from test_eval import TINY, presets, command_line\n"
+        "from test_eval import TINY, presets, command_line, text\n"
         "import dataclasses, torch\n"
         "torch.set_num_threads(1)\n"
+        "text.FREQUENT = 1\n"
         "slow = dataclasses.replace(TINY, recall=dataclasses.replace(TINY.recall, steps={steps}))\n"
         "presets.PRESETS['tiny'] = slow\n"
-        "command_line.app(['--preset', 'tiny', '--tasks', 'recall', '--variants', 'transformer,transformer_xl'])\n"
-    ).format(tests=str(ROOT / "tests"), steps=200)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        "command_line.app(['--preset', 'tiny', *sys.argv[1:]])\n"
+    ).format(tests=str(ROOT / "tests"), steps=steps)
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-    )  # fmt: skip
+    )
+
+
+def test_ctrl_c_keeps_what_is_done(tmp_path):
+    """A real interrupt of a real process, after its first cell; then the run goes on."""
+    process = start_process(tmp_path, 200, "--tasks", "recall", "--variants", "transformer,transformer_xl")
     done = tmp_path / "runs" / "tiny" / "cells" / "recall.transformer.0.json"
     end = time.monotonic() + 120
     while not done.exists() and process.poll() is None and time.monotonic() < end:
@@ -476,6 +487,46 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert "goes on from there" in " ".join(output.split()) and "Traceback" not in errors
     assert [path.name for path in done.parent.iterdir()] == [done.name]
     assert json.loads(done.read_text())["result"]["recall"]
+
+
+def measured(path):
+    """The results of a run but for what a clock, a date or a command line tells."""
+
+    def strip(value):
+        if isinstance(value, dict):
+            told = {"seconds", "training_seconds", "provenance", "cost"}
+            return {key: strip(entry) for key, entry in value.items() if key not in told}
+        return [strip(entry) for entry in value] if isinstance(value, list) else value
+
+    results = read_json(path)
+    results["cells"] = [cell for cell in results["cells"] if cell["task"] != "cost"]
+    return strip(results)
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_as_an_unbroken_one(tmp_path, tiny):
+    """SIGKILL at random moments, which nothing can catch; the same command then ends with the same numbers."""
+    arguments = ["--corpus", str(tmp_path / "corpus"), "--variants", "transformer_xl,memorizing_transformer"]
+    names = ("unbroken", "killed")
+    for name in names:
+        (tmp_path / name).mkdir()
+    output, errors = start_process(tmp_path / names[0], 30, *arguments).communicate(timeout=300)
+    assert (tmp_path / names[0] / "runs/tiny/results.json").exists(), (output, errors)
+    cells_folder = tmp_path / names[1] / "runs/tiny/cells"
+    random, kills = np.random.default_rng(), 0
+    while kills < 4:
+        before = len(list(cells_folder.glob("*.json")))
+        process = start_process(tmp_path / names[1], 30, *arguments)
+        end = time.monotonic() + 120
+        while len(list(cells_folder.glob("*.json"))) == before and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.01)
+        time.sleep(random.uniform(0, 0.5))
+        process.kill()
+        process.communicate(timeout=60)
+        kills += 1
+    output, errors = start_process(tmp_path / names[1], 30, *arguments).communicate(timeout=300)
+    unbroken, killed = (measured(tmp_path / name / "runs/tiny/results.json") for name in names)
+    assert unbroken["cells"] and unbroken == killed, (output, errors)
 
 
 def test_the_attention_benchmark(tmp_path, monkeypatch):

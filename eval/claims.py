@@ -1,0 +1,186 @@
+"""What the papers claim, held against what a run measured: reproduced, contradicted, or not decided.
+
+A claim is decided where chance alone would give the difference more rarely than 1 in 20. Answers are compared as
+shares (statistics.two_proportions), text by stretches of the same bytes (statistics.paired).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from statistics import mean
+from typing import Any
+
+from .statistics import paired, two_proportions
+
+REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
+SURE = 0.05
+STRAIGHT = 1.15  # the slope of a cost against length, both on logarithmic scales, up to which it counts as linear
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """One claim and what became of it. evidence: the numbers, in a sentence."""
+
+    claim: str
+    paper: str
+    outcome: str
+    evidence: str
+
+
+def verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """Every claim for which the run measured enough."""
+    found = []
+    for claim, paper, judge in CLAIMS:
+        judged = judge(results)
+        if judged is not None:
+            found.append(Verdict(claim, paper, *judged))
+    return found
+
+
+Judged = tuple[str, str] | None  # outcome and evidence; None: not measured
+
+
+def _recall_beyond_the_window(results: dict[str, Any]) -> Judged:
+    """Transformer-XL against the windowed Transformer, all distances from two windows on together."""
+    scores = [_recall_from(results, name, 2.0) for name in ("transformer_xl", "transformer")]
+    return _shares(scores, "Transformer-XL", "windowed", "right from two windows back on")
+
+
+def _recall_at_the_far_end(results: dict[str, Any]) -> Judged:
+    """Memorizing against Transformer-XL at the longest distance."""
+    distances = [int(d) for e in results["summary"].values() for d in e.get("recall", {})]
+    if not distances:
+        return None
+    windows = max(distances) / results["window"]["recall"]
+    scores = [_recall_from(results, name, windows) for name in ("memorizing_transformer", "transformer_xl")]
+    return _shares(scores, "Memorizing", "Transformer-XL", f"right at {windows:g} windows")
+
+
+def _recall_with_memory_size(results: dict[str, Any]) -> Judged:
+    """The Memorizing Transformer's own memory against the smallest, all distances together."""
+    entry = results["summary"].get("memorizing_transformer", {})
+    smaller = entry.get("recall_by_memory_size", {})
+    if not smaller:
+        return None
+    size = min(smaller, key=int)
+    scores = [_total(scores) for scores in (entry["recall"], smaller[size])]
+    return _shares(scores, "its whole memory", f"its last {int(size):,} keys", "right over all distances")
+
+
+def _text_with_a_memory(results: dict[str, Any]) -> Judged:
+    return _texts(results, "transformer_xl", "transformer", "Transformer-XL", "windowed")
+
+
+def _text_with_neighbours(results: dict[str, Any]) -> Judged:
+    return _texts(results, "memorizing_transformer", "transformer_xl", "Memorizing", "Transformer-XL")
+
+
+def _text_with_memory_size(results: dict[str, Any]) -> Judged:
+    """The same trained model, read with ever larger memories."""
+    sums = results["summary"].get("memorizing_transformer", {}).get("text_by_memory_size", {})
+    if len(sums) < 2:
+        return None
+    sizes = sorted(sums, key=int)
+    bits = [sums[size]["bits"] / sums[size]["bytes"] for size in sizes]
+    curve = ", ".join(f"{b:.3f} with {int(size):,} keys" for b, size in zip(bits, sizes, strict=True))
+    outcome = REPRODUCED if bits == sorted(bits, reverse=True) else UNDECIDED
+    return (outcome if bits[-1] < bits[0] else CONTRADICTED), f"{curve} (bits per byte)"
+
+
+def _text_at_equal_cost(results: dict[str, Any]) -> Judged:
+    """Block-Recurrent against Transformer-XL: as trained, and beside it what a training step of each costs."""
+    judged = _texts(results, "block_recurrent_transformer", "transformer_xl", "Block-Recurrent", "Transformer-XL")
+    speeds = [
+        results["summary"].get(name, {}).get("cost", {}).get("training_tokens_per_second")
+        for name in ("block_recurrent_transformer", "transformer_xl")
+    ]
+    if judged is None or None in speeds:
+        return None
+    ratio = speeds[0] / speeds[1]
+    outcome, evidence = judged
+    if outcome == REPRODUCED and ratio < 0.95:
+        outcome = UNDECIDED
+    return outcome, f"{evidence}; it trains {ratio:.2f} times as fast"
+
+
+def _cost_is_linear(results: dict[str, Any]) -> Judged:
+    """How the time of a training step grows with its length, Longformer beside full attention."""
+    slopes = {
+        name: results["summary"].get(name, {}).get("cost", {}).get("slopes", {}).get("training_seconds")
+        for name in ("longformer", "transformer_full")
+    }
+    if slopes["longformer"] is None:
+        return None
+    outcome = REPRODUCED if slopes["longformer"] <= STRAIGHT else CONTRADICTED
+    return outcome, f"time of a step grows as length to the power of {slopes['longformer']:.2f}"
+
+
+def _permutations(results: dict[str, Any]) -> Judged:
+    """Block-Recurrent against Transformer-XL over all lengths."""
+    scores = [
+        _total(results["summary"].get(name, {}).get("abilities", {}).get("permutations", {}))
+        for name in ("block_recurrent_transformer", "transformer_xl")
+    ]
+    return _shares(scores, "Block-Recurrent", "Transformer-XL", "right over all lengths")
+
+
+CLAIMS: list[tuple[str, str, Callable[[dict[str, Any]], Judged]]] = [
+    ("Transformer-XL remembers beyond its segment", "Dai et al. 2019", _recall_beyond_the_window),
+    (
+        "Transformer-XL models text better than a Transformer of the same window",
+        "Dai et al. 2019",
+        _text_with_a_memory,
+    ),
+    ("Longformer's training cost is linear in length", "Beltagy et al. 2020", _cost_is_linear),
+    ("A kNN memory reaches further than Transformer-XL", "Wu et al. 2022", _recall_at_the_far_end),
+    ("A larger kNN memory remembers more", "Wu et al. 2022", _recall_with_memory_size),
+    ("A kNN memory models text better than Transformer-XL", "Wu et al. 2022", _text_with_neighbours),
+    ("A larger kNN memory models text better", "Wu et al. 2022", _text_with_memory_size),
+    ("Block-Recurrent beats Transformer-XL on text at no higher cost", "Hutchins et al. 2022", _text_at_equal_cost),
+    ("A recurrent state composes permutations where attention cannot", "Hutchins et al. 2022", _permutations),
+]
+
+
+def _recall_from(results: dict[str, Any], name: str, windows: float) -> tuple[int, int]:
+    """Right answers and questions of a contestant at distances of so many windows or more."""
+    recall = results["summary"].get(name, {}).get("recall", {})
+    return _total({d: score for d, score in recall.items() if int(d) >= windows * results["window"]["recall"]})
+
+
+def _total(scores: dict[str, Any]) -> tuple[int, int]:
+    return sum(s["correct"] for s in scores.values()), sum(s["asked"] for s in scores.values())
+
+
+def _shares(scores: list[tuple[int, int]], first: str, second: str, what: str) -> Judged:
+    """Whether the first of two shares is surely the larger."""
+    chance = two_proportions(*scores[0], *scores[1])
+    if chance is None:
+        return None
+    shares = [100 * correct / asked for correct, asked in scores]
+    evidence = f"{first} {shares[0]:.0f} %, {second} {shares[1]:.0f} % {what} ({_rarity(chance)})"
+    return _outcome(shares[0] - shares[1], chance), evidence
+
+
+def _texts(results: dict[str, Any], first: str, second: str, *labels: str) -> Judged:
+    """Whether the first of two contestants surely needs fewer bits for the same stretches of text."""
+    entries = [results["summary"].get(name, {}).get("by_stretch") for name in (first, second)]
+    if not all(entries):
+        return None
+    stretches = [[bits for seed in entry for bits in seed] for entry in entries if entry]
+    chance = paired(*stretches)
+    if chance is None:
+        return None
+    bits = [mean(results["summary"][name]["bits_per_byte"]) for name in (first, second)]
+    evidence = f"{labels[0]} {bits[0]:.3f}, {labels[1]} {bits[1]:.3f} bits per byte ({_rarity(chance)})"
+    return _outcome(bits[1] - bits[0], chance), evidence
+
+
+def _outcome(gain: float, chance: float) -> str:
+    if chance >= SURE:
+        return UNDECIDED
+    return REPRODUCED if gain > 0 else CONTRADICTED
+
+
+def _rarity(chance: float) -> str:
+    return "p < 0.001" if chance < 0.001 else f"p = {chance:.3f}"
