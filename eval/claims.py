@@ -1,7 +1,7 @@
 """What the papers claim, held against what a run measured: reproduced, contradicted, or not decided.
 
 A claim is decided where chance alone would give the difference more rarely than 1 in 20. Answers are compared as
-shares (statistics.two_proportions), text by stretches of the same bytes (statistics.paired).
+shares (statistics.two_proportions), text by stretches of the same bytes (statistics.same_text).
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
-from .statistics import paired, two_proportions
+from .statistics import SURE, pooled, same_text, two_proportions
 
 REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
-SURE = 0.05
 STRAIGHT = 1.15  # the slope of a cost against length, both on logarithmic scales, up to which it counts as linear
 
 
@@ -64,7 +63,7 @@ def _recall_with_memory_size(results: dict[str, Any]) -> Judged:
     if not smaller:
         return None
     size = min(smaller, key=int)
-    scores = [_total(scores) for scores in (entry["recall"], smaller[size])]
+    scores = [pooled(scores) for scores in (entry["recall"], smaller[size])]
     return _shares(scores, "its whole memory", f"its last {int(size):,} keys", "right over all distances")
 
 
@@ -105,7 +104,7 @@ def _text_at_equal_cost(results: dict[str, Any]) -> Judged:
 
 
 def _cost_is_linear(results: dict[str, Any]) -> Judged:
-    """How the time of a training step grows with its length, Longformer beside full attention."""
+    """How the time of a training step grows with its length, Longformer beside the upper line."""
     slopes = {
         name: results["summary"].get(name, {}).get("cost", {}).get("slopes", {}).get("training_seconds")
         for name in ("longformer", "transformer_full")
@@ -113,13 +112,16 @@ def _cost_is_linear(results: dict[str, Any]) -> Judged:
     if slopes["longformer"] is None:
         return None
     outcome = REPRODUCED if slopes["longformer"] <= STRAIGHT else CONTRADICTED
-    return outcome, f"time of a step grows as length to the power of {slopes['longformer']:.2f}"
+    evidence = f"time of a step grows as its length to the power of {slopes['longformer']:.2f}"
+    if slopes["transformer_full"] is not None:
+        evidence += f"; of the Transformer with long segments, {slopes['transformer_full']:.2f}"
+    return outcome, evidence
 
 
 def _permutations(results: dict[str, Any]) -> Judged:
     """Block-Recurrent against Transformer-XL over all lengths."""
     scores = [
-        _total(results["summary"].get(name, {}).get("abilities", {}).get("permutations", {}))
+        pooled(results["summary"].get(name, {}).get("abilities", {}).get("permutations", {}))
         for name in ("block_recurrent_transformer", "transformer_xl")
     ]
     return _shares(scores, "Block-Recurrent", "Transformer-XL", "right over all lengths")
@@ -145,11 +147,7 @@ CLAIMS: list[tuple[str, str, Callable[[dict[str, Any]], Judged]]] = [
 def _recall_from(results: dict[str, Any], name: str, windows: float) -> tuple[int, int]:
     """Right answers and questions of a contestant at distances of so many windows or more."""
     recall = results["summary"].get(name, {}).get("recall", {})
-    return _total({d: score for d, score in recall.items() if int(d) >= windows * results["window"]["recall"]})
-
-
-def _total(scores: dict[str, Any]) -> tuple[int, int]:
-    return sum(s["correct"] for s in scores.values()), sum(s["asked"] for s in scores.values())
+    return pooled({d: score for d, score in recall.items() if int(d) >= windows * results["window"]["recall"]})
 
 
 def _shares(scores: list[tuple[int, int]], first: str, second: str, what: str) -> Judged:
@@ -164,14 +162,13 @@ def _shares(scores: list[tuple[int, int]], first: str, second: str, what: str) -
 
 def _texts(results: dict[str, Any], first: str, second: str, *labels: str) -> Judged:
     """Whether the first of two contestants surely needs fewer bits for the same stretches of text."""
-    entries = [results["summary"].get(name, {}).get("by_stretch") for name in (first, second)]
-    if not all(entries):
+    entries = [results["summary"].get(name, {}) for name in (first, second)]
+    if not all("by_stretch" in entry for entry in entries):
         return None
-    stretches = [[bits for seed in entry for bits in seed] for entry in entries if entry]
-    chance = paired(*stretches)
+    chance = same_text(*entries)
     if chance is None:
         return None
-    bits = [mean(results["summary"][name]["bits_per_byte"]) for name in (first, second)]
+    bits = [mean(entry["bits_per_byte"]) for entry in entries]
     evidence = f"{labels[0]} {bits[0]:.3f}, {labels[1]} {bits[1]:.3f} bits per byte ({_rarity(chance)})"
     return _outcome(bits[1] - bits[0], chance), evidence
 

@@ -14,7 +14,7 @@ import torch
 import typer
 from rich.console import Console
 
-from hf_gallery.files import write_json
+from hf_gallery.files import read_json, write_json
 
 from . import attention, benchmark, compare, long, memory, peers, pictures, report
 from .cells import Run
@@ -84,7 +84,7 @@ def run(
             f"\nstopped; finished cells are kept in {folder.folder}, and the same command goes on from there"
         )
         raise typer.Exit(130) from None
-    results = benchmark.collect(chosen, contestants, measured)
+    results = benchmark.collect(chosen, contestants, measured) | {"peers": _latest_peers(runs)}
     report.write(folder.folder, results)
     report.show(results, console)
     console.print(f"\nresults  {folder.folder / report.RESULTS}\nreport   {folder.folder / report.PAGE}")
@@ -114,6 +114,8 @@ def report_command(
     if markdown:
         typer.echo(report.markdown(results))
         return
+    if not name.endswith(".json"):
+        results["peers"] = _latest_peers(runs)
     report.show(results, console)
     if not name.endswith(".json"):
         report.write(runs / name, results)
@@ -205,6 +207,11 @@ def peers_command(
     path = runs / "peers" / "results.json"
     write_json(path, result | {"provenance": provenance(torch.device("cpu"), _command())})
     console.print(f"\nresults  {path}")
+
+
+def _latest_peers(runs: Path) -> dict[str, Any] | None:
+    """What `peers` measured last, for the page of a run; None if it was never asked to."""
+    return read_json(runs / "peers" / report.RESULTS)
 
 
 def _device(name: str) -> torch.device:

@@ -9,9 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .statistics import paired, two_proportions
-
-SURE = 0.05  # a difference is marked where chance alone would give it more rarely than this
+from .statistics import SURE, paired, two_proportions
 
 
 @dataclasses.dataclass(frozen=True)

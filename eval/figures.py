@@ -14,81 +14,15 @@ COLOURS = ["#999999", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7"]
 SYMBOLS = ["circle-open", "x", "square", "diamond", "triangle-up", "star"]
 
 
-def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
+Plot = tuple[str, str, go.Figure]  # title, caption, figure
+Entries = list[tuple[int, str, dict[str, Any]]]  # number, name and summary of each contestant
+
+
+def figures(results: dict[str, Any]) -> list[Plot]:
     """(title, caption, figure) of every plot for which something was measured."""
-    plots = []
     entries = [(i, name, e) for i, (name, e) in enumerate(results["summary"].items())]
-    window, tested = results["window"]["recall"], distances(results)
-    if tested:
-        curves = [(i, e["label"], [e["recall"][str(d)] for d in tested]) for i, _, e in entries if "recall" in e]
-        figure = _curves(curves, [times(d / window) for d in tested], [results["chance"]] * len(tested))
-        figure.update_xaxes(title=f"distance, in windows of {window} tokens")
-        caption = (
-            "Share of right answers by the distance from where something was written to where it is asked for. "
-            "Bars are 95 % intervals (Wilson)."
-        )
-        plots.append(("What each remembers", caption, figure))
-    for name, about in results["abilities"].items():
-        levels = next(e["abilities"][name] for _, _, e in entries if name in e.get("abilities", {}))
-        curves = [
-            (i, e["label"], [e["abilities"][name][level] for level in levels])
-            for i, _, e in entries
-            if name in e.get("abilities", {})
-        ]
-        figure = _curves(curves, list(levels), [score["chance"] for score in levels.values()])
-        figure.update_xaxes(title=about["axis"])
-        beyond = [level for level, score in levels.items() if not score["trained"]]
-        caption = about["about"] + (f" Never practised: {', '.join(beyond)}." if beyond else "")
-        plots.append((f"{about['title']} ({about['group']})", caption, figure))
-    bits = [(i, e["label"], e["bits_per_byte"]) for i, _, e in entries if "bits_per_byte" in e]
-    if bits:
-        figure = go.Figure(
-            go.Bar(
-                y=[label for _, label, _ in bits],
-                x=[mean(b) for _, _, b in bits],
-                orientation="h",
-                marker={"color": [COLOURS[i % len(COLOURS)] for i, _, _ in bits]},
-                text=[f"{mean(b):.3f}" for _, _, b in bits],
-                textposition="inside",
-                hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-            )
-        )
-        if results["order0_bits_per_byte"] is not None:
-            figure.add_vline(
-                x=results["order0_bits_per_byte"],
-                line_dash="dot",
-                annotation_text="order-0 bytes",
-                annotation_position="bottom left",
-            )
-        figure.update_xaxes(title="bits per byte, lower is better", rangemode="tozero")
-        figure.update_yaxes(autorange="reversed")
-        plots.append(
-            (
-                "How well each models text",
-                "Held-out documents, each read from its first byte to its last with the state carried along. "
-                "The dotted line is a model that knows how frequent each byte is and nothing else.",
-                figure,
-            )
-        )
-    for key, title, axis, caption in (
-        (
-            "by_position",
-            "Does more context help?",
-            "bytes of the document read before, at least",
-            "Bits per byte over the stretches of a document. A line that goes on falling is a model that uses what it "
-            "read long ago.",
-        ),
-        (
-            "by_last_use",
-            "Names and other rare words",
-            "bytes since the document used the word last, at least",
-            "Bits per byte of words that are rare in the training text: their first use, and later ones by the "
-            "distance to the last. Who remembers a name pays less for it.",
-        ),
-    ):
-        sums = [(i, e["label"], e[key]) for i, _, e in entries if e.get(key)]
-        if sums:
-            plots.append((title, caption, _bit_curves(sums, axis)))
+    plots = [*_recall(results, entries), *_abilities(results, entries), *_text(results, entries)]
+    plots += _training_curves(results, entries)
     costs = [(i, e["label"], e["cost"]) for i, _, e in entries if "cost" in e]
     if costs:
         plots.append(
@@ -141,6 +75,141 @@ def figures(results: dict[str, Any]) -> list[tuple[str, str, go.Figure]]:
         figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
         figure.update_yaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
     return plots
+
+
+def _recall(results: dict[str, Any], entries: Entries) -> list[Plot]:
+    """The forgetting curves, and how they move with the size of a memory."""
+    window, tested, plots = results["window"]["recall"], distances(results), []
+    if not tested:
+        return []
+    labels, axis = [times(d / window) for d in tested], f"distance, in windows of {window} tokens"
+    chance = [results["chance"]] * len(tested)
+    curves = [(i, e["label"], [e["recall"][str(d)] for d in tested]) for i, _, e in entries if "recall" in e]
+    figure = _curves(curves, labels, chance)
+    figure.update_xaxes(title=axis)
+    caption = (
+        "Share of right answers by the distance from where something was written to where it is asked for. "
+        "Bars are 95 % intervals (Wilson)."
+    )
+    plots.append(("What each remembers", caption, figure))
+    own = results["settings"]["recall"]["sizes"]["memory_size"]
+    for entry in (e for _, _, e in entries if e.get("recall_by_memory_size")):
+        sizes = entry["recall_by_memory_size"] | {str(own): entry["recall"]}
+        curves = [
+            (i, f"{int(size):,} keys", [scores[str(d)] for d in tested])
+            for i, (size, scores) in enumerate(sizes.items())
+        ]
+        figure = _curves(curves, labels, chance)
+        figure.update_xaxes(title=axis)
+        caption = f"The same trained model, read with a memory of so many keys for each head; it trained with {own:,}."
+        plots.append((f"{entry['label']}: how much memory is enough?", caption, figure))
+    return plots
+
+
+def _abilities(results: dict[str, Any], entries: Entries) -> list[Plot]:
+    """A curve of each ability over its levels."""
+    plots = []
+    for name, about in results["abilities"].items():
+        levels = next(e["abilities"][name] for _, _, e in entries if name in e.get("abilities", {}))
+        curves = [
+            (i, e["label"], [e["abilities"][name][level] for level in levels])
+            for i, _, e in entries
+            if name in e.get("abilities", {})
+        ]
+        figure = _curves(curves, list(levels), [score["chance"] for score in levels.values()])
+        figure.update_xaxes(title=about["axis"])
+        beyond = [level for level, score in levels.items() if not score["trained"]]
+        caption = about["about"] + (f" Never practised: {', '.join(beyond)}." if beyond else "")
+        plots.append((f"{about['title']} ({about['group']})", caption, figure))
+    return plots
+
+
+def _text(results: dict[str, Any], entries: Entries) -> list[Plot]:
+    """Bits per byte: as a number, by position in a document, of rare words, and by the size of a memory."""
+    plots: list[Plot] = []
+    bits = [(i, e["label"], e["bits_per_byte"]) for i, _, e in entries if "bits_per_byte" in e]
+    if bits:
+        figure = go.Figure(
+            go.Bar(
+                y=[label for _, label, _ in bits],
+                x=[mean(b) for _, _, b in bits],
+                orientation="h",
+                marker={"color": [COLOURS[i % len(COLOURS)] for i, _, _ in bits]},
+                text=[f"{mean(b):.3f}" for _, _, b in bits],
+                textposition="inside",
+                hovertemplate="%{y}: %{x:.4f}<extra></extra>",
+            )
+        )
+        if results["order0_bits_per_byte"] is not None:
+            figure.add_vline(
+                x=results["order0_bits_per_byte"],
+                line_dash="dot",
+                annotation_text="order-0 bytes",
+                annotation_position="bottom left",
+            )
+        figure.update_xaxes(title="bits per byte, lower is better", rangemode="tozero")
+        figure.update_yaxes(autorange="reversed")
+        plots.append(
+            (
+                "How well each models text",
+                "Held-out documents, each read from its first byte to its last with the state carried along. "
+                "The dotted line is a model that knows how frequent each byte is and nothing else.",
+                figure,
+            )
+        )
+    for key, title, axis, caption in (
+        (
+            "by_position",
+            "Does more context help?",
+            "bytes of the document read before, at least",
+            "Bits per byte over the stretches of a document. A line that goes on falling is a model that uses what it "
+            "read long ago.",
+        ),
+        (
+            "by_last_use",
+            "Names and other rare words",
+            "bytes since the document used the word last, at least",
+            "Bits per byte of words that are rare in the training text: their first use, and later ones by the "
+            "distance to the last. Who remembers a name pays less for it.",
+        ),
+    ):
+        sums = [(i, e["label"], e[key]) for i, _, e in entries if e.get(key)]
+        if sums:
+            plots.append((title, caption, _bit_curves(sums, axis)))
+    sums = [
+        (i, e["label"], dict(sorted(e["text_by_memory_size"].items(), key=lambda item: int(item[0]))))
+        for i, _, e in entries
+        if e.get("text_by_memory_size")
+    ]
+    if sums:
+        caption = "The same trained model, read with a memory of so many keys for each head; the last is its own."
+        plots.append(("Does a larger memory help with text?", caption, _bit_curves(sums, "keys in memory")))
+    return plots
+
+
+def _training_curves(results: dict[str, Any], entries: Entries) -> list[Plot]:
+    """Bits per byte while training, by the time that the bytes read until then take at the speed under cost."""
+    text = results["settings"]["text"]
+    figure = go.Figure()
+    for i, _, e in entries:
+        if "training_curve" not in e or "cost" not in e:
+            continue
+        seconds = text["lanes"] * text["length"] / e["cost"]["training_tokens_per_second"]  # of a step
+        curve = e["training_curve"][0]
+        figure.add_scatter(
+            x=[int(step) * seconds for step in curve],
+            y=list(curve.values()),
+            name=e["label"],
+            mode="lines",
+            line={"color": COLOURS[i % len(COLOURS)]},
+            hovertemplate="%{y:.3f} bits per byte after %{x:,.0f} s",
+        )
+    if not figure.data:
+        return []
+    figure.update_xaxes(title="seconds of training, by the speed under cost")
+    figure.update_yaxes(title="bits per byte of the training text")
+    caption = "What a second of training buys: all read the same bytes, the quicker ones sooner. First seed."
+    return [("Bits per byte by training time", caption, figure)]
 
 
 def _curves(curves: list[tuple[int, str, list[dict[str, Any]]]], levels: list[str], chance: list[float]) -> go.Figure:

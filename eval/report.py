@@ -15,8 +15,10 @@ from rich.table import Table
 
 from hf_gallery.files import read_json, write_json, write_text
 
+from . import peers
+from .claims import verdicts
 from .figures import contexts, distances, figures, short, times
-from .statistics import two_proportions, wilson
+from .winners import blind, leaders, total, winners
 
 RESULTS, PAGE = "results.json", "report.html"
 
@@ -46,7 +48,8 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     tested = distances(results)
     after = contexts(results)
     abilities = results["abilities"]
-    best = {name: _leaders(results, name) for name in abilities}
+    totals = {a: {name: total(e, a) for name, e in results["summary"].items()} for a in abilities}
+    best = {name: leaders(totals[name], blind(results, name)) for name in abilities}
     heads = ["variant", "parameters", *(f"recall {times(d / window)}" for d in tested)]
     heads += [*(f"ability {about['title']}" for about in abilities.values()), "bits/byte"]
     heads += ["train tokens/s", "train peak MiB"]
@@ -58,7 +61,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             score = entry.get("recall", {}).get(str(d))
             row.append(f"{100 * score['correct'] / max(1, score['asked']):.0f} %" if score else "-")
         for name in abilities:
-            correct, asked = _total(entry, name)
+            correct, asked = totals[name][contestant]
             mark = " *" if contestant in best[name] else ""
             row.append(f"{100 * correct / asked:.0f} %{mark}" if asked else "-")
         bits = entry.get("bits_per_byte")
@@ -76,7 +79,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
             base[i] = f"{100 * results['chance']:.0f} %"
         elif head.startswith("ability"):
             base[i] = (
-                f"{100 * _blind(results, next(n for n, a in abilities.items() if head.endswith(a['title']))):.0f} %"
+                f"{100 * blind(results, next(n for n, a in abilities.items() if head.endswith(a['title']))):.0f} %"
             )
         elif head == "bits/byte" and results["order0_bits_per_byte"] is not None:
             base[i] = f"{results['order0_bits_per_byte']:.3f}"
@@ -112,49 +115,48 @@ def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
     return found
 
 
+def conclusions(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """What follows from the numbers, in words: title, headings and rows of each table that has something to say."""
+    found = []
+    claims = [[v.claim, v.paper, v.outcome, v.evidence] for v in verdicts(results)]
+    if claims:
+        heads = ["claim", "paper", "here", "measured"]
+        found.append(("What the papers claim, and what came out here (decided at p < 0.05)", heads, claims))
+    labels = {name: entry["label"] for name, entry in results["summary"].items()}
+    best = [[b.what, ", ".join(labels[name] for name in b.names) or "-", b.score] for b in winners(results)]
+    if best:
+        title = "Who does best, the long-context Transformer aside; who might be as good shares the place"
+        found.append((title, ["at", "best", "the first has"], best))
+    if results.get("peers"):
+        s = results["peers"]["settings"]
+        title = (
+            f"Times as fast as what else there is: {s['layers']} layers, width {s['hidden']}, one machine, in turns"
+        )
+        found.append((title, *peers.table(results["peers"])))
+    return found
+
+
 def show(results: dict[str, Any], console: Console) -> None:
-    """Prints the table, in parts that fit a terminal of 80 columns."""
-    for title, heads, rows in parts(results):
-        shown = Table(title=title, title_justify="left")
-        shown.add_column(heads[0], no_wrap=True)
-        for head in heads[1:]:
-            shown.add_column(head, justify="right")
-        for row in rows:
-            shown.add_row(*row)
-        console.print(shown)
+    """Prints the tables, in parts that fit a terminal of 80 columns."""
+    for tables, numbers in ((parts(results), True), (conclusions(results), False)):
+        for title, heads, rows in tables:
+            shown = Table(title=title, title_justify="left")
+            shown.add_column(heads[0], no_wrap=numbers)
+            for head in heads[1:]:
+                shown.add_column(head, justify="right" if numbers else "left")
+            for row in rows:
+                shown.add_row(*row)
+            console.print(shown)
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The same parts in Markdown, for a README or a model card."""
+    """The same tables in Markdown, for a README or a model card."""
     blocks = []
-    for title, heads, rows in parts(results):
-        lines = ["| " + " | ".join(heads) + " |", "|---|" + "---:|" * (len(heads) - 1)]
-        blocks.append("\n".join([f"{title}:", "", *lines, *("| " + " | ".join(row) + " |" for row in rows)]))
+    for tables, line in ((parts(results), "---:|"), (conclusions(results), "---|")):
+        for title, heads, rows in tables:
+            lines = ["| " + " | ".join(heads) + " |", "|---|" + line * (len(heads) - 1)]
+            blocks.append("\n".join([f"{title}:", "", *lines, *("| " + " | ".join(row) + " |" for row in rows)]))
     return "\n\n".join(blocks)
-
-
-def _total(entry: dict[str, Any], ability: str) -> tuple[int, int]:
-    """Right answers and questions of a contestant, over all levels."""
-    levels = entry.get("abilities", {}).get(ability, {}).values()
-    return sum(s["correct"] for s in levels), sum(s["asked"] for s in levels)
-
-
-def _leaders(results: dict[str, Any], ability: str) -> set[str]:
-    """The contestant with most right answers, and those that might be as good: a difference as theirs is no rarer than
-    1 in 20 by chance. Nobody where the first is not surely better than guessing."""
-    totals = {name: _total(entry, ability) for name, entry in results["summary"].items()}
-    totals = {name: total for name, total in totals.items() if total[1]}
-    first = max(totals.values(), key=lambda total: total[0] / total[1])
-    if wilson(*first)[0] <= _blind(results, ability):
-        return set()
-    return {name for name, total in totals.items() if (two_proportions(*total, *first) or 0.0) >= 0.05}
-
-
-def _blind(results: dict[str, Any], ability: str) -> float:
-    """How often guesses are right over all levels."""
-    entry = next(e for e in results["summary"].values() if ability in e.get("abilities", {}))
-    levels = entry["abilities"][ability].values()
-    return sum(s["chance"] * s["asked"] for s in levels) / max(1, sum(s["asked"] for s in levels))
 
 
 _FAMILY = re.compile("^(recall|ability|train|decode|cache) ")
@@ -167,12 +169,11 @@ def page(results: dict[str, Any]) -> str:
     """One HTML file with everything in it: table, plots, and how each number was measured."""
     heads, rows = table(results)
     body = [f"<h1>hf-gallery: {html.escape(results['preset'])} run</h1>", _introduction(results)]
-    cells = "".join(
-        "<tr>" + f"<th scope='row'>{html.escape(row[0])}</th>" + "".join(f"<td>{html.escape(x)}</td>" for x in row[1:])
-        for row in rows
-    )
-    top = "".join(f"<th scope='col'>{html.escape(head)}</th>" for head in heads)
-    body.append(f"<div class='wide'><table><thead><tr>{top}</tr></thead><tbody>{cells}</tbody></table></div>")
+    body.append(_html_table(heads, rows))
+    body += [
+        f"<h2>{html.escape(title)}</h2>{_html_table(heads, rows, 'words')}"
+        for title, heads, rows in conclusions(results)
+    ]
     plots = figures(results)
     for i, (title, caption, _) in enumerate(plots):
         body.append(
@@ -189,26 +190,42 @@ def page(results: dict[str, Any]) -> str:
     )
 
 
+def _html_table(heads: list[str], rows: list[list[str]], kind: str = "") -> str:
+    top = "".join(f"<th scope='col'>{html.escape(head)}</th>" for head in heads)
+    lines = (
+        f"<tr><th scope='row'>{html.escape(row[0])}</th>" + "".join(f"<td>{html.escape(x)}</td>" for x in row[1:])
+        for row in rows
+    )
+    return (
+        f"<div class='wide'><table class='{kind}'><thead><tr>{top}</tr></thead>"
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
 def _introduction(results: dict[str, Any]) -> str:
     lines = "".join(
         f"<li><b>{html.escape(entry['label'])}</b> sees {html.escape(entry['reach'])}</li>"
         for entry in results["summary"].values()
     )
+    share = "" if results["share"] == 1 else f" with {results['share']:.0%} of this preset's training steps"
     return (
         "<p>Models of one width, depth and window, and of the same number of parameters to within 3 %, trained on the "
-        f"same batches. They differ in what a query sees:</p><ul>{lines}</ul>"
+        f"same batches{share}. They differ in what a query sees:</p><ul>{lines}</ul>"
     )
 
 
 def _provenance(results: dict[str, Any]) -> str:
     """Where each number comes from: settings, and for every cell its file, seconds, machine, versions and command."""
     rows = []
-    for cell in results["cells"]:
-        p = cell["provenance"]
+    measured = [(f"cells/{c['task']}.{c['contestant']}.{c['seed']}.json", c) for c in results["cells"]]
+    if results.get("peers"):
+        measured.append(("peers/results.json", results["peers"]))
+    for file, entry in measured:
+        p = entry["provenance"]
         machine = f"{p['machine']['processor']}, {p['machine']['torch_threads']} threads, {p['machine']['device']}"
         versions = ", ".join(f"{name} {v}" for name, v in p["versions"].items())
-        name = f"{cell['task']}.{cell['contestant']}.{cell['seed']}"
-        texts = (f"cells/{name}.json", f"{cell['seconds']:.0f} s", p["date"], machine, versions, p["command"])
+        took = f"{entry['seconds']:.0f} s" if "seconds" in entry else "-"
+        texts = (file, took, p["date"], machine, versions, p["command"])
         rows.append("<tr>" + "".join(f"<td>{html.escape(str(x))}</td>" for x in texts) + "</tr>")
     head = "".join(f"<th>{x}</th>" for x in ("cell", "took", "date", "machine", "versions", "command"))
     settings = html.escape(json.dumps(results["settings"], indent=1))
@@ -237,6 +254,7 @@ h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-bottom: 0; }}
 table {{ border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }}
 th, td {{ white-space: nowrap; padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; }}
 th[scope=row], .left td, .left th {{ text-align: left; white-space: nowrap; }}
+.words td, .words th, .words th[scope=row] {{ text-align: left; white-space: normal; min-width: 7rem; }}
 tbody th {{ position: sticky; left: 0; background: var(--paper); font-weight: 600; }}
 thead th {{ vertical-align: bottom; white-space: normal; }}
 .plot {{ min-height: 420px; }}

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import mean, stdev
+from typing import Any
+
+SURE = 0.05  # a difference is said to be there where chance alone would give it more rarely than this
+
+
+def pooled(scores: Mapping[str, Mapping[str, Any]]) -> tuple[int, int]:
+    """Right answers and questions of several scores together, each with `correct` and `asked`."""
+    return sum(s["correct"] for s in scores.values()), sum(s["asked"] for s in scores.values())
 
 
 def wilson(correct: int, asked: int, z: float = 1.96) -> tuple[float, float]:
@@ -39,3 +48,8 @@ def paired(first: list[float], second: list[float]) -> float | None:
     if stdev(steps) == 0:
         return 1.0 if steps[0] == 0 else 0.0
     return float(2 * t.sf(abs(mean(steps)) / (stdev(steps) / math.sqrt(len(steps))), len(steps) - 1))
+
+
+def same_text(first: Mapping[str, Any], second: Mapping[str, Any]) -> float | None:
+    """`paired` of two contestants' summaries over the stretches of text that both read, all seeds together."""
+    return paired(*([bits for seed in entry["by_stretch"] for bits in seed] for entry in (first, second)))

@@ -40,5 +40,6 @@ def test_laws(name, tmp_path):
         generates(variant)
 
 
+@pytest.mark.slow
 def test_all_open_without_the_library(tmp_path):
     open_without_the_library([made(name, tmp_path) for name in FOLDERS], tmp_path)

@@ -115,6 +115,7 @@ def test_laws(case, tmp_path):
         generates(variant)
 
 
+@pytest.mark.slow
 def test_opens_without_the_library(tmp_path):
     variants = []
     for case in ("wt103", "plain", "classifier"):

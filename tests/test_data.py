@@ -213,6 +213,7 @@ print(json.dumps([[split, rows["document"][:], hashlib.sha256("".join(rows["text
 """
 
 
+@pytest.mark.slow
 def test_corpora_are_the_same_in_every_process(stdlib, tmp_path, texts):
     here = [
         [split, rows["document"][:], hashlib.sha256("".join(rows["text"]).encode()).hexdigest()]
@@ -660,6 +661,7 @@ print(json.dumps([getattr(data, name)(**arguments).to_list() for name, arguments
 """
 
 
+@pytest.mark.slow
 def test_tasks_are_the_same_in_every_process():
     calls = [
         (name, arguments | {"examples": 4, "seed": 5, "split": "validation"})

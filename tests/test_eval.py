@@ -187,15 +187,6 @@ def test_abilities_are_learned_from_other_examples_than_asked():
     assert not trained & {str(row) for row in asked["input_ids"]}
 
 
-def test_leaders_are_the_best_and_those_that_might_be():
-    def entry(correct):
-        return {"abilities": {"x": {"a": {"asked": 100, "correct": correct, "chance": 0.1}}}}
-
-    results = {"summary": {"first": entry(90), "near": entry(85), "far": entry(50), "none": {}}}
-    assert report._leaders(results, "x") == {"first", "near"}
-    assert report._leaders({"summary": {"a": entry(10), "b": entry(12)}}, "x") == set()
-
-
 def test_order0_bits_by_hand(tmp_path):
     for split, content in (("train", "aab"), ("validation", "zz"), ("test", "aba")):
         (tmp_path / split).mkdir()
@@ -381,9 +372,12 @@ def test_the_whole_run(tiny):
     assert 3 < results["order0_bits_per_byte"] < 8
     assert len(list((folder / "cells").iterdir())) == 3 * len(NAMES) + 2
     page = BeautifulSoup((folder / report.PAGE).read_text(), "html.parser")
-    rows = page.select("tbody th[scope=row]")
+    rows = page.find("table").select("tbody th[scope=row]")
     assert [row.text for row in rows][:-1] == [c.label for c in contestants.CONTESTANTS.values()]
-    assert len(page.select(".plot")) == 9
+    titles = [section.h2.text for section in page.select("section")]
+    assert titles == [title for title, _, _ in report.figures(results)] and len(page.select(".plot")) == len(titles)
+    assert {"What each remembers", "Does a larger memory help with text?", "Bits per byte by training time"} < set(titles)
+    assert "What the papers claim" in page.text and "Who does best" in page.text
     assert not page.select("script[src], link[href^=http]")  # nothing is fetched
     before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     second = invoke(*tiny)
@@ -429,6 +423,39 @@ def test_a_part_of_the_run(tiny):
     assert list(results["summary"]) == ["longformer"] and "cost" not in results["summary"]["longformer"]
     heads, rows = report.table(results)
     assert heads == ["variant", "recall 1/2x", "recall 2x", "recall 8x"] and len(rows) == 2
+
+
+def test_a_share_of_the_training(tiny):
+    result = invoke(*tiny, "--variants", "transformer", "--tasks", "recall,text", "--share", "0.5")
+    assert result.exit_code == 0, result.output
+    results = read_json(Path("runs/tiny") / report.RESULTS)
+    steps = {cell["task"]: cell["settings"]["steps"] for cell in results["cells"]}
+    assert steps == {"recall": TINY.recall.steps // 2, "text": round(TINY.text.steps / 2)}
+    assert results["share"] == 0.5
+    assert "50% of this preset's training steps" in (Path("runs/tiny") / report.PAGE).read_text()
+
+
+def test_smaller_memories_are_asked_too(tiny):
+    """Only of who has one, down to as many keys as are retrieved; the model's own size is back afterwards."""
+    result = invoke(*tiny, "--variants", "transformer_xl,memorizing_transformer", "--tasks", "recall,text")
+    assert result.exit_code == 0, result.output
+    summary = read_json(Path("runs/tiny") / report.RESULTS)["summary"]
+    assert "recall_by_memory_size" not in summary["transformer_xl"]
+    entry = summary["memorizing_transformer"]
+    assert list(entry["recall_by_memory_size"]) == ["4", "16"]
+    assert set(entry["text_by_memory_size"]) == {"4", "16", "64"}
+    whole = entry["text_by_memory_size"]["64"]
+    assert whole["bits"] / whole["bytes"] == pytest.approx(entry["bits_per_byte"][0], rel=1e-6)
+    model = contestants.build(contestants.CONTESTANTS["memorizing_transformer"], TINY_SIZES)
+    sizes = [(size, model.config.memory_size) for size in contestants.smaller_memories(model)]
+    assert sizes == [(4, 4), (16, 16)] and model.config.memory_size == 64
+
+
+def test_stretches_hold_every_byte():
+    bits = [np.arange(10.0), np.arange(2.0 * text.STRETCH + 5)]
+    found = text.by_stretch(bits)
+    assert len(found) == 3 and found[0] == 4.5
+    assert np.mean(found[1:]) == pytest.approx(bits[1].mean(), rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -403,6 +403,7 @@ def test_stock_command_line(learned, saved, group, tmp_path):
             assert found[name][i] == (pytest.approx(score, rel=1e-3), right)
 
 
+@pytest.mark.slow
 def test_the_library_needs_no_lm_eval():
     """hf_gallery and its data are imported without it."""
     code = "import sys; sys.modules['lm_eval'] = None; import hf_gallery, hf_gallery.data, hf_gallery.training"

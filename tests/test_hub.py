@@ -102,6 +102,7 @@ def save_tiny(name, folder):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.works(
     "Hub, pushed and opened", "transformer", "transformer_xl", "longformer", "memorizing", "block_recurrent"
 )

@@ -588,6 +588,7 @@ for backend in ("faiss_flat", "faiss_hnsw", "faiss_ivf"):
 """
 
 
+@pytest.mark.slow
 def test_a_faiss_backend_without_faiss():
     """Said when the model is built, and not segments later; the exact backend needs nothing."""
     done = subprocess.run([sys.executable, "-c", WITHOUT_FAISS], capture_output=True, text=True, timeout=200)

@@ -201,6 +201,7 @@ def test_model_files_travel(path):
             assert free or (top == "faiss" and guarded), f"imports {module}"
 
 
+@pytest.mark.slow
 def test_the_package_needs_nothing_of_the_evaluation():
     """Neither its code, nor what it alone installs, nor faiss, which many machines have no build of."""
     for path in SOURCES:

@@ -44,6 +44,7 @@ def test_sides_are_of_one_size(name):
     assert ours == pytest.approx(theirs, rel=0.05)
 
 
+@pytest.mark.slow
 def test_two_sides_in_turns(tmp_path):
     result = run(TINY, tmp_path, ["longformer"])
     entry = result["peers"]["longformer"]
@@ -63,6 +64,7 @@ def test_a_peer_that_cannot_be_installed_is_said_and_the_others_are_measured(tmp
     assert not list(tmp_path.iterdir())  # nothing half made is taken for an environment next time
 
 
+@pytest.mark.slow
 def test_a_side_that_dies_says_why():
     settings = dataclasses.replace(TINY, heads=3)
     with pytest.raises(PeerError, match="Transformer, training step stopped: ValueError: hidden_size is 16"):
@@ -94,6 +96,7 @@ def write_wheel(path):
         wheel.writestr(f"{about}/RECORD", "")
 
 
+@pytest.mark.slow
 def test_the_command(tmp_path, monkeypatch):
     monkeypatch.setattr("eval.peers.PeerSettings", lambda repeats: dataclasses.replace(TINY, repeats=repeats))
     arguments = ["peers", "--only", "transformer", "--repeats", "1", "--runs", str(tmp_path)]

@@ -277,6 +277,7 @@ print(json.dumps([TASKS[name](**arguments).to_list() for name, arguments in json
 """
 
 
+@pytest.mark.slow
 def test_tasks_are_the_same_in_every_process():
     """Strings hash otherwise there."""
     calls = [

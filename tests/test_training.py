@@ -325,7 +325,7 @@ class Stop(TrainerCallback):
 
 @pytest.mark.works("SegmentTrainer")
 @pytest.mark.works("resume")
-@causal()
+@causal(others_slow=True)
 def test_resuming_is_bit_for_bit(variant, tmp_path):
     """With dropout, momentum and accumulation, losses and weights of a run that was cut off in its second epoch, and
     went on in new objects, are those of an unbroken one."""
@@ -532,7 +532,7 @@ def test_a_loss_of_ones_own(variant, tmp_path):
     assert found["smooth"] != pytest.approx(found["model"], rel=1e-3)
 
 
-@causal()
+@causal(others_slow=True)
 def test_a_stream_of_documents_does_not_grow_the_cache(variant, tmp_path):
     """Whatever the lanes read before, the cache holds no more than what its rows' own documents need."""
     documents = texts(*np.random.default_rng(0).integers(5, 14, size=60))

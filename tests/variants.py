@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from works import COLUMNS
 
 import hf_gallery as gallery
 
@@ -415,10 +416,13 @@ def streams(condition=lambda variant: True, of_head=lambda head: True):
     return over(lambda variant, head: head.stream and condition(variant) and of_head(head))
 
 
-def causal(condition=lambda variant: True):
-    """Parametrises over `variant`, for those that have a causal language model."""
+def causal(condition=lambda variant: True, others_slow=False):
+    """Parametrises over `variant`, for those that have a causal language model. others_slow: the architectures in
+    other settings than their plain ones are among the slow tests."""
     chosen = [v for v in VARIANTS if "causal" in v.heads and condition(v)]
-    return pytest.mark.parametrize("variant", [pytest.param(v, id=v.name, marks=missing(v)) for v in chosen])
+    slow = {v.name: [pytest.mark.slow] if others_slow and v.name not in COLUMNS else [] for v in chosen}
+    cases = [pytest.param(v, id=v.name, marks=missing(v) + slow[v.name]) for v in chosen]
+    return pytest.mark.parametrize("variant", cases)
 
 
 def missing(variant):

@@ -211,33 +211,33 @@ class Side:
         return self.answer()
 
 
+def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows, one for each comparison; dashes where the peer could not be had."""
+    rows = []
+    for name, entry in result["peers"].items():
+        numbers = ["-", "-", "-"]
+        if "not_measured" not in entry:
+            ms = entry["milliseconds"]
+            numbers = [f"{ms['gallery']:,.1f}", f"{ms['peer']:,.1f}", f"{entry['ratio']:.2f}"]
+        rows.append([PEERS[name].label, PEERS[name].work, entry["peer"], *numbers, f"{entry['target']:g}"])
+    return ["gallery", "work", "peer", "ms", "peer ms", "ratio", "target"], rows
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     """Prints the result as a table."""
     s = result["settings"]
-    table = Table(
+    shown = Table(
         title=f"Gallery and peers: {s['layers']} layers, width {s['hidden']}, {s['heads']} heads, float32, "
         f"{result['threads']} threads",
         caption=f"medians of {s['repeats']} rounds in turns; ratio: peer's time over the gallery's",
     )
-    for heading in ("gallery", "work", "peer", "ms", "peer ms", "ratio", "target"):
-        table.add_column(heading, justify="right" if heading in ("ms", "peer ms", "ratio", "target") else "left")
-    for name, entry in result["peers"].items():
-        peer = PEERS[name]
-        if "not_measured" in entry:
-            table.add_row(peer.label, peer.work, peer.peer, "-", "-", "-", f"{peer.target:g}")
-            continue
-        ms, met = entry["milliseconds"], entry["ratio"] >= entry["target"]
-        colour = "green" if met else "red"
-        table.add_row(
-            peer.label,
-            peer.work,
-            peer.peer,
-            f"{ms['gallery']:,.1f}",
-            f"{ms['peer']:,.1f}",
-            f"[{colour}]{entry['ratio']:.2f}[/]",
-            f"{entry['target']:g}",
-        )
-    console.print(table)
+    heads, rows = table(result)
+    for heading in heads:
+        shown.add_column(heading, justify="left" if heading in ("gallery", "work", "peer") else "right")
+    for row, entry in zip(rows, result["peers"].values(), strict=True):
+        colour = "green" if entry.get("ratio", 0.0) >= entry["target"] else "red"
+        shown.add_row(*row[:-2], f"[{colour}]{row[-2]}[/]", row[-1])
+    console.print(shown)
     for name, entry in result["peers"].items():
         if "not_measured" in entry:
             console.print(f"not measured: {PEERS[name].label}: {entry['not_measured']}", highlight=False)
