@@ -1,57 +1,139 @@
-"""What each contestant costs: all of them in turns, so that what slows the machine for a while slows all alike."""
+"""What each contestant costs, by length: all of them in turns, so that what slows the machine for a while slows all.
+
+A cost that grows as length to the power of s is a line of slope s where both axes are logarithmic. That slope says
+more than the points: 0 is constant, 1 linear, 2 quadratic.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from .contestants import Contestant, build
-from .measure import interleaved, median, peak_bytes
+from .measure import interleaved, median, peak_bytes, seconds
 from .presets import CostSettings
 from .training import Tick
+
+CHUNK = 2048  # tokens that are read at once
+PRODUCT = 2048  # rows and columns of the matrices whose product says how fast the machine is
 
 
 def units(settings: CostSettings, contestants: list[Contestant]) -> int:
     """Ticks of the cell."""
-    return settings.repeats + 1 + len(contestants) * (1 + len(settings.contexts)) + len(settings.contexts)
+    of_training = sum(settings.repeats_at(length) + 1 + len(contestants) for length in settings.lengths)
+    return of_training + sum(len(chunks) for chunks in _chunks(settings)) + len(settings.contexts)
 
 
 def measure(
     contestants: list[Contestant], settings: CostSettings, seed: int, device: torch.device, tick: Tick
 ) -> dict[str, Any]:
-    """For each contestant: training tokens/s (median step: forward, backward, no optimiser), peak bytes of a training
-    step beyond the weights, and after each context ms per decoded token (median) and bytes of the cache."""
+    """For each contestant:
+
+    training: by length of a step, tokens/s (median: forward and backward, no optimiser), peak bytes beyond the
+        weights, floating-point operations per token, and utilisation, their share of what the machine reaches in a
+        large product of matrices. training_tokens_per_second, training_peak_bytes: of the first length.
+    prefill_tokens_per_second, decode_ms_per_token (median), cache_bytes: by tokens read before.
+    slopes: of each of these costs against length; of those with one length only, none.
+    """
     models = {c.name: build(c, settings.sizes, seed) for c in contestants}
     for model in models.values():
         model.to(device)  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
-    ids = torch.randint(0, 256, (settings.batch, settings.length), generator=torch.Generator().manual_seed(seed))
-    ids = ids.to(device)
-    steps = {name: _training_step(model.train(), ids) for name, model in models.items()}
-    seconds = interleaved(steps, settings.repeats, device, tick=lambda: tick(1))
-    found: dict[str, Any] = {}
-    for name, step in steps.items():
-        found[name] = {
-            "parameters": models[name].num_parameters(),
-            "training_tokens_per_second": ids.numel() / median(seconds[name]),
-            "training_peak_bytes": _peak(step, device),
+    speed = machine_speed(device)
+    found: dict[str, Any] = {
+        name: {
+            "parameters": model.num_parameters(),
+            "machine_flops_per_second": speed,
+            "training": {},
+            "prefill_tokens_per_second": {},
             "decode_ms_per_token": {},
             "cache_bytes": {},
         }
-        tick(1)
-    for context in settings.contexts:
-        streams = {}
-        for name, model in models.items():
-            streams[name] = Stream(model.eval(), context, seed, device)
-            found[name]["cache_bytes"][str(context)] = streams[name].cache.nbytes
+        for name, model in models.items()
+    }
+    for length in settings.lengths:
+        ids = _random_bytes(settings.batch_at(length), length, seed).to(device)
+        steps = {name: _training_step(model.train(), ids) for name, model in models.items()}
+        times = interleaved(steps, settings.repeats_at(length), device, tick=lambda: tick(1))
+        for name, step in steps.items():
+            second, operations = median(times[name]), flops(step)
+            found[name]["training"][str(length)] = {
+                "tokens_per_second": ids.numel() / second,
+                "peak_bytes": _peak(step, device),
+                "flops_per_token": operations / ids.numel(),
+                "utilisation": operations / second / speed,
+            }
             tick(1)
-        times = interleaved(dict(streams), settings.decode_tokens, device)
-        for name, values in times.items():
-            found[name]["decode_ms_per_token"][str(context)] = 1e3 * median(values)
+    streams = {name: Stream(model.eval(), max(settings.contexts), seed, device) for name, model in models.items()}
+    reading = dict.fromkeys(streams, 0.0)
+    for context, chunks in zip(settings.contexts, _chunks(settings), strict=True):
+        for tokens in chunks:
+            for name, stream in streams.items():
+                reading[name] += seconds(lambda stream=stream, tokens=tokens: stream.read(tokens), device)
+            tick(1)
+        times = interleaved({name: stream.decode for name, stream in streams.items()}, settings.decode_tokens, device)
+        for name, stream in streams.items():
+            found[name]["prefill_tokens_per_second"][str(context)] = context / reading[name]
+            found[name]["decode_ms_per_token"][str(context)] = 1e3 * median(times[name])
+            found[name]["cache_bytes"][str(context)] = stream.cache.nbytes
         tick(1)
+    for entry in found.values():
+        first = entry["training"][str(settings.lengths[0])]
+        entry["training_tokens_per_second"] = first["tokens_per_second"]
+        entry["training_peak_bytes"] = first["peak_bytes"]
+        entry["slopes"] = slopes(entry, settings)
     return found
+
+
+def slopes(entry: Mapping[str, Any], settings: CostSettings) -> dict[str, float]:
+    """The powers of length as which a contestant's costs grow; a step's cost is taken for one row of a batch."""
+    training = {int(length): x for length, x in entry["training"].items()}
+    read = {int(context): x for context, x in entry["prefill_tokens_per_second"].items()}
+    costs: dict[str, dict[int, float]] = {
+        "training_seconds": {n: n / x["tokens_per_second"] for n, x in training.items()},
+        "training_peak_bytes": {n: x["peak_bytes"] / settings.batch_at(n) for n, x in training.items()},
+        "prefill_seconds": {n: n / x for n, x in read.items()},
+        "decode_seconds": {int(n): x for n, x in entry["decode_ms_per_token"].items()},
+        "cache_bytes": {int(n): x for n, x in entry["cache_bytes"].items()},
+    }
+    return {name: slope(points) for name, points in costs.items() if len(points) > 1}
+
+
+def slope(points: Mapping[int, float]) -> float:
+    """The line through (length, cost) on logarithmic axes, by least squares: its slope."""
+    return float(np.polyfit(np.log(list(points)), np.log(list(points.values())), 1)[0])
+
+
+def flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of a call, a multiplication and an addition each counted as one, as torch counts them:
+    those of matrix products and fused attention. Softmax, norms, gates and sorting are not among them."""
+    with FlopCounterMode(display=False) as counter:
+        step()
+    return counter.get_total_flops()
+
+
+def machine_speed(device: torch.device, repeats: int = 5) -> float:
+    """Floating-point operations per second in a product of two large float32 matrices (median)."""
+    a, b = torch.randn(2, PRODUCT, PRODUCT, device=device)  # (PRODUCT, PRODUCT) each
+    times = interleaved({"product": lambda: a @ b}, repeats, device)["product"]
+    return 2 * PRODUCT**3 / median(times)
+
+
+def _chunks(settings: CostSettings) -> list[list[int]]:
+    """For each context, how many tokens are read at a time on the way there from the one before."""
+    starts = (0, *settings.contexts[:-1])
+    return [
+        [min(CHUNK, stop - place) for place in range(start, stop, CHUNK)]
+        for start, stop in zip(starts, settings.contexts, strict=True)
+    ]
+
+
+def _random_bytes(rows: int, length: int, seed: int) -> torch.Tensor:
+    return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))  # (rows, length)
 
 
 def _training_step(model: PreTrainedModel, ids: torch.Tensor) -> Callable[[], None]:
@@ -75,19 +157,23 @@ def _peak(step: Callable[[], None], device: torch.device) -> int:
 
 
 class Stream:
-    """One text that is read (`context` random bytes, in chunks) and then continued: each call decodes a token."""
+    """A text of `length` random bytes that is read on, as far as one asks, and continued by greedy decoding."""
 
-    def __init__(self, model: PreTrainedModel, context: int, seed: int, device: torch.device, chunk: int = 2048):
-        self.model = model
-        ids = torch.randint(0, 256, (1, context), generator=torch.Generator().manual_seed(seed)).to(device)
+    def __init__(self, model: PreTrainedModel, length: int, seed: int, device: torch.device):
+        self.model, self.ids, self.place = model, _random_bytes(1, length, seed).to(device), 0
         self.cache: Any = None
-        for part in ids.split(chunk, dim=1):
-            self._read(part)
+
+    def read(self, tokens: int) -> None:
+        """Reads the next tokens of the text, in chunks."""
+        for ids in self.ids[:, self.place : self.place + tokens].split(CHUNK, dim=1):
+            self._forward(ids)
+        self.place += tokens
+
+    def decode(self) -> None:
+        """Appends the likeliest token."""
+        self._forward(self.last)
 
     @torch.no_grad()
-    def _read(self, ids: torch.Tensor) -> None:
+    def _forward(self, ids: torch.Tensor) -> None:
         output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
         self.cache, self.last = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
-
-    def __call__(self) -> None:
-        self._read(self.last)

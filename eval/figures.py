@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
@@ -23,46 +25,7 @@ def figures(results: dict[str, Any]) -> list[Plot]:
     entries = [(i, name, e) for i, (name, e) in enumerate(results["summary"].items())]
     plots = [*_recall(results, entries), *_abilities(results, entries), *_text(results, entries)]
     plots += _training_curves(results, entries)
-    costs = [(i, e["label"], e["cost"]) for i, _, e in entries if "cost" in e]
-    if costs:
-        plots.append(
-            _bars(
-                "What training costs: time",
-                "Forward and backward, median of steps taken in turns.",
-                costs,
-                lambda c: c["training_tokens_per_second"],
-                "tokens per second, higher is better",
-            )
-        )
-        plots.append(
-            _bars(
-                "What training costs: memory",
-                "Tensors alive at the worst moment of a training step, beyond the weights.",
-                costs,
-                lambda c: c["training_peak_bytes"] / 2**20,
-                "MiB, lower is better",
-            )
-        )
-        read = contexts(results)
-        for key, unit, title, caption, scale in (
-            ("decode_ms_per_token", "ms per token", "What decoding costs: time", "Median over tokens, in turns.", 1),
-            ("cache_bytes", "KiB", "What decoding costs: state", "Bytes of the cache after the context.", 2**10),
-        ):
-            figure = go.Figure()
-            for i, label, c in costs:
-                figure.add_scatter(
-                    x=[short(n) for n in read],
-                    y=[c[key][str(n)] / scale for n in read],
-                    name=label,
-                    mode="lines+markers",
-                    line={"color": COLOURS[i % len(COLOURS)]},
-                    marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-                )
-            figure.update_xaxes(title="tokens read before", type="category")
-            figure.update_yaxes(title=unit, rangemode="tozero")
-            if key == "cache_bytes":
-                figure.update_yaxes(type="log", dtick=1)  # plotly writes the digits between powers of ten too small
-            plots.append((title, caption, figure))
+    plots += _costs(entries)
     for _, _, figure in plots:
         figure.update_layout(
             template="none",
@@ -258,21 +221,117 @@ def _bit_curves(curves: list[tuple[int, str, dict[str, dict[str, float]]]], axis
     return figure
 
 
-def _bars(title, caption, costs, value, axis):
-    figure = go.Figure(
-        go.Bar(
-            y=[label for _, label, _ in costs],
-            x=[value(c) for _, _, c in costs],
-            orientation="h",
-            marker={"color": [COLOURS[i % len(COLOURS)] for i, _, _ in costs]},
-            text=[f"{value(c):,.0f}" for _, _, c in costs],
-            textposition="inside",
-            hovertemplate="%{y}: %{x:,.1f}<extra></extra>",
-        )
-    )
-    figure.update_xaxes(title=axis)
-    figure.update_yaxes(autorange="reversed")
-    return title, caption, figure
+@dataclasses.dataclass(frozen=True)
+class _Cost:
+    """A plot of one cost. of: its values by length, in a contestant's `cost`. slope: its name in cost.slopes."""
+
+    title: str
+    caption: str
+    axis: str
+    unit: str
+    scale: float
+    of: Callable[[dict[str, Any]], dict[str, float]]
+    slope: str | None = None
+    logarithmic: bool = False
+
+
+def _in_training(key: str) -> Callable[[dict[str, Any]], dict[str, float]]:
+    return lambda cost: {length: x[key] for length, x in cost["training"].items()}
+
+
+STEP, READ = "tokens of a row in a step", "tokens read before"
+COSTS = (
+    _Cost(
+        "What training costs: time",
+        "Forward and backward, median of steps taken in turns. A level line is a cost that is linear in length.",
+        STEP,
+        "tokens per second, higher is better",
+        1,
+        _in_training("tokens_per_second"),
+        "training_seconds",
+    ),
+    _Cost(
+        "What training costs: memory",
+        "Tensors alive at the worst moment of a step, beyond the weights. Short rows come several to a step.",
+        STEP,
+        "MiB, lower is better",
+        2**20,
+        _in_training("peak_bytes"),
+        "training_peak_bytes",
+        logarithmic=True,
+    ),
+    _Cost(
+        "What training costs: operations",
+        "Floating-point operations of matrix products, forward and backward.",
+        STEP,
+        "MFLOP per token",
+        1e6,
+        _in_training("flops_per_token"),
+    ),
+    _Cost(
+        "How well training uses the machine",
+        "Operations per second as a share of what a product of two large matrices reaches on it.",
+        STEP,
+        "% of its peak speed",
+        0.01,
+        _in_training("utilisation"),
+    ),
+    _Cost(
+        "What reading costs: time",
+        "A text read from its first token on, in chunks, all models in turns.",
+        "tokens read",
+        "tokens per second, higher is better",
+        1,
+        lambda cost: cost["prefill_tokens_per_second"],
+        "prefill_seconds",
+    ),
+    _Cost(
+        "What decoding costs: time",
+        "Median over tokens, in turns.",
+        READ,
+        "ms per token",
+        1,
+        lambda cost: cost["decode_ms_per_token"],
+        "decode_seconds",
+    ),
+    _Cost(
+        "What decoding costs: state",
+        "Bytes of the cache after the context.",
+        READ,
+        "KiB",
+        2**10,
+        lambda cost: cost["cache_bytes"],
+        "cache_bytes",
+        logarithmic=True,
+    ),
+)
+
+
+def _costs(entries: Entries) -> list[Plot]:
+    """What training, reading and decoding cost by length."""
+    costs = [(i, e["label"], e["cost"]) for i, _, e in entries if "cost" in e]
+    plots = []
+    for about in COSTS if costs else ():
+        figure = go.Figure()
+        for i, label, cost in costs:
+            points = about.of(cost)
+            power = cost["slopes"].get(about.slope)
+            told = "" if power is None else f"; cost grows as length to the power of {power:.2f}"
+            figure.add_scatter(
+                x=[short(int(n)) for n in points],
+                y=[x / about.scale for x in points.values()],
+                name=label,
+                mode="lines+markers",
+                line={"color": COLOURS[i % len(COLOURS)]},
+                marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
+                hovertemplate="%{y:,.4g} at %{x}" + told,
+            )
+        figure.update_xaxes(title=about.axis, type="category")
+        figure.update_yaxes(title=about.unit, rangemode="tozero")
+        if about.logarithmic:
+            figure.update_yaxes(type="log", dtick=1)  # plotly writes the digits between powers of ten too small
+        plots.append((about.title, about.caption, figure))
+    return plots
 
 
 def distances(results: dict[str, Any]) -> list[int]:

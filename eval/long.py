@@ -7,7 +7,6 @@ both streams in turns, and bytes of the cache. Prefill is timed as it goes.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +16,7 @@ from rich.table import Table
 
 from .contestants import CONTESTANTS, Sizes, build
 from .cost import Stream
-from .measure import interleaved, median, synchronize
+from .measure import interleaved, median, seconds
 from .presets import PRESETS
 
 BOUNDED = ("transformer_xl", "longformer", "memorizing_transformer", "block_recurrent_transformer")
@@ -46,19 +45,19 @@ def run(
         contestant = CONTESTANTS[name]
         model = build(contestant, sizes, settings.seed).to(device).eval()  # type: ignore[arg-type]
         tick(f"{contestant.label}: reading {settings.long:,} tokens")
-        streams = {"short": Stream(model, settings.short, settings.seed, device)}
-        synchronize(device)
-        start = time.perf_counter()
-        streams["long"] = Stream(model, settings.long, settings.seed, device)
-        synchronize(device)
-        seconds = time.perf_counter() - start
+        lengths = {"short": settings.short, "long": settings.long}
+        streams = {which: Stream(model, length, settings.seed, device) for which, length in lengths.items()}
+        streams["short"].read(settings.short)
+        took = seconds(lambda stream=streams["long"]: stream.read(settings.long), device)
         tick(f"{contestant.label}: decoding")
         sizes_held = {which: stream.cache.nbytes for which, stream in streams.items()}
-        times = interleaved(dict(streams), settings.decode_tokens, device)
+        times = interleaved(
+            {which: stream.decode for which, stream in streams.items()}, settings.decode_tokens, device
+        )
         milliseconds = {which: 1e3 * median(values) for which, values in times.items()}
         found[name] = {
             "label": contestant.label,
-            "prefill_tokens_per_second": settings.long / seconds,
+            "prefill_tokens_per_second": settings.long / took,
             "decode_ms_per_token": milliseconds,
             "decode_ratio": milliseconds["long"] / milliseconds["short"],
             "cache_bytes": sizes_held,

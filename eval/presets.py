@@ -51,15 +51,27 @@ class RecallSettings:
 
 @dataclasses.dataclass(frozen=True)
 class CostSettings:
-    """Speed and memory of the models of the text task: training steps of batch x length tokens, and decoding after
-    each of `contexts` tokens."""
+    """Speed and memory of the models of the text task.
+
+    lengths: of training steps. tokens: of a step, in as many rows as that makes, at least one. repeats: of a step of
+    that many tokens; of longer ones fewer, in proportion, but three. contexts: tokens read before decoding is timed,
+    `decode_tokens` tokens each.
+    """
 
     sizes: Sizes
-    batch: int
-    length: int
+    lengths: tuple[int, ...]
+    tokens: int
     repeats: int
     contexts: tuple[int, ...]
     decode_tokens: int
+
+    def batch_at(self, length: int) -> int:
+        """Rows of a training step of that length."""
+        return max(1, self.tokens // length)
+
+    def repeats_at(self, length: int) -> int:
+        """How often a training step of that length is timed."""
+        return max(min(3, self.repeats), self.repeats * self.tokens // (length * self.batch_at(length)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +165,9 @@ PRESETS = {
             text=TextSettings(
                 _MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536, document_bytes=65536
             ),
-            cost=CostSettings(_MEDIUM, batch=2, length=1024, repeats=5, contexts=(1024, 4096), decode_tokens=24),
+            cost=CostSettings(
+                _MEDIUM, lengths=(1024, 4096), tokens=2048, repeats=5, contexts=(1024, 4096), decode_tokens=24
+            ),
         ),
         Preset(
             "standard",
@@ -183,7 +197,12 @@ PRESETS = {
                 document_bytes=262144,
             ),
             cost=CostSettings(
-                _LASTING, batch=2, length=4096, repeats=9, contexts=(1024, 4096, 16384), decode_tokens=64
+                _LASTING,
+                lengths=(1024, 4096, 16384, 32768),
+                tokens=4096,
+                repeats=9,
+                contexts=(1024, 4096, 16384, 65536, 131072),
+                decode_tokens=32,
             ),
         ),
         Preset(
@@ -220,7 +239,12 @@ PRESETS = {
                 document_bytes=4194304,
             ),
             cost=CostSettings(
-                _PAPER, batch=2, length=8192, repeats=15, contexts=(1024, 8192, 32768, 131072), decode_tokens=128
+                _PAPER,
+                lengths=(1024, 8192, 32768, 131072),
+                tokens=16384,
+                repeats=15,
+                contexts=(1024, 8192, 32768, 131072, 524288),
+                decode_tokens=128,
             ),
         ),
     )

@@ -21,6 +21,14 @@ from .figures import contexts, distances, figures, short, times
 from .winners import blind, leaders, total, winners
 
 RESULTS, PAGE = "results.json", "report.html"
+# What cost.slopes has, as the tables call it.
+SLOPES = {
+    "training_seconds": "step, s",
+    "training_peak_bytes": "step, bytes",
+    "prefill_seconds": "reading, s",
+    "decode_seconds": "decoding, s",
+    "cache_bytes": "cache, bytes",
+}
 
 
 def read(name: str, runs: Path) -> dict[str, Any]:
@@ -46,13 +54,14 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows. Recall stands under the distance in windows; what was not measured is a dash."""
     window = results["window"]["recall"]
     tested = distances(results)
-    after = contexts(results)
+    after = sorted({contexts(results)[0], contexts(results)[-1]}) if contexts(results) else []
     abilities = results["abilities"]
     totals = {a: {name: total(e, a) for name, e in results["summary"].items()} for a in abilities}
     best = {name: leaders(totals[name], blind(results, name)) for name in abilities}
     heads = ["variant", "parameters", *(f"recall {times(d / window)}" for d in tested)]
     heads += [*(f"ability {about['title']}" for about in abilities.values()), "bits/byte"]
-    heads += ["train tokens/s", "train peak MiB"]
+    heads += ["train tokens/s", "train peak MiB", "train MFLOP/token", "train of peak speed"]
+    heads += [f"growth {name}" for name in SLOPES.values()]
     heads += [f"decode ms, {short(c)}" for c in after] + [f"cache KiB, {short(c)}" for c in after]
     rows = []
     for contestant, entry in results["summary"].items():
@@ -69,6 +78,10 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cost = entry.get("cost")
         row.append(f"{cost['training_tokens_per_second']:,.0f}" if cost else "-")
         row.append(f"{cost['training_peak_bytes'] / 2**20:,.0f}" if cost else "-")
+        first = next(iter(cost["training"].values())) if cost else None
+        row.append(f"{first['flops_per_token'] / 1e6:,.1f}" if first else "-")
+        row.append(f"{100 * first['utilisation']:.0f} %" if first else "-")
+        row += [f"{cost['slopes'][name]:.2f}" if cost and name in cost["slopes"] else "-" for name in SLOPES]
         row += [f"{cost['decode_ms_per_token'][str(c)]:.2f}" if cost else "-" for c in after]
         row += [f"{cost['cache_bytes'][str(c)] / 2**10:,.0f}" if cost else "-" for c in after]
         rows.append(row)
@@ -90,7 +103,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """The table cut into parts of a page's width: title, headings and rows of each that has something to show."""
     heads, rows = table(results)
-    baselines = iter(("chance", "chance", "bytes by frequency", ""))
+    baselines = iter(("chance", "chance", "bytes by frequency", "", ""))
     groups = {
         f"Recall by distance, in windows of {results['window']['recall']} tokens": [
             i for i, h in enumerate(heads) if h.startswith("recall")
@@ -100,6 +113,9 @@ def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         ],
         "Text; speed and memory of a training step": [
             i for i, h in enumerate(heads) if h in ("parameters", "bits/byte") or "train" in h
+        ],
+        "Cost grows as length to the power of (0: constant, 1: linear, 2: quadratic)": [
+            i for i, h in enumerate(heads) if h.startswith("growth")
         ],
         "Decoding after a context: ms per token, KiB of cache": [
             i for i, h in enumerate(heads) if h.startswith(("decode", "cache"))
@@ -159,7 +175,7 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(blocks)
 
 
-_FAMILY = re.compile("^(recall|ability|train|decode|cache) ")
+_FAMILY = re.compile("^(recall|ability|train|growth|decode|cache) ")
 
 
 # ---- the page
