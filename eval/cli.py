@@ -52,7 +52,9 @@ def run(
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds; default: the preset's.")] = None,
     share: Annotated[float, typer.Option(min=1e-3, max=1.0, help="Share of the preset's training steps.")] = 1.0,
-    corpus: Annotated[str, typer.Option(help="stdlib, a folder of text, or hf:NAME.")] = "stdlib",
+    corpus: Annotated[
+        str, typer.Option(help="stdlib, a folder of text, pg19, wikitext-103, enwik8, or hf:NAME.")
+    ] = "stdlib",
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the preset's.")] = None,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "auto",

@@ -89,7 +89,9 @@ def list_command(
 def train(
     model: Annotated[str, typer.Argument(help="A variant's name (see `list`), or the folder of a causal model.")],
     out: Annotated[Path, typer.Argument(help="Folder of the trained model; its checkpoints go there too.")],
-    corpus: Annotated[str, typer.Option(help="stdlib, a folder of text, or hf:NAME.")] = "stdlib",
+    corpus: Annotated[
+        str, typer.Option(help="stdlib, a folder of text, pg19, wikitext-103, enwik8, or hf:NAME.")
+    ] = "stdlib",
     settings: Annotated[
         list[str] | None,
         typer.Option("--set", help="A config argument of a new model, NAME=VALUE; give it as often as needed."),

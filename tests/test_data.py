@@ -464,6 +464,48 @@ def test_name_and_config_reach_the_hub(hub, name, asked):
     }
 
 
+def test_pg19_by_name(hub):
+    calls, kept = hub
+    kept.update({split: rows(split, 2) for split in SPLITS})
+    corpus = load_corpus("pg19")
+    assert calls == [(("emozilla/pg19", None), {})] and corpus_version("pg19") == "pg19"
+    assert corpus["test"].to_list() == [{"text": f"test {i}", "document": f"test/{i}"} for i in range(2)]
+
+
+def test_wikitext_is_joined_to_articles(hub):
+    lines = ["", " = First = \n", "", " Text of it . \n", " = = A section = = \n", " x = y = z \n"]
+    lines += [" = Second : a = b = \n", " More . \n"]
+    hub[1].update({split: [{"text": line} for line in lines] for split in SPLITS})
+    corpus = load_corpus("wikitext-103")
+    assert hub[0] == [(("Salesforce/wikitext", "wikitext-103-raw-v1"), {})]
+    articles = ["".join(lines[1:6]), "".join(lines[6:])]
+    assert corpus["validation"]["text"][:] == articles
+    assert corpus["train"]["document"][:] == ["train/0", "train/1"]
+
+
+def test_enwik8_is_split_as_the_field_does(hub):
+    whole = "0123456789" * 9 + "äbcde" + "fghi"  # 100 bytes; the cut at 95 goes through nothing
+    hub[1].update({"train": [{"text": whole}]})
+    corpus = load_corpus("enwik8")
+    assert hub[0] == [(("LTCB/enwik8", "enwik8-raw"), {"revision": "refs/convert/parquet"})]
+    assert [corpus[split]["text"][:] for split in SPLITS] == [["0123456789" * 9], ["äbcd"], ["efghi"]]
+    hub[1]["train"] = [{"text": "0" * 89 + "ä" + "123456789"}]  # the first cut goes through a character
+    assert [load_corpus("enwik8")[split]["text"][0] for split in SPLITS] == ["0" * 89, "1234", "56789"]
+
+
+def test_a_corpus_by_name_without_a_network(monkeypatch):
+    from hf_gallery.data import corpus
+
+    def load(*arguments, **named):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(corpus, "load_dataset", load)
+    with pytest.raises(
+        ValueError, match="corpus 'enwik8' cannot be loaded: no network; check its name and the network"
+    ):
+        load_corpus("enwik8")
+
+
 @pytest.mark.parametrize("present", [("train", "test"), ("train", "validation"), ("train",)], ids="-".join)
 def test_splits_that_the_hub_lacks_are_taken_from_train(hub, present):
     hub[1].update({split: rows(split, 100) for split in present})

@@ -19,7 +19,7 @@ from datasets import Dataset
 from rich.console import Console
 from typer.testing import CliRunner
 
-from eval import abilities, attention, benchmark, cells, contestants, cost, presets, recall, report, text
+from eval import abilities, attention, benchmark, cells, contestants, presets, recall, report, text
 from eval import cli as command_line
 from eval.cells import Cell, Run
 from eval.measure import interleaved, peak_bytes

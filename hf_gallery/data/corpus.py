@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -23,6 +25,9 @@ def load_corpus(name: str | os.PathLike = "stdlib") -> DatasetDict:
     or binary (a zero byte) are left out, and what is not UTF-8 reads as U+FFFD. If there is a sub-folder train and
     one of validation and test, these are the splits, a third that is missing is taken from train, and files beside
     them are left out; otherwise files are split as below. A single file is a folder of one.
+    "pg19", "wikitext-103", "enwik8": these corpora from the Hub, as the field splits them. A document of WikiText is
+    an article, joined from its lines; enwik8 is one document a split, its first 90, next 5 and last 5 of 100 million
+    bytes (what a cut leaves of a character at its edges is dropped).
     "hf:NAME" or "hf:NAME:CONFIG": through datasets.load_dataset, with the splits it has and its column "text"; of
     validation and test what is missing is 5 % of the rows of train, drawn with seed 0.
 
@@ -36,6 +41,8 @@ def load_corpus(name: str | os.PathLike = "stdlib") -> DatasetDict:
     name = os.fspath(name)
     if name.startswith("hf:"):
         return _from_hub(name)
+    if name in PUBLISHED:
+        return _published(name)
     files = _find_files(name)
     given = {split: {p: t for p, t in files.items() if p.split("/")[0] == split} for split in SPLITS}
     if given["train"] and (given["validation"] or given["test"]):
@@ -158,12 +165,7 @@ def _from_hub(name: str) -> DatasetDict:
     path, _, config = name.removeprefix("hf:").partition(":")
     if not path:
         raise ValueError(f"corpus {name!r} names no dataset; write hf:NAME or hf:NAME:CONFIG")
-    try:
-        data = load_dataset(path, config or None)
-    except (OSError, ValueError) as error:  # no network, no such dataset; no such config, or one must be chosen
-        raise ValueError(
-            f"corpus {name!r} cannot be loaded: {error}; check its name and the network, or take 'stdlib' or a folder"
-        ) from error
+    data = _download(name, path, config or None)
     for split, rows in data.items():
         if "text" not in rows.column_names:
             raise ValueError(f"corpus {name!r} has the columns {rows.column_names} in {split}; one must be 'text'")
@@ -176,8 +178,50 @@ def _from_hub(name: str) -> DatasetDict:
     return DatasetDict({split: _name_rows(data[split], split) for split in SPLITS})
 
 
+def _download(name: str, path: str, config: str | None, **options: str) -> DatasetDict:
+    try:
+        return load_dataset(path, config, **options)
+    except (OSError, ValueError) as error:  # no network, no such dataset; no such config, or one must be chosen
+        raise ValueError(
+            f"corpus {name!r} cannot be loaded: {error}; check its name and the network, or take 'stdlib' or a folder"
+        ) from error
+
+
+def _published(name: str) -> DatasetDict:
+    """One of PUBLISHED, in documents."""
+    place, options, documents = PUBLISHED[name]
+    data = _download(name, *place, **options)
+    if name == "enwik8":
+        whole = "".join(data["train"]["text"]).encode()
+        ends = [0, len(whole) * 9 // 10, len(whole) * 19 // 20, len(whole)]
+        parts = [whole[i:j].decode(errors="ignore") for i, j in zip(ends[:-1], ends[1:], strict=True)]
+        data = DatasetDict({s: Dataset.from_dict({"text": [part]}) for s, part in zip(SPLITS, parts, strict=True)})
+    return DatasetDict({split: documents(data[split], split) for split in SPLITS})
+
+
+def _articles(rows: Dataset, split: str) -> Dataset:
+    """WikiText's lines joined to articles; a line " = Title = " begins one."""
+    articles: list[list[str]] = []
+    for line in rows["text"]:
+        if not articles or TITLE.fullmatch(line):
+            articles.append([])
+        articles[-1].append(line)
+    joined = ["".join(lines) for lines in articles]
+    return _name_rows(Dataset.from_dict({"text": [text for text in joined if text.strip()]}), split)
+
+
 def _name_rows(rows: Dataset, split: str) -> Dataset:
     return rows.select_columns(["text"]).add_column("document", [f"{split}/{i}" for i in range(len(rows))])
+
+
+TITLE = re.compile(r" = (?!= )[^\n]*(?<! =) = \n")
+# Where published corpora lie on the Hub, in files that load without running their code: dataset and config, options of
+# load_dataset, and what makes documents of a split's rows.
+PUBLISHED: dict[str, tuple[tuple[str, str | None], dict[str, str], Callable[[Dataset, str], Dataset]]] = {
+    "pg19": (("emozilla/pg19", None), {}, _name_rows),
+    "wikitext-103": (("Salesforce/wikitext", "wikitext-103-raw-v1"), {}, _articles),
+    "enwik8": (("LTCB/enwik8", "enwik8-raw"), {"revision": "refs/convert/parquet"}, _name_rows),
+}
 
 
 def corpus_version(name: str | os.PathLike) -> str:
@@ -187,7 +231,7 @@ def corpus_version(name: str | os.PathLike) -> str:
     name = os.fspath(name)
     if name == "stdlib":
         return "stdlib of Python " + ".".join(map(str, sys.version_info[:3]))
-    if name.startswith("hf:"):
+    if name.startswith("hf:") or name in PUBLISHED:
         return name
     content = hashlib.blake2b(digest_size=8)
     for path, text in _find_files(name).items():
