@@ -20,13 +20,14 @@ from .presets import CostSettings
 from .training import Tick
 
 CHUNK = 2048  # tokens that are read at once
-PRODUCT = 2048  # rows and columns of the matrices whose product says how fast the machine is
+READINGS = 3  # of every text, each from its first token on; the median leaves out what only the first one pays
+PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices whose product says how fast the machine is
 
 
 def units(settings: CostSettings, contestants: list[Contestant]) -> int:
     """Ticks of the cell."""
     of_training = sum(settings.repeats_at(length) + 1 + len(contestants) for length in settings.lengths)
-    return of_training + sum(len(chunks) for chunks in _chunks(settings)) + len(settings.contexts)
+    return of_training + READINGS * (sum(len(chunks) for chunks in _chunks(settings)) + len(settings.contexts))
 
 
 def measure(
@@ -37,7 +38,7 @@ def measure(
     training: by length of a step, tokens/s (median: forward and backward, no optimiser), peak bytes beyond the
         weights, floating-point operations per token, and utilisation, their share of what the machine reaches in a
         large product of matrices. training_tokens_per_second, training_peak_bytes: of the first length.
-    prefill_tokens_per_second, decode_ms_per_token (median), cache_bytes: by tokens read before.
+    prefill_tokens_per_second, decode_ms_per_token (medians), cache_bytes: by tokens read before.
     slopes: of each of these costs against length; of those with one length only, none.
     """
     models = {c.name: build(c, settings.sizes, seed) for c in contestants}
@@ -68,25 +69,45 @@ def measure(
                 "utilisation": operations / second / speed,
             }
             tick(1)
-    streams = {name: Stream(model.eval(), max(settings.contexts), seed, device) for name, model in models.items()}
-    reading = dict.fromkeys(streams, 0.0)
-    for context, chunks in zip(settings.contexts, _chunks(settings), strict=True):
-        for tokens in chunks:
-            for name, stream in streams.items():
-                reading[name] += seconds(lambda stream=stream, tokens=tokens: stream.read(tokens), device)
-            tick(1)
-        times = interleaved({name: stream.decode for name, stream in streams.items()}, settings.decode_tokens, device)
-        for name, stream in streams.items():
-            found[name]["prefill_tokens_per_second"][str(context)] = context / reading[name]
-            found[name]["decode_ms_per_token"][str(context)] = 1e3 * median(times[name])
-            found[name]["cache_bytes"][str(context)] = stream.cache.nbytes
-        tick(1)
+    _read(models, settings, seed, device, tick, found)
     for entry in found.values():
         first = entry["training"][str(settings.lengths[0])]
         entry["training_tokens_per_second"] = first["tokens_per_second"]
         entry["training_peak_bytes"] = first["peak_bytes"]
         entry["slopes"] = slopes(entry, settings)
     return found
+
+
+def _read(
+    models: Mapping[str, PreTrainedModel],
+    settings: CostSettings,
+    seed: int,
+    device: torch.device,
+    tick: Tick,
+    found: dict[str, Any],
+) -> None:
+    """Reads a text with all models in turns, decodes after each context, and enters in `found` what that costs."""
+    places = [(name, context) for name in models for context in settings.contexts]
+    reading: dict[tuple[str, int], list[float]] = {place: [] for place in places}
+    decoding: dict[tuple[str, int], list[float]] = {place: [] for place in places}
+    for _ in range(READINGS):
+        streams = {name: Stream(model.eval(), max(settings.contexts), seed, device) for name, model in models.items()}
+        spent = dict.fromkeys(streams, 0.0)
+        for context, chunks in zip(settings.contexts, _chunks(settings), strict=True):
+            for tokens in chunks:
+                for name, stream in streams.items():
+                    spent[name] += seconds(lambda stream=stream, tokens=tokens: stream.read(tokens), device)
+                tick(1)
+            for name, stream in streams.items():
+                reading[name, context].append(spent[name])
+                found[name]["cache_bytes"][str(context)] = stream.cache.nbytes
+            decoded = interleaved({n: stream.decode for n, stream in streams.items()}, settings.decode_tokens, device)
+            for name in streams:
+                decoding[name, context] += decoded[name]
+            tick(1)
+    for name, context in places:
+        found[name]["prefill_tokens_per_second"][str(context)] = context / median(reading[name, context])
+        found[name]["decode_ms_per_token"][str(context)] = 1e3 * median(decoding[name, context])
 
 
 def slopes(entry: Mapping[str, Any], settings: CostSettings) -> dict[str, float]:
@@ -109,18 +130,29 @@ def slope(points: Mapping[int, float]) -> float:
 
 
 def flops(step: Callable[[], object]) -> int:
-    """Floating-point operations of a call, a multiplication and an addition each counted as one, as torch counts them:
-    those of matrix products and fused attention. Softmax, norms, gates and sorting are not among them."""
-    with FlopCounterMode(display=False) as counter:
+    """Floating-point operations of a call, a multiplication and an addition each counted as one: those of matrix
+    products, and of fused attention where torch knows its formula. Softmax, norms, gates, sorting and products of a
+    matrix with a vector are not among them."""
+    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
         step()
     return counter.get_total_flops()
 
 
-def machine_speed(device: torch.device, repeats: int = 5) -> float:
+def _added_product(total: torch.Size, a: torch.Size, b: torch.Size, **_: Any) -> int:
+    """Operations of total += a @ b, from shapes (B, T, K) of a and (B, K, S) of b."""
+    return 2 * a.numel() * b[-1]
+
+
+# torch counts baddbmm but not its form in place, which is how the attention's backward adds up its gradients.
+IN_PLACE = {torch.ops.aten.baddbmm_: _added_product}
+
+
+def machine_speed(device: torch.device, repeats: int = 15) -> float:
     """Floating-point operations per second in a product of two large float32 matrices (median)."""
-    a, b = torch.randn(2, PRODUCT, PRODUCT, device=device)  # (PRODUCT, PRODUCT) each
+    n = PRODUCT[device.type]
+    a, b = torch.randn(2, n, n, device=device)  # (n, n) each
     times = interleaved({"product": lambda: a @ b}, repeats, device)["product"]
-    return 2 * PRODUCT**3 / median(times)
+    return 2 * n**3 / median(times)
 
 
 def _chunks(settings: CostSettings) -> list[list[int]]:

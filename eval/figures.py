@@ -318,15 +318,18 @@ def _costs(entries: Entries) -> list[Plot]:
             power = cost["slopes"].get(about.slope)
             told = "" if power is None else f"; cost grows as length to the power of {power:.2f}"
             figure.add_scatter(
-                x=[short(int(n)) for n in points],
+                x=[int(n) for n in points],
                 y=[x / about.scale for x in points.values()],
                 name=label,
                 mode="lines+markers",
                 line={"color": COLOURS[i % len(COLOURS)]},
                 marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-                hovertemplate="%{y:,.4g} at %{x}" + told,
+                customdata=[[short(int(n))] for n in points],
+                hovertemplate="%{y:,.4g} at %{customdata[0]}" + told,
             )
-        figure.update_xaxes(title=about.axis, type="category")
+        lengths = sorted({n for trace in figure.data for n in trace.x})
+        named = [short(n) for n in lengths]
+        figure.update_xaxes(title=about.axis, type="log", tickvals=lengths, ticktext=named)
         figure.update_yaxes(title=about.unit, rangemode="tozero")
         if about.logarithmic:
             figure.update_yaxes(type="log", dtick=1)  # plotly writes the digits between powers of ten too small

@@ -1,10 +1,12 @@
 """The cost task: slopes, operations, and what a cell holds, against counts by hand."""
 
+import dataclasses
+
 import pytest
 import torch
 from test_eval import CPU, NAMES, TINY, TINY_SIZES
 
-from eval import contestants, cost, report
+from eval import contestants, cost, figures, report
 
 CHOSEN = [contestants.CONTESTANTS[name] for name in NAMES]
 
@@ -23,15 +25,20 @@ def test_slopes_of_powers(power):
 
 
 def test_operations_by_hand():
-    """A step of the windowed Transformer: its dense layers forward and backward, and scores of each segment."""
+    """Of the windowed Transformer, forward alone and with backward: its dense layers, and the attention's tiles.
+
+    Backward of a dense layer is two products for one. Attention's forward is two products of queries with keys or
+    values, its backward five, since it computes the scores anew, over the same tiles. These hold a segment's keys at
+    least, and all of them at most, since a tile is wider than so small a window.
+    """
     model = contestants.build(contestants.CONTESTANTS["transformer"], TINY_SIZES).train()
     t, d, f, v, w = 40, TINY_SIZES.hidden, model.config.intermediate_size, TINY_SIZES.vocabulary, TINY_SIZES.window
-    counted = cost.flops(cost._training_step(model, torch.zeros(1, t, dtype=torch.long)))
+    ids = torch.zeros(1, t, dtype=torch.long)
     dense = 2 * t * (TINY_SIZES.layers * (4 * d * d + 2 * d * f) + d * v)
-    # Forward is two products of queries with keys or values, backward five with the scores computed anew. They are of
-    # a segment's w keys at least, and of all t at most, since a tile is wider than so small a window.
-    least, most = (7 * 2 * t * keys * d * TINY_SIZES.layers for keys in (w, t))
-    assert 3 * dense + least <= counted <= 3 * dense + most  # backward of a dense layer is two products for one
+    with torch.no_grad():
+        product = (cost.flops(lambda: model(input_ids=ids)) - dense) / 2
+    assert TINY_SIZES.layers * 2 * t * w * d <= product <= TINY_SIZES.layers * 2 * t * t * d
+    assert cost.flops(cost._training_step(model, ids)) == 3 * dense + 7 * product
 
 
 def test_longer_steps_have_fewer_rows_and_repeats():
@@ -56,11 +63,28 @@ def test_what_a_cell_holds(cell):
         assert set(entry["slopes"]) == set(report.SLOPES)
 
 
-def test_the_bounded_caches_do_not_grow(cell):
-    for name, entry in cell.items():
-        small, large = entry["cache_bytes"]["8"], entry["cache_bytes"]["24"]
-        grows = name in ("transformer_full", "memorizing_transformer")
-        assert (large > small) if grows else large < 3 * small, name
+def test_the_caches_stop_growing():
+    """Beyond its horizon each cache is of one size. Before, the line through log(bytes) goes up."""
+    horizon = TINY_SIZES.memory_size + TINY_SIZES.context
+    for contexts in ((1, horizon), (2 * horizon, 3 * horizon, 4 * horizon)):
+        settings = dataclasses.replace(TINY.cost, lengths=(8,), contexts=contexts, decode_tokens=1)
+        for name, entry in cost.measure(CHOSEN, settings, 0, CPU, lambda ticks: None).items():
+            grown = entry["slopes"]["cache_bytes"]
+            assert grown > 0.05 if contexts[0] == 1 else abs(grown) < 0.01, name
+
+
+def test_the_page_shows_what_it_costs(cell):
+    """A plot of each cost, all contestants by length, both in the order of the lengths; slopes under the pointer."""
+    summary = {c.name: {"label": c.label, "reach": c.reach, "cost": cell[c.name]} for c in CHOSEN}
+    plots = figures._costs([(i, name, entry) for i, (name, entry) in enumerate(summary.items())])
+    assert len(plots) == len(figures.COSTS) >= 7
+    for _, _, figure in plots:
+        assert [trace.name for trace in figure.data] == [c.label for c in CHOSEN]
+        assert all(list(trace.x) in ([24, 48], [8, 24]) and len(trace.y) == 2 for trace in figure.data)
+    seconds = next(figure for title, _, figure in plots if title == "What training costs: time")
+    first = cell[NAMES[0]]
+    assert list(seconds.data[0].y) == [x["tokens_per_second"] for x in first["training"].values()]
+    assert f"to the power of {first['slopes']['training_seconds']:.2f}" in seconds.data[0].hovertemplate
 
 
 def test_a_stream_reads_as_one_forward():
