@@ -245,7 +245,7 @@ COSTS = (
         "What training costs: time",
         "Forward and backward, median of steps taken in turns. A level line is a cost that is linear in length.",
         STEP,
-        "tokens per second, higher is better",
+        "tokens per second",
         1,
         _in_training("tokens_per_second"),
         "training_seconds",
@@ -254,7 +254,7 @@ COSTS = (
         "What training costs: memory",
         "Tensors alive at the worst moment of a step, beyond the weights. Short rows come several to a step.",
         STEP,
-        "MiB, lower is better",
+        "MiB",
         2**20,
         _in_training("peak_bytes"),
         "training_peak_bytes",
@@ -280,7 +280,7 @@ COSTS = (
         "What reading costs: time",
         "A text read from its first token on, in chunks, all models in turns.",
         "tokens read",
-        "tokens per second, higher is better",
+        "tokens per second",
         1,
         lambda cost: cost["prefill_tokens_per_second"],
         "prefill_seconds",
@@ -332,7 +332,9 @@ def _costs(entries: Entries) -> list[Plot]:
         figure.update_xaxes(title=about.axis, type="log", tickvals=lengths, ticktext=named)
         figure.update_yaxes(title=about.unit, rangemode="tozero")
         if about.logarithmic:
-            figure.update_yaxes(type="log", dtick=1)  # plotly writes the digits between powers of ten too small
+            # plotly's own ticks are powers of ten, too few here, or digits between them, too small to read
+            powers = [4**k for k in range(16)]
+            figure.update_yaxes(type="log", tickvals=powers, ticktext=[f"{power:,}" for power in powers])
         plots.append((about.title, about.caption, figure))
     return plots
 
