@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from hf_gallery.files import read_json, write_json
 
 from .machine import provenance
+from .processes import Process
 from .training import Tick
 
 EVERYONE = "all"  # in place of a contestant's name where one cell measures all of them in turns
@@ -76,9 +77,16 @@ class Run:
             path.unlink()
 
     def complete(
-        self, cells: list[Cell], device: torch.device, command: str, console: Console
+        self,
+        cells: list[Cell],
+        device: torch.device,
+        command: str,
+        console: Console,
+        process: Process = Process(),  # noqa: B008, it is frozen
     ) -> list[dict[str, Any]]:
-        """All cells, measuring those that are missing, in their order, under a progress bar.
+        """All cells, measuring those that are missing, in their order, under a progress bar. Of several processes each
+        measures its share, and only the main one waits for all; cells that measure everyone are its own, and come
+        last, when the others are done.
 
         Raises ValueError before anything is measured if a saved cell was measured with other settings.
         """
@@ -98,10 +106,19 @@ class Run:
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         )
+        # Shares are of all cells: what is missing is another thing for a process that starts a moment later.
+        shared = [cell for cell in cells if cell.contestant != EVERYONE]
+        own = [cell for cell in shared[process.rank :: process.of] if cell in missing]
+        others = [cell for cell in shared if cell in missing and cell not in own] if process.is_main else []
+        together = [cell for cell in missing if cell.contestant == EVERYONE and process.is_main]
         try:
             with Progress(*columns, console=console, speed_estimate_period=120) as progress:
-                whole = progress.add_task("all cells", total=sum(cell.units for cell in missing))
-                for cell in missing:
+                whole = progress.add_task("all cells", total=sum(cell.units for cell in own + others + together))
+                for cell in [*own, *others, *together]:
+                    if cell in others:
+                        saved[cell.name] = self._wait_for(cell)
+                        progress.advance(whole, cell.units)
+                        continue
                     part = progress.add_task(f"  {cell.task} {cell.contestant}, seed {cell.seed}", total=cell.units)
 
                     def tick(n: int, part=part) -> None:
@@ -125,3 +142,9 @@ class Run:
         finally:
             transformers_logging.set_verbosity(verbosity)
         return [cell for cell in saved.values() if cell is not None]
+
+    def _wait_for(self, cell: Cell) -> dict[str, Any]:
+        """The cell as soon as another process has measured it. A launcher ends all processes if one of them fails."""
+        while (found := self.read(cell)) is None:
+            time.sleep(0.2)
+        return found

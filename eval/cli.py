@@ -20,6 +20,7 @@ from . import attention, benchmark, compare, long, memory, peers, pictures, repo
 from .cells import Run
 from .machine import provenance
 from .presets import PRESETS
+from .processes import this_process
 
 app = typer.Typer(
     help="Measure what each architecture remembers, how well it models text, and what it costs.",
@@ -67,6 +68,8 @@ def run(
     if context.invoked_subcommand is not None:
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    process = this_process()
+    shown = console if process.is_main else Console(quiet=True)
     try:
         if preset not in PRESETS:
             raise ValueError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
@@ -76,16 +79,18 @@ def run(
         wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")
         cells = benchmark.plan(chosen, contestants, wanted, seeds or chosen.seeds, corpus, where)
         folder = Run(runs / (name or chosen.name))
+        if fresh and process.of > 1:
+            raise ValueError(f"--fresh is for one process; remove {folder.folder / 'cells'} and launch again")
         if fresh:
             folder.forget()
-        measured = folder.complete(cells, where, _command(), console)
+        measured = folder.complete(cells, where, _command(), shown, process)
     except ValueError as error:
         raise _refuse(error) from None
     except KeyboardInterrupt:
-        console.print(
-            f"\nstopped; finished cells are kept in {folder.folder}, and the same command goes on from there"
-        )
+        shown.print(f"\nstopped; finished cells are kept in {folder.folder}, and the same command goes on from there")
         raise typer.Exit(130) from None
+    if not process.is_main:
+        return
     results = benchmark.collect(chosen, contestants, measured) | {"peers": _latest_peers(runs)}
     report.write(folder.folder, results)
     report.show(results, console)

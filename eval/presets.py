@@ -12,7 +12,8 @@ from .contestants import Sizes
 class TextSettings:
     """Language modelling on a corpus: `steps` of `lanes` documents side by side, `length` tokens each.
 
-    test_bytes: of the held-out documents, from the first on. document_bytes: at most so many of each of them.
+    test_bytes: of the held-out documents, from the first on. document_bytes: at most so many of each of them. bf16:
+    train in mixed precision. compile: train the model compiled by torch.compile. Scores are taken in float32 as built.
     """
 
     sizes: Sizes
@@ -22,6 +23,8 @@ class TextSettings:
     learning_rate: float
     test_bytes: int
     document_bytes: int
+    bf16: bool = False
+    compile: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +240,8 @@ PRESETS = {
                 learning_rate=5e-4,
                 test_bytes=4194304,
                 document_bytes=4194304,
+                bf16=True,
+                compile=True,
             ),
             cost=CostSettings(
                 _PAPER,

@@ -23,11 +23,11 @@ from .winners import blind, leaders, total, winners
 RESULTS, PAGE = "results.json", "report.html"
 # What cost.slopes has, as the tables call it.
 SLOPES = {
-    "training_seconds": "step, s",
-    "training_peak_bytes": "step, bytes",
-    "prefill_seconds": "reading, s",
-    "decode_seconds": "decoding, s",
-    "cache_bytes": "cache, bytes",
+    "training_seconds": "step",
+    "training_peak_bytes": "step bytes",
+    "prefill_seconds": "reading",
+    "decode_seconds": "decoding",
+    "cache_bytes": "cache bytes",
 }
 
 
@@ -60,7 +60,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     best = {name: leaders(totals[name], blind(results, name)) for name in abilities}
     heads = ["variant", "parameters", *(f"recall {times(d / window)}" for d in tested)]
     heads += [*(f"ability {about['title']}" for about in abilities.values()), "bits/byte"]
-    heads += ["train tokens/s", "train peak MiB", "train MFLOP/token", "train of peak speed"]
+    heads += ["train tokens/s", "train peak MiB", "train MFLOP/token", "train of peak"]
     heads += [f"growth {name}" for name in SLOPES.values()]
     heads += [f"decode ms, {short(c)}" for c in after] + [f"cache KiB, {short(c)}" for c in after]
     rows = []
@@ -81,7 +81,8 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         first = next(iter(cost["training"].values())) if cost else None
         row.append(f"{first['flops_per_token'] / 1e6:,.1f}" if first else "-")
         row.append(f"{100 * first['utilisation']:.0f} %" if first else "-")
-        row += [f"{cost['slopes'][name]:.2f}" if cost and name in cost["slopes"] else "-" for name in SLOPES]
+        grown = cost["slopes"] if cost else {}
+        row += [f"{round(grown[name], 2) + 0.0:.2f}" if name in grown else "-" for name in SLOPES]  # 0.00, not -0.00
         row += [f"{cost['decode_ms_per_token'][str(c)]:.2f}" if cost else "-" for c in after]
         row += [f"{cost['cache_bytes'][str(c)] / 2**10:,.0f}" if cost else "-" for c in after]
         rows.append(row)
@@ -103,7 +104,7 @@ def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """The table cut into parts of a page's width: title, headings and rows of each that has something to show."""
     heads, rows = table(results)
-    baselines = iter(("chance", "chance", "bytes by frequency", "", ""))
+    baselines = iter(("chance", "chance", "bytes by frequency", "", "", ""))
     groups = {
         f"Recall by distance, in windows of {results['window']['recall']} tokens": [
             i for i, h in enumerate(heads) if h.startswith("recall")
@@ -111,10 +112,9 @@ def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
         "Abilities: right answers over all levels; * the best, and who is not surely behind": [
             i for i, h in enumerate(heads) if h.startswith("ability")
         ],
-        "Text; speed and memory of a training step": [
-            i for i, h in enumerate(heads) if h in ("parameters", "bits/byte") or "train" in h
-        ],
-        "Cost grows as length to the power of (0: constant, 1: linear, 2: quadratic)": [
+        "Text": [i for i, h in enumerate(heads) if h in ("parameters", "bits/byte")],
+        "A training step": [i for i, h in enumerate(heads) if h.startswith("train")],
+        "Growth with length: its power, 0 constant, 1 linear, 2 quadratic": [
             i for i, h in enumerate(heads) if h.startswith("growth")
         ],
         "Decoding after a context: ms per token, KiB of cache": [

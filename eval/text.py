@@ -80,6 +80,8 @@ def measure(
         seed,
         per_device_train_batch_size=settings.lanes,
         logging_steps=max(1, settings.steps // LOGGED),
+        bf16=settings.bf16,
+        torch_compile=settings.compile,
     ) as arguments:
         trainer = SegmentTrainer(
             model,

@@ -379,7 +379,7 @@ def test_the_whole_run(tiny):
     assert again.exit_code == 0 and "Transformer-XL" in again.output
     blocks = invoke("report", "tiny", "--markdown").output.strip().split("\n\n")
     tables = [len(block.splitlines()) for block in blocks][: 2 * len(report.parts(results))]
-    assert tables == [1, 3 + len(NAMES)] * 3 + [1, 2 + len(NAMES)] * 2
+    assert tables == [1, 3 + len(NAMES)] * 3 + [1, 2 + len(NAMES)] * 3
     assert all(len({line.count("|") for line in block.splitlines()}) == 1 for block in blocks)
     for name in ("curves.png", "curves.svg"):
         assert invoke("report", str(folder / report.RESULTS), "--picture", name).exit_code == 0
@@ -441,6 +441,21 @@ def test_smaller_memories_are_asked_too(tiny):
     model = contestants.build(contestants.CONTESTANTS["memorizing_transformer"], TINY_SIZES)
     sizes = [(size, model.config.memory_size) for size in contestants.smaller_memories(model)]
     assert sizes == [(4, 4), (16, 16)] and model.config.memory_size == 64
+
+
+@pytest.mark.parametrize("change", [{"bf16": True}, pytest.param({"compile": True}, marks=pytest.mark.slow)], ids=str)
+def test_mixed_precision_and_compiled(change, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / "x.txt").write_text("It was the best of times, it was the worst of times. " * 20)
+    corpus, chosen = load_corpus(tmp_path), contestants.CONTESTANTS["transformer_xl"]
+    plain, changed = (
+        text.measure(chosen, dataclasses.replace(TINY.text, **settings), corpus, 0, CPU, lambda n: None)
+        for settings in ({}, change)
+    )
+    assert changed["bits_per_byte"] == pytest.approx(plain["bits_per_byte"], rel=1e-2)
+    if "bf16" in change:
+        assert changed["bits_per_byte"] != plain["bits_per_byte"]  # it was in force
 
 
 def test_stretches_hold_every_byte():
