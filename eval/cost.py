@@ -44,7 +44,7 @@ def measure(
     models = {c.name: build(c, settings.sizes, seed) for c in contestants}
     for model in models.values():
         model.to(device)  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
-    speed = machine_speed(device)
+    speed = machine_speed(device, settings.bf16)
     found: dict[str, Any] = {
         name: {
             "parameters": model.num_parameters(),
@@ -58,7 +58,7 @@ def measure(
     }
     for length in settings.lengths:
         ids = _random_bytes(settings.batch_at(length), length, seed).to(device)
-        steps = {name: _training_step(model.train(), ids) for name, model in models.items()}
+        steps = {name: _training_step(model.train(), ids, settings.bf16) for name, model in models.items()}
         times = interleaved(steps, settings.repeats_at(length), device, tick=lambda: tick(1))
         for name, step in steps.items():
             second, operations = median(times[name]), flops(step)
@@ -147,10 +147,10 @@ def _added_product(total: torch.Size, a: torch.Size, b: torch.Size, **_: Any) ->
 IN_PLACE = {torch.ops.aten.baddbmm_: _added_product}
 
 
-def machine_speed(device: torch.device, repeats: int = 15) -> float:
-    """Floating-point operations per second in a product of two large float32 matrices (median)."""
+def machine_speed(device: torch.device, bf16: bool = False, repeats: int = 15) -> float:
+    """Floating-point operations per second in a product of two large matrices of float32, or bf16 (median)."""
     n = PRODUCT[device.type]
-    a, b = torch.randn(2, n, n, device=device)  # (n, n) each
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)  # (n, n) each
     times = interleaved({"product": lambda: a @ b}, repeats, device)["product"]
     return 2 * n**3 / median(times)
 
@@ -168,9 +168,11 @@ def _random_bytes(rows: int, length: int, seed: int) -> torch.Tensor:
     return torch.randint(0, 256, (rows, length), generator=torch.Generator().manual_seed(seed))  # (rows, length)
 
 
-def _training_step(model: PreTrainedModel, ids: torch.Tensor) -> Callable[[], None]:
+def _training_step(model: PreTrainedModel, ids: torch.Tensor, bf16: bool = False) -> Callable[[], None]:
     def step() -> None:
-        model(input_ids=ids, labels=ids).loss.backward()
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16):
+            loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
         model.zero_grad()
 
     return step

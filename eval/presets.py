@@ -58,7 +58,7 @@ class CostSettings:
 
     lengths: of training steps. tokens: of a step, in as many rows as that makes, at least one. repeats: of a step of
     that many tokens; of longer ones fewer, in proportion, but three. contexts: tokens read before decoding is timed,
-    `decode_tokens` tokens each.
+    `decode_tokens` tokens each. bf16: steps in mixed precision; reading and decoding stay in float32.
     """
 
     sizes: Sizes
@@ -67,6 +67,7 @@ class CostSettings:
     repeats: int
     contexts: tuple[int, ...]
     decode_tokens: int
+    bf16: bool = False
 
     def batch_at(self, length: int) -> int:
         """Rows of a training step of that length."""
@@ -250,6 +251,7 @@ PRESETS = {
                 repeats=15,
                 contexts=(1024, 8192, 32768, 131072, 524288),
                 decode_tokens=128,
+                bf16=True,
             ),
         ),
     )

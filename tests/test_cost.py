@@ -41,6 +41,19 @@ def test_operations_by_hand():
     assert cost.flops(cost._training_step(model, ids)) == 3 * dense + 7 * product
 
 
+def test_steps_in_mixed_precision():
+    """The same operations, of which the maps' are in bf16; weights and their gradients stay in float32."""
+    model = contestants.build(contestants.CONTESTANTS["transformer_xl"], TINY_SIZES).train()
+    ids, seen = torch.zeros(1, 24, dtype=torch.long), set()
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            layer.register_forward_hook(lambda layer, inputs, output: seen.add(output.dtype))
+            layer.weight.register_hook(lambda gradient: seen.add(gradient.dtype))
+    counted = [cost.flops(cost._training_step(model, ids, bf16)) for bf16 in (False, True)]
+    assert counted[0] == counted[1] and seen == {torch.float32, torch.bfloat16}
+    assert cost.machine_speed(CPU, bf16=True, repeats=1) > 1e6
+
+
 def test_longer_steps_have_fewer_rows_and_repeats():
     settings = cost.CostSettings(TINY_SIZES, (16, 64, 256), 128, 8, (8,), 1)
     assert [settings.batch_at(n) for n in settings.lengths] == [8, 2, 1]
