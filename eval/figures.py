@@ -110,7 +110,7 @@ def _text(results: dict[str, Any], entries: Entries) -> list[Plot]:
                 annotation_text="order-0 bytes",
                 annotation_position="bottom left",
             )
-        figure.update_xaxes(title="bits per byte, lower is better", rangemode="tozero")
+        figure.update_xaxes(title="bits per byte", rangemode="tozero")
         figure.update_yaxes(autorange="reversed")
         plots.append(
             (
