@@ -11,13 +11,13 @@ import torch
 
 from hf_gallery.data import corpus_version, load_corpus
 
-from . import abilities, cost, recall, text
+from . import abilities, classification, cost, recall, text
 from .abilities import ABILITIES
 from .cells import EVERYONE, Cell
 from .contestants import CONTESTANTS, Contestant
 from .presets import Preset
 
-TASKS = ("recall", *ABILITIES, "text", "cost")
+TASKS = ("recall", *ABILITIES, "text", "bytes", "cost")
 
 
 def plan(
@@ -69,6 +69,16 @@ def plan(
                     return text.measure(c, text_settings, load(corpus), seed, device, tick)
 
                 cells.append(Cell("text", c.name, seed, settings, text.units(text_settings), measure_text))
+        if "bytes" in tasks:
+            settings = _plain(preset.classification) | where | {"corpus": corpus_version(corpus)}
+            for c in contestants:
+
+                def measure_bytes(tick, c=c, seed=seed):
+                    labelled = load(corpus, labels=True)
+                    return classification.measure(c, preset.classification, labelled, seed, device, tick)
+
+                units = classification.units(preset.classification)
+                cells.append(Cell("bytes", c.name, seed, settings, units, measure_bytes))
     if "cost" in tasks:
         settings = _plain(cost_settings) | where | {"contestants": [c.name for c in contestants]}
         units = cost.units(cost_settings, contestants)
@@ -105,7 +115,7 @@ def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str,
             _add(entry.setdefault("recall", {}), result["recall"])
             for size, scores in result["by_memory_size"].items():
                 _add(entry.setdefault("recall_by_memory_size", {}).setdefault(size, {}), scores)
-        elif cell["task"] in ABILITIES:
+        elif cell["task"] == "bytes" or cell["task"] in ABILITIES:
             _add(entry.setdefault("abilities", {}).setdefault(cell["task"], {}), result["levels"])
         elif cell["task"] == "text":
             entry["parameters"] = result["parameters"]
@@ -129,16 +139,18 @@ def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str,
         "chance": 1 / preset.recall.num_values,
         "order0_bits_per_byte": order0,
         "abilities": {
-            name: {
-                key: getattr(abilities.ability(name, preset.abilities), key)
-                for key in ("title", "group", "axis", "about")
-            }
-            for name in ABILITIES
+            name: classification.ABOUT if name == "bytes" else _about(name, preset)
+            for name in (*ABILITIES, "bytes")
             if any(name in entry.get("abilities", {}) for entry in summary.values())
         },
         "summary": summary,
         "cells": cells,
     }
+
+
+def _about(name: str, preset: Preset) -> dict[str, str]:
+    ability = abilities.ability(name, preset.abilities)
+    return {key: getattr(ability, key) for key in classification.ABOUT}
 
 
 def _add(totals: dict[str, Any], found: dict[str, Any]) -> None:

@@ -150,18 +150,19 @@ CONTESTANTS = {
 }
 
 
-def build(contestant: Contestant, sizes: Sizes, seed: int = 0) -> PreTrainedModel:
-    """A fresh model with weights drawn from `seed`. Its feed-forward is narrowed or widened until it has as many
-    parameters as the windowed Transformer of the same sizes, to the nearest unit.
+def build(contestant: Contestant, sizes: Sizes, seed: int = 0, labels: int | None = None) -> PreTrainedModel:
+    """A fresh model with weights drawn from `seed`: the causal one, or a classifier of so many `labels`. Its
+    feed-forward is narrowed or widened until it has as many parameters as the windowed Transformer of the same sizes
+    under the same head, to the nearest unit.
 
     Raises ValueError where that leaves a difference of more than 3 %.
     """
     reference = CONTESTANTS["transformer"]
-    target = _count(reference, sizes)
+    target = _count(reference, sizes, labels)
     if contestant.config is not reference.config:
         wider = dataclasses.replace(sizes, intermediate=sizes.intermediate + 1)
-        own = _count(contestant, sizes)
-        unit = _count(contestant, wider) - own  # parameters of one feed-forward unit in every layer
+        own = _count(contestant, sizes, labels)
+        unit = _count(contestant, wider, labels) - own  # parameters of one feed-forward unit in every layer
         matched = sizes.intermediate + round((target - own) / unit)
         if matched < 1:
             raise ValueError(
@@ -170,7 +171,7 @@ def build(contestant: Contestant, sizes: Sizes, seed: int = 0) -> PreTrainedMode
             )
         sizes = dataclasses.replace(sizes, intermediate=matched)
     set_seed(seed)
-    model = contestant.model(contestant.config(sizes))
+    model = _make(contestant, sizes, labels)
     if abs(model.num_parameters() / target - 1) > MATCH:
         raise ValueError(
             f"{contestant.name} has {model.num_parameters():,} parameters, more than {MATCH:.0%} off the "
@@ -195,6 +196,14 @@ def smaller_memories(model: PreTrainedModel) -> Iterator[int]:
         model.config.memory_size = own
 
 
-def _count(contestant: Contestant, sizes: Sizes) -> int:
+def _count(contestant: Contestant, sizes: Sizes, labels: int | None) -> int:
     with torch.device("meta"):
-        return contestant.model(contestant.config(sizes)).num_parameters()
+        return _make(contestant, sizes, labels).num_parameters()
+
+
+def _make(contestant: Contestant, sizes: Sizes, labels: int | None) -> PreTrainedModel:
+    config = contestant.config(sizes)
+    if labels is None:
+        return contestant.model(config)
+    config.num_labels, config.is_decoder = labels, True  # as causal as the language models are
+    return getattr(gallery, contestant.model.heads["AutoModelForSequenceClassification"])(config)

@@ -53,6 +53,25 @@ class RecallSettings:
 
 
 @dataclasses.dataclass(frozen=True)
+class ClassificationSettings:
+    """Byte classification: `steps` of about `tokens` tokens, in stretches of `lengths`, rising, in bytes.
+
+    classes: sources to tell apart, where the corpus has no labels. examples: asked about at each length. bf16: train
+    in mixed precision.
+    """
+
+    sizes: Sizes
+    steps: int
+    tokens: int
+    learning_rate: float
+    lengths: tuple[int, ...]
+    examples: int
+    classes: int = 8
+    growing_share: float = 0.6  # of the steps, while ever longer stretches are added
+    bf16: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class CostSettings:
     """Speed and memory of the models of the text task.
 
@@ -90,12 +109,13 @@ class Preset:
     recall: RecallSettings
     abilities: AbilitySettings
     text: TextSettings
+    classification: ClassificationSettings
     cost: CostSettings
     share: float = 1.0
 
     def shortened(self, share: float) -> Preset:
         """The same with `share` of the training steps of every task."""
-        parts = {name: getattr(self, name) for name in ("recall", "abilities", "text")}
+        parts = {name: getattr(self, name) for name in ("recall", "abilities", "text", "classification")}
         shorter = {name: dataclasses.replace(p, steps=max(1, round(share * p.steps))) for name, p in parts.items()}
         return dataclasses.replace(self, share=share, **shorter)
 
@@ -169,6 +189,9 @@ PRESETS = {
             text=TextSettings(
                 _MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536, document_bytes=65536
             ),
+            classification=ClassificationSettings(
+                _MEDIUM, steps=400, tokens=4096, learning_rate=2e-3, lengths=(64, 256, 1024), examples=256
+            ),
             cost=CostSettings(
                 _MEDIUM, lengths=(1024, 4096), tokens=2048, repeats=5, contexts=(1024, 4096), decode_tokens=24
             ),
@@ -200,6 +223,14 @@ PRESETS = {
                 test_bytes=786432,
                 document_bytes=262144,
             ),
+            classification=ClassificationSettings(
+                dataclasses.replace(_LASTING, context=4096),
+                steps=2000,
+                tokens=8192,
+                learning_rate=2e-3,
+                lengths=(64, 256, 1024, 4096),
+                examples=512,
+            ),
             cost=CostSettings(
                 _LASTING,
                 lengths=(1024, 4096, 16384, 32768),
@@ -213,7 +244,7 @@ PRESETS = {
             "full",
             "widths and lengths of the papers, for a GPU: five seeds",
             seeds=5,
-            tasks=_EVERYTHING,
+            tasks=(*_EVERYTHING, "bytes"),
             recall=RecallSettings(
                 dataclasses.replace(
                     _WIDER, hidden=256, heads=8, window=128, context=2048, intermediate=768, states=64
@@ -243,6 +274,15 @@ PRESETS = {
                 document_bytes=4194304,
                 bf16=True,
                 compile=True,
+            ),
+            classification=ClassificationSettings(
+                _PAPER,
+                steps=20000,
+                tokens=131072,
+                learning_rate=5e-4,
+                lengths=(512, 1024, 2048, 4096, 8192),
+                examples=1024,
+                bf16=True,
             ),
             cost=CostSettings(
                 _PAPER,

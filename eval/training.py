@@ -17,10 +17,18 @@ Tick = Callable[[int], None]
 
 
 def learn(
-    contestant: Contestant, settings: Any, batches: IterableDataset, seed: int, device: torch.device, tick: Tick
+    contestant: Contestant,
+    settings: Any,
+    batches: IterableDataset,
+    seed: int,
+    device: torch.device,
+    tick: Tick,
+    labels: int | None = None,
+    bf16: bool = False,
 ) -> PreTrainedModel:
-    """A fresh model that has trained on `batches`, which yields settings.steps whole batches, ready to be asked."""
-    model = build(contestant, settings.sizes, seed)
+    """A fresh model that has trained on `batches`, which yields settings.steps whole batches, ready to be asked: a
+    causal one, or a classifier of so many `labels`. bf16: train in mixed precision."""
+    model = build(contestant, settings.sizes, seed, labels)
     with training_arguments(
         device,
         settings.steps,
@@ -28,6 +36,7 @@ def learn(
         seed,
         per_device_train_batch_size=1,
         remove_unused_columns=False,
+        bf16=bf16,
     ) as arguments:
         train(Trainer(model, arguments, train_dataset=batches, data_collator=_only), tick)
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy

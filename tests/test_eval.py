@@ -46,6 +46,9 @@ TINY = presets.Preset(
     text=presets.TextSettings(
         TINY_SIZES, steps=3, lanes=2, length=16, learning_rate=1e-2, test_bytes=500, document_bytes=400
     ),
+    classification=presets.ClassificationSettings(
+        TINY_SIZES, steps=4, tokens=64, learning_rate=1e-2, lengths=(8, 16), examples=9, classes=3
+    ),
     cost=presets.CostSettings(TINY_SIZES, lengths=(24, 48), tokens=48, repeats=1, contexts=(8, 24), decode_tokens=2),
 )
 
@@ -582,6 +585,6 @@ def test_nothing_but_benchmark_plans(tmp_path):
     chosen = benchmark.choose_contestants("transformer_xl,transformer")
     planned = benchmark.plan(TINY, chosen, list(benchmark.TASKS), 2, "stdlib", CPU)
     names = [c.name for c in planned]
-    assert len(set(names)) == len(names) == 2 * 2 * (2 + len(abilities.ABILITIES)) + 2
+    assert len(set(names)) == len(names) == 2 * 2 * (3 + len(abilities.ABILITIES)) + 2
     assert names[:2] == ["recall.transformer.0", "recall.transformer_xl.0"]
     assert isinstance(planned[0], cells.Cell) and all(c.units > 0 for c in planned)

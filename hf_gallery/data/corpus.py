@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
@@ -16,7 +16,7 @@ SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".json", ".jsonl", ".html", ".c", ".h", ".js", ".java", ".rs", ".go")
 
 
-def load_corpus(name: str | os.PathLike = "stdlib") -> DatasetDict:
+def load_corpus(name: str | os.PathLike = "stdlib", labels: bool = False) -> DatasetDict:
     """A corpus by name, with splits train, validation and test and the columns "text" and "document", both str.
 
     "stdlib": the sources of the running Python's standard library, one file a document: real text with long-range
@@ -29,7 +29,8 @@ def load_corpus(name: str | os.PathLike = "stdlib") -> DatasetDict:
     an article, joined from its lines; enwik8 is one document a split, its first 90, next 5 and last 5 of 100 million
     bytes (what a cut leaves of a character at its edges is dropped).
     "hf:NAME" or "hf:NAME:CONFIG": through datasets.load_dataset, with the splits it has and its column "text"; of
-    validation and test what is missing is 5 % of the rows of train, drawn with seed 0.
+    validation and test what is missing is 5 % of the rows of train, drawn with seed 0. labels=True keeps a column
+    "label" too, where there is one.
 
     Files are split by a hash of their path within the corpus, about 90 : 5 : 5, so that a file stays in its split when
     others come or go. A folder whose files leave a split empty, one single file for example, is split within each file
@@ -40,7 +41,7 @@ def load_corpus(name: str | os.PathLike = "stdlib") -> DatasetDict:
     """
     name = os.fspath(name)
     if name.startswith("hf:"):
-        return _from_hub(name)
+        return _from_hub(name, labels)
     if name in PUBLISHED:
         return _published(name)
     files = _find_files(name)
@@ -161,7 +162,7 @@ def _is_library_folder(path: str) -> bool:
     return not left_out & set(parts) and not parts[0].startswith("config-")
 
 
-def _from_hub(name: str) -> DatasetDict:
+def _from_hub(name: str, labels: bool) -> DatasetDict:
     path, _, config = name.removeprefix("hf:").partition(":")
     if not path:
         raise ValueError(f"corpus {name!r} names no dataset; write hf:NAME or hf:NAME:CONFIG")
@@ -175,7 +176,8 @@ def _from_hub(name: str) -> DatasetDict:
         if split not in data:
             parts = data["train"].train_test_split(test_size=0.05, seed=0)
             data["train"], data[split] = parts["train"], parts["test"]
-    return DatasetDict({split: _name_rows(data[split], split) for split in SPLITS})
+    kept = ["label"] if labels and "label" in data["train"].column_names else []
+    return DatasetDict({split: _name_rows(data[split], split, kept) for split in SPLITS})
 
 
 def _download(name: str, path: str, config: str | None, **options: str) -> DatasetDict:
@@ -210,8 +212,8 @@ def _articles(rows: Dataset, split: str) -> Dataset:
     return _name_rows(Dataset.from_dict({"text": [text for text in joined if text.strip()]}), split)
 
 
-def _name_rows(rows: Dataset, split: str) -> Dataset:
-    return rows.select_columns(["text"]).add_column("document", [f"{split}/{i}" for i in range(len(rows))])
+def _name_rows(rows: Dataset, split: str, kept: Sequence[str] = ()) -> Dataset:
+    return rows.select_columns(["text", *kept]).add_column("document", [f"{split}/{i}" for i in range(len(rows))])
 
 
 TITLE = re.compile(r" = (?!= )[^\n]*(?<! =) = \n")
