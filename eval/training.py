@@ -52,6 +52,8 @@ def train(trainer: Trainer, tick: Tick) -> None:
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Ticker(tick))
     trainer.train()
+    # or its forward would stay in mixed precision, where it has trained in that
+    trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
 
 class Ticker(TrainerCallback):

@@ -9,7 +9,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from test_eval import CPU, NAMES, TINY, invoke, tiny  # noqa: F401, a fixture
 
-from eval import benchmark, classification, compare, contestants, report
+from eval import benchmark, classification, compare, contestants, report, training
 from eval.presets import PRESETS
 from hf_gallery.data import load_corpus
 
@@ -153,6 +153,23 @@ def test_a_plain_difference_is_learned(name):
         score = result["levels"][str(length)]
         assert score["asked"] == asked and score["chance"] == pytest.approx(1 / 3) and score["trained"]
         assert score["correct"] > 0.9 * asked
+
+
+def test_mixed_precision_is_for_training_alone(monkeypatch):
+    seen = {True: set(), False: set()}
+
+    def build(*arguments):
+        model = contestants.build(*arguments)
+        model.classifier.register_forward_hook(lambda module, x, y: seen[module.training].add(y.dtype))
+        return model
+
+    monkeypatch.setattr(training, "build", build)
+    corpus = corpus_of({name: numbered(name, 800) for name in "xyz"})
+    for bf16 in (True, False):
+        settings = dataclasses.replace(SETTINGS, bf16=bf16)
+        classification.measure(contestants.CONTESTANTS["transformer_xl"], settings, corpus, 0, CPU, lambda n: None)
+        assert seen == {True: {torch.bfloat16 if bf16 else torch.float32}, False: {torch.float32}}
+        seen[True].clear()
 
 
 def test_guesses_are_counted_as_such():
