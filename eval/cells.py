@@ -86,7 +86,7 @@ class Run:
     ) -> list[dict[str, Any]]:
         """All cells, measuring those that are missing, in their order, under a progress bar. Of several processes each
         measures its share, and only the main one waits for all; cells that measure everyone are its own, and come
-        last, when the others are done.
+        last, when the others are done. Processes of one machine share its cores until then.
 
         Raises ValueError before anything is measured if a saved cell was measured with other settings.
         """
@@ -96,6 +96,7 @@ class Run:
             console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are in {self.folder} already")
         if not missing:
             return [cell for cell in saved.values() if cell is not None]
+        process.share_cores()
         verbosity = transformers_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
         columns = (
@@ -119,6 +120,8 @@ class Run:
                         saved[cell.name] = self._wait_for(cell)
                         progress.advance(whole, cell.units)
                         continue
+                    if cell in together:
+                        process.take_all_cores()
                     part = progress.add_task(f"  {cell.task} {cell.contestant}, seed {cell.seed}", total=cell.units)
 
                     def tick(n: int, part=part) -> None:

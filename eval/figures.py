@@ -356,4 +356,5 @@ def times(x: float) -> str:
 
 
 def short(tokens: int) -> str:
+    """A number of tokens as people say it: 4k."""
     return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
