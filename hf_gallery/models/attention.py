@@ -203,10 +203,11 @@ def _attend_one(query, key, value, spans, position, scale):
         lower, upper = (x[:, None, :, None] for x in spans.on(query.device))
         column = torch.arange(first, last + 1, device=query.device)
         scores.masked_fill_((column < lower) | (column > upper), -math.inf)
-    lse = scores.logsumexp(-1)  # (B, H, 1)
-    nothing = lse == -math.inf
-    probabilities = torch.exp(scores - lse.masked_fill(nothing, 0.0)[..., None])
-    return (probabilities @ value[:, :, seen].to(dtype)).to(value.dtype), lse
+    top = scores.amax(-1, keepdim=True).clamp_(min=-_NEVER)  # (B, H, 1, 1)
+    probabilities = scores.sub_(top).exp_()
+    total = probabilities.sum(-1, keepdim=True)  # 0 where nothing is seen, else at least the greatest score's 1
+    out = (probabilities @ value[:, :, seen].to(dtype)).div_(total.clamp(min=1.0))
+    return out.to(value.dtype), total.log_().add_(top).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------- the tiles

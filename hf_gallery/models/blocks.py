@@ -39,16 +39,53 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-def append_columns(past: torch.Tensor | None, new: torch.Tensor) -> torch.Tensor:
-    """[past | new] over the columns of time, (..., C + T, D)."""
-    return new if past is None else torch.cat([past, new], dim=-2)
+def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | None = None) -> torch.Tensor:
+    """[past | new] over the columns of time, (..., C + T, D).
+
+    limit: how many of them `next_columns` will keep. If it is given, a decode step does not copy the past: memory for
+    the limit has spare columns at its end, and the new ones are written there, behind what `past` itself holds.
+    """
+    if past is None:
+        return new
+    columns, width = past.shape[-2:]
+    end = columns + new.shape[-2]
+    if not _may_share(past, new) or limit is None or columns > limit or end > columns + _spare(limit):
+        return torch.cat([past, new], dim=-2)
+    start = past.storage_offset() % past.stride(-3) // width
+    if not _is_roomy(past, limit) or start + end > limit + _spare(limit):
+        room = past.new_empty(*past.shape[:-2], limit + _spare(limit), width)
+        past = room[..., :columns, :].copy_(past)
+    joined = past.as_strided((*past.shape[:-2], end, width), past.stride())
+    joined[..., columns:, :] = new
+    return joined
 
 
 def next_columns(x: torch.Tensor, rows: Rows, limit: int | None) -> torch.Tensor:
     """What a cache keeps of the columns x (B, ..., C + T, D): each row's last token in the last one, at most limit."""
     if limit == 0:
         return x[..., :0, :].clone()
-    return last_columns(rows.shift(x, x.dim() - 2), limit)
+    x = rows.shift(x, x.dim() - 2)
+    if limit is not None and x.shape[-2] > limit and _is_roomy(x, limit):
+        return x[..., x.shape[-2] - limit :, :]
+    return last_columns(x, limit)
+
+
+def _spare(limit: int) -> int:
+    """Spare columns behind `limit`: the past is copied once in so many decode steps. Few, since they cost memory."""
+    return limit // 8
+
+
+def _is_roomy(x: torch.Tensor, limit: int) -> bool:
+    """Whether x (..., C, D) lies in memory with spare columns, as append_columns makes it."""
+    width = x.shape[-1]
+    return x.stride()[-3:] == ((limit + _spare(limit)) * width, width, 1)
+
+
+def _may_share(past: torch.Tensor, new: torch.Tensor) -> bool:
+    """Whether new columns may be written into the memory of the past: no graph and no compiler follows it."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or past.requires_grad:
+        return False
+    return past.dtype == new.dtype and past.is_inference() == torch.is_inference_mode_enabled()
 
 
 class ScaledEmbedding(nn.Embedding):

@@ -216,7 +216,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
         query, key, value = self.project(x)  # (B, H, T, D)
-        keys, values = append_columns(state.get("keys"), key), append_columns(state.get("values"), value)
+        limit = context.limit if self.recurrent or context.limit is None else self.block_length
+        keys, values = append_columns(state.get("keys"), key, limit), append_columns(state.get("values"), value, limit)
         cached = keys.shape[2] - key.shape[2]
         spans = context.window(cached)
         # One distance only where the window is still empty: a table needs a row all the same.
@@ -230,7 +231,6 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
             out = attend(query, keys, values, spans, position=position, scale=1.0, dropout=dropout)
         new = {}
         if context.keep:
-            limit = context.limit if self.recurrent or context.limit is None else self.block_length
             new = {n: next_columns(s, context.rows, limit) for n, s in (("keys", keys), ("values", values))}
         if self.reads_state:
             cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.heads), self.cross_scale)

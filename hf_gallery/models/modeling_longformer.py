@@ -209,8 +209,8 @@ class GalleryLongformerAttention(nn.Module):
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
         query, key, value = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
-        keys = append_columns(state.get("keys"), key)  # (B, H, C + T, D)
-        values = append_columns(state.get("values"), value)
+        keys = append_columns(state.get("keys"), key, context.limit)  # (B, H, C + T, D)
+        values = append_columns(state.get("values"), value, context.limit)
         new, global_pairs = {}, None
         if context.globals is not None:
             global_pairs = self._global_pairs(key, value, context.globals, state)

@@ -160,7 +160,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         """x (B, T, E). Returns (B, T, E), the next state, and local probabilities (B, H, T, C + T) or None."""
         query, key, value = self.project(x)  # (B, H, T, D)
         past = (state["keys"], state["values"]) if state else None
-        keys, values = without_gradients(past, key, value)  # (B, H, C + T, D)
+        keys, values = without_gradients(past, key, value, context.limit)  # (B, H, C + T, D)
         out, probabilities = self._local(query, key, value, keys, values, past, context)
         new = {}
         if context.keep:
@@ -246,10 +246,10 @@ class GalleryMemorizingTransformerAttention(nn.Module):
 
 
 @torch.compiler.disable  # torch 2.13 fails on a compiled part that returns views and the same views detached
-def without_gradients(past, key, value):
+def without_gradients(past, key, value, limit):
     """Keys and values (B, H, C + T, D) over [past | new], which no gradient passes; past: the cache's, or None."""
     detached = key.detach(), value.detach()
-    return detached if past is None else tuple(map(append_columns, past, detached))
+    return detached if past is None else tuple(append_columns(x, y, limit) for x, y in zip(past, detached, strict=True))
 
 
 class GalleryMemorizingTransformerLayer(GradientCheckpointingLayer):

@@ -108,7 +108,8 @@ class GalleryTransformerLayer(GradientCheckpointingLayer):
         """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, (self, cross) attentions."""
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
-        key, value = append_columns(state.get("keys"), key), append_columns(state.get("values"), value)
+        key = append_columns(state.get("keys"), key, context.limit)
+        value = append_columns(state.get("values"), value, context.limit)
         y, probabilities = self.self_attn(y, key, value, context.spans, context)
         x = self._add(x, y, self.self_attn_norm)
         new = {}

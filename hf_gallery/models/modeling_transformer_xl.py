@@ -48,7 +48,7 @@ class Context:
     rows: Rows
     spans: Spans  # the [cached | new] columns that each query sees
     far: int  # the greatest distance of the table of positions
-    relative: torch.Tensor  # (R, E) sinusoids of the distances far, ..., 1, 0
+    relative: torch.Tensor | None  # (R, E) sinusoids of the distances far, ..., 1, 0; None if all tables are made
     parts: Parts | None  # with gradients; None without
     biases: tuple[torch.Tensor, torch.Tensor] | None  # u, v (H, D), if layers share them
     keep: bool = False  # a cache wants the new state
@@ -146,7 +146,8 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
         past = self._past(state, context, x)
         joined = before = None
         if context.parts is None or context.output_attentions or (context.keep and "keys" in state):
-            joined = own if past is None else tuple(map(append_columns, past, own))
+            limit = context.limit if context.keep else None
+            joined = tuple(append_columns(x, y, limit) for x, y in zip(past or (None, None), own, strict=True))
         if context.parts is not None:
             before = self._before(x, past, context.parts)
         y, probabilities = self.self_attn(y, own, joined, before, context)
@@ -425,14 +426,17 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
         if parts is None and cache is not None:
             far = config.cache_capacity  # one table for all forwards to come
             shared = list(cache.shared) or [{} for _ in self.layers]
-        distances = torch.arange(far, -1, -1, device=x.device)
-        if config.clamp_len > 0:
-            distances = distances.clamp(max=config.clamp_len)
+        relative = None
+        if shared is None or not all(shared):
+            distances = torch.arange(far, -1, -1, device=x.device)
+            if config.clamp_len > 0:
+                distances = distances.clamp(max=config.clamp_len)
+            relative = sinusoids(distances, config.hidden_size, "concatenated", x.dtype)
         return Context(
             rows=rows,
             spans=spans,
             far=far,
-            relative=sinusoids(distances, config.hidden_size, "concatenated", x.dtype),
+            relative=relative,
             parts=parts,
             biases=None if config.untie_r else (self.content_bias, self.position_bias),
             keep=cache is not None,
