@@ -334,7 +334,7 @@ def _backward_tile(
     queries = tile.queries
     q, g = scorer.query[:, queries], grad_out[:, queries]  # (n, t, D), (n, t, Dv)
     for keys, cut in tile.keys:
-        probabilities = scorer.scores(queries, keys, cut).sub_(lse[:, queries, None]).exp2_()  # (n, t, s)
+        probabilities = scorer.scores(queries, keys, cut, lse).exp2_()  # (n, t, s)
         grad = torch.baddbmm(-offset[:, queries, None], g, value[:, keys].mT) if dropout == 0.0 else None
         if dropout > 0.0:
             mask = _dropout_mask(probabilities, dropout, seed, scorer.group, tile, keys)
@@ -373,6 +373,7 @@ class _Tiling:
         reach = max(1, min(s, spans.widest + self.query_size))
         rows = max(1, min(b, self.budget // (h * self.query_size * reach)))
         self.key_size = max(64, self.budget // (h * rows * self.query_size))
+        self.table_pad = self.query_size + _ALIGNMENT
         self.groups = [slice(i, min(i + rows, b)) for i in range(0, b, rows)]
 
     def query_tiles(self, rows):
@@ -380,12 +381,22 @@ class _Tiling:
             queries = slice(i * self.query_size, min((i + 1) * self.query_size, self.t))
             keys = []
             if first <= last:
-                parts = -(-(last + 1 - first) // self.key_size)
-                size = -(-(last + 1 - first) // parts)
-                for start in range(first, last + 1, size):
-                    stop = min(start + size, last + 1)
+                end = last + 1
+                if first < full_first or last > full_last:  # there is a mask, so a few more keys cost nothing
+                    end = min(_aligned(end - first) + first, self.columns)
+                parts = -(-(end - first) // self.key_size)
+                size = _aligned(-(-(end - first) // parts))
+                for start in range(first, end, size):
+                    stop = min(start + size, end)
                     keys.append((slice(start, stop), start < full_first or stop - 1 > full_last))
             yield _Tile(queries, keys, full_first > self.columns)
+
+
+_ALIGNMENT = 16  # floats in a vector register: products of matrices whose rows are multiples of it are faster
+
+
+def _aligned(count: int) -> int:
+    return -(-count // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Scorer:
@@ -399,35 +410,47 @@ class _Scorer:
         self.key = _pack(key, rows, dtype)  # (H * rows, S, D)
         self.offset = tiling.offset
         self.lower, self.upper = (x if x.shape[0] == 1 else x[rows] for x in spans.on(query.device))
-        self.position_query = None
-        self.table = None
+        self.band = spans.band(self.offset, key.shape[2])
+        self.position_query = self.table = self.bias = None
+        self.toeplitz: dict[tuple, torch.Tensor] = {}
         if table is not None:
-            self.pad = tiling.query_size - 1
-            self.far = far + self.pad  # rows of distances that no interval holds: a tile's corners read them, masked
-            self.table = _pad_rows(table.to(dtype), self.pad)  # (H, R + 2 pad[, D])
+            pad = tiling.table_pad
+            self.far = far + pad  # rows of distances that no interval holds: a tile's corners read them, masked
+            self.table = _pad_rows(table.to(dtype), pad)  # (H, R + 2 pad[, D])
             if position_query is None:
-                self.table = self.table * scale
+                self.bias = self.table * scale
             else:
                 self.position_query = _pack(position_query, rows, dtype) * scale
-            self.toeplitz: dict[tuple[int, int, int], torch.Tensor] = {}
 
-    def scores(self, queries: slice, keys: slice, cut: bool) -> torch.Tensor:
-        """Scaled scores (H * rows, t, s) of a tile, in base 2; about -_NEVER where the key is outside the interval."""
+    def scores(self, queries: slice, keys: slice, cut: bool, lse: torch.Tensor | None = None) -> torch.Tensor:
+        """Scaled scores (H * rows, t, s) of a tile, in base 2, less lse (H * rows, T) if given; about -_NEVER where
+        the key is outside the interval."""
         q, k = self.query[:, queries], self.key[:, keys].mT
-        if self.table is None:
-            scores = torch.bmm(q, k)
-        elif self.position_query is not None:
-            scores = torch.baddbmm(self._position(queries, keys), q, k)
-        else:
-            scores = torch.bmm(q, k)
-            scores.view(self.heads, -1, *scores.shape[1:]).add_(self._bias(queries, keys)[:, None])
-        if cut:
-            column = torch.arange(keys.start, keys.stop, device=q.device)
-            hidden = column < self.lower[:, queries, None]  # (rows or 1, t, s)
-            hidden |= column > self.upper[:, queries, None]
-            mask = torch.zeros(hidden.shape, dtype=scores.dtype, device=q.device).masked_fill_(hidden, -_NEVER)
-            scores.view(self.heads, -1, *scores.shape[1:]).add_(mask)
-        return scores
+        (n, t, _), s = q.shape, k.shape[2]
+        terms = []  # of the scores besides q . k, each of a shape like (H, rows, t, s)
+        if lse is not None:
+            terms.append(-lse[:, queries].view(self.heads, -1, t, 1))
+        if self.position_query is not None:
+            terms.append(self._position(queries, keys).unflatten(0, (self.heads, -1)))
+        if self.bias is not None or (cut and self.band):
+            terms.append(self._by_distance(queries, keys, cut)[:, None])
+        if cut and not self.band:
+            terms.append(self._mask(queries, keys))
+        if not terms:
+            return torch.bmm(q, k)
+        start = terms[0]
+        for term in terms[1:]:
+            start = start + term
+        start = start.expand(self.heads, n // self.heads, t, s)
+        # One term alone may be kept for other tiles.
+        start = start.clone(memory_format=torch.contiguous_format) if len(terms) == 1 else start.contiguous()
+        return start.view(n, t, s).baddbmm_(q, k)
+
+    def _mask(self, queries, keys):
+        column = torch.arange(keys.start, keys.stop, device=self.query.device)
+        hidden = column < self.lower[:, queries, None]  # (rows or 1, t, s)
+        hidden |= column > self.upper[:, queries, None]
+        return torch.zeros(hidden.shape, dtype=self.query.dtype, device=hidden.device).masked_fill_(hidden, -_NEVER)
 
     def table_rows(self, queries: slice, keys: slice) -> slice:
         """Rows of the padded table for the tile, from its greatest distance to its least: t + s - 1 of them."""
@@ -441,14 +464,20 @@ class _Scorer:
         term = torch.bmm(q.reshape(self.heads, -1, d), self.table[:, self.table_rows(queries, keys)].mT)
         return shear(term.view(n, t, -1))  # (n, t, s)
 
-    def _bias(self, queries, keys):
-        """The bias (H, t, s) of a tile. It depends on the tile's distance from the diagonal only, so few differ."""
-        rows = self.table_rows(queries, keys)
-        size = (queries.stop - queries.start, keys.stop - keys.start)
-        place = (rows.start, *size)
+    def _by_distance(self, queries, keys, cut):
+        """The bias, and a band's mask, of a tile: (H or 1, t, s). They depend on its distance from the diagonal only,
+        so few tiles differ."""
+        t, s = queries.stop - queries.start, keys.stop - keys.start
+        greatest = self.offset + queries.stop - 1 - keys.start
+        place = (greatest, t, s, cut)
         if place not in self.toeplitz:
-            row = self.table[:, None, rows].expand(-1, size[0], -1).contiguous()  # (H, t, t + s - 1)
-            self.toeplitz[place] = shear(row).contiguous()
+            row = self.query.new_zeros(1, t + s - 1)
+            if self.bias is not None:
+                row = self.bias[:, self.table_rows(queries, keys)]
+            if cut and self.band:
+                distance = greatest - torch.arange(t + s - 1, device=row.device)
+                row = row.masked_fill((distance < self.band[0]) | (distance > self.band[1]), -_NEVER)
+            self.toeplitz[place] = shear(row[:, None].expand(-1, t, -1).contiguous()).contiguous()
         return self.toeplitz[place]
 
 
@@ -462,30 +491,46 @@ def shear(x: torch.Tensor) -> torch.Tensor:
     return x.as_strided((n, t, width - t + 1), (t * width, width - 1, 1), x.storage_offset() + t - 1)
 
 
+def _skew(x: torch.Tensor) -> torch.Tensor:
+    """x (n, t, s) with a column for each distance, (n, t, t + s - 1), zeros elsewhere: what `shear` undoes."""
+    n, t, s = x.shape
+    skew = x.new_zeros(n, t, t + s - 1)
+    shear(skew).copy_(x)
+    return skew
+
+
 class _TableGradient:
     """Gathers the gradient of a position table, and of the queries that meet it."""
 
     def __init__(self, table, dtype, tiling):
-        self.dtype, self.pad = table.dtype, tiling.query_size - 1
+        self.dtype, self.pad = table.dtype, tiling.table_pad
         self.total = _pad_rows(torch.zeros_like(table, dtype=dtype), self.pad).contiguous()  # (H, R + 2 pad[, D])
+        self.rows = self.waiting = None  # a bias: the gradient (H, t, s) of the last tiles, all with these rows
 
     def add(self, scorer, grad, queries, keys, grad_position):
         """grad (n, t, s): of the tile's scores."""
         n, t, s = grad.shape
         rows = scorer.table_rows(queries, keys)
         if scorer.position_query is None:
-            grad = grad.view(scorer.heads, -1, t, s).sum(1)  # (H, t, s)
-        skew = grad.new_zeros(grad.shape[0], t, t + s - 1)
-        shear(skew).copy_(grad)
-        if scorer.position_query is None:
-            self.total[:, rows] += skew.sum(1)
+            grad = grad if n == scorer.heads else grad.view(scorer.heads, -1, t, s).sum(1)  # (H, t, s)
+            if rows == self.rows and grad.shape == self.waiting.shape:
+                self.waiting += grad
+            else:
+                self._add_waiting()
+                self.rows, self.waiting = rows, grad
             return
+        skew = _skew(grad)
         skew = skew.view(scorer.heads, -1, t + s - 1)  # (H, rows * t, t + s - 1)
         q = scorer.position_query[:, queries]
         self.total[:, rows].baddbmm_(skew.mT, q.reshape(scorer.heads, -1, q.shape[-1]))
         grad_position[:, queries] += torch.bmm(skew, scorer.table[:, rows]).view(n, t, -1)
 
+    def _add_waiting(self):
+        if self.waiting is not None:
+            self.total[:, self.rows] += _skew(self.waiting).sum(1)
+
     def result(self, scale):
+        self._add_waiting()
         return (self.total[:, self.pad : self.total.shape[1] - self.pad] * scale).to(self.dtype)
 
 

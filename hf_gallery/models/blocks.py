@@ -64,10 +64,10 @@ def next_columns(x: torch.Tensor, rows: Rows, limit: int | None) -> torch.Tensor
     """What a cache keeps of the columns x (B, ..., C + T, D): each row's last token in the last one, at most limit."""
     if limit == 0:
         return x[..., :0, :].clone()
-    x = rows.shift(x, x.dim() - 2)
-    if limit is not None and x.shape[-2] > limit and _is_roomy(x, limit):
-        return x[..., x.shape[-2] - limit :, :]
-    return last_columns(x, limit)
+    if limit is not None and x.shape[-2] > limit and rows.mask is None:
+        if not torch.is_grad_enabled() and rows.width <= _spare(limit) and _is_roomy(x, limit):
+            return x[..., x.shape[-2] - limit :, :]
+    return last_columns(rows.shift(x, x.dim() - 2), limit)
 
 
 def _spare(limit: int) -> int:

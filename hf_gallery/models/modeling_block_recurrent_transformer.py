@@ -258,7 +258,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         for j in range(blocks.count):
             pairs.append(pair)
             done = blocks.complete[:, j]
-            if bool(done.any()):
+            read = context.keep or j + 1 < blocks.count  # somebody will read the next state
+            if read and bool(done.any()):
                 spans = blocks.window_spans(j, current.shape[1])
                 ahead = recurrence.advance(current, *pair, blocks.window(keys, j), blocks.window(values, j), spans)
                 current = (

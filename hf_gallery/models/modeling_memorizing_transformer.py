@@ -249,7 +249,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
 def without_gradients(past, key, value, limit):
     """Keys and values (B, H, C + T, D) over [past | new], which no gradient passes; past: the cache's, or None."""
     detached = key.detach(), value.detach()
-    return detached if past is None else tuple(append_columns(x, y, limit) for x, y in zip(past, detached, strict=True))
+    return tuple(append_columns(x, y, limit) for x, y in zip(past or (None, None), detached, strict=True))
 
 
 class GalleryMemorizingTransformerLayer(GradientCheckpointingLayer):

@@ -80,6 +80,19 @@ class Spans:
 
         return self._once("causal", work)
 
+    def band(self, offset: int, columns: int) -> tuple[int, int] | None:
+        """`distances`, if all queries see all of the `columns` at these distances: then one mask serves many tiles."""
+
+        def work():
+            nearest, farthest = self.distances(offset)
+            at = offset + torch.arange(self.lower.shape[1], device=self.lower.device)
+            lower, upper = (at - farthest).clamp(min=0), (at - nearest).clamp(max=columns - 1)
+            empty = (self.upper < self.lower) & (upper < lower)
+            same = (self.lower == lower) & (self.upper == upper) | empty
+            return (nearest, farthest) if bool(same.all()) else None
+
+        return self._once(("band", offset, columns), work)
+
     def tiles(self, rows: slice, size: int) -> list[tuple[int, int, int, int]]:
         """For each tile of `size` queries of the given rows: (first, last, full_first, full_last).
 
