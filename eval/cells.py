@@ -6,9 +6,12 @@ any time and goes on where it was.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,34 @@ from .processes import Process
 from .training import Tick
 
 EVERYONE = "all"  # in place of a contestant's name where one cell measures all of them in turns
+
+
+@contextlib.contextmanager
+def interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C raises KeyboardInterrupt at once, as ever; what this yields raises it again, for the case that some
+    library's `except:` or callback has swallowed it."""
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler or not _in_main_thread():
+        yield lambda: None  # whoever runs us has a handler of their own
+        return
+    came = threading.Event()
+
+    def remember(number, frame):
+        came.set()
+        signal.default_int_handler(number, frame)
+
+    def check():
+        if came.is_set():
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, remember)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +144,7 @@ class Run:
         others = [cell for cell in shared if cell in missing and cell not in own] if process.is_main else []
         together = [cell for cell in missing if cell.contestant == EVERYONE and process.is_main]
         try:
-            with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+            with interrupts() as check, Progress(*columns, console=console, speed_estimate_period=120) as progress:
                 whole = progress.add_task("all cells", total=sum(cell.units for cell in own + others + together))
                 for cell in [*own, *others, *together]:
                     if cell in others:
@@ -125,6 +156,7 @@ class Run:
                     part = progress.add_task(f"  {cell.task} {cell.contestant}, seed {cell.seed}", total=cell.units)
 
                     def tick(n: int, part=part) -> None:
+                        check()
                         progress.advance(part, n)
                         progress.advance(whole, n)
 

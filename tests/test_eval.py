@@ -1,5 +1,6 @@
 """`python -m eval`: contestants of one size, cells that are measured once, results that add up, a page that opens."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -524,6 +525,23 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert "goes on from there" in " ".join(output.split()) and "Traceback" not in errors
     assert [path.name for path in done.parent.iterdir()] == [done.name]
     assert json.loads(done.read_text())["result"]["recall"]
+
+
+def test_a_swallowed_interrupt_is_noticed(tmp_path):
+    """Some library catches everything: the cell in flight ends all the same, at its next tick."""
+
+    def measure(tick):
+        tick(1)
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(signal.SIGINT)
+        tick(1)
+        raise AssertionError("the tick did not raise")
+
+    cell = Cell("recall", "transformer", 0, {}, 2, measure)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        Run(tmp_path).complete([cell], CPU, "test", Console(quiet=True))
+    assert signal.getsignal(signal.SIGINT) is before and not list(tmp_path.rglob("*.json"))
 
 
 def measured(path):
