@@ -173,6 +173,31 @@ def test_a_layer_called_twice_gives_the_same(variant, head, gradients):
     assert len(checked) >= run.model.config.num_hidden_layers
 
 
+@streams()
+def test_two_continuations_of_one_state_do_not_disturb_each_other(variant, head):
+    """What a layer makes of a state stays as it is when the same state is continued in another way."""
+    run = runner(variant, head)
+    checked = []
+
+    def continue_otherwise(layer, arguments, keywords, result):
+        if getattr(layer, "busy", False):
+            return
+        layer.busy = True
+        before = copy.deepcopy(contents(result))
+        layer(arguments[0] + 1, *arguments[1:], **keywords)
+        assert_same(contents(result), before)
+        layer.busy = False
+        checked.append(layer)
+
+    with torch.no_grad():
+        _, cache = run(words(2, 30))
+        for layer in layers(run.model):
+            layer.register_forward_hook(continue_otherwise, with_kwargs=True)
+        for i in range(6):
+            _, cache = run(words(2, 1, seed=i), cache=cache)
+    assert len(checked) >= 6 * run.model.config.num_hidden_layers
+
+
 def contents(x):
     """x with objects opened, so that their tensors are compared too."""
     if isinstance(x, (list, tuple)):
