@@ -14,6 +14,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
+from hf_gallery import GalleryCache
+
 from .contestants import Contestant, build
 from .measure import interleaved, median, peak_bytes, seconds
 from .presets import CostSettings
@@ -195,7 +197,7 @@ class Stream:
 
     def __init__(self, model: PreTrainedModel, length: int, seed: int, device: torch.device):
         self.model, self.ids, self.place = model, _random_bytes(1, length, seed).to(device), 0
-        self.cache: Any = None
+        self.cache = GalleryCache(model.config)
 
     def read(self, tokens: int) -> None:
         """Reads the next tokens of the text, in chunks."""
@@ -209,5 +211,5 @@ class Stream:
 
     @torch.no_grad()
     def _forward(self, ids: torch.Tensor) -> None:
-        output = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache, self.last = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits
+        self.last = logits[:, -1].argmax(-1, keepdim=True)

@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from hf_gallery import GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM
+from hf_gallery import GalleryCache, GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM
 
 from .measure import interleaved, median
 
@@ -71,18 +71,15 @@ class _Step:
         generator = torch.Generator().manual_seed(settings.seed)
         text = torch.randint(0, 256, (settings.batch, settings.memory_size), generator=generator).to(device)
         self.ids = torch.randint(0, 256, (settings.batch, settings.length), generator=generator).to(device)
-        cache = None
+        self.cache = GalleryCache(config)
         with torch.no_grad():
             for part in text.split(settings.length, dim=1):
-                cache = self.model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
-        self.read = cache
+                self.model(part, past_key_values=self.cache, logits_to_keep=1)
 
     def __call__(self) -> None:
         """The cache goes into the step and is advanced by it, as in SegmentTrainer."""
-        output = self.model(self.ids, past_key_values=self.read, labels=self.ids)
-        output.loss.backward()
+        self.model(self.ids, past_key_values=self.cache, labels=self.ids).loss.backward()
         self.model.zero_grad()
-        self.read = output.past_key_values.detach()
 
 
 def show(result: dict[str, Any], console: Console) -> None:

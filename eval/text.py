@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
+from hf_gallery import GalleryCache
 from hf_gallery.data import byte_tokenizer, encode_bytes
 from hf_gallery.training import SegmentTrainer
 
@@ -135,13 +136,10 @@ def read(
         mask = torch.zeros(len(group), longest, dtype=torch.long)
         for row, i in enumerate(group):
             ids[row, : len(found[i])], mask[row, : len(found[i])] = torch.from_numpy(found[i].astype(np.int64)), 1
-        ids, mask, cache, parts = ids.to(device), mask.to(device), None, []
+        ids, mask, cache, parts = ids.to(device), mask.to(device), GalleryCache(model.config), []
         for start in range(0, longest - 1, length):
             columns = slice(start, min(start + length, longest - 1))
-            output = model(
-                input_ids=ids[:, columns], attention_mask=mask[:, columns], past_key_values=cache, use_cache=True
-            )
-            cache = output.past_key_values
+            output = model(input_ids=ids[:, columns], attention_mask=mask[:, columns], past_key_values=cache)
             asked = ids[:, columns.start + 1 : columns.stop + 1]
             loss = torch.nn.functional.cross_entropy(output.logits.float().mT, asked, reduction="none")
             parts.append((loss / math.log(2)).cpu().numpy())

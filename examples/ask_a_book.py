@@ -18,9 +18,9 @@ from hf_gallery import GalleryCache
 @torch.no_grad()
 def read(model, ids, chunk=2048):
     """The cache of a model that has read ids (1, T)."""
-    cache = None
+    cache = GalleryCache(model.config)
     for part in ids.split(chunk, dim=1):
-        cache = model(part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+        model(part, past_key_values=cache, logits_to_keep=1)
     return cache
 
 

@@ -231,11 +231,12 @@ def generate(
         raise ValueError("the prompt is empty; give at least a character to go on from")
     read = GalleryCache.load(cache).to(where) if cache is not None else None
     if document is not None:
+        read = GalleryCache(model.config)
         text = tokenizer(document.read_text(encoding="utf-8"), return_tensors="pt").input_ids.to(where)
         with torch.no_grad(), typer.progressbar(text.split(2048, dim=1), label="reading", file=sys.stderr) as parts:
             for part in parts:
-                read = model(part, past_key_values=read, use_cache=True, logits_to_keep=1).past_key_values
-        if save_cache is not None and read is not None:
+                model(part, past_key_values=read, logits_to_keep=1)
+        if save_cache is not None:
             read.save(save_cache)
     if read is not None:  # generate() counts the columns that were read, and looks at the new ones only
         ids = torch.cat([ids.new_zeros(1, read.get_seq_length()), ids], dim=1)

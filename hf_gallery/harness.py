@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import hf_gallery  # registers the models with AutoModel...
 
 from .data import TASKS, byte_tokenizer, questions
+from .models.cache import cache_of
 
 TASK_FOLDER = Path(hf_gallery.__file__).parents[1] / "eval" / "tasks"  # in a checkout, not in an installed package
 UNLIMITED = 2**48  # tokens; more than any text has, and still what torch takes as the bound of a slice
@@ -191,7 +192,7 @@ class GalleryLM(HFLM):
                 use_cache=True,
                 logits_to_keep=logits_to_keep,
             )
-        return output.logits, output.past_key_values
+        return output.logits, cache_of(output)
 
     def _scores(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the targets (B, T), 0 where they are below 0; float64, on the CPU."""

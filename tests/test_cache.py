@@ -86,11 +86,11 @@ def test_a_copy_goes_its_own_way(variant, head, gradients, how):
     run = runner(variant, head)
     cache, _ = read(run, gradients)
     other = cache.copy() if how == "copy" else copy.deepcopy(cache)
-    assert type(other) is GalleryCache and other.nbytes == cache.nbytes
-    expected = go_on(run, cache)
+    assert type(other) is GalleryCache and other.nbytes <= cache.nbytes  # without the room for tokens to come
+    expected, nbytes = go_on(run, cache), cache.nbytes
     cache.reset_rows([0]) if not variant.heads[head].source else cache.reorder_cache(torch.tensor([1, 0]))
     assert other.get_seq_length() == 13 and other.seen.tolist() == list(LENGTHS)
-    assert torch.equal(go_on(run, other), expected)
+    assert torch.equal(go_on(run, other), expected) and other.nbytes == nbytes
 
 
 def test_copies_of_an_empty_cache_share_nothing():
@@ -114,9 +114,9 @@ def test_a_saved_cache_goes_on(variant, head, gradients, tmp_path):
     cache.save(path)
     assert os.listdir(tmp_path) == ["book.safetensors"]
     loaded = GalleryCache.load(path)
-    assert loaded.get_seq_length() == 13 and loaded.seen.tolist() == list(LENGTHS) and loaded.nbytes == cache.nbytes
+    assert loaded.get_seq_length() == 13 and loaded.seen.tolist() == list(LENGTHS) and loaded.nbytes <= cache.nbytes
     expected = go_on(run, cache)
-    assert torch.equal(go_on(run, loaded), expected)
+    assert torch.equal(go_on(run, loaded), expected) and loaded.nbytes == cache.nbytes
     again = GalleryCache.load(str(path))
     again.reorder_cache(torch.tensor([1, 1]))
     assert again.seen.tolist() == [6, 6]

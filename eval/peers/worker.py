@@ -141,29 +141,31 @@ def _xl_gallery_model(settings):
 
 
 def _xl_train_gallery(settings):
+    from hf_gallery import GalleryCache
+
     model = _xl_gallery_model(settings).train()
     ids = _tokens(settings, settings["xl_batch"], settings["segment"])
-    carried = {"cache": None}
+    cache = GalleryCache(model.config)
 
     def step():
-        output = model(input_ids=ids, past_key_values=carried["cache"], use_cache=True, labels=ids)
-        output.loss.backward()
+        model(input_ids=ids, past_key_values=cache, labels=ids).loss.backward()
         model.zero_grad()
-        carried["cache"] = output.past_key_values.detach()
 
     step()  # the memory is full from here on
     return model, step
 
 
 def _xl_decode_gallery(settings):
+    from hf_gallery import GalleryCache
+
     model = _xl_gallery_model(settings).eval()
     ids = _tokens(settings, settings["xl_batch"], 2 * settings["segment"])
-    carried = {}
+    cache, carried = GalleryCache(model.config), {}
 
     @torch.no_grad()
     def read(new):
-        output = model(input_ids=new, past_key_values=carried.get("cache"), use_cache=True, logits_to_keep=1)
-        carried["cache"], carried["last"] = output.past_key_values, output.logits[:, -1].argmax(-1, keepdim=True)
+        logits = model(input_ids=new, past_key_values=cache, logits_to_keep=1).logits
+        carried["last"] = logits[:, -1].argmax(-1, keepdim=True)
 
     read(ids)
 
@@ -276,7 +278,7 @@ def _block_recurrent_peer(settings):
 
 
 def _memorizing_gallery(settings):
-    from hf_gallery import GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM
+    from hf_gallery import GalleryCache, GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM
 
     segment, batch = settings["segment"], settings["memorizing_batch"]
     config = GalleryMemorizingTransformerConfig(
@@ -288,18 +290,15 @@ def _memorizing_gallery(settings):
         **_sizes(settings),
     )
     model = GalleryMemorizingTransformerForCausalLM(config).train()
-    cache = None
+    cache = GalleryCache(config)
     with torch.no_grad():
         for part in _tokens(settings, batch, settings["memories"]).split(segment, dim=1):
-            cache = model(input_ids=part, past_key_values=cache, use_cache=True, logits_to_keep=1).past_key_values
+            model(input_ids=part, past_key_values=cache, logits_to_keep=1)
     ids = _tokens(settings, batch, segment)
-    carried = {"cache": cache}
 
     def step():
-        output = model(input_ids=ids, past_key_values=carried["cache"], use_cache=True, labels=ids)
-        output.loss.backward()
+        model(input_ids=ids, past_key_values=cache, labels=ids).loss.backward()
         model.zero_grad()
-        carried["cache"] = output.past_key_values.detach()
 
     return model, step
 

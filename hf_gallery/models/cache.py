@@ -17,10 +17,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 TIMED = ("keys", "values", "hidden")  # state with columns of time, in the last dimension but one
 
 State = dict[str, torch.Tensor]
+
+# What transformers calls the cache in its outputs and in generate(): renamed in 5.24. Forwards of the gallery take it
+# by either name.
+CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def cache_of(outputs):
+    """The cache in a model's outputs, None if there is none; `outputs.past_key_values` in any transformers 5."""
+    return outputs.get(CACHE_NAME)
 
 
 class GalleryCache(Cache):
@@ -132,6 +142,11 @@ class GalleryCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
+
+    @property
+    def is_linear(self) -> list[bool]:
+        """[False]: generate() gives the new columns only. It would give all of them to a cache without layers."""
+        return [False]
 
     @property
     def is_croppable(self) -> bool:

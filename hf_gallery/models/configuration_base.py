@@ -19,7 +19,7 @@ class GalleryConfig(PreTrainedConfig):
     known but looks like one that is draws a warning, since PreTrainedConfig would keep it without a word.
     """
 
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     _auto_class: ClassVar[str] = "AutoConfig"
 
     vocab_size: int = 262  # the byte tokenizer: 256 bytes and 6 special tokens

@@ -10,6 +10,7 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .cache import CACHE_NAME, cache_of
 from .modeling_base import GalleryGenerationMixin
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
@@ -146,7 +147,7 @@ class SequenceClassificationHead:
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: cache_of(outputs)},
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 from contextlib import nullcontext
 
@@ -11,7 +12,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
-from .cache import GalleryCache
+from .cache import CACHE_NAME, GalleryCache
 from .rows import Rows
 
 
@@ -25,7 +26,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = ["past_key_values", "cache"]
     heads: dict[str, str] = {}
     implementations: dict[str, str] = {}  # of attention, with what each is
 
@@ -53,7 +54,9 @@ class GalleryPreTrainedModel(PreTrainedModel):
         return super().save_pretrained(save_directory, **kwargs)
 
     def __call__(self, *args, **kwargs):
-        """A forward. The cache that is given advances when all of it, head and loss too, has succeeded."""
+        """A forward. The cache that is given, as past_key_values or as cache, advances when all of it, head and loss
+        too, has succeeded."""
+        name_cache(kwargs, "past_key_values")
         cache = next((x for x in (*args, *kwargs.values()) if hasattr(x, "held")), None)
         with nullcontext() if cache is None else cache.held():
             return super().__call__(*args, **kwargs)
@@ -163,6 +166,11 @@ class GalleryGenerationMixin(GenerationMixin):
     def can_generate(cls) -> bool:
         return True  # transformers looks for GenerationMixin among the direct bases only
 
+    @functools.wraps(GenerationMixin.generate)
+    def generate(self, *args, **kwargs):
+        name_cache(kwargs, CACHE_NAME)
+        return super().generate(*args, **kwargs)
+
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
     ):
@@ -172,7 +180,7 @@ class GalleryGenerationMixin(GenerationMixin):
                 f"cache_implementation is {implementation!r}; gallery models carry their own GalleryCache, so leave "
                 "it None"
             )
-        cache = model_kwargs.get("past_key_values")
+        cache = model_kwargs.get(CACHE_NAME)
         assisted = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
         if assisted and generation_config.use_cache is not False and GalleryCache(self.config).folds:
             raise ValueError(
@@ -182,9 +190,21 @@ class GalleryGenerationMixin(GenerationMixin):
         if cache is not None:
             cache._is_user_defined = True
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = GalleryCache(self.config)
+            model_kwargs[CACHE_NAME] = GalleryCache(self.config)
             if generation_config.is_assistant:
-                model_kwargs["past_key_values"].activate_past_recording()
+                model_kwargs[CACHE_NAME].activate_past_recording()
+
+
+def name_cache(kwargs: dict, name: str):
+    """Calls the cache in kwargs `name`, by whichever of its two names it came. Raises ValueError if by both."""
+    given = [key for key in ("past_key_values", "cache") if kwargs.get(key) is not None]
+    if len(given) == 2:
+        raise ValueError("past_key_values and cache are two names of one argument; give one of them")
+    for key in ("past_key_values", "cache"):
+        if key != name and key in kwargs:
+            value = kwargs.pop(key)
+            if value is not None:
+                kwargs[name] = value
 
 
 def with_config(config, **changes):

@@ -41,6 +41,7 @@ from .blocks import (
     scaled_unit,
     split_heads,
 )
+from .cache import CACHE_NAME
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
@@ -387,7 +388,7 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
             hidden[-1] = x
         return BaseModelOutputWithPast(
             last_hidden_state=rows.unpack(x),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
             attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
         )

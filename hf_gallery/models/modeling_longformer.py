@@ -35,6 +35,7 @@ from transformers.utils import can_return_tuple
 
 from .attention import Position, attend, attend_naive, join
 from .blocks import FeedForward, append_columns, merge_heads, next_columns, split_heads
+from .cache import CACHE_NAME
 from .configuration_longformer import GalleryLongformerConfig
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows
 from .modeling_base import GalleryPreTrainedModel, with_config
@@ -470,7 +471,7 @@ class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
                 hidden[-1] = x
         return BaseModelOutputWithPast(
             last_hidden_state=rows.unpack(x),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
             attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
         )
@@ -557,22 +558,24 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
         self,
         input_ids,
         past_key_values=None,
+        cache=None,
         inputs_embeds=None,  # named, since generate() looks whether it is
         is_first_iteration=False,
         global_attention_mask=None,
         **kwargs,
     ):
+        cache = past_key_values if cache is None else cache
         inputs = super().prepare_inputs_for_generation(
             input_ids,
-            past_key_values=past_key_values,
+            **{CACHE_NAME: cache},
             inputs_embeds=inputs_embeds,
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if global_attention_mask is None or not (is_first_iteration or past_key_values is None):
+        if global_attention_mask is None or not (is_first_iteration or cache is None):
             return inputs  # the mask is the prompt's, which has been read
         ids, embeds = inputs.get("input_ids"), inputs.get("inputs_embeds")
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past = 0 if cache is None else cache.get_seq_length()
         end = past + (ids if embeds is None else embeds).shape[1]
         mask = F.pad(global_attention_mask, (0, max(0, end - global_attention_mask.shape[1])))
         return inputs | {"global_attention_mask": mask[:, past:end]}

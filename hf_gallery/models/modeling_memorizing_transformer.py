@@ -40,6 +40,7 @@ from .blocks import (
     merge_heads,
     next_columns,
 )
+from .cache import CACHE_NAME
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import append_to_ring, attend_retrieved, query_tile, require_backend, retrieve
@@ -360,7 +361,7 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
             hidden[-1] = x
         return MemorizingOutput(
             last_hidden_state=rows.unpack(x),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
             attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
             retrievals=context.retrievals,

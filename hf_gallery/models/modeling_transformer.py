@@ -31,6 +31,7 @@ from transformers.utils import can_return_tuple
 
 from .attention import attend, attend_naive
 from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
+from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, keep_logits, pooled_rows
 from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, with_config
@@ -221,7 +222,7 @@ class GalleryTransformerStack(TokenStack, GalleryTransformerPreTrainedModel):
                 hidden[-1] = x
         output = BaseModelOutputWithPast(
             last_hidden_state=rows.unpack(x),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
         )
         if attentions is not None:
@@ -363,7 +364,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoded.last_hidden_state,
-            past_key_values=decoded.past_key_values,
+            **{CACHE_NAME: cache_of(decoded)},
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.get("cross_attentions"),
@@ -555,7 +556,7 @@ class GalleryTransformerForConditionalGeneration(GalleryTransformerPreTrainedMod
         return Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_NAME: cache_of(outputs)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,

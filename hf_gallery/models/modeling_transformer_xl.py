@@ -32,6 +32,7 @@ from transformers.utils import can_return_tuple
 
 from .attention import Position, attend, attend_naive, join
 from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
+from .cache import CACHE_NAME
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
 from .modeling_base import GalleryPreTrainedModel, init_linear
@@ -408,7 +409,7 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
         x = self.dropout(x)
         return BaseModelOutputWithPast(
             last_hidden_state=rows.unpack(x),
-            past_key_values=cache,
+            **{CACHE_NAME: cache},
             hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
             attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
         )

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 from transformers.trainer_utils import sort_checkpoints
 
-from ..models.cache import GalleryCache
+from ..models.cache import GalleryCache, cache_of
 from .lanes import IGNORED, DocumentLanes
 
 TRAINER_STATE = "trainer_state.json"  # transformers writes it last: a checkpoint without it was cut off
@@ -210,7 +210,7 @@ class SegmentTrainer(Trainer):
             return_outputs=True,
             num_items_in_batch=num_items_in_batch,
         )
-        cache = outputs.get("past_key_values") if isinstance(outputs, dict) else None
+        cache = cache_of(outputs) if isinstance(outputs, dict) else None
         if not hasattr(cache, "reset_rows") or not hasattr(cache, "detach"):
             raise ValueError(
                 f"model is a {type(self.model).__name__}, whose past_key_values is a {type(cache).__name__} without "
