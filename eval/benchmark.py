@@ -13,7 +13,7 @@ from hf_gallery.data import corpus_version, load_corpus
 
 from . import abilities, classification, cost, recall, text
 from .abilities import ABILITIES
-from .cells import EVERYONE, Cell
+from .cells import EVERYONE, Cell, Run
 from .contestants import CONTESTANTS, Contestant
 from .presets import Preset
 
@@ -95,7 +95,21 @@ def plan(
     return cells
 
 
-def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str, Any]]) -> dict[str, Any]:
+def measured(run: Run, preset: Preset, corpus: str, device: torch.device) -> list[dict[str, Any]]:
+    """The cells in a folder that these settings would give, in the order of a plan for everyone: what one command
+    has measured stands beside what other commands have measured in the same run."""
+    saved = {(cell["task"], cell["contestant"], cell["seed"]): cell for cell in run.saved()}
+    seeds = 1 + max((seed for _, _, seed in saved), default=0)
+    found = []
+    for cell in plan(preset, list(CONTESTANTS.values()), list(TASKS), seeds, corpus, device):
+        known = saved.get((cell.task, cell.contestant, cell.seed))
+        # Costs are of some contestants or of all, in one cell.
+        if known is not None and known["settings"] | {"contestants": None} == cell.settings | {"contestants": None}:
+            found.append(known)
+    return found
+
+
+def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """All of a run in one value: the cells as measured, and by contestant what the table and the page show.
 
     recall: distance -> asked and correct, added up over seeds; abilities likewise by name and level, and
@@ -103,8 +117,10 @@ def collect(preset: Preset, contestants: list[Contestant], cells: list[dict[str,
     text_by_memory_size: bits and bytes, added up over seeds. cost: as measured.
     """
     summary: dict[str, Any] = {}
-    for c in contestants:
-        summary[c.name] = {"label": c.label, "reach": c.reach}
+    present = {name for cell in cells for name in (cell["contestant"], *cell["settings"].get("contestants", ()))}
+    for c in CONTESTANTS.values():
+        if c.name in present:
+            summary[c.name] = {"label": c.label, "reach": c.reach}
     order0 = None
     for cell in cells:
         result = cell["result"]

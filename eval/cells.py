@@ -82,13 +82,18 @@ class Run:
     def path(self, cell: Cell) -> Path:
         return self.folder / "cells" / f"{cell.name}.json"
 
+    def saved(self) -> list[dict[str, Any]]:
+        """Every cell in the folder, but those whose files are damaged."""
+        cells = (read_json(path) for path in sorted((self.folder / "cells").glob("*.json")))
+        return [cell for cell in cells if _is_whole(cell)]
+
     def read(self, cell: Cell) -> dict[str, Any] | None:
         """The saved cell; None if it was not measured yet, or its file is damaged.
 
         Raises ValueError if it was measured with other settings.
         """
         saved = read_json(self.path(cell))
-        if not isinstance(saved, dict) or "result" not in saved or "settings" not in saved:
+        if not _is_whole(saved):
             return None
         if saved["settings"] != cell.settings:
             wrong = ", ".join(
@@ -183,3 +188,7 @@ class Run:
         while (found := self.read(cell)) is None:
             time.sleep(0.2)
         return found
+
+
+def _is_whole(saved: Any) -> bool:
+    return isinstance(saved, dict) and "result" in saved and "settings" in saved

@@ -83,7 +83,7 @@ def run(
             raise ValueError(f"--fresh is for one process; remove {folder.folder / 'cells'} and launch again")
         if fresh:
             folder.forget()
-        measured = folder.complete(cells, where, _command(), shown, process)
+        folder.complete(cells, where, _command(), shown, process)
     except ValueError as error:
         raise _refuse(error) from None
     except KeyboardInterrupt:
@@ -91,7 +91,8 @@ def run(
         raise typer.Exit(130) from None
     if not process.is_main:
         return
-    results = benchmark.collect(chosen, contestants, measured) | {"peers": _latest_peers(runs)}
+    measured = benchmark.measured(folder, chosen, corpus, where)
+    results = benchmark.collect(chosen, measured) | {"peers": _latest_peers(runs)}
     report.write(folder.folder, results)
     report.show(results, console)
     console.print(f"\nresults  {folder.folder / report.RESULTS}\nreport   {folder.folder / report.PAGE}")

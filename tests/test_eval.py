@@ -421,6 +421,23 @@ def test_a_part_of_the_run(tiny):
     assert heads == ["variant", "recall 1/2x", "recall 2x", "recall 8x"] and len(rows) == 2
 
 
+def test_parts_of_a_run_add_up(tiny):
+    """Each command measures what it names; the results are all that the run has by these settings."""
+    for part in (["longformer", "--tasks", "recall", "--seeds", "2"], ["transformer,longformer", "--tasks", "text"]):
+        result = invoke(*tiny, "--variants", *part)
+        assert result.exit_code == 0, result.output
+    results = read_json(Path("runs/tiny") / report.RESULTS)
+    summary = results["summary"]
+    assert list(summary) == ["transformer", "longformer"] and "recall" not in summary["transformer"]
+    asked = [cell["result"]["recall"]["2"]["asked"] for cell in results["cells"] if cell["task"] == "recall"]
+    assert len(asked) == 2 and summary["longformer"]["recall"]["2"]["asked"] == sum(asked)
+    assert all(len(entry["bits_per_byte"]) == 1 for entry in summary.values())
+    other = invoke(*tiny, "--variants", "longformer", "--tasks", "permutations", "--share", "0.5")
+    assert other.exit_code == 0, other.output
+    cells = read_json(Path("runs/tiny") / report.RESULTS)["cells"]
+    assert [cell["task"] for cell in cells] == ["permutations"]  # the rest was trained for longer
+
+
 def test_a_share_of_the_training(tiny):
     result = invoke(*tiny, "--variants", "transformer", "--tasks", "recall,text", "--share", "0.5")
     assert result.exit_code == 0, result.output
