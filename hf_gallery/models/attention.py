@@ -120,7 +120,7 @@ def attend_naive(
     spans = _check(query, key, value, spans, position)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    dtype = _compute_dtype(query)
+    dtype = compute_dtype(query)
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scores = query @ key.mT  # (B, H, T, S)
     if position is not None:
@@ -146,7 +146,8 @@ _NEVER = 1e30  # a masked score is -_NEVER: finite, so that no inf - inf arises;
 _LOG2_E = math.log2(math.e)
 
 
-def _compute_dtype(x):
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type that scores are computed in: float32 at least."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -182,7 +183,7 @@ def _check(query, key, value, spans, position):
 def _attend_one(query, key, value, spans, position, scale):
     """One query a row, as in decoding: there is nothing to tile, and keys and values are read where they lie."""
     b, h, _, d = query.shape
-    dtype = _compute_dtype(query)
+    dtype = compute_dtype(query)
     first, last, full_first, full_last = spans.tiles(slice(0, b), 1)[0]
     if first > last:
         out = query.new_zeros(b, h, 1, value.shape[-1])
@@ -222,7 +223,7 @@ class _TiledAttention(torch.autograd.Function):
         b, h, t, d = query.shape
         s = key.shape[2]
         out = torch.empty(b, h, t, value.shape[-1], dtype=query.dtype, device=query.device)
-        lse = torch.empty(b, h, t, dtype=_compute_dtype(query), device=query.device)
+        lse = torch.empty(b, h, t, dtype=compute_dtype(query), device=query.device)
         with torch.autocast(query.device.type, enabled=False):
             tiling = _Tiling(spans, b, h, t, s, d)
             for rows in tiling.groups:
@@ -403,7 +404,7 @@ class _Scorer:
     """Scores of any tile of a batch group, masked: the part that forward and backward share."""
 
     def __init__(self, query, key, position_query, table, far, spans, scale, rows, tiling):
-        dtype = _compute_dtype(query)
+        dtype = compute_dtype(query)
         scale = scale * _LOG2_E
         self.heads, self.group = query.shape[1], rows.start
         self.query = _pack(query, rows, dtype) * scale  # (H * rows, T, D)

@@ -8,6 +8,7 @@ setting that number to zero, and rows are moved by picking them from every tenso
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -69,10 +70,12 @@ class GalleryCache(Cache):
         """Raises ValueError unless the cache belongs to a model of this configuration and has so many rows."""
         identity = cache_identity(config)
         if identity != self.identity:
-            differs = {k: (self.identity.get(k), v) for k, v in identity.items() if self.identity.get(k) != v}
+            names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
+            first = 1 if names[0] == "model_type" else 3  # another architecture differs in much else
+            differs = {name: (self.identity.get(name), identity.get(name)) for name in names[:first]}
             raise ValueError(
-                f"past_key_values was made for another model (its value, this model's): {differs}; "
-                "pass a GalleryCache(model.config), or none"
+                f"past_key_values was made for another model (its value, this model's): {differs}"
+                f"{' and more' if len(names) > first else ''}; pass a GalleryCache(model.config), or none"
             )
         if self.seen is not None and len(self.seen) != batch:
             raise ValueError(
@@ -366,20 +369,21 @@ class GalleryCache(Cache):
         return cache
 
 
+# Settings by which models may differ and yet read each other's caches: of training, of the head, of how an exact
+# memory is searched.
+INDIFFERENT = {
+    "vocab_size", "hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "initialization",
+    "projection_init_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
+    "sep_token_id", "decoder_start_token_id", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",
+}  # fmt: skip
+
+
 def cache_identity(config) -> dict:
-    """What must agree between a cache and the model that reads it."""
-    names = (
-        "model_type",
-        "is_decoder",
-        "is_encoder_decoder",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-    )
-    names += ("head_dim", "num_decoder_layers", "segment_length", "mem_len", "same_length", "clamp_len")
-    names += ("attention_window", "attention_dilation", "memory_layers", "memory_size", "block_length")
-    names += ("recurrent_layers", "num_state_vectors")
-    return {name: getattr(config, name) for name in names if hasattr(config, name)}
+    """What must agree between a cache and the model that reads it: all of the gallery's own settings but a few."""
+    own = next(i for i, kind in enumerate(type(config).__mro__) if kind.__name__ == "GalleryConfig") + 1
+    names = [name for kind in type(config).__mro__[:own][::-1] for name in kind.__dict__.get("__annotations__", {})]
+    fields = {field.name for field in dataclasses.fields(config)} - INDIFFERENT
+    return {"model_type": config.model_type} | {name: getattr(config, name) for name in names if name in fields}
 
 
 def last_columns(x: torch.Tensor, count: int | None) -> torch.Tensor:

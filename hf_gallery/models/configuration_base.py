@@ -11,6 +11,8 @@ from transformers.activations import ACT2FN
 
 logger = logging.getLogger(__name__)
 
+MOST = 2**20  # tokens of a window, block, segment or memory of a layer: more is a slip of the hand
+
 
 class GalleryConfig(PreTrainedConfig):
     """Fields that every variant has, under transformers' own names.
@@ -53,24 +55,20 @@ class GalleryConfig(PreTrainedConfig):
         self.check_count("head_dim", 1)
         self.check_choice("hidden_act", sorted(ACT2FN))
         for name in ("hidden_dropout", "attention_dropout"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
-                raise ValueError(f"{name} is {value!r}; it is a probability, so give a number in [0, 1)")
+            self.check_probability(name)
         for name in ("layer_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if not isinstance(value, (int, float)) or value <= 0:
                 raise ValueError(f"{name} is {value!r}; it must be a positive number")
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            ids = getattr(self, name)
-            for value in ids if isinstance(ids, (list, tuple)) else [ids]:
-                if value is not None and not 0 <= value < self.vocab_size:
-                    raise ValueError(
-                        f"{name} is {value}, outside the vocabulary of vocab_size {self.vocab_size}; give an id in "
-                        f"[0, {self.vocab_size}) or None"
-                    )
+            self.check_ids(name)
+        for name in ("tie_word_embeddings", "use_cache"):
+            self.check_flag(name)
         # The gallery's own attention is the default; transformers would choose sdpa where a model supports it.
         kwargs.setdefault("attn_implementation", "eager")
         super().__post_init__(**kwargs)
+        if self.num_labels < 1:
+            raise ValueError(f"num_labels is {self.num_labels}; it must be 1 or more")
 
     @property
     def cache_capacity(self) -> int | None:
@@ -83,6 +81,27 @@ class GalleryConfig(PreTrainedConfig):
         if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):
             limit = f"a whole number of at least {least}" + (f" and at most {most}" if most else "")
             raise ValueError(f"{name} is {value!r}; it must be {limit}")
+
+    def check_flag(self, name: str):
+        """Raises ValueError unless the field is True or False."""
+        if not isinstance(getattr(self, name), bool):
+            raise ValueError(f"{name} is {getattr(self, name)!r}; it must be True or False")
+
+    def check_probability(self, name: str):
+        """Raises ValueError unless the field is in [0, 1)."""
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
+            raise ValueError(f"{name} is {value!r}; it is a probability, so give a number in [0, 1)")
+
+    def check_ids(self, name: str):
+        """Raises ValueError unless the field is an id of the vocabulary, several, or None."""
+        ids = getattr(self, name)
+        for value in ids if isinstance(ids, (list, tuple)) else [ids]:
+            if value is not None and (not isinstance(value, int) or not 0 <= value < self.vocab_size):
+                raise ValueError(
+                    f"{name} is {value!r}, outside the vocabulary of vocab_size {self.vocab_size}; give an id in "
+                    f"[0, {self.vocab_size}) or None"
+                )
 
     def check_choice(self, name: str, choices: list[str]):
         """Raises ValueError unless the field is one of the choices."""
@@ -125,6 +144,15 @@ class GalleryStackConfig(GalleryConfig):
         self.check_count("max_position_embeddings", 1)
         self.check_count("position_offset", 0)
         self.check_count("type_vocab_size", 0)
+        for name in ("is_decoder", "scale_embedding", "embedding_norm", "attention_bias"):
+            self.check_flag(name)
+        if self.classifier_dropout is not None:
+            self.check_probability("classifier_dropout")
+        if self.longest_input is not None and self.longest_input < 1:
+            raise ValueError(
+                f"position_offset is {self.position_offset}, which leaves no learned position of "
+                f"max_position_embeddings {self.max_position_embeddings}; give a smaller one"
+            )
         if self.position_embedding_type in ("sinusoidal", "relative") and self.hidden_size % 2:
             raise ValueError(f"hidden_size is {self.hidden_size}; sinusoidal positions need an even number")
         super().__post_init__(**kwargs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .configuration_base import GalleryConfig
+from .configuration_base import MOST, GalleryConfig
 from .configuration_memorizing_transformer import check_layers
 
 
@@ -34,13 +34,14 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
 
     def __post_init__(self, **kwargs: Any):
         self.check_count("num_hidden_layers", 1)
-        self.check_count("block_length", 1)
-        self.check_count("num_state_vectors", 1)
+        self.check_count("block_length", 1, MOST)
+        self.check_count("num_state_vectors", 1, MOST)
+        self.check_flag("feedback")
         self.check_choice("gate_type", ["fixed", "lstm"])
         self.check_choice("recurrence_type", ["skip", "dual"])
         if self.recurrent_layers is None:
             self.recurrent_layers = [max(0, self.num_hidden_layers - 3)]
-        check_layers("recurrent_layers", self.recurrent_layers, self.num_hidden_layers)
+        self.recurrent_layers = check_layers("recurrent_layers", self.recurrent_layers, self.num_hidden_layers)
         if self.feedback and len(self.recurrent_layers) != 1:
             raise ValueError(
                 f"feedback is True and recurrent_layers is {self.recurrent_layers}; with feedback all layers read one "

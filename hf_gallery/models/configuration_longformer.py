@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .configuration_base import GalleryStackConfig
+from .configuration_base import MOST, GalleryStackConfig
 
 
 class GalleryLongformerConfig(GalleryStackConfig):
@@ -40,22 +40,30 @@ class GalleryLongformerConfig(GalleryStackConfig):
 
     def __post_init__(self, **kwargs: Any):
         self.check_count("num_hidden_layers", 1)
-        for name, least in (("attention_window", 1), ("attention_dilation", 1)):
+        for name in ("attention_window", "attention_dilation"):
             values = getattr(self, name)
-            if isinstance(values, (list, tuple)) and len(values) != self.num_hidden_layers:
+            if isinstance(values, tuple):
+                values = list(values)
+                setattr(self, name, values)
+            if isinstance(values, list) and len(values) != self.num_hidden_layers:
                 raise ValueError(
                     f"{name} has {len(values)} entries; give one number, or one for each of num_hidden_layers "
                     f"{self.num_hidden_layers}"
                 )
-            for value in values if isinstance(values, (list, tuple)) else [values]:
-                if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                    raise ValueError(f"{name} is {values!r}; it must be {least} or more, one number or one per layer")
+            for value in values if isinstance(values, list) else [values]:
+                if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                    raise ValueError(f"{name} is {values!r}; it must be 1 or more, one number or one per layer")
+        if self.cache_capacity > MOST:
+            raise ValueError(
+                f"attention_window is {self.attention_window!r} and attention_dilation {self.attention_dilation!r}, "
+                f"which reach {self.cache_capacity} tokens; {MOST} at most"
+            )
         super().__post_init__(**kwargs)
 
     def per_layer(self, name: str) -> list[int]:
         """attention_window or attention_dilation of every layer."""
         value = getattr(self, name)
-        return list(value) if isinstance(value, (list, tuple)) else [value] * self.num_hidden_layers
+        return value if isinstance(value, list) else [value] * self.num_hidden_layers
 
     @property
     def cache_capacity(self) -> int:

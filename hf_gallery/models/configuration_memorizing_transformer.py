@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .configuration_base import GalleryConfig
-
-MEMORY_BACKENDS = ["exact", "faiss_flat", "faiss_hnsw", "faiss_ivf"]
+from .configuration_base import MOST, GalleryConfig
+from .memory import BACKENDS
 
 
 class GalleryMemorizingTransformerConfig(GalleryConfig):
@@ -34,7 +33,7 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     memory_layers: list[int] | None = None  # layers with a memory, counted from 0; default the third from the top
     memory_size: int = 8192  # M: pairs kept for each row and head, first in, first out
     memory_topk: int = 32  # k: pairs that each query and head retrieves
-    memory_backend: str = "exact"  # exact: torch, streaming; faiss_flat, faiss_hnsw, faiss_ivf
+    memory_backend: str = "exact"  # one of memory.BACKENDS. exact: torch, streaming
     num_positions: int | None = None  # length of a learned table of positions; None: T5's bias, as published
     normalize_qk: bool = True  # queries and keys of length 1, a learned scale a head; else 1 / sqrt(head_dim)
     scale_embedding: bool = True  # times sqrt(hidden_size)
@@ -43,11 +42,11 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
 
     def __post_init__(self, **kwargs: Any):
         self.check_count("num_hidden_layers", 1)
-        self.check_count("segment_length", 1)
-        self.check_count("mem_len", 0)
+        self.check_count("segment_length", 1, MOST)
+        self.check_count("mem_len", 0, MOST)
         self.check_count("memory_size", 1)
         self.check_count("memory_topk", 1)
-        self.check_choice("memory_backend", MEMORY_BACKENDS)
+        self.check_choice("memory_backend", list(BACKENDS))
         if self.memory_topk > self.memory_size:
             raise ValueError(
                 f"memory_topk is {self.memory_topk}, more than memory_size {self.memory_size} holds; lower "
@@ -55,7 +54,9 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
             )
         if self.memory_layers is None:
             self.memory_layers = [max(0, self.num_hidden_layers - 3)]
-        check_layers("memory_layers", self.memory_layers, self.num_hidden_layers)
+        self.memory_layers = check_layers("memory_layers", self.memory_layers, self.num_hidden_layers)
+        for name in ("normalize_qk", "scale_embedding", "attention_bias", "norm_bias"):
+            self.check_flag(name)
         if self.num_positions is not None:
             self.check_count("num_positions", 1)
             self._check_learned_positions()
@@ -86,8 +87,8 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         return self.mem_len + self.segment_length - 1
 
 
-def check_layers(name: str, layers: Any, count: int):
-    """Raises ValueError unless `layers` are different layer numbers of a model of `count` layers."""
+def check_layers(name: str, layers: Any, count: int) -> list[int]:
+    """The layers in a list. Raises ValueError unless they are different layer numbers of a model of `count` layers."""
     if not isinstance(layers, (list, tuple)):
         raise ValueError(f"{name} is {layers!r}; it must be a list of layer numbers")
     for layer in layers:
@@ -97,3 +98,4 @@ def check_layers(name: str, layers: Any, count: int):
             )
     if len(set(layers)) != len(layers):
         raise ValueError(f"{name} is {layers!r}; its layer numbers must be different")
+    return list(layers)

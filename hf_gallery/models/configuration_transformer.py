@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .configuration_base import GalleryStackConfig
+from .configuration_base import MOST, GalleryStackConfig
 
 
 class GalleryTransformerConfig(GalleryStackConfig):
@@ -34,7 +34,7 @@ class GalleryTransformerConfig(GalleryStackConfig):
             if getattr(self, name) is not None:
                 self.check_count(name, 1)
         if self.segment_length is not None:
-            self.check_count("segment_length", 1)
+            self.check_count("segment_length", 1, MOST)
             if self.is_encoder_decoder:
                 raise ValueError(
                     f"segment_length is {self.segment_length} and is_encoder_decoder is True; only a single stack can "
@@ -48,7 +48,10 @@ class GalleryTransformerConfig(GalleryStackConfig):
                 )
         if self.decoder_start_token_id is None:
             self.decoder_start_token_id = self.bos_token_id
+        for name in ("is_encoder_decoder", "final_logits_bias"):
+            self.check_flag(name)
         super().__post_init__(**kwargs)
+        self.check_ids("decoder_start_token_id")
 
     @property
     def cache_capacity(self) -> int | None:

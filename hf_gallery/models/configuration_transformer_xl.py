@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .configuration_base import GalleryConfig
+from .configuration_base import MOST, GalleryConfig
 
 
 class GalleryTransformerXLConfig(GalleryConfig):
@@ -38,12 +38,15 @@ class GalleryTransformerXLConfig(GalleryConfig):
     projection_init_range: float = 0.01
 
     def __post_init__(self, **kwargs: Any):
-        for name in ("vocab_size", "hidden_size", "segment_length"):
+        for name in ("vocab_size", "hidden_size"):
             self.check_count(name, 1)
+        self.check_count("segment_length", 1, MOST)
         if self.embedding_size is not None:
             self.check_count("embedding_size", 1)
-        self.check_count("mem_len", 0)
+        self.check_count("mem_len", 0, MOST)
         self.check_count("div_val", 1)
+        for name in ("same_length", "untie_r", "pre_lnorm"):
+            self.check_flag(name)
         self.check_choice("cluster_order", ["forward", "reversed"])
         self.check_choice("initial_memory", ["empty", "zeros"])
         if self.same_length and self.mem_len == 0:
@@ -56,7 +59,10 @@ class GalleryTransformerXLConfig(GalleryConfig):
             raise ValueError(f"hidden_size is {self.hidden_size}; sinusoidal positions need an even number")
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
-        self.cutoffs = list(self.cutoffs or [])
+        self.cutoffs = [] if self.cutoffs is None else self.cutoffs
+        if not isinstance(self.cutoffs, (list, tuple)) or any(type(c) is not int for c in self.cutoffs):
+            raise ValueError(f"cutoffs is {self.cutoffs!r}; it must be a list of ids at which clusters end")
+        self.cutoffs = list(self.cutoffs)
         ends = [0, *self.cutoffs, self.vocab_size]
         if any(a >= b for a, b in zip(ends, ends[1:], strict=False)):
             raise ValueError(
@@ -68,6 +74,10 @@ class GalleryTransformerXLConfig(GalleryConfig):
                 f"{self.embedding_size}; give a smaller div_val or fewer cutoffs"
             )
         clusters = len(self.cutoffs) + 1
+        if self.tie_projs is not None:
+            if not isinstance(self.tie_projs, (list, tuple)) or any(type(t) is not bool for t in self.tie_projs):
+                raise ValueError(f"tie_projs is {self.tie_projs!r}; it must be a list of True and False")
+            self.tie_projs = list(self.tie_projs)
         if self.tie_projs is not None and len(self.tie_projs) != clusters:
             raise ValueError(
                 f"tie_projs has {len(self.tie_projs)} entries; cutoffs {self.cutoffs} make {clusters} clusters"

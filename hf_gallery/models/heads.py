@@ -128,6 +128,8 @@ class SequenceClassificationHead:
         """Arguments as in the bare model. labels (B,), or (B, num_labels) for several at once. num_items_in_batch: the
         labels of all batches of an update, whose losses then add up to their mean. logits (B, num_labels)."""
         items = kwargs.pop("num_items_in_batch", None)
+        if labels is not None and not labels.is_floating_point():
+            check_classes(labels, self.config.num_labels)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -170,6 +172,17 @@ def check_labels(name: str, labels, columns, count: int, counted: str = "vocab_s
         raise ValueError(
             f"{name} holds {int(wrong[0])}; labels are numbers from 0 and below {counted} {count}, or -100 to leave a "
             "column out"
+        )
+
+
+def check_classes(labels: torch.Tensor, count: int):
+    """Raises ValueError unless whole-numbered labels name classes below count, or are -100; one number a row, or with
+    one class alone, a value to be met."""
+    if count > 1 and bool(((labels != -100) & ((labels < 0) | (labels >= count))).any()):
+        low, high = (int(x) for x in labels.aminmax())
+        raise ValueError(
+            f"labels hold values from {low} to {high}; they must be numbers of classes, from 0 and below num_labels "
+            f"{count}, or -100 to leave a row out"
         )
 
 

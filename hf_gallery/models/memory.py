@@ -13,6 +13,8 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from .attention import compute_dtype
+
 try:
     import faiss
 except ImportError:  # only the faiss backends need it
@@ -45,6 +47,7 @@ def search_exact(query, keys, lower, upper, topk):
     torch.topk takes."""
     b, h, t, _ = query.shape
     n = keys.shape[2]
+    dtype = compute_dtype(query)
     everything = bool(((lower == 0) & (upper == n)).all())
     width = min(n, _WIDTH)
     height = max(1, _SCORES // (b * h * width))
@@ -54,7 +57,7 @@ def search_exact(query, keys, lower, upper, topk):
         best = best_at = None
         for start in range(0, n, width):
             stop = min(start + width, n)
-            tile = query[:, :, some] @ keys[:, :, start:stop].mT  # (B, H, height, width)
+            tile = query[:, :, some].to(dtype) @ keys[:, :, start:stop].to(dtype).mT  # (B, H, height, width)
             if not everything:
                 tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop)[:, None], -math.inf)
             found, at = _topk(tile, topk)
@@ -95,10 +98,13 @@ def _topk(scores, topk):
     return best, torch.where(rest >= 0, rest + count * _BLOCK, column)
 
 
-def _faiss_search(make):
-    """A backend that builds one faiss index for each row and head."""
+class FaissSearch:
+    """Search by faiss, with an index for each row and head. make(d, n): a new index for n keys of d numbers."""
 
-    def search(query, keys, lower, upper, topk):
+    def __init__(self, make):
+        self.make = make
+
+    def __call__(self, query, keys, lower, upper, topk):
         b, h, t, d = query.shape
         n = keys.shape[2]
         scores = torch.full((b, h, t, topk), -math.inf)
@@ -114,7 +120,7 @@ def _faiss_search(make):
                 if not len(at) or not len(who):
                     continue
                 for head in range(h):
-                    index = make(d, len(at))
+                    index = self.make(d, len(at))
                     data = keys[row, head, at].float().cpu().numpy()
                     if not index.is_trained:
                         index.train(data)
@@ -128,8 +134,6 @@ def _faiss_search(make):
                     scores[row, head, who, :width] = found_scores
                     columns[row, head, who, :width] = at[found_at.clamp(min=0)]
         return scores.to(query.device), columns.to(query.device)
-
-    return search
 
 
 def _make_flat(d, n):
@@ -149,15 +153,15 @@ def _make_ivf(d, n):
 
 BACKENDS: dict[str, SearchBackend] = {
     "exact": search_exact,
-    "faiss_flat": _faiss_search(_make_flat),
-    "faiss_hnsw": _faiss_search(_make_hnsw),
-    "faiss_ivf": _faiss_search(_make_ivf),
+    "faiss_flat": FaissSearch(_make_flat),
+    "faiss_hnsw": FaissSearch(_make_hnsw),
+    "faiss_ivf": FaissSearch(_make_ivf),
 }
 
 
 def require_backend(name: str):
     """Raises ImportError if the backend's library is not installed."""
-    if name != "exact" and faiss is None:
+    if isinstance(BACKENDS[name], FaissSearch) and faiss is None:
         raise ImportError(
             f"memory_backend is {name!r}, and faiss is not installed: pip install faiss-cpu, or use "
             'memory_backend="exact"'
@@ -231,8 +235,8 @@ def attend_retrieved(
 
     Gradients reach the query alone.
     """
-    scores = torch.matmul(keys.to(query.dtype), query[..., None]).squeeze(-1)  # (B, H, T, k)
-    scores = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    dtype = compute_dtype(query)
+    scores = torch.matmul(keys.to(dtype), query[..., None].to(dtype)).squeeze(-1)  # (B, H, T, k)
     nothing = ~found.any(-1, keepdim=True)
     weights = scores.masked_fill(~found & ~nothing, -math.inf).softmax(-1).masked_fill(nothing, 0.0)
     weights = weights.to(values.dtype)
@@ -265,5 +269,5 @@ def append_to_ring(
     row, column = kept.nonzero(as_tuple=True)
     slot = (first[row] + column) % size
     device = ring.device
-    ring[row.to(device), :, slot.to(device)] = new[row.to(device), :, column.to(device)]
+    ring[row.to(device), :, slot.to(device)] = new[row.to(device), :, column.to(device)].to(ring.dtype)
     return ring

@@ -65,26 +65,28 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
     @torch.compiler.disable  # it asks what the input holds, which no compiled graph can
     def open_input(
-        self, input_ids, inputs_embeds, attention_mask, past_key_values, use_cache
+        self, input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, position_ids=None, prefix: str = ""
     ) -> tuple[Rows, GalleryCache | None]:
         """Checks the input of a forward, before anything is computed or changed.
 
-        Returns the rows, packed by their own tokens, and the cache to advance, None if none is wanted.
+        position_ids: given to a model that embeds none. prefix: of the arguments' names in messages, "decoder_" where
+        they have it. Returns the rows, packed by their own tokens, and the cache to advance, None if none is wanted.
         """
+        ids_name, embeds_name, mask_name = (prefix + x for x in ("input_ids", "inputs_embeds", "attention_mask"))
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError(f"give exactly one of {ids_name} and {embeds_name}")
         x = input_ids if inputs_embeds is None else inputs_embeds
         wanted = 2 if inputs_embeds is None else 3
-        name = "input_ids" if inputs_embeds is None else "inputs_embeds"
+        name = ids_name if inputs_embeds is None else embeds_name
         if x.dim() != wanted or 0 in x.shape:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; it must be "
                 f"(batch, tokens{', hidden_size' if wanted == 3 else ''}) with at least one row and one token"
             )
         if wanted == 3 and x.shape[2] != self.config.hidden_size:
-            raise ValueError(
-                f"inputs_embeds is {x.shape[2]} wide; this model's hidden_size is {self.config.hidden_size}"
-            )
+            raise ValueError(f"{name} is {x.shape[2]} wide; this model's hidden_size is {self.config.hidden_size}")
+        if wanted == 3 and x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"{name} has type {x.dtype}, the model {self.dtype}; give {name}.to(model.dtype)")
         b, t = x.shape[:2]
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
@@ -97,12 +99,28 @@ class GalleryPreTrainedModel(PreTrainedModel):
             cache.check(self.config, b)
         elif use_cache:
             cache = GalleryCache(self.config)
-        rows = Rows(b, t, self.check_mask(attention_mask, b, t, cache), None if cache is None else cache.seen)
+        mask = self.check_mask(attention_mask, b, t, cache, mask_name)
+        rows = Rows(b, t, mask, None if cache is None else cache.seen)
         if input_ids is not None:
-            self.check_ids("input_ids", rows.pack(input_ids), rows)
+            self.check_ids(ids_name, rows.pack(input_ids))
+        if position_ids is not None:
+            self.check_counted(position_ids, rows)
         return rows, cache
 
-    def check_ids(self, name: str, ids: torch.Tensor, rows: Rows | None = None):
+    @staticmethod
+    def check_counted(position_ids: torch.Tensor, rows: Rows):
+        """Raises ValueError unless position_ids (B or 1, T) are the positions that the tokens have anyway."""
+        b, t = len(rows.lengths), rows.columns
+        check_position_shape(position_ids, b, t)
+        given = rows.pack(position_ids.expand(b, -1)).cpu()
+        real = torch.arange(rows.width) < rows.lengths[:, None]
+        if bool(((given != rows.positions) & real).any()):
+            raise ValueError(
+                "position_ids differ from the tokens' places in their rows, and this model knows distances only; "
+                "leave them out, and give each text a row of its own"
+            )
+
+    def check_ids(self, name: str, ids: torch.Tensor):
         """Raises ValueError if an id is outside the vocabulary: a GPU would only say that an assertion failed."""
         if ids.dtype not in (torch.long, torch.int):
             raise ValueError(f"{name} has type {ids.dtype}; token ids must be torch.long or torch.int")
@@ -115,7 +133,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
             )
 
     @staticmethod
-    def check_mask(mask, b: int, t: int, cache) -> torch.Tensor | None:
+    def check_mask(mask, b: int, t: int, cache, name: str = "attention_mask") -> torch.Tensor | None:
         """The mask of the new columns, (B, T) of booleans; None where all are tokens."""
         if mask is None:
             return None
@@ -123,14 +141,14 @@ class GalleryPreTrainedModel(PreTrainedModel):
         if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] not in (t, past + t):
             also = f" or ({b}, {past + t})" if past else ""
             raise ValueError(
-                f"attention_mask has shape {tuple(mask.shape)}; {b} rows of {t} new tokens need ({b}, {t}){also}, "
+                f"{name} has shape {tuple(mask.shape)}; {b} rows of {t} new tokens need ({b}, {t}){also}, "
                 "1 at tokens and 0 at padding"
             )
         mask = mask[:, -t:]
         if mask.dtype != torch.bool:
             if bool(((mask != 0) & (mask != 1)).any()):
                 raise ValueError(
-                    f"attention_mask holds values from {mask.min().item()} to {mask.max().item()}; it must hold 1 at "
+                    f"{name} holds values from {mask.min().item()} to {mask.max().item()}; it must hold 1 at "
                     "tokens and 0 at padding"
                 )
             mask = mask != 0
@@ -195,6 +213,15 @@ class GalleryGenerationMixin(GenerationMixin):
                 model_kwargs[CACHE_NAME].activate_past_recording()
 
 
+def no_cache(past_key_values):
+    """Raises ValueError if an encoder is given a cache."""
+    if past_key_values is not None:
+        raise ValueError(
+            f"past_key_values is a {type(past_key_values).__name__}, given to an encoder, which sees its whole input "
+            "at once and keeps nothing; leave it out, or set is_decoder"
+        )
+
+
 def name_cache(kwargs: dict, name: str):
     """Calls the cache in kwargs `name`, by whichever of its two names it came. Raises ValueError if by both."""
     given = [key for key in ("past_key_values", "cache") if kwargs.get(key) is not None]
@@ -205,6 +232,14 @@ def name_cache(kwargs: dict, name: str):
             value = kwargs.pop(key)
             if value is not None:
                 kwargs[name] = value
+
+
+def check_position_shape(position_ids: torch.Tensor, b: int, t: int):
+    """Raises ValueError unless position_ids are whole numbers (B or 1, T)."""
+    if position_ids.dtype not in (torch.long, torch.int):
+        raise ValueError(f"position_ids has type {position_ids.dtype}; positions must be torch.long or torch.int")
+    if position_ids.shape not in ((b, t), (1, t)):
+        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; {b} rows of {t} tokens need ({b}, {t})")
 
 
 def with_config(config, **changes):

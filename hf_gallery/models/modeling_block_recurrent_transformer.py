@@ -223,13 +223,11 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         spans = context.window(cached)
         # One distance only where the window is still empty: a table needs a row all the same.
         position = self.relative_bias(max(1, spans.distances(cached)[1]), self.project.scales())
+        dropout = self.dropout if self.training else 0.0
+        out = attend(query, keys, values, spans, position=position, scale=1.0, dropout=dropout)
         probabilities = None
         if context.output_attentions:
-            out, _, probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)
-            out = out.to(query.dtype)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            out = attend(query, keys, values, spans, position=position, scale=1.0, dropout=dropout)
+            probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)[2]
         new = {}
         if context.keep:
             new = {n: next_columns(s, context.rows, limit) for n, s in (("keys", keys), ("values", values))}
@@ -370,7 +368,9 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
 
         Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
         """
-        rows, cache = self.open_input(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
+        rows, cache = self.open_input(
+            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs.get("position_ids")
+        )
         x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
         x = self.dropout(x)
         context = Context(

@@ -38,7 +38,7 @@ from .blocks import FeedForward, append_columns, merge_heads, next_columns, spli
 from .cache import CACHE_NAME
 from .configuration_longformer import GalleryLongformerConfig
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows
-from .modeling_base import GalleryPreTrainedModel, with_config
+from .modeling_base import GalleryPreTrainedModel, no_cache, with_config
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
@@ -222,13 +222,10 @@ class GalleryLongformerAttention(nn.Module):
         position = None
         if self.relative:
             query, position = self._relative(query, context)
-        probabilities = None
-        if context.output_attentions:
-            out, probabilities = self._look(query, keys, values, position, context, x)
-        else:
-            out = self._local(query, keys, values, position, global_pairs, context)
-            if context.globals is not None and not context.causal:
-                out = context.globals.put(out, self._from_globals(x, context))
+        probabilities = self._look(query, keys, position, context, x) if context.output_attentions else None
+        out = self._local(query, keys, values, position, global_pairs, context)
+        if context.globals is not None and not context.causal:
+            out = context.globals.put(out, self._from_globals(x, context))
         return self.o_proj(merge_heads(out)), new, probabilities
 
     def _local(self, query, keys, values, position, global_pairs, context):
@@ -295,8 +292,8 @@ class GalleryLongformerAttention(nn.Module):
         sinusoid = sinusoids(distances, self.width, "concatenated", query.dtype)
         return split_heads(self.r_proj(sinusoid)[None], self.heads)[0]
 
-    def _look(self, query, keys, values, position, context, x):
-        """The same attention with all T x S scores, for its maps: out (B, H, T, D), probabilities (B, H, T, S)."""
+    def _look(self, query, keys, position, context, x):
+        """The same attention with all T x S scores, for its maps: the probabilities (B, H, T, S)."""
         if context.causal and context.globals is not None:
             raise ValueError(
                 "output_attentions is True and a decoder has global tokens, which may be older than the columns of a "
@@ -315,10 +312,8 @@ class GalleryLongformerAttention(nn.Module):
             key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
             first, count = context.everything, query.shape[2]
             spans = Spans(first.lower[:, :1].expand(-1, count), first.upper[:, :1].expand(-1, count))
-            out, _, global_probabilities = attend_naive(query, key, value, spans)
-            probabilities = globals_.put(probabilities, global_probabilities)
-            return globals_.put(probabilities.to(values.dtype) @ values, out), probabilities
-        return probabilities.to(values.dtype) @ values, probabilities
+            probabilities = globals_.put(probabilities, attend_naive(query, key, value, spans)[2])
+        return probabilities
 
     def _visible(self, context, device):
         """What each query sees (B or 1, T, S), and the row of the table of positions for each pair (1, T, S)."""
@@ -436,6 +431,8 @@ class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
         Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
         """
         config = self.config
+        if not config.is_decoder:
+            no_cache(past_key_values)
         rows, cache = self.open_input(
             input_ids, inputs_embeds, attention_mask, past_key_values, use_cache if config.is_decoder else False
         )
@@ -723,6 +720,7 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
     _auto_class = "AutoModelForQuestionAnswering"
 
     def __init__(self, config: GalleryLongformerConfig):
+        config.check_ids("sep_token_id")
         super().__init__(with_config(config, is_decoder=False))
         self.model = GalleryLongformerModel(self.config)
         self.qa_outputs = nn.Linear(config.hidden_size, 2)

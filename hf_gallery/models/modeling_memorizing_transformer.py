@@ -179,14 +179,12 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             position = self.relative_bias(context.far, self.project.scales())
         dropout = self.dropout if self.training else 0.0
         parts = context.parts
+        probabilities = None
         if context.output_attentions:
-            out, _, probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)
-            if parts is None:
-                return out.to(query.dtype), probabilities
-        else:
-            probabilities = None
+            probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)[2]
         if parts is None:
-            return attend(query, keys, values, context.spans, position=position, scale=1.0, dropout=dropout), None
+            out = attend(query, keys, values, context.spans, position=position, scale=1.0, dropout=dropout)
+            return out, probabilities
         result = attend(query, key, value, parts.own, position=position, scale=1.0, dropout=dropout, return_lse=True)
         if parts.before is not None:
             if not parts.crosses:
@@ -331,7 +329,9 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
         Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
         """
         config = self.config
-        rows, cache = self.open_input(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
+        rows, cache = self.open_input(
+            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs.get("position_ids")
+        )
         x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
         period = config.position_period
         if period is not None:

@@ -34,7 +34,7 @@ from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, n
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, keep_logits, pooled_rows
-from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, with_config
+from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, no_cache, with_config
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
@@ -75,13 +75,9 @@ class GalleryTransformerAttention(nn.Module):
     def forward(self, x, key, value, spans: Spans, context: Context):
         """x (B, T, E), key and value (B, H, S, D) to (B, T, E) and, if asked for, probabilities (B, H, T, S)."""
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
-        if context.output_attentions:
-            out, _, probabilities = attend_naive(query, key, value, spans)
-            out = out.to(query.dtype)
-        else:
-            dropout = self.dropout if self.training else 0.0
-            out = attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
-            probabilities = None
+        dropout = self.dropout if self.training else 0.0
+        out = attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
+        probabilities = attend_naive(query, key, value, spans)[2] if context.output_attentions else None
         return self.o_proj(merge_heads(out)), probabilities
 
 
@@ -189,8 +185,15 @@ class GalleryTransformerStack(TokenStack, GalleryTransformerPreTrainedModel):
     ) -> BaseModelOutputWithPast:
         """See GalleryTransformerModel.forward. encoder_hidden_states (B, S, E), encoder_attention_mask (B, S)."""
         config = self.config
+        if not self.causal:
+            no_cache(past_key_values)
         rows, cache = self.open_input(
-            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache if self.causal else False
+            input_ids,
+            inputs_embeds,
+            attention_mask,
+            past_key_values,
+            use_cache if self.causal else False,
+            prefix="decoder_" if self.cross_attention else "",
         )
         self.check_positions(rows, position_ids, token_type_ids)
         source, source_spans, facts = self._open_source(rows, cache, encoder_hidden_states, encoder_attention_mask)
@@ -254,6 +257,11 @@ class GalleryTransformerStack(TokenStack, GalleryTransformerPreTrainedModel):
                 raise ValueError(
                     f"encoder_outputs have {encoder_hidden_states.shape[0]} rows, decoder_input_ids {b}; they must "
                     "agree"
+                )
+            if encoder_hidden_states.shape[2] != self.config.hidden_size:
+                raise ValueError(
+                    f"encoder_outputs are {encoder_hidden_states.shape[2]} wide; this model's hidden_size is "
+                    f"{self.config.hidden_size}"
                 )
             source_rows = Rows(b, s, self.check_mask(encoder_attention_mask, b, s, None), None)
             source, lengths = source_rows.pack(encoder_hidden_states), source_rows.lengths
@@ -344,6 +352,11 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
                 token_type_ids=token_type_ids,
                 use_cache=use_cache,
                 **flags,
+            )
+        if position_ids is not None or token_type_ids is not None:
+            raise ValueError(
+                "position_ids and token_type_ids are for a single stack; the encoder-decoder counts its positions "
+                "itself, so leave them out"
             )
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("decoder_input_ids are missing: give them, decoder_inputs_embeds, or labels to the head")

@@ -399,7 +399,9 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
 
         Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
         """
-        rows, cache = self.open_input(input_ids, inputs_embeds, attention_mask, past_key_values, use_cache)
+        rows, cache = self.open_input(
+            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs.get("position_ids")
+        )
         x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
         x = self.dropout(x)
         context = self._context(rows, cache, x, bool(output_attentions))

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from .blocks import ScaledEmbedding
-from .modeling_base import init_linear
+from .modeling_base import check_position_shape, init_linear
 from .positions import sinusoids
 from .rows import Rows
 
@@ -62,12 +62,11 @@ class TokenStack:
         """Raises ValueError unless positions and types fit the input and the learned tables."""
         b, t, config = len(rows.lengths), rows.columns, self.config
         if position_ids is not None:
-            if position_ids.shape not in ((b, t), (1, t)):
-                raise ValueError(
-                    f"position_ids has shape {tuple(position_ids.shape)}; {b} rows of {t} tokens need ({b}, {t})"
-                )
+            check_position_shape(position_ids, b, t)
             if int(position_ids.min()) < 0:
                 raise ValueError(f"position_ids holds {int(position_ids.min())}; positions count from 0")
+            if config.position_embedding_type in ("relative", "none"):
+                self.check_counted(position_ids, rows)
         if token_type_ids is not None:
             if not config.type_vocab_size:
                 raise ValueError("token_type_ids are given, but type_vocab_size is 0; leave them out")
