@@ -42,6 +42,8 @@ def bucket(distance):
 
 
 def norm(x, layer):
+    if isinstance(layer, torch.nn.RMSNorm):  # as meliad's LayerNorm with use_mean=False
+        return x / (x.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight
     return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
 
 
@@ -445,7 +447,8 @@ def test_a_ring_that_is_written_past_its_end():
         pairs = new[:, None, :, None].expand(-1, 2, -1, 4).double()
         in_place = step % 2 == 0
         before = None if ring is None else ring.clone()
-        kept, ring = ring, memory.append_to_ring(ring, pairs, done, count, size, in_place)
+        room = memory.ring_with_room(ring, pairs, done, count, size, in_place)
+        kept, ring = ring, memory.append_to_ring(room, pairs, done, count, size)
         if kept is not None and not in_place:
             assert torch.equal(kept, before), "the ring that was given has changed"
         done = done + count
@@ -511,9 +514,9 @@ def test_a_book_is_read_once_and_asked_often(tmp_path):
 
 
 def test_how_it_starts():
-    """The gate half open, scales 1, memory in the third layer from the top, linear maps by their fan-in."""
+    """The gate half open, scales 1, memory in the fourth layer from the top, linear maps by their fan-in."""
     config = gallery.GalleryMemorizingTransformerConfig()
-    assert config.memory_layers == [9] and (config.memory_size, config.memory_topk) == (8192, 32)
+    assert config.memory_layers == [8] and (config.memory_size, config.memory_topk) == (8192, 32)
     model = gallery.GalleryMemorizingTransformerModel(config_of(hidden_size=240, memory_layers=None))
     assert model.config.memory_layers == [0]
     attn = model.layers[0].self_attn
@@ -522,8 +525,10 @@ def test_how_it_starts():
     for layer in (attn.project.q_proj, attn.o_proj, model.layers[2].feed_forward.up_proj):
         assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.05)
         assert layer.weight.abs().max() < 2.3 * layer.in_features**-0.5
-    assert attn.project.q_proj.bias is None and (attn.o_proj.bias == 0).all()
-    assert model.norm.bias is None
+    assert not [name for name, _ in model.named_parameters() if name.endswith(".bias")]
+    assert attn.relative_bias.table.weight.std().item() == pytest.approx(32**-0.5, rel=0.25)
+    assert isinstance(model.norm, torch.nn.RMSNorm) and model.norm.eps == config.layer_norm_eps == 1e-6
+    assert config.hidden_dropout == config.attention_dropout == 0.05
 
 
 def test_half_precision_keeps_its_type():

@@ -228,7 +228,8 @@ GPT2_WITH_MEMORY = dict(
     normalize_qk=False,
     scale_embedding=False,
     attention_bias=True,
-    norm_bias=True,
+    mlp_bias=True,
+    norm_type="layer",
     hidden_act="gelu_new",
 )
 

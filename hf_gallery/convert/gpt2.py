@@ -93,7 +93,8 @@ class GPT2:
                 normalize_qk=False,
                 scale_embedding=False,
                 attention_bias=True,
-                norm_bias=True,
+                mlp_bias=True,
+                norm_type="layer",
             )
             length = NO_END
         backbone = "" if head == "Model" else "model."

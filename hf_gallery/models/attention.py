@@ -189,8 +189,7 @@ def _attend_one(query, key, value, spans, position, scale):
         out = query.new_zeros(b, h, 1, value.shape[-1])
         return out, out.new_full((b, h, 1), -math.inf, dtype=dtype)
     seen = slice(first, last + 1)
-    query = query.to(dtype) * scale
-    scores = query @ key[:, :, seen].to(dtype).mT  # (B, H, 1, s)
+    scores = (query.to(dtype) * scale) @ key[:, :, seen].to(dtype).mT  # (B, H, 1, s)
     if position is not None:
         nearest = key.shape[2] - 1 - last
         rows = slice(position.far - nearest - (last - first), position.far - nearest + 1)
@@ -208,7 +207,7 @@ def _attend_one(query, key, value, spans, position, scale):
     probabilities = scores.sub_(top).exp_()
     total = probabilities.sum(-1, keepdim=True)  # 0 where nothing is seen, else at least the greatest score's 1
     out = (probabilities @ value[:, :, seen].to(dtype)).div_(total.clamp(min=1.0))
-    return out.to(value.dtype), total.log_().add_(top).squeeze(-1)
+    return out.to(query.dtype), total.log_().add_(top).squeeze(-1)
 
 
 # --------------------------------------------------------------------------------------------------- the tiles
@@ -220,12 +219,12 @@ class _TiledAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, query, key, value, position_query, table, far, spans, scale, dropout, seed):
-        b, h, t, d = query.shape
+        b, h, t, _ = query.shape
         s = key.shape[2]
         out = torch.empty(b, h, t, value.shape[-1], dtype=query.dtype, device=query.device)
         lse = torch.empty(b, h, t, dtype=compute_dtype(query), device=query.device)
         with torch.autocast(query.device.type, enabled=False):
-            tiling = _Tiling(spans, b, h, t, s, d)
+            tiling = _Tiling(spans, b, h, t, s)
             for rows in tiling.groups:
                 scorer = _Scorer(query, key, position_query, table, far, spans, scale, rows, tiling)
                 group_value = _pack(value, rows, lse.dtype)  # (H * rows, S, Dv)
@@ -243,17 +242,16 @@ class _TiledAttention(torch.autograd.Function):
     def backward(ctx, grad_out, grad_lse):
         query, key, value, position_query, table, out, lse = ctx.saved_tensors
         dtype = lse.dtype
-        b, h, t, d = query.shape
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
-        grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
-        grad_position_query = None
-        if position_query is not None:
-            grad_position_query = torch.empty_like(position_query, memory_format=torch.contiguous_format)
+        b, h, t, _ = query.shape
+        wants = ctx.needs_input_grad  # keys from before a border want none, and so cost two products less
+        grad_query, grad_key, grad_value, grad_position_query = (
+            torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None
+            for x, wanted in zip((query, key, value, position_query), wants, strict=False)
+        )
         grad_table = None
         with torch.autocast(query.device.type, enabled=False):
-            tiling = _Tiling(ctx.spans, b, h, t, key.shape[2], d)
-            if table is not None:
+            tiling = _Tiling(ctx.spans, b, h, t, key.shape[2])
+            if table is not None and (wants[3] or wants[4]):
                 grad_table = _TableGradient(table, dtype, tiling)
             for rows in tiling.groups:
                 scorer = _Scorer(query, key, position_query, table, ctx.far, ctx.spans, ctx.scale, rows, tiling)
@@ -266,18 +264,26 @@ class _TiledAttention(torch.autograd.Function):
                     offset = offset - _pack(grad_lse, rows, dtype)
                 group_lse = _pack(lse, rows, dtype) * _LOG2_E
                 group_lse = group_lse.masked_fill(group_lse == -math.inf, _NEVER)  # exp2(score - _NEVER) is 0
-                gq, gk, gv = (torch.zeros_like(x) for x in (scorer.query, scorer.key, group_value))
-                gp = torch.zeros_like(scorer.position_query) if position_query is not None else None
+                gq, gk, gv, gp = (
+                    torch.zeros_like(x) if x is not None and wanted else None
+                    for x, wanted in zip(
+                        (scorer.query, scorer.key, group_value, scorer.position_query), wants, strict=False
+                    )
+                )
                 for tile in tiling.query_tiles(rows):
                     _backward_tile(
                         scorer, group_value, group_grad, group_lse, offset, tile, ctx.dropout, ctx.seed,
                         gq, gk, gv, gp, grad_table,
                     )  # fmt: skip
-                grad_query[rows] = _unpack(gq.mul_(ctx.scale), h)
-                grad_key[rows] = _unpack(gk.div_(_LOG2_E), h)  # the scorer's queries are in base 2
-                grad_value[rows] = _unpack(gv, h)
-                if gp is not None:
-                    grad_position_query[rows] = _unpack(gp.mul_(ctx.scale), h)
+                # The scorer's queries are scaled and in base 2.
+                for grad, found, factor in (
+                    (grad_query, gq, ctx.scale),
+                    (grad_key, gk, 1 / _LOG2_E),
+                    (grad_value, gv, 1.0),
+                    (grad_position_query, gp, ctx.scale),
+                ):
+                    if grad is not None:
+                        grad[rows] = _unpack(found.mul_(factor), h)
         table_scale = 1 / _LOG2_E if position_query is not None else ctx.scale
         return (
             grad_query, grad_key, grad_value, grad_position_query,
@@ -336,16 +342,20 @@ def _backward_tile(
     q, g = scorer.query[:, queries], grad_out[:, queries]  # (n, t, D), (n, t, Dv)
     for keys, cut in tile.keys:
         probabilities = scorer.scores(queries, keys, cut, lse).exp2_()  # (n, t, s)
-        grad = torch.baddbmm(-offset[:, queries, None], g, value[:, keys].mT) if dropout == 0.0 else None
         if dropout > 0.0:
             mask = _dropout_mask(probabilities, dropout, seed, scorer.group, tile, keys)
             grad = torch.bmm(g, value[:, keys].mT).mul_(mask).sub_(offset[:, queries, None])
-            mask.mul_(probabilities)
-        kept = probabilities if dropout == 0.0 else mask
-        grad_value[:, keys].baddbmm_(kept.mT, g)
+            kept = mask.mul_(probabilities)
+        else:
+            grad = torch.baddbmm(-offset[:, queries, None], g, value[:, keys].mT)
+            kept = probabilities
+        if grad_value is not None:
+            grad_value[:, keys].baddbmm_(kept.mT, g)
         grad.mul_(probabilities)  # of the scores
-        grad_query[:, queries].baddbmm_(grad, scorer.key[:, keys])
-        grad_key[:, keys].baddbmm_(grad.mT, q)
+        if grad_query is not None:
+            grad_query[:, queries].baddbmm_(grad, scorer.key[:, keys])
+        if grad_key is not None:
+            grad_key[:, keys].baddbmm_(grad.mT, q)
         if grad_table is not None:
             grad_table.add(scorer, grad, queries, keys, grad_position)
 
@@ -368,7 +378,7 @@ class _Tiling:
     budget = 2**18
     queries, wide_queries, wide = 64, 128, 2048  # where queries see much, a tile's corners outside of it cost little
 
-    def __init__(self, spans, b, h, t, s, d):
+    def __init__(self, spans, b, h, t, s):
         self.spans, self.columns, self.offset, self.t = spans, s, s - t, t
         self.query_size = max(1, min(t, self.wide_queries if spans.widest >= self.wide else self.queries))
         reach = max(1, min(s, spans.widest + self.query_size))
@@ -524,7 +534,8 @@ class _TableGradient:
         skew = skew.view(scorer.heads, -1, t + s - 1)  # (H, rows * t, t + s - 1)
         q = scorer.position_query[:, queries]
         self.total[:, rows].baddbmm_(skew.mT, q.reshape(scorer.heads, -1, q.shape[-1]))
-        grad_position[:, queries] += torch.bmm(skew, scorer.table[:, rows]).view(n, t, -1)
+        if grad_position is not None:
+            grad_position[:, queries] += torch.bmm(skew, scorer.table[:, rows]).view(n, t, -1)
 
     def _add_waiting(self):
         if self.waiting is not None:
@@ -553,8 +564,6 @@ def _unpack(x, heads):
 
 
 def _pad_rows(table, pad):
-    if pad == 0:
-        return table
     return F.pad(table, (pad, pad)) if table.dim() == 2 else F.pad(table, (0, 0, pad, pad))
 
 
@@ -564,14 +573,15 @@ def _pad_rows(table, pad):
 def _attend_sdpa(query, key, value, spans, position, scale, dropout):
     """torch's fused kernels over the same intervals, one call for each tile of queries.
 
-    Keys are split once and joined again for each tile, so that autograd's work stays linear in T as well.
+    Queries, keys and values are split once, and keys joined again for each tile, so that autograd's work stays linear
+    in T as well.
     """
     b, h, t, _ = query.shape
     s = key.shape[2]
     if position is None and t > 1 and s == t and spans.is_causal:
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=dropout, scale=scale)
     size = 256
-    key_parts, value_parts = key.split(size, dim=2), value.split(size, dim=2)
+    query_parts, key_parts, value_parts = (x.split(size, dim=2) for x in (query, key, value))
     outs = []
     for i, (first, last, full_first, full_last) in enumerate(spans.tiles(slice(0, b), size)):
         queries = slice(i * size, min((i + 1) * size, t))
@@ -597,7 +607,7 @@ def _attend_sdpa(query, key, value, spans, position, scale, dropout):
             hidden = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, -math.inf)
             bias = hidden if bias is None else bias + hidden
         out = F.scaled_dot_product_attention(
-            query[:, :, queries], k, v, attn_mask=bias, dropout_p=dropout, scale=scale
+            query_parts[i], k, v, attn_mask=bias, dropout_p=dropout, scale=scale
         )  # (B, H, t, Dv)
         if nothing is not None:
             out = out.masked_fill(nothing, 0.0)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
-from .attention import Position
+from .attention import Position, compute_dtype
 from .cache import last_columns
 from .positions import t5_buckets
 from .rows import Rows
@@ -18,10 +18,10 @@ class FeedForward(nn.Module):
     inner_dropout: on the activation, as Transformer-XL has it.
     """
 
-    def __init__(self, config, inner_dropout: float = 0.0):
+    def __init__(self, config, inner_dropout: float = 0.0, bias: bool = True):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
         self.act = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(inner_dropout)
 
@@ -169,7 +169,8 @@ class ScaledHeads(Heads):
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """x (..., D) at length 1."""
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+    y = x.to(compute_dtype(x))  # squares leave the range of float16
+    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
 
 
 def scaled_unit(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -183,6 +184,7 @@ class T5Bias(nn.Module):
     def __init__(self, heads: int):
         super().__init__()
         self.table = nn.Embedding(32, heads)
+        self.table.deviation = 32**-0.5  # flax's default for a table (H, 32), see init_scaled
 
     def forward(self, far: int, scale: torch.Tensor) -> Position:
         """The term for distances far, ..., 0, times the heads' scales (H,)."""
@@ -191,15 +193,15 @@ class T5Bias(nn.Module):
 
 
 def init_scaled(module: nn.Module, std: float):
-    """The initialisation of meliad's layers: linear maps variance_scaling(1, fan_in, truncated normal), biases 0. Maps
-    with another `variance` than 1 say so."""
+    """The initialisation of meliad's layers: linear maps variance_scaling(1, fan_in, truncated normal), biases 0,
+    tables normal(0, std). A map with another `variance` than 1, a table with a `deviation` of its own, says so."""
     if isinstance(module, nn.Linear):
         # A normal cut at two deviations keeps 0.8796 of its deviation, which variance_scaling makes up for.
         deviation = (getattr(module, "variance", 1.0) / module.in_features) ** 0.5 / 0.87962566103423978
         nn.init.trunc_normal_(module.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
     elif isinstance(module, nn.Embedding):
-        nn.init.normal_(module.weight, 0.0, std)
-    elif isinstance(module, nn.LayerNorm):
+        nn.init.normal_(module.weight, 0.0, getattr(module, "deviation", std))
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
         nn.init.ones_(module.weight)
     if isinstance(getattr(module, "bias", None), nn.Parameter):
         nn.init.zeros_(module.bias)

@@ -88,7 +88,11 @@ class GalleryCache(Cache):
         if self.waiting is not None:
             self.waiting.append((states, rows, shared, facts))
             return
-        states = [{name: x.commit() if hasattr(x, "commit") else x for name, x in state.items()} for state in states]
+        # What may fail for want of memory comes first, for all layers, then what writes.
+        for ready in ("with_room", "commit"):
+            states = [
+                {n: getattr(x, ready)() if hasattr(x, ready) else x for n, x in state.items()} for state in states
+            ]
         self.states = [{name: x.detach() for name, x in state.items() if x is not None} for state in states]
         self.seen = rows.seen + rows.lengths
         self.shared = shared or []  # a forward with gradients makes none: weights that change would leave it stale
@@ -154,7 +158,8 @@ class GalleryCache(Cache):
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` can take back tokens: all state is columns of time, and those that it needs are here."""
-        return not self.folds and (self.capacity is None or self.recording or self.columns <= self.capacity)
+        known = bool(self.history) or not self.columns  # reset_rows leaves nothing to count by
+        return not self.folds and known and (self.capacity is None or self.recording or self.columns <= self.capacity)
 
     @property
     def folds(self) -> bool:
@@ -162,15 +167,26 @@ class GalleryCache(Cache):
         return bool(self.identity.get("memory_layers") or self.identity.get("recurrent_layers"))
 
     def activate_past_recording(self):
-        """From now on keep what the model could forget, until the next `crop`, so that crop can take tokens back."""
+        """From now on keep what the model could forget, so that `crop` can take tokens back: each crop then drops what
+        is no longer needed. generate() ends it."""
         self.recording = True
 
-    def crop(self, tokens_to_remove: int):
-        """Takes back the last columns; the number may be given negative, as transformers does.
+    def deactivate_past_recording(self):
+        """Ends `activate_past_recording`; the next forward drops what the model can forget."""
+        self.recording = False
 
-        A bounded cache then drops again what the model cannot see. Raises ValueError if tokens were dropped since.
+    def crop(self, tokens_to_remove: int):
+        """Takes back the last columns, as many as the number below 0 says: crop(-3).
+
+        A bounded cache then drops again what the model cannot see. Raises ValueError for a number above 0, which older
+        transformers took for the length to keep, and if tokens were dropped since.
         """
-        count = abs(tokens_to_remove)
+        if tokens_to_remove > 0:
+            raise ValueError(
+                f"tokens_to_remove is {tokens_to_remove}; give the columns to take back as a number below 0, "
+                f"crop(-{tokens_to_remove})"
+            )
+        count = -tokens_to_remove
         if count:
             self._take_back(count)
         if self.capacity is not None:
@@ -196,6 +212,11 @@ class GalleryCache(Cache):
                     f"cannot take back {count} columns: this cache has put them into a memory or a recurrent state; "
                     "keep a copy() from before the forward that may be taken back"
                 )
+            if not history and left and self.columns:
+                raise ValueError(
+                    f"cannot take back {count} columns: rows were emptied by reset_rows() since; keep a copy() from "
+                    "before"
+                )
             raise ValueError(
                 f"cannot take back {count} columns: this cache has dropped what came before. Call "
                 "activate_past_recording() before the forward that may be taken back, or keep a copy()"
@@ -210,6 +231,9 @@ class GalleryCache(Cache):
                     column = column.clamp(min=0).to(x.device).view(shape).expand(*x.shape[:-2], keep, x.shape[-1])
                     state[name] = x.gather(-2, column)
         self.seen = self.seen - removed
+        if "global_positions" in self.rows:  # position + 1 of each global token, 0 for none
+            positions = self.rows["global_positions"]
+            self.rows["global_positions"] = positions.masked_fill(positions > self.seen[:, None], 0)
         self.columns -= count
         self.history = history
 
@@ -297,6 +321,9 @@ class GalleryCache(Cache):
         self.states = [{name: x.to(device) for name, x in state.items()} for state in self.states]
         self.shared = [{name: x.to(device) for name, x in state.items()} for state in self.shared]
         return self
+
+    def __copy__(self) -> GalleryCache:
+        return self.copy()  # two caches on the same tensors would write into each other's memory
 
     def copy(self) -> GalleryCache:
         """A cache of its own with the same content: read a document once, ask many questions from copies."""

@@ -25,6 +25,8 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     num_attention_heads: int = 8
     intermediate_size: int = 4096
     hidden_dropout: float = 0.05
+    attention_dropout: float = 0.05
+    layer_norm_eps: float = 1e-6
     block_length: int = 512  # W: the window, and the tokens between two states
     recurrent_layers: list[int] | None = None  # layers with a state, counted from 0; default the third from the top
     num_state_vectors: int = 512  # S

@@ -12,7 +12,7 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     """The Memorizing Transformer: segments, a local cache, and in some layers a large memory searched by top-k.
 
     Defaults are the paper's model (Wu et al. 2022, arXiv 2203.08913, and meliad's configs/memory) over bytes: 12
-    layers, 1024 wide, 8 heads, segments and cache of 512, memory in layer 9 of 12.
+    layers, 1024 wide, 8 heads, segments and cache of 512, memory in the ninth of 12 layers.
 
     The fields from num_positions on give a trained GPT-2 a memory (section 4.5 of the paper gives one to a trained
     Transformer). Its learned positions end, so they start anew after `position_period` tokens, and local attention
@@ -28,17 +28,21 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     num_hidden_layers: int = 12
     num_attention_heads: int = 8
     intermediate_size: int = 4096
+    hidden_dropout: float = 0.05
+    attention_dropout: float = 0.05
+    layer_norm_eps: float = 1e-6
     segment_length: int = 512  # memory is searched before a segment, and appended to after it
     mem_len: int = 512  # C: keys of before the segment that local attention sees
-    memory_layers: list[int] | None = None  # layers with a memory, counted from 0; default the third from the top
+    memory_layers: list[int] | None = None  # layers with a memory, counted from 0; default the fourth from the top
     memory_size: int = 8192  # M: pairs kept for each row and head, first in, first out
     memory_topk: int = 32  # k: pairs that each query and head retrieves
     memory_backend: str = "exact"  # one of memory.BACKENDS. exact: torch, streaming
     num_positions: int | None = None  # length of a learned table of positions; None: T5's bias, as published
     normalize_qk: bool = True  # queries and keys of length 1, a learned scale a head; else 1 / sqrt(head_dim)
     scale_embedding: bool = True  # times sqrt(hidden_size)
-    attention_bias: bool = False  # of the maps to queries, keys and values
-    norm_bias: bool = False
+    attention_bias: bool = False  # of the maps to queries, keys, values and from heads
+    mlp_bias: bool = False  # of the feed-forward's maps
+    norm_type: str = "rms"  # rms: x / root mean square, as published; layer: LayerNorm, with its mean and bias
 
     def __post_init__(self, **kwargs: Any):
         self.check_count("num_hidden_layers", 1)
@@ -53,10 +57,11 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
                 "memory_topk or raise memory_size"
             )
         if self.memory_layers is None:
-            self.memory_layers = [max(0, self.num_hidden_layers - 3)]
+            self.memory_layers = [max(0, self.num_hidden_layers - 4)]
         self.memory_layers = check_layers("memory_layers", self.memory_layers, self.num_hidden_layers)
-        for name in ("normalize_qk", "scale_embedding", "attention_bias", "norm_bias"):
+        for name in ("normalize_qk", "scale_embedding", "attention_bias", "mlp_bias"):
             self.check_flag(name)
+        self.check_choice("norm_type", ["rms", "layer"])
         if self.num_positions is not None:
             self.check_count("num_positions", 1)
             self._check_learned_positions()

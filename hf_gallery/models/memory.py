@@ -47,17 +47,17 @@ def search_exact(query, keys, lower, upper, topk):
     torch.topk takes."""
     b, h, t, _ = query.shape
     n = keys.shape[2]
-    dtype = compute_dtype(query)
     everything = bool(((lower == 0) & (upper == n)).all())
     width = min(n, _WIDTH)
     height = max(1, _SCORES // (b * h * width))
+    query, dtype = query.to(compute_dtype(query)), compute_dtype(query)
     scores, columns = [], []
     for first in range(0, t, height):
         some = slice(first, first + height)
         best = best_at = None
         for start in range(0, n, width):
             stop = min(start + width, n)
-            tile = query[:, :, some].to(dtype) @ keys[:, :, start:stop].to(dtype).mT  # (B, H, height, width)
+            tile = query[:, :, some] @ keys[:, :, start:stop].to(dtype).mT  # (B, H, height, width)
             if not everything:
                 tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop)[:, None], -math.inf)
             found, at = _topk(tile, topk)
@@ -188,13 +188,16 @@ def retrieve(
     Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
     """
-    with torch.no_grad():
-        results, ends = [], [0]
-        for keys, _, lower, upper in sources:
+    # Under autocast the products of scores would be in half precision, and the k best others than the best.
+    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+        results, ends, parts = [], [0], []
+        for keys, values, lower, upper in sources:
             first, last = _reach(lower, upper, keys.shape[2])
             some = keys[:, :, first:last]
             scores, at = BACKENDS[backend](query.detach(), some, lower - first, upper - first, topk)
             results.append((scores, at + first + ends[-1]))
+            # Only what these queries reach: a tile that copied all of a long input would make the whole quadratic.
+            parts.append((some, values[:, :, first:last], ends[-1] + first))
             ends.append(ends[-1] + keys.shape[2])
         scores, columns = (torch.cat(x, -1) for x in zip(*results, strict=True))  # (B, H, T, sources * topk)
         if len(results) > 1:
@@ -202,8 +205,8 @@ def retrieve(
             columns = columns.gather(-1, pick)
         found = scores > -math.inf
         keys = values = None
-        for (source_keys, source_values, _, _), start, end in zip(sources, ends, ends[1:], strict=False):
-            inside = (columns >= start) & (columns < end)
+        for source_keys, source_values, start in parts:
+            inside = (columns >= start) & (columns < start + source_keys.shape[2])
             at = (columns - start).clamp(0, source_keys.shape[2] - 1)
             some_keys, some_values = (_rows_of(x, at) for x in (source_keys, source_values))
             keys = some_keys if keys is None else torch.where(inside[..., None], some_keys, keys)
@@ -236,34 +239,48 @@ def attend_retrieved(
     Gradients reach the query alone.
     """
     dtype = compute_dtype(query)
-    scores = torch.matmul(keys.to(dtype), query[..., None].to(dtype)).squeeze(-1)  # (B, H, T, k)
+    with torch.autocast(query.device.type, enabled=False):
+        scores = torch.matmul(keys.to(dtype), query[..., None].to(dtype)).squeeze(-1)  # (B, H, T, k)
     nothing = ~found.any(-1, keepdim=True)
     weights = scores.masked_fill(~found & ~nothing, -math.inf).softmax(-1).masked_fill(nothing, 0.0)
     weights = weights.to(values.dtype)
     return torch.matmul(weights[..., None, :], values).squeeze(-2).to(query.dtype), weights
 
 
-def append_to_ring(
+def ring_with_room(
     ring: torch.Tensor | None, new: torch.Tensor, first: torch.Tensor, count: torch.Tensor, size: int, in_place: bool
 ) -> torch.Tensor | None:
-    """The ring (B, H, N, D) after each row's positions [first, first + count) are written from new (B, H, A, D).
+    """A ring that `append_to_ring` may write into: the ring (B, H, N, D) itself with in_place, if it has the slots.
 
-    first, count: (B,); column a of new holds position first + a; more than `size` of them leave the last `size`.
-    The ring grows by doubling up to `size` slots. in_place: may write into `ring` itself.
+    It grows by doubling up to `size` slots. Arguments as in `append_to_ring`.
     """
-    most = int(count.max())
-    if most == 0:
+    if int(count.max()) == 0:
         return ring
     needed = min(size, int((first + count).max()))
     have = 0 if ring is None else ring.shape[2]
     if have < needed:
         room = min(size, max(needed, 2 * have))
-        grown = new.new_zeros(*new.shape[:2], room, new.shape[3])
+        grown = new.new_zeros(*new.shape[:2], room, new.shape[3], dtype=None if ring is None else ring.dtype)
         if ring is not None:
             grown[:, :, :have] = ring
-        ring = grown
-    elif not in_place:
-        ring = ring.clone()
+        return grown
+    # A tensor of inference mode may not be written outside of it.
+    if in_place and ring.is_inference() == torch.is_inference_mode_enabled():
+        return ring
+    return ring.clone()
+
+
+def append_to_ring(
+    ring: torch.Tensor | None, new: torch.Tensor, first: torch.Tensor, count: torch.Tensor, size: int
+) -> torch.Tensor | None:
+    """Writes each row's positions [first, first + count) from new (B, H, A, D) into the ring (B, H, N, D).
+
+    first, count: (B,); column a of new holds position first + a; more than `size` of them leave the last `size`.
+    Returns the ring.
+    """
+    most = int(count.max())
+    if most == 0:
+        return ring
     offset = torch.arange(most)
     kept = (offset < count[:, None]) & (offset >= count[:, None] - size)  # (B, most)
     row, column = kept.nonzero(as_tuple=True)

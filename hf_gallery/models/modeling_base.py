@@ -187,7 +187,14 @@ class GalleryGenerationMixin(GenerationMixin):
     @functools.wraps(GenerationMixin.generate)
     def generate(self, *args, **kwargs):
         name_cache(kwargs, CACHE_NAME)
-        return super().generate(*args, **kwargs)
+        result = super().generate(*args, **kwargs)
+        settings = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        if getattr(settings, "is_assistant", False):
+            return result  # whoever is assisted takes tokens back between the calls
+        for cache in (kwargs.get(CACHE_NAME), getattr(result, CACHE_NAME, None)):
+            if hasattr(cache, "deactivate_past_recording"):
+                cache.deactivate_past_recording()
+        return result
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args

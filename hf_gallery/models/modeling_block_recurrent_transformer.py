@@ -8,10 +8,12 @@
 The state's keys and values serve both directions, and so do the tokens'; queries are separate. State vectors carry a
 learned id, without which they would stay alike. s_0 is learned.
 
-As google-research/meliad computes it (transformer/transformer_layer.py, transformer_base.py), whose results are the
-paper's: the query itself is not in its window. We depart in two places. At a document's start the official window
-holds zeros that take part in the softmax; here there is nothing. In decoding the official code keeps the state fixed;
-here it advances exactly when its block is complete, so decoding equals reading.
+As google-research/meliad computes it (transformer/transformer_layer.py, transformer_base.py, configs/base_htrans.gin;
+its first commit), whose results are the paper's: the query itself is not in its window, norms divide by the root mean
+square alone, maps have no biases, dropout falls on a layer's normed input, its feed-forward's output and the last
+norm. We depart in three places. At a document's start the official window holds zeros that take part in the softmax;
+here there is nothing. In decoding the official code keeps the state fixed; here it advances exactly when its block is
+complete, so decoding equals reading. The official logits are divided by sqrt(V), ours by sqrt(E), in the table's scale.
 
 Blocks start at each row's own first token. All but the state runs over all blocks at once. Gradients flow through all
 blocks of one forward, and not between forwards. Letters: see spans.py. W block_length, S num_state_vectors, J blocks.
@@ -110,9 +112,11 @@ class Blocks:
         x = x.unflatten(0, (-1, self.count)).transpose(1, 2).flatten(2, 3)
         return x if self.whole else _pick(x, self.token_at)
 
-    def window(self, x: torch.Tensor, j: int) -> torch.Tensor:
-        """What the state sees of x (B, H, C + T, D) in block j: (B, H, 2 W, D)."""
-        return _pick(x, self.column[:, j * self.length : (j + 2) * self.length])
+    def windows(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """What the state sees of x (B, H, C + T, D) in each block: J times (B, H, 2 W, D)."""
+        # Picked once and split: a pick from all of x for each block would cost its whole gradient each time.
+        parts = _pick(x, self.column).split(self.length, dim=2)
+        return [torch.cat(pair, dim=2) for pair in zip(parts, parts[1:], strict=False)]
 
     def window_spans(self, j: int, states: int) -> Spans:
         """The same for all `states` queries: [first real column, last one]. Complete blocks end in real columns."""
@@ -163,16 +167,16 @@ class RecurrentState(nn.Module):
         inner = self.heads * config.head_dim
         self.initial = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
         self.ids = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.project = ScaledHeads(config)
         self.cross_q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.cross_scale = nn.Parameter(torch.ones(self.heads))
-        self.o_proj = nn.Linear(2 * inner, config.hidden_size)
+        self.o_proj = nn.Linear(2 * inner, config.hidden_size, bias=False)
         self.gate = StateGate(config, 2 * inner)
         self.dual = config.recurrence_type == "dual"
         if self.dual:
-            self.feed_forward = FeedForward(config)
-            self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+            self.feed_forward = FeedForward(config, bias=False)
+            self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.feed_forward_gate = StateGate(config, config.intermediate_size)
 
     def keys_values(self, state):
@@ -209,7 +213,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         if self.reads_state:
             self.cross_q_proj = nn.Linear(config.hidden_size, inner, bias=False)
             self.cross_scale = nn.Parameter(torch.ones(self.heads))
-        self.o_proj = nn.Linear((2 if self.reads_state else 1) * inner, config.hidden_size)
+        self.o_proj = nn.Linear((2 if self.reads_state else 1) * inner, config.hidden_size, bias=False)
         if self.recurrent:
             self.recurrence = RecurrentState(config)
         self.dropout = config.attention_dropout
@@ -253,14 +257,15 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         recurrence, rows, blocks = self.recurrence, context.rows, context.blocks(cached)
         current = self.entering(state, rows)
         pair = self.entering_keys_values(state, context) if context.fed is None else context.fed
-        pairs = []
+        pairs, windows = [], None
         for j in range(blocks.count):
             pairs.append(pair)
             done = blocks.complete[:, j]
             read = context.keep or j + 1 < blocks.count  # somebody will read the next state
             if read and bool(done.any()):
+                windows = windows or (blocks.windows(keys), blocks.windows(values))
                 spans = blocks.window_spans(j, current.shape[1])
-                ahead = recurrence.advance(current, *pair, blocks.window(keys, j), blocks.window(values, j), spans)
+                ahead = recurrence.advance(current, *pair, windows[0][j], windows[1][j], spans)
                 current = (
                     ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
                 )
@@ -296,9 +301,9 @@ class GalleryBlockRecurrentTransformerLayer(GradientCheckpointingLayer):
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, layer: int):
         super().__init__()
         self.self_attn = GalleryBlockRecurrentTransformerAttention(config, layer)
-        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
-        self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.self_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config, bias=False)
+        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x, context: Context, state: dict):
@@ -345,7 +350,7 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
         self.layers = nn.ModuleList(
             [GalleryBlockRecurrentTransformerLayer(config, i) for i in range(config.num_hidden_layers)]
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=False)
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
@@ -372,7 +377,6 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
             input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs.get("position_ids")
         )
         x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
-        x = self.dropout(x)
         context = Context(
             rows=rows,
             block_length=self.config.block_length,
@@ -383,7 +387,7 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
         )
         run = self._run_block_by_block if self.config.feedback else self.run_layers
         x, hidden, attentions = run(self.layers, x, context, cache, output_hidden_states, output_attentions)
-        x = self.norm(x)
+        x = self.dropout(self.norm(x))
         if hidden is not None:
             hidden[-1] = x
         return BaseModelOutputWithPast(

@@ -299,10 +299,13 @@ class GalleryLongformerAttention(nn.Module):
                 "output_attentions is True and a decoder has global tokens, which may be older than the columns of a "
                 "map; leave out one of them"
             )
-        visible, row = context.once((self.left, self.dilation, "dense"), lambda: self._visible(context, keys.device))
+        visible, window, row = context.once(
+            (self.left, self.dilation, "dense"), lambda: self._visible(context, keys.device)
+        )
         scores = query @ keys.mT
         if position is not None:
-            scores = scores + (position.query @ position.table.mT).gather(-1, row.expand_as(scores))
+            term = (position.query @ position.table.mT).gather(-1, row.expand_as(scores))
+            scores = scores + term.masked_fill(~window[:, None], 0.0)  # a global token has no distance
         scores = (scores * query.shape[-1] ** -0.5).masked_fill(~visible[:, None], -math.inf)
         probabilities = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
         probabilities = probabilities.masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
@@ -316,7 +319,8 @@ class GalleryLongformerAttention(nn.Module):
         return probabilities
 
     def _visible(self, context, device):
-        """What each query sees (B or 1, T, S), and the row of the table of positions for each pair (1, T, S)."""
+        """What each query sees (B or 1, T, S), its window of that, and each pair's row of the table of positions
+        (1, T, S)."""
         rows, s = context.rows, context.cached + context.rows.width
         p = rows.positions
         key = p[:, :1] - context.cached + torch.arange(s)  # (B or 1, S)
@@ -325,13 +329,14 @@ class GalleryLongformerAttention(nn.Module):
         real = (key >= 0) & (key < (seen + lengths)[:, None])
         visible = (distance <= self.left * self.dilation) & (distance >= -self.right * self.dilation)
         visible &= distance % self.dilation == 0
+        window = visible
         if context.globals is not None:
             mark = torch.zeros(len(rows.seen), s + 1, dtype=torch.bool)
             mark.scatter_(1, context.globals.index.cpu(), True)
             visible = visible | mark[:, None, :-1]
         visible = visible & real[:, None] & (p < (seen + lengths)[:, None])[..., None]
         row = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
-        return visible.to(device), row.clamp(0, self.left + self.right).to(device)
+        return visible.to(device), window.to(device), row.clamp(0, self.left + self.right).to(device)
 
 
 def _in_order(x, order):

@@ -8,7 +8,10 @@
 The memory of a query in segment s holds the last memory_size pairs before s: it is searched before the segment is
 appended. Nothing stored is differentiated, and neither is the local cache; the queries, the scale and the gate learn.
 A query that finds nothing adds zeros in place of what it retrieved, as the official stores, which start as zeros, do
-(google-research/meliad, transformer/transformer_layer.py and memory/).
+(google-research/meliad, transformer/transformer_layer.py and memory/). From there are also the norms, which divide by
+the root mean square alone, the maps without biases and the places of dropout (configs/base_htrans.gin of its first
+commit). We depart in two places: the official window is the mem_len tokens strictly before each query, where the paper
+speaks of a segment and a cache, as here; and the official logits are divided by sqrt(V), ours by sqrt(E).
 
 The config can take back unit length, T5 bias and the rest of what sets the layers apart from GPT-2's, so that a
 trained GPT-2 can be given a memory: with its gates closed it is GPT-2, on pieces as long as its table of positions.
@@ -43,7 +46,7 @@ from .blocks import (
 from .cache import CACHE_NAME
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .heads import CausalLMHead, SequenceClassificationHead
-from .memory import append_to_ring, attend_retrieved, query_tile, require_backend, retrieve
+from .memory import append_to_ring, attend_retrieved, query_tile, require_backend, retrieve, ring_with_room
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .segments import Parts, segment_spans
@@ -73,7 +76,7 @@ class MemorizingCausalLMOutput(CausalLMOutputWithPast):
 
 
 class Appended(NamedTuple):
-    """A ring with pairs still to be written: the cache does so once all layers are done."""
+    """A ring with pairs still to be written: the cache does so once all layers are done, and all rings have room."""
 
     ring: torch.Tensor | None
     new: torch.Tensor  # (B, H, A, D)
@@ -82,8 +85,14 @@ class Appended(NamedTuple):
     size: int
     in_place: bool
 
-    def commit(self) -> torch.Tensor:
-        return append_to_ring(self.ring, self.new, self.first, self.count, self.size, self.in_place)
+    def with_room(self) -> Appended:
+        """The same with a ring that may be written into, and has the slots."""
+        ring = ring_with_room(self.ring, self.new, self.first, self.count, self.size, self.in_place)
+        return self._replace(ring=ring)
+
+    def commit(self) -> torch.Tensor | None:
+        """The ring with the pairs in it."""
+        return append_to_ring(self.ring, self.new, self.first, self.count, self.size)
 
 
 @dataclass
@@ -149,7 +158,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         self.project = (ScaledHeads if config.normalize_qk else Heads)(config, config.attention_bias)
         if config.num_positions is None:
             self.relative_bias = T5Bias(config.num_attention_heads)
-        self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size)
+        inner = config.num_attention_heads * config.head_dim
+        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
         self.remembers = layer in config.memory_layers
         if self.remembers:
             require_backend(config.memory_backend)
@@ -251,15 +261,21 @@ def without_gradients(past, key, value, limit):
     return tuple(append_columns(x, y, limit) for x, y in zip(past or (None, None), detached, strict=True))
 
 
+def make_norm(config: GalleryMemorizingTransformerConfig) -> nn.Module:
+    """The norm that config.norm_type names, over the last dimension E."""
+    kind = nn.RMSNorm if config.norm_type == "rms" else nn.LayerNorm
+    return kind(config.hidden_size, eps=config.layer_norm_eps)
+
+
 class GalleryMemorizingTransformerLayer(GradientCheckpointingLayer):
     """One layer. State: keys, values (B, H, C, D); a memory layer's also memory_keys, memory_values (B, H, N, D)."""
 
     def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
         super().__init__()
         self.self_attn = GalleryMemorizingTransformerAttention(config, layer)
-        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
-        self.feed_forward = FeedForward(config)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
+        self.self_attn_norm = make_norm(config)
+        self.feed_forward = FeedForward(config, bias=config.mlp_bias)
+        self.feed_forward_norm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x, context: Context, state: dict):
@@ -302,7 +318,7 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
         self.layers = nn.ModuleList(
             [GalleryMemorizingTransformerLayer(config, i) for i in range(config.num_hidden_layers)]
         )
-        self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps, bias=config.norm_bias)
+        self.norm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.gradient_checkpointing = False
         self.post_init()
@@ -336,7 +352,6 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
         period = config.position_period
         if period is not None:
             x = x + self.embed_positions((rows.positions % period).to(x.device))
-        x = self.dropout(x)
         cached = cache.columns_held if cache is not None else 0
         spans, parts = segment_spans(rows, cached, config.segment_length, config.mem_len, period=period)
         context = Context(
@@ -356,7 +371,7 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
         x, hidden, attentions = self.run_layers(
             self.layers, x, context, cache, output_hidden_states, output_attentions
         )
-        x = self.norm(x)
+        x = self.dropout(self.norm(x))
         if hidden is not None:
             hidden[-1] = x
         return MemorizingOutput(

@@ -435,6 +435,8 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
             if config.clamp_len > 0:
                 distances = distances.clamp(max=config.clamp_len)
             relative = sinusoids(distances, config.hidden_size, "concatenated", x.dtype)
+            if parts is not None:  # not where it becomes a table for later forwards
+                relative = self.dropout(relative)
         return Context(
             rows=rows,
             spans=spans,
