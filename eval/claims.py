@@ -46,13 +46,30 @@ def _recall_beyond_the_window(results: dict[str, Any]) -> Judged:
     return _shares(scores, "Transformer-XL", "windowed", "right from two windows back on")
 
 
-def _recall_at_the_far_end(results: dict[str, Any]) -> Judged:
-    """Memorizing against Transformer-XL at the longest distance."""
-    distances = [int(d) for e in results["summary"].values() for d in e.get("recall", {})]
+def _recall_through_depth(results: dict[str, Any]) -> Judged:
+    """Longformer against the windowed Transformer at two windows: what one layer's window does not reach."""
+    scores = [_recall_at(results, name, 2.0) for name in ("longformer", "transformer")]
+    return _shares(scores, "Longformer", "windowed", "right at two windows")
+
+
+def _recall_by_a_state(results: dict[str, Any]) -> Judged:
+    """Block-Recurrent against the windowed Transformer, where the state alone still holds what was written: beyond
+    the windows of all layers together, that is at the far end."""
+    distances = _tested(results)
     if not distances:
         return None
     windows = max(distances) / results["window"]["recall"]
-    scores = [_recall_from(results, name, windows) for name in ("memorizing_transformer", "transformer_xl")]
+    scores = [_recall_at(results, name, windows) for name in ("block_recurrent_transformer", "transformer")]
+    return _shares(scores, "Block-Recurrent", "windowed", f"right at {windows:g} windows")
+
+
+def _recall_at_the_far_end(results: dict[str, Any]) -> Judged:
+    """Memorizing against Transformer-XL at the longest distance."""
+    distances = _tested(results)
+    if not distances:
+        return None
+    windows = max(distances) / results["window"]["recall"]
+    scores = [_recall_at(results, name, windows) for name in ("memorizing_transformer", "transformer_xl")]
     return _shares(scores, "Memorizing", "Transformer-XL", f"right at {windows:g} windows")
 
 
@@ -134,14 +151,27 @@ CLAIMS: list[tuple[str, str, Callable[[dict[str, Any]], Judged]]] = [
         "Dai et al. 2019",
         _text_with_a_memory,
     ),
+    ("Longformer sees beyond one window through its depth", "Beltagy et al. 2020", _recall_through_depth),
     ("Longformer's training cost is linear in length", "Beltagy et al. 2020", _cost_is_linear),
     ("A kNN memory reaches further than Transformer-XL", "Wu et al. 2022", _recall_at_the_far_end),
     ("A larger kNN memory remembers more", "Wu et al. 2022", _recall_with_memory_size),
     ("A kNN memory models text better than Transformer-XL", "Wu et al. 2022", _text_with_neighbours),
     ("A larger kNN memory models text better", "Wu et al. 2022", _text_with_memory_size),
+    ("A recurrent state carries what no window reaches", "Hutchins et al. 2022", _recall_by_a_state),
     ("Block-Recurrent beats Transformer-XL on text at no higher cost", "Hutchins et al. 2022", _text_at_equal_cost),
     ("A recurrent state composes permutations where attention cannot", "Hutchins et al. 2022", _permutations),
 ]
+
+
+def _tested(results: dict[str, Any]) -> list[int]:
+    """Every distance at which somebody was asked."""
+    return [int(d) for e in results["summary"].values() for d in e.get("recall", {})]
+
+
+def _recall_at(results: dict[str, Any], name: str, windows: float) -> tuple[int, int]:
+    """Right answers and questions of a contestant at a distance of so many windows."""
+    recall = results["summary"].get(name, {}).get("recall", {})
+    return pooled({d: score for d, score in recall.items() if int(d) == windows * results["window"]["recall"]})
 
 
 def _recall_from(results: dict[str, Any], name: str, windows: float) -> tuple[int, int]:

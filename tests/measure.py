@@ -1,4 +1,4 @@
-"""What a computation costs, counted and not timed: products of matrices, and bytes alive."""
+"""What a computation costs, counted and not timed: products of matrices, bytes alive, bytes made."""
 
 import weakref
 from typing import NamedTuple
@@ -10,11 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages made inside the block and still alive: now, and at most (`peak`)."""
+    """Bytes of the storages made inside the block: alive now, alive at most (`peak`), and of all together (`made`)."""
 
     def __init__(self):
         super().__init__()
-        self.now = self.peak = self.largest = 0
+        self.now = self.peak = self.largest = self.made = 0
         self._seen = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -32,6 +32,7 @@ class LiveBytes(TorchDispatchMode):
         size = storage.nbytes()
         self._seen[place] = weakref.finalize(storage, self._release, place, size)
         self.now += size
+        self.made += size
         self.peak = max(self.peak, self.now)
         self.largest = max(self.largest, size)
 
@@ -41,15 +42,17 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Cost(NamedTuple):
-    """flops: of the matrix products. peak: bytes alive at the worst moment. largest: bytes of the largest tensor."""
+    """flops: of the matrix products. peak: bytes alive at the worst moment. largest: bytes of the largest tensor.
+    made: bytes of all tensors that were ever made, copies among them."""
 
     flops: int
     peak: int
     largest: int
+    made: int
 
 
 def cost_of(function, *arguments):
     """The Cost of `function(*arguments)`, its arguments not counted."""
     with FlopCounterMode(display=False) as counter, LiveBytes() as live:
         function(*arguments)
-    return Cost(counter.get_total_flops(), live.peak, live.largest)
+    return Cost(counter.get_total_flops(), live.peak, live.largest, live.made)

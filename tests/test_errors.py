@@ -48,8 +48,9 @@ def test_bad_input(variant, head, gradients):
             ids = wrong.get("ids", more).clone()
             if "bad_id" in wrong:
                 ids[1, 4] = wrong["bad_id"]
-            if run.head.source:  # its names are those of the decoder, and checked by the same code
-                message = message.replace("input_ids", "(decoder_)?input_ids")
+            if run.head.source:
+                message = message.replace("input_ids", "decoder_input_ids")
+                message = message.replace("attention_mask", "decoder_attention_mask")
             given = DynamicCache() if wrong.get("cache") else cache
             with pytest.raises(ValueError) as error:
                 run(ids, wrong.get("mask"), given, rows=[0, 1])
@@ -108,6 +109,15 @@ OTHER_SETTINGS = [
     dict(block_length=6),
     dict(recurrent_layers=[0]),
     dict(num_state_vectors=2),
+    dict(gate_type="lstm"),
+    dict(recurrence_type="dual"),
+    dict(normalize_qk=False),
+    dict(norm_type="layer"),
+    dict(norm_position="pre"),
+    dict(pre_lnorm=True),
+    dict(untie_r=True),
+    dict(initial_memory="zeros"),
+    dict(position_embedding_type="none"),
 ]
 
 
@@ -206,6 +216,14 @@ def test_bad_input_of_the_encoder_decoder():
         model(source, torch.ones(2, 8), decoder_input_ids=target)
     with pytest.raises(ValueError, match=rf"input_ids.*\b{VOCAB}\b"):
         model(torch.full((2, 9), VOCAB), decoder_input_ids=target)
+    with pytest.raises(ValueError, match=r"decoder_attention_mask.*\(2, 5\).*\(2, 6\)"):
+        model(source, decoder_input_ids=target, decoder_attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match=rf"decoder_input_ids.*\b{VOCAB}\b"):
+        model(source, decoder_input_ids=torch.full((2, 6), VOCAB))
+    with pytest.raises(ValueError, match=r"encoder_outputs.*\b29\b.*\b30\b"):
+        model(encoder_outputs=(encoded[0][..., :29],), decoder_input_ids=target)
+    with pytest.raises(ValueError, match="position_ids.*encoder-decoder"):
+        model.model(source, decoder_input_ids=target, position_ids=torch.arange(9)[None])
     with pytest.raises(ValueError, match=r"encoder_outputs.*\b2\b.*\b3\b"):
         model(encoder_outputs=encoded, decoder_input_ids=words(3, 6))
     with pytest.raises(ValueError, match="input_ids"):
@@ -236,6 +254,63 @@ def test_position_ids_and_token_types():
         model(ids, token_type_ids=torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(ValueError, match="token_type_ids.*type_vocab_size"):
         VARIANTS[0].make("encoder")(ids, token_type_ids=torch.zeros(2, 6, dtype=torch.long))
+
+
+@streams(of_head=lambda head: not head.source)
+def test_position_ids_of_models_that_know_distances_only(variant, head):
+    """They may say what is so, and nothing else: ignoring them would mix the texts that they keep apart."""
+    run = runner(variant, head)
+    if getattr(run.model.config, "position_embedding_type", "relative") not in ("relative", "none"):
+        pytest.skip("positions are embedded")
+    ids, mask = words(2, 6), torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    right = (mask.cumsum(1) - 1).clamp(min=0)
+    expected, cache = run(ids, mask)
+    assert torch.equal(run(ids, mask, position_ids=right)[0], expected)
+    before = snapshot(cache)
+    for wrong, message in (
+        (right, r"position_ids differ"),  # the second six tokens stand elsewhere
+        (right[:, :5], r"position_ids.*\(2, 5\).*\(2, 6\)"),
+        (right.float(), r"position_ids.*float32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(ids, mask, cache, position_ids=wrong)
+        assert_unchanged(cache, before)
+
+
+@over(lambda variant, head: not head.stream and not head.pooled)
+def test_an_encoder_takes_no_cache(variant, head):
+    run = runner(variant, head)
+    with pytest.raises(ValueError, match=r"past_key_values.*GalleryCache.*encoder"):
+        run.model(**run.inputs(words(2, 6)), past_key_values=GalleryCache(run.model.config))
+
+
+@over(lambda variant, head: not head.source)
+def test_embeddings_of_another_type(variant, head):
+    model = variant.make(head)
+    embeds = model.get_input_embeddings()(words(2, 6))
+    with pytest.raises(ValueError, match=r"inputs_embeds.*float64.*float32"):
+        model(inputs_embeds=embeds.double())
+
+
+@over(lambda variant, head: head.pooled)
+def test_labels_that_name_no_class(variant, head):
+    model = variant.make(head, num_labels=3)
+    for labels in ([0, 3], [-1, 0]):
+        with pytest.raises(ValueError, match=rf"labels.*{max(labels, key=abs)}.*num_labels 3"):
+            model(words(2, 6), labels=torch.tensor(labels))
+    assert model(words(2, 6), labels=torch.tensor([0, -100])).loss.isfinite()
+
+
+@streams(of_head=lambda head: not head.source)
+def test_either_name_of_the_cache(variant, head):
+    model = variant.make(head)
+    first, second = (GalleryCache(model.config) for _ in range(2))
+    with torch.no_grad():
+        for part in words(2, 12).split(6, dim=1):
+            a, b = model(part, past_key_values=first), model(part, cache=second)
+    assert torch.equal(a[0], b[0]) and second.get_seq_length() == 12
+    with pytest.raises(ValueError, match="past_key_values and cache"):
+        model(words(2, 6), past_key_values=first, cache=second)
 
 
 @streams(of_head=lambda head: not head.source)
@@ -274,6 +349,28 @@ CONFIGS = [
     *[(kind, dict(layer_norm_eps=0.0), "layer_norm_eps.*0") for kind in KINDS],
     *[(kind, dict(initializer_range=-1.0), "initializer_range.*-1") for kind in KINDS],
     *[(kind, dict(pad_token_id=262), r"pad_token_id.*\b262\b.*vocab_size") for kind in KINDS],
+    *[(kind, dict(eos_token_id="a"), "eos_token_id.*'a'") for kind in KINDS],
+    *[(kind, dict(use_cache="yes"), "use_cache.*yes") for kind in KINDS],
+    *[(kind, dict(num_labels=0), r"num_labels.*\b0\b") for kind in KINDS],
+    (GalleryTransformerConfig, dict(decoder_start_token_id=500), r"decoder_start_token_id.*\b500\b"),
+    (GalleryTransformerConfig, dict(classifier_dropout=2.0), r"classifier_dropout.*2\.0"),
+    (
+        GalleryTransformerConfig,
+        dict(position_offset=5000, position_embedding_type="learned"),
+        "position_offset.*5000.*max_position_embeddings",
+    ),
+    (gallery.GalleryLongformerConfig, dict(attention_window=2**21), "attention_window.*2097152.*1048576"),
+    (
+        gallery.GalleryLongformerConfig,
+        dict(attention_window=2**19, attention_dilation=4),
+        "attention_dilation.*4.*1048576",
+    ),
+    (gallery.GalleryBlockRecurrentTransformerConfig, dict(block_length=2**21), "block_length.*1048576"),
+    (GalleryTransformerXLConfig, dict(mem_len=2**21), "mem_len.*1048576"),
+    (GalleryTransformerXLConfig, dict(same_length="yes"), "same_length.*yes"),
+    (GalleryTransformerXLConfig, dict(cutoffs=5), "cutoffs.*5.*list"),
+    (GalleryTransformerXLConfig, dict(cutoffs=[1.5]), r"cutoffs.*1\.5"),
+    (GalleryTransformerXLConfig, dict(cutoffs=[50], tie_projs=True), "tie_projs.*True.*list"),
     *[(kind, dict(eos_token_id=[3, -1]), r"eos_token_id.*-1") for kind in KINDS],
     *[(kind, dict(vocab_size=100), r"pad_token_id.*\b256\b.*\b100\b") for kind in KINDS],
     (GalleryTransformerConfig, dict(norm_position="middle"), "norm_position.*middle.*post"),

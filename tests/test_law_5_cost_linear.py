@@ -1,11 +1,11 @@
 """Law 5. Time and peak memory per token stay flat as the input grows (not the Transformer that sees everything).
 
-Nothing is timed: floating point operations and live bytes are counted. A cost a + b N + c N^2 is linear when its
-growth from 2 N to 4 N is twice that from N to 2 N; a quadratic one would show four times."""
+Nothing is timed: floating point operations, live bytes and bytes ever made are counted. A cost a + b N + c N^2 is
+linear when its growth from 2 N to 4 N is twice that from N to 2 N; a quadratic one would show four times."""
 
 import torch
 from measure import cost_of
-from variants import causal, runner, streams, words
+from variants import causal, over, runner, streams, words
 
 
 def lengths(variant, n):
@@ -41,8 +41,8 @@ def assert_linear(costs):
     """costs of N, 2 N and 4 N tokens, by the growth from one to the next: 2 if linear, 4 if quadratic. What is held at
     the worst moment may be buffers of one size as long as N is small: there, no more per token at 4 N than at 2 N."""
     small, middle, large = costs
-    a, b, c = (cost.flops for cost in costs)
-    assert (c - b) < 2.2 * (b - a) and c < 4.4 * a, (a, b, c)
+    for a, b, c in ([cost.flops for cost in costs], [cost.made for cost in costs]):
+        assert (c - b) < 2.2 * (b - a) and c < 4.4 * a, (a, b, c)
     assert large.peak < 2.1 * middle.peak and large.peak < 4.4 * small.peak, [cost.peak for cost in costs]
     assert large.largest < 2.1 * middle.largest
 
@@ -84,9 +84,26 @@ def test_cost_of_a_decode_step_is_flat(variant, head):
             _, cache = run(words(1, start + periods * variant.period))
         step(run, words(1, 1), cache)  # the first step may fit buffers
         costs.append(cost_of(step, run, words(1, 1), cache))
-    flops, peaks, _ = zip(*costs, strict=True)
+    flops, peaks, _, made = zip(*costs, strict=True)
     assert max(flops) <= 1.05 * min(flops), flops
     assert max(peaks) <= 1.1 * min(peaks) + 4096, peaks
+    assert max(made) <= 1.1 * min(made) + 4096, made
+
+
+@over(lambda variant, head: variant.name == "longformer" and head in ("encoder", "tokens"))
+def test_an_encoder_with_a_window_is_linear(variant, head):
+    """With and without global tokens. Positions are learned up to a length, so sinusoids stand in for them."""
+    run = runner(variant, head, position_embedding_type="sinusoidal")
+    for count in (0, 3):
+        marks = [torch.zeros(1, n, dtype=torch.long) for n in (256, 512, 1024)]
+        for mark in marks:
+            mark[:, :count] = 1
+
+        def forward(run, ids, mark):
+            result, _ = run(ids, global_attention_mask=mark)
+            result.square().sum().backward()
+
+        assert_linear([cost_of(forward, run, words(1, mark.shape[1]), mark) for mark in marks])
 
 
 @streams(lambda v: v.linear)

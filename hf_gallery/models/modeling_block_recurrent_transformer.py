@@ -13,7 +13,7 @@ its first commit), whose results are the paper's: the query itself is not in its
 square alone, maps have no biases, dropout falls on a layer's normed input, its feed-forward's output and the last
 norm. We depart in three places. At a document's start the official window holds zeros that take part in the softmax;
 here there is nothing. In decoding the official code keeps the state fixed; here it advances exactly when its block is
-complete, so decoding equals reading. The official logits are divided by sqrt(V), ours by sqrt(E), in the table's scale.
+complete, so decoding equals reading. The official logits are divided by sqrt(V), ours by sqrt(E).
 
 Blocks start at each row's own first token. All but the state runs over all blocks at once. Gradients flow through all
 blocks of one forward, and not between forwards. Letters: see spans.py. W block_length, S num_state_vectors, J blocks.
@@ -417,16 +417,18 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
         attention = layers[recurrent].self_attn
         states = cache.states if cache is not None and cache.states else [{}] * len(layers)
         outs, seen = [], rows.seen
-        for j in range(blocks.count):
-            start, stop = (j * w - blocks.phase).clamp(min=0), ((j + 1) * w - blocks.phase).clamp(min=0)
-            start, stop = torch.minimum(start, rows.lengths), torch.minimum(stop, rows.lengths)
-            width = max(1, int((stop - start).max()))
-            at = start[:, None] + torch.arange(width)  # (B, width) packed tokens of the rows' own block
-            part_rows = Rows(len(seen), width, (at < stop[:, None]).to(x.device), seen)
-            pick = at.clamp(max=rows.width - 1).to(x.device)[:, :, None].expand(-1, -1, x.shape[2])
+        # Of each block, the packed tokens (B, width) of the rows' own; picked once and split, for a pick from all of x
+        # for each block would cost its whole gradient each time.
+        ends = (torch.arange(blocks.count + 1)[:, None] * w - blocks.phase).clamp(min=0)
+        ends = torch.minimum(ends, rows.lengths)  # (J + 1, B)
+        widths = [max(1, int(count)) for count in (ends[1:] - ends[:-1]).amax(1)]
+        places = [start[:, None] + torch.arange(width) for start, width in zip(ends, widths, strict=False)]
+        pick = torch.cat(places, dim=1).clamp(max=rows.width - 1).to(x.device)
+        pieces = x.gather(1, pick[:, :, None].expand(-1, -1, x.shape[2])).split(widths, dim=1)
+        for y, at, stop in zip(pieces, places, ends[1:], strict=True):
+            part_rows = Rows(len(seen), y.shape[1], (at < stop[:, None]).to(x.device), seen)
             part = Context(part_rows, w, keep=True, limit=self.config.cache_capacity, infers=context.infers)
             part.fed = attention.entering_keys_values(states[recurrent], part)
-            y = x.gather(1, pick)
             hidden, new = [y], []
             for layer, state in zip(layers, states, strict=True):
                 y, state, _ = layer(y, part, state)
