@@ -382,6 +382,82 @@ def test_faiss_in_the_model(backend):
     assert_equal(make(memory_layers=[0, 2], memory_backend=backend)(ids).logits, expected)
 
 
+@torch.no_grad()
+def test_an_index_serves_until_the_memory_changes(monkeypatch):
+    """A decoded token searches the index that is there; a segment's end makes new ones, and so does a moved row."""
+    pytest.importorskip("faiss")
+    search, made = memory.BACKENDS["faiss_flat"], []
+    make_index = search.make
+    monkeypatch.setattr(search, "make", lambda d, n: made.append(n) or make_index(d, n))
+    exact, model, ids = make(), make(memory_backend="faiss_flat"), words(2, 60)
+    caches = [m(ids[:, :35], use_cache=True).past_key_values for m in (exact, model)]
+    made.clear()
+    for t in range(35, 60):
+        if t == 44:
+            for cache in caches:
+                cache.reorder_cache(torch.tensor([1, 0]))
+            ids = ids[[1, 0]]
+        expected, got = (
+            m(ids[:, t : t + 1], past_key_values=c).logits for m, c in zip((exact, model), caches, strict=True)
+        )
+        assert_equal(got, expected)
+    # 35 to 41, 42 to 43, 49 to 55, 56 to 59: an index for each of 2 rows and 3 heads; after the move, one a token.
+    assert len(made) == 6 * (4 + 5)
+
+
+def test_a_backend_of_ones_own(monkeypatch):
+    """An entry in BACKENDS is all that it takes."""
+    asked = []
+
+    def mine(query, keys, lower, upper, topk):
+        asked.append(keys.shape[2])
+        return memory.search_exact(query, keys, lower, upper, topk)
+
+    with pytest.raises(ValueError, match="memory_backend.*mine.*exact"):
+        config_of(memory_backend="mine")
+    monkeypatch.setitem(memory.BACKENDS, "mine", mine)
+    ids = words(2, 30)
+    assert torch.equal(make(memory_backend="mine")(ids).logits, make()(ids).logits) and asked
+
+
+def test_faiss_is_asked_for_where_it_is_missing(monkeypatch):
+    monkeypatch.setattr(memory, "faiss", None)
+    for backend in ("faiss_flat", "faiss_hnsw", "faiss_ivf"):
+        with pytest.raises(ImportError, match=f"{backend}.*pip install faiss-cpu.*exact"):
+            make(memory_backend=backend)
+    make()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_types_are_searched_in_float32(dtype, autocast):
+    """The k best of 4,096 keys that differ little are those that float64 finds."""
+    query, keys, values = (x.to(dtype) for x in random_store(b=1, h=2, t=16, n=4096, d=32, dtype=torch.float32))
+    ends = torch.zeros(1, 16, dtype=torch.long), torch.full((1, 16), 4096)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        _, _, _, columns = memory.retrieve("exact", query, [(keys, values, *ends)], 32)
+    best = (query.double() @ keys.double().mT).topk(32, -1).indices
+    assert (columns[..., None] == best[..., None, :]).any(-1).float().mean() > 0.999
+
+
+def test_a_memory_of_262144_pairs():
+    """Filled past its end a segment at a time: the newest are there, and are found."""
+    size, segment = 262_144, 16_384
+    ring, done = None, torch.zeros(1, dtype=torch.long)
+    g = torch.Generator().manual_seed(0)
+    for _ in range(18):
+        pairs = torch.randn(1, 1, segment, 4, generator=g)
+        count = torch.tensor([segment])
+        ring = memory.ring_with_room(ring, pairs, done, count, size, in_place=True)
+        ring, done = memory.append_to_ring(ring, pairs, done, count, size), done + segment
+    assert ring.shape[2] == size
+    query = torch.nn.functional.normalize(pairs[:, :, -3:], dim=-1)
+    keys = torch.nn.functional.normalize(ring, dim=-1)
+    ends = torch.zeros(1, 3, dtype=torch.long), torch.full((1, 3), size)
+    columns = memory.retrieve("exact", query, [(keys, ring, *ends)], 1)[3].flatten()
+    assert columns.tolist() == [(int(done) - 3 + i) % size for i in range(3)]
+
+
 def test_the_cache_of_one_backend_serves_another():
     pytest.importorskip("faiss")
     ids, more = words(2, 30), words(2, 5, seed=1)

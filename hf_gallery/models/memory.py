@@ -99,7 +99,10 @@ def _topk(scores, topk):
 
 
 class FaissSearch:
-    """Search by faiss, with an index for each row and head. make(d, n): a new index for n keys of d numbers."""
+    """Search by faiss, with an index for each row and head. make(d, n): a new index for n keys of d numbers.
+
+    An index serves until the ring is written again, at the end of a segment: it is kept with the ring's memory.
+    """
 
     def __init__(self, make):
         self.make = make
@@ -119,12 +122,11 @@ class FaissSearch:
                 who = ((kind == which) & found[row]).nonzero().squeeze(1)
                 if not len(at) or not len(who):
                     continue
+                interval = int(lower[row, who[0]]), int(upper[row, who[0]])
                 for head in range(h):
-                    index = self.make(d, len(at))
-                    data = keys[row, head, at].float().cpu().numpy()
-                    if not index.is_trained:
-                        index.train(data)
-                    index.add(data)
+                    # Several kinds are a long input's, whose indexes would pile up and serve once each.
+                    place = (keys[row, head].storage_offset(), n, *interval) if len(kinds) == 1 else None
+                    index = self._index(keys[row, head], at, place)
                     found_scores, found_at = index.search(
                         query[row, head, who].float().cpu().numpy(), min(topk, len(at))
                     )
@@ -134,6 +136,22 @@ class FaissSearch:
                     scores[row, head, who, :width] = found_scores
                     columns[row, head, who, :width] = at[found_at.clamp(min=0)]
         return scores.to(query.device), columns.to(query.device)
+
+    def _index(self, keys, at, place):
+        """The index over keys (N, D) at columns `at`; kept under `place`, where their memory is a ring's."""
+        known = getattr(keys.untyped_storage(), INDEXES, {}) if place is not None else {}
+        index = known.get((self, place))
+        if index is None:
+            index = self.make(keys.shape[1], len(at))
+            data = keys[at].float().cpu().numpy()
+            if not index.is_trained:
+                index.train(data)
+            index.add(data)
+            known[self, place] = index
+        return index
+
+
+INDEXES = "indexes"  # of a storage that is a ring: what faiss has made of its keys since they were written
 
 
 def _make_flat(d, n):
@@ -287,4 +305,5 @@ def append_to_ring(
     slot = (first[row] + column) % size
     device = ring.device
     ring[row.to(device), :, slot.to(device)] = new[row.to(device), :, column.to(device)].to(ring.dtype)
+    setattr(ring.untyped_storage(), INDEXES, {})
     return ring
