@@ -8,14 +8,16 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import hf_gallery.convert
-from hf_gallery.convert import FORMATS, convert
+from hf_gallery.convert import FORMATS, check_settings, convert
+from hf_gallery.convert.checkpoint import Tensors
 
 GOLDEN = Path(__file__).parent / "golden" / "transformer_xl"
 CASE = "clamp"  # in safetensors, with tied tables and projections
@@ -206,14 +208,94 @@ def test_files_that_are_damaged_or_absent(source, tmp_path):
     torch.save([torch.ones(3)], source / "pytorch_model.bin")
     refused("holds no state_dict, a dictionary of names to tensors")
     (source / "pytorch_model.bin").unlink()
-    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "gone.safetensors"}}')
-    refused(r"names the shard 'gone\.safetensors', which is not in")
-    (source / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../source/config.json"}}')
-    refused("names the shard 'config.json', which is not in")
     in_shards(source, "model.safetensors", lambda tensors, path: save_file({"a": torch.ones(1)}, path))(
         {"a": 0, "b": 0}
     )
     refused("holds a twice")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({}, "has no weight_map"),
+        ({"weight_map": None}, "has no weight_map"),
+        ({"weight_map": ["model.safetensors"]}, "has no weight_map"),
+        ({"weight_map": {"a": 3}}, "has no weight_map"),
+        ({"weight_map": {"a": None}}, "has no weight_map"),
+        *(
+            ({"weight_map": {"a": name}}, f"names the shard {name!r}, which is not in")
+            for name in ("gone.safetensors", "../source/config.json", "", ".", "..", "/etc/hosts", "a/../config.json")
+        ),
+    ],
+    ids=str,
+)
+def test_an_index_that_is_none(content, message, source, tmp_path):
+    """It says which files are read, so it must name files of the folder and no others."""
+    (source / "model.safetensors").unlink()
+    (source / "model.safetensors.index.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"model\.safetensors\.index\.json .*fetch the source's files again") as error:
+        convert(source, tmp_path / "converted")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: {0: torch.ones(3)}, "holds no state_dict"),
+        (lambda tensors: {("a", "b"): torch.ones(3)}, "holds no state_dict"),
+        (lambda tensors: tensors | {"more": torch.ones(3, 3).to_sparse()}, "holds more, which is no plain tensor"),
+        (lambda tensors: tensors | {"more": torch.empty(3, device="meta")}, "holds more, which is no plain tensor"),
+        (
+            lambda tensors: tensors | {"crit.out_layers.0.weight": torch.tensor(3.0)},
+            r"crit\.out_layers\.0\.weight and .* differ",
+        ),
+        (lambda tensors: dict.fromkeys(tensors, torch.tensor(3.0)), r"\(\) cannot make .*q_proj\.weight"),
+    ],
+    ids=["a number for a name", "a pair for a name", "sparse", "without values", "a number", "nothing but numbers"],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch checks no invariants of sparse tensors unless told
+def test_a_torch_file_of_other_things(change, message, source, tmp_path):
+    rewrite(source, lambda tensors: torch.save(change(tensors), source / "pytorch_model.bin"))
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "converted")
+
+
+def damaged(content, seed):
+    """The bytes cut short, changed, or moved by some that are lost or that came in; mostly where structure is."""
+    random = Random(seed)
+    content, place = bytearray(content), random.randrange(min(len(content), 3000))
+    kind = random.choice(["cut", "changed", "changed at the end", "lost", "more"])
+    if kind == "cut":
+        return bytes(content[: random.randrange(len(content))])
+    if kind == "lost":
+        del content[place : place + random.choice([1, 8, 100])]
+    elif kind == "more":
+        content[place:place] = random.randbytes(random.choice([1, 8]))
+    else:
+        for _ in range(random.choice([1, 3, 20])):
+            place = random.randrange(min(len(content), 3000))
+            content[place if kind == "changed" else -1 - place] = random.randrange(256)
+    return bytes(content)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of versions that the bytes seem to say
+@pytest.mark.parametrize("kind", ["safetensors", *(kind for kind in KINDS if "shards" not in kind)])
+def test_a_damaged_file_is_named(kind, source):
+    """Wherever the damage is: it can be read, or a ValueError says which file it is."""
+    if kind in KINDS:
+        rewrite(source, KINDS[kind](source))
+    (file,) = (path for path in source.iterdir() if path.name != "config.json")
+    whole, failed = file.read_bytes(), 0
+    for seed in range(100):
+        file.write_bytes(damaged(whole, seed))
+        try:
+            tensors = Tensors(source)
+            for name in tensors:
+                assert tensors.meta(name).shape == tensors[name].shape
+        except ValueError as error:
+            failed += 1
+            assert str(file) in str(error) and len(str(error)) > len(str(file)) + 20
+    assert failed > 50
 
 
 # -------------------------------------------------------------------------------------------------------------- safety
@@ -263,12 +345,32 @@ def test_code_beside_the_weights_is_not_run(source, tmp_path):
 def test_out_must_be_empty(source, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
+    same = out.stat().st_ino
     assert convert(source, out) == out and (out / "config.json").exists()
+    assert out.stat().st_ino == same and not [path for path in out.iterdir() if path.name.startswith(".")]
     before = {path: path.read_bytes() for path in out.iterdir()}
     for taken in (out, source / "config.json"):
         with pytest.raises(ValueError, match=r"holds something already; give a folder that is empty or not there"):
             convert(source, taken)
     assert {path: path.read_bytes() for path in out.iterdir()} == before
+    with pytest.raises(ValueError, match=r"cannot be made: .*config\.json is no folder"):
+        convert(source, source / "config.json" / "out")
+
+
+def test_the_current_folder_and_paths_from_it(source, tmp_path, monkeypatch):
+    """What is there stays the folder that it was, so that the shell that stands in it still does."""
+    expected = weights(convert(source, tmp_path / "expected"))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "linked")
+    monkeypatch.chdir(tmp_path / "here")
+    assert convert(source, ".") == Path(".")
+    monkeypatch.chdir(tmp_path)
+    assert convert("source", "b/c") == Path("b/c")
+    assert convert("source", "link") == Path("link")
+    for folder in ("here", "b/c", "linked"):
+        assert weights(Path(folder)).keys() == expected.keys()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "expected", "here", "link", "linked", "source"]
+    assert AutoModelForCausalLM.from_pretrained("here").config.model_type == "gallery_transformer_xl"
 
 
 def test_a_conversion_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
@@ -282,10 +384,75 @@ def test_a_conversion_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
 
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(GalleryPreTrainedModel, "save_pretrained", half)
+    for out in ("out", "new", "newer/and/deeper", "out/deeper"):
+        with pytest.raises(OSError, match="no space left"):
+            convert(source, tmp_path / out)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+        assert not any((tmp_path / "out").iterdir())
+
+
+def test_a_folder_that_is_taken_meanwhile(source, tmp_path, monkeypatch):
+    """What came there while the conversion worked is not written over."""
+    made = hf_gallery.convert.carry_out
+    (tmp_path / "out").mkdir()
+
+    def slow(*arguments):
+        (tmp_path / "out" / "config.json").write_text("mine")
+        return made(*arguments)
+
+    monkeypatch.setattr(hf_gallery.convert, "carry_out", slow)
+    with pytest.raises(ValueError, match="holds something already"):
+        convert(source, tmp_path / "out")
+    assert [path.read_text() for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+def test_an_empty_folder_that_cannot_be_filled(source, tmp_path, monkeypatch):
+    """The config is the last to come there, and what came before goes again."""
+    (tmp_path / "out").mkdir()
+    came, replace = [], os.replace
+
+    def fails(path, target):
+        came.append(Path(target).name)
+        if came[-1] == "config.json":
+            raise OSError("no space left on device")
+        replace(path, target)
+
+    monkeypatch.setattr(hf_gallery.convert.os, "replace", fails)
     with pytest.raises(OSError, match="no space left"):
         convert(source, tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
-    assert not any((tmp_path / "out").iterdir())
+    assert "model.safetensors" in came and not any((tmp_path / "out").iterdir())
+
+
+# ------------------------------------------------------------------------------------------------ settings and options
+
+
+def test_settings_that_are_no_options():
+    """What convert() takes itself cannot come among the options as well."""
+    for name in ("source", "out", "to", "revision"):
+        with pytest.raises(ValueError, match=f"{name} is no option of a format but an argument of the conversion"):
+            check_settings({"segment_length": 4, name: "x"})
+    check_settings({"segment_length": 4, "options": 3})
+
+
+def test_options_are_not_hidden_by_the_formats_own_arguments(source, tmp_path):
+    for name in ("self", "options"):
+        with pytest.raises(ValueError, match=f"has no option {name}; it has segment_length"):
+            convert(source, tmp_path / "converted", **{name: 3})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"generation_config\.json"),
+        ("[1]", r"generation_config\.json holds a JSON list"),
+        ('{"max_new_tokens": -1}', r"generation_config\.json are not what transformers takes: .*max_new_tokens"),
+    ],
+)
+def test_settings_of_generate_that_are_none(content, message, source, tmp_path):
+    (source / "generation_config.json").write_text(content)
+    with pytest.raises(ValueError, match=message):
+        convert(source, tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- the Hub
@@ -329,27 +496,57 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="counts a process's memory as Linux does")
-@pytest.mark.parametrize("kind", ["safetensors", "torch file of old"])
-def test_memory_is_at_most_twice_the_checkpoint(kind, tmp_path):
-    """In a process of its own: pages of the mapped file are counted too."""
-    width, inner, layers, words = 768, 3072, 3, 16000
+WIDTH, INNER, LAYERS, WORDS = 768, 3072, 3, 16000
+
+
+def large_transformer_xl():
+    """A config, and tensors that fit it."""
     config = json.loads((GOLDEN / "plain" / "config.json").read_text())
-    config |= dict(vocab_size=words, d_model=width, d_embed=width, n_head=12, d_head=64, d_inner=inner)
-    config |= dict(n_layer=layers, untie_r=True)
-    small, g = load_file(GOLDEN / "plain" / "model.safetensors"), torch.Generator().manual_seed(0)
-    sizes = {97: words, 16: width, 36: 3 * width, 12: width, 20: inner, 8: width // 2}
-    tensors = {
-        name.replace("transformer.layers.0", f"transformer.layers.{i}"): torch.rand(
-            [sizes[n] for n in x.shape], generator=g
-        )
-        for i in range(layers)
-        for name, x in small.items()
+    config |= dict(vocab_size=WORDS, d_model=WIDTH, d_embed=WIDTH, n_head=12, d_head=64, d_inner=INNER)
+    config |= dict(n_layer=LAYERS, untie_r=True)
+    sizes = {97: WORDS, 16: WIDTH, 36: 3 * WIDTH, 12: WIDTH, 20: INNER, 8: WIDTH // 2}
+    shapes = {
+        name.replace("transformer.layers.0", f"transformer.layers.{i}"): [sizes[n] for n in x.shape]
+        for i in range(LAYERS)
+        for name, x in load_file(GOLDEN / "plain" / "model.safetensors").items()
         if "layers.1." not in name and ".r_w_bias" not in name and ".r_r_bias" not in name
     }
-    for i in range(layers):
+    for i in range(LAYERS):
         for name in ("r_w_bias", "r_r_bias"):
-            tensors[f"transformer.layers.{i}.dec_attn.{name}"] = torch.rand(12, 64, generator=g)
+            shapes[f"transformer.layers.{i}.dec_attn.{name}"] = [12, 64]
+    return config, random_tensors(shapes)
+
+
+def large_gpt2():
+    """The same. Its maps are transposed on the way, so that they are in memory twice; with few words they are most of
+    it."""
+    sizes = dict(vocab_size=2000, n_positions=256, n_embd=WIDTH, n_layer=LAYERS + 2, n_head=12)
+    config = GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)
+    with torch.device("meta"):
+        model = GPT2LMHeadModel(config)
+    return config.to_dict() | dict(architectures=["GPT2LMHeadModel"]), random_tensors(
+        {name: x.shape for name, x in model.state_dict().items() if name != "lm_head.weight"}
+    )
+
+
+def random_tensors(shapes):
+    g = torch.Generator().manual_seed(0)
+    return {name: torch.rand(tuple(shape), generator=g) for name, shape in shapes.items()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts a process's memory as Linux does")
+@pytest.mark.parametrize(
+    ("large", "kind"),
+    [
+        (large_transformer_xl, "safetensors"),
+        (large_transformer_xl, "torch file of old"),
+        (large_gpt2, "safetensors"),
+    ],
+    ids=["transformer_xl", "transformer_xl in a torch file of old", "gpt2"],
+)
+def test_memory_is_at_most_twice_the_checkpoint(large, kind, tmp_path):
+    """In a process of its own: pages of the mapped file are counted too."""
+    config, tensors = large()
     source = tmp_path / "source"
     source.mkdir()
     (source / "config.json").write_text(json.dumps(config))

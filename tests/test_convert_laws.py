@@ -14,11 +14,19 @@ MEMORY = dict(
 )
 FOLDERS = {  # what it is made from, options, and the tokens after which its cache stops growing
     "longformer": (lambda: longformer("masked"), {}, None),
+    "longformer sequence": (lambda: longformer("sequence"), {}, None),
+    "longformer tokens": (lambda: longformer("tokens"), {}, None),
+    "longformer question": (lambda: longformer("question"), {}, None),
     "bert": (lambda: published("BertForMaskedLM"), {}, None),
-    "roberta": (lambda: published("RobertaForSequenceClassification"), {}, None),
+    "bert sequence": (lambda: published("BertForSequenceClassification"), {}, None),
+    "roberta": (lambda: published("RobertaForMaskedLM"), {}, None),
+    "roberta sequence": (lambda: published("RobertaForSequenceClassification"), {}, None),
     "gpt2": (lambda: published("GPT2LMHeadModel", pad_token_id=PAD), {}, None),
     "marian": (lambda: published("MarianMTModel"), {}, None),
     "bert to longformer": (lambda: published("BertForMaskedLM"), SHORT, None),
+    "bert sequence to longformer": (lambda: published("BertForSequenceClassification"), SHORT, None),
+    "roberta to longformer": (lambda: published("RobertaForMaskedLM"), SHORT, None),
+    "roberta sequence to longformer": (lambda: published("RobertaForSequenceClassification"), SHORT, None),
     "gpt2 to longformer": (lambda: published("GPT2LMHeadModel", pad_token_id=PAD), SHORT, 6),
     "gpt2 to memorizing": (lambda: published("GPT2LMHeadModel", pad_token_id=PAD), MEMORY, 42),
 }
@@ -42,4 +50,8 @@ def test_laws(name, tmp_path):
 
 @pytest.mark.slow
 def test_all_open_without_the_library(tmp_path):
-    open_without_the_library([made(name, tmp_path) for name in FOLDERS], tmp_path)
+    """One folder for each class that comes out."""
+    variants = [made(name, tmp_path) for name in FOLDERS]
+    kinds = {variant.heads[variant.head].kind: variant for variant in variants}
+    assert len(kinds) == 10
+    open_without_the_library(list(kinds.values()), tmp_path)

@@ -318,6 +318,31 @@ def test_a_config_that_has_no_counterpart(name, settings, message, tmp_path):
     assert not (tmp_path / "converted").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "values"),
+    [
+        ("GPT2LMHeadModel", "n_layer", ("big", None, 1.5, [3], True)),
+        ("GPT2LMHeadModel", "architectures", (3, "GPT2LMHeadModel", {"a": 1}, [["GPT2LMHeadModel"]], [None])),
+        ("GPT2LMHeadModel", "dtype", ("float3", [], "nn")),
+        ("BertForMaskedLM", "hidden_dropout_prob", ("0.1", None)),
+        ("BertForMaskedLM", "id2label", ("yes", 3, ["yes"], {"a": "yes"})),
+        ("BertForMaskedLM", "num_labels", ("2", None, 1.5)),
+        ("RobertaForMaskedLM", "pad_token_id", (None, "1")),
+        ("MarianMTModel", "encoder_layers", ("2", [])),
+    ],
+)
+def test_a_config_of_other_types(name, field, values, tmp_path):
+    """Field and value are named, whichever of the two packages it is that does not take it."""
+    published(name).save_pretrained(tmp_path / "published")
+    path = tmp_path / "published" / "config.json"
+    config = json.loads(path.read_text())
+    for value in values:
+        path.write_text(json.dumps(config | {field: value}))
+        with pytest.raises(ValueError) as error:
+            convert(tmp_path / "published", tmp_path / "converted")
+        assert f"{field} is {value!r}" in str(error.value)
+
+
 @pytest.mark.parametrize("name", ["GPT2LMHeadModel", "BertForMaskedLM", "RobertaForMaskedLM", "MarianMTModel"])
 def test_tensors_that_do_not_fit(name, tmp_path):
     """All of them are listed, and nothing is written."""
@@ -367,6 +392,14 @@ def test_the_tokenizer_comes_along(options, length, tmp_path):
     ours = AutoTokenizer.from_pretrained(folder)
     assert ours("gallery").input_ids == tokenizer("gallery").input_ids == [6, 0, 11, 11, 4, 17, 24]
     assert ours.model_max_length == length
+
+
+def test_a_tokenizer_that_is_none(tmp_path):
+    published("GPT2LMHeadModel").save_pretrained(tmp_path / "published")
+    (tmp_path / "published" / "tokenizer.json").write_text('{"model": {"type": "none"}}')
+    (tmp_path / "published" / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ValueError, match="the tokenizer in .*published cannot be opened"):
+        convert(tmp_path / "published", tmp_path / "converted")
 
 
 def test_the_two_tokenizers_of_marian(tmp_path):

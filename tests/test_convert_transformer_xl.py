@@ -1,7 +1,7 @@
 """Published Transformer-XL as gallery checkpoints: what transformers 4.35.2 gave, kept in golden/, comes out again.
 
-golden/make_transformer_xl.py made it, and says what each case is about. What the authors' code gives is computed by
-reference_transformer_xl.py.
+golden/make_transformer_xl.py made it, and says what each case is about. So does make_transformer_xl_authors.py of what
+the authors' own code gave, and reference_transformer_xl.py computes what that gives for further models.
 """
 
 import collections
@@ -26,7 +26,16 @@ from hf_gallery.convert.checkpoint import Source
 from hf_gallery.convert.transfo_xl_vocabulary import FILES, read_vocabulary, vocabulary_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "transformer_xl"
-CASES = sorted(path.name for path in GOLDEN.iterdir() if path.name not in ("classifier", "vocabulary"))
+AUTHORS = GOLDEN.with_name("transformer_xl_authors")
+# Every case has its folder here, so that one that is lost, or one that nobody runs, shows.
+CASES = [
+    "clamp", "div_1", "div_1_projected", "div_2", "div_2_same_length", "no_memory", "nothing_tied", "plain",
+    "plain_projected", "plain_same_length", "pre_lnorm", "same_length", "wt103",
+]  # fmt: skip
+AUTHORS_CASES = [
+    "clamp", "div_1", "div_1_projected", "div_2", "div_4", "no_memory", "plain", "plain_projected", "pre_lnorm",
+    "same_length", "same_length_clamp",
+]  # fmt: skip
 SEGMENT, SEGMENTS, PROMPT = 8, 3, 7
 
 golden_cases = pytest.mark.parametrize("case", CASES)
@@ -43,7 +52,8 @@ def opened(case, folder, **options):
 
 
 def test_the_cases_are_there():
-    assert {"wt103", "plain", "div_1", "div_2", "clamp", "pre_lnorm", "no_memory", "nothing_tied"} <= set(CASES)
+    assert sorted(path.name for path in GOLDEN.iterdir()) == sorted([*CASES, "classifier", "vocabulary"])
+    assert sorted(path.name for path in AUTHORS.iterdir()) == AUTHORS_CASES
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "with gradients"])
@@ -105,22 +115,31 @@ def test_bare_model(tmp_path):
     assert_equal(model(expected["ids"][:, :SEGMENT]).last_hidden_state, expected["hidden_states.0"][-1])
 
 
-@pytest.mark.parametrize("case", ["wt103", "div_2", "pre_lnorm", "classifier"])
-def test_laws(case, tmp_path):
-    folder = convert(GOLDEN / case, tmp_path / case, segment_length=5)
+def obedient(folder):
+    """Laws 1 to 4, and what generate() needs, for a converted folder."""
     config = gallery.GalleryTransformerXLConfig.from_pretrained(folder)
     variant = converted(folder, horizon=config.segment_length + config.mem_len)
     obeys_the_laws(variant)
-    if case != "classifier":
+    if variant.head == "causal":
         generates(variant)
+
+
+@pytest.mark.parametrize("case", ["wt103", "div_1", "div_2", "plain", "pre_lnorm", "classifier"])
+def test_laws(case, tmp_path):
+    obedient(convert(GOLDEN / case, tmp_path / case, segment_length=5))
+
+
+@pytest.mark.parametrize("case", ["clamp", "div_4", "plain", "same_length"])
+def test_laws_from_the_authors(case, tmp_path):
+    """Memory that starts empty, and clusters in reverse order."""
+    obedient(from_the_authors(case, tmp_path / case))
 
 
 @pytest.mark.slow
 def test_opens_without_the_library(tmp_path):
-    variants = []
-    for case in ("wt103", "plain", "classifier"):
-        variants.append(converted(convert(GOLDEN / case, tmp_path / case)))
-    open_without_the_library(variants, tmp_path)
+    folders = [convert(GOLDEN / case, tmp_path / case) for case in ("wt103", "plain", "classifier")]
+    folders += [from_the_authors(case, tmp_path / f"authors_{case}") for case in ("div_1", "div_4")]
+    open_without_the_library([converted(folder) for folder in folders], tmp_path)
 
 
 @pytest.mark.parametrize("case", ["div_1_projected", "div_2"])
@@ -161,6 +180,19 @@ def test_segment_length(tmp_path):
     [
         (dict(attn_type=2), "attn_type is 2; the gallery has 0"),
         (dict(sample_softmax=5), "sample_softmax is 5"),
+        (dict(clamp_len=None), "clamp_len is None; it must be a whole number"),
+        (dict(clamp_len="far"), "clamp_len is 'far'; it must be a whole number"),
+        (dict(d_embed="64"), "d_embed is '64'; it must be a whole number"),
+        (dict(n_layer=True), "n_layer is True; it must be a whole number"),
+        (dict(dropatt=None), "dropatt is None; it must be a number"),
+        (dict(same_length=1), "same_length is 1; it must be True or False"),
+        (dict(cutoffs=20), "cutoffs is 20; it must be a list of whole numbers"),
+        (dict(cutoffs=[13, "29", 60]), r"cutoffs is \[13, '29', 60\]; it must be a list of whole numbers"),
+        (dict(tie_projs=[0, 1, 1, 1]), r"tie_projs is \[0, 1, 1, 1\]; it must be a list of True and False"),
+        (dict(tgt_len="128"), "tgt_len is '128'; it must be a whole number"),
+        (dict(pad_token_id=[3]), r"pad_token_id is \[3\]; it must be a whole number"),
+        (dict(eos_token_id="<eos>"), "eos_token_id is '<eos>'"),
+        (dict(id2label=["yes"]), r"id2label is \['yes'\], which PreTrainedConfig does not take"),
         (dict(d_model=17), "hidden_size is 17"),
         (dict(n_layer=3), r"missing transformer\.layers\.2\.dec_attn\.qkv_net\.weight"),
         (dict(n_layer=1), r"unknown transformer\.layers\.1\.dec_attn\.qkv_net\.weight \(36, 16\)"),
@@ -184,11 +216,39 @@ def test_a_config_that_does_not_fit(settings, message, tmp_path):
 
 # ----------------------------------------------------------------------------------------------- the authors' model.pt
 
-AUTHORS = {
+OTHERS = {  # weights of transformers' cases, and what they might have been trained with
     "div_2": dict(mem_len=5),
     "div_1": dict(mem_len=11, clamp_len=4, cutoffs=[20, 50]),
     "plain": dict(mem_len=6, same_length=True),
 }
+
+
+def from_the_authors(case, folder, **options):
+    """The converted folder of one of the authors' cases."""
+    told = json.loads((AUTHORS / case / "options.json").read_text())
+    return convert(AUTHORS / case, folder, **told | options)
+
+
+@pytest.mark.parametrize("case", AUTHORS_CASES)
+@torch.no_grad()
+def test_what_the_authors_code_gave(case, tmp_path):
+    """Losses and hidden states of four segments, the memory carried, and of all in one forward; in the last segment
+    the log-probability of every word, whatever its cluster."""
+    model = gallery.GalleryTransformerXLForCausalLM.from_pretrained(from_the_authors(case, tmp_path / case)).eval()
+    expected = load_file(AUTHORS / case / "outputs.safetensors")
+    ids, length = expected["ids"], model.config.segment_length
+    segments = ids.shape[1] // length
+    assert (segments, ids.shape[1]) == (4, 4 * length + 1)
+    whole, cache = model(ids[:, :-1]).logits.log_softmax(-1).split(length, dim=1), None
+    for i in range(segments):
+        part, target = (ids[:, i * length + k :][:, :length] for k in (0, 1))
+        output = model(part, past_key_values=cache, use_cache=True, output_hidden_states=True)
+        cache = output.past_key_values
+        assert_equal(torch.stack(output.hidden_states), expected[f"hidden_states.{i}"], f"segment {i}")
+        for logits in (output.logits.log_softmax(-1), whole[i]):
+            nll = -logits.gather(-1, target[..., None])[..., 0]
+            assert_equal(nll, expected[f"nll.{i}"], f"segment {i}")
+    assert_equal(output.logits.log_softmax(-1), expected[f"log_probabilities.{i}"])
 
 
 def model_pt(case, folder):
@@ -209,14 +269,14 @@ def model_pt(case, folder):
     return w
 
 
-@pytest.mark.parametrize("case", AUTHORS)
+@pytest.mark.parametrize("case", OTHERS)
 def test_the_authors_own_file(case, tmp_path):
     """Memory that starts empty, and clusters of the softmax's head in reverse order."""
     w = model_pt(case, tmp_path / "published")
-    folder = convert(tmp_path / "published", tmp_path / "converted", segment_length=7, **AUTHORS[case])
+    folder = convert(tmp_path / "published", tmp_path / "converted", segment_length=7, **OTHERS[case])
     model = gallery.GalleryTransformerXLForCausalLM.from_pretrained(folder).eval()
     ids, config = words(2, 21), reference.config_of(model.config)
-    assert config.mem_len == AUTHORS[case]["mem_len"] and config.vocab_size == VOCAB
+    assert config.mem_len == OTHERS[case]["mem_len"] and config.vocab_size == VOCAB
     hidden, _ = reference.run(w, config, reference.embed(w, config, ids.T), 7)
     expected = reference.log_probabilities(w, config, hidden.transpose(0, 1).flatten(0, 1), "reversed")
     assert_equal(model(ids).logits.log_softmax(-1), expected.view(2, 21, -1))
@@ -232,6 +292,37 @@ def test_the_authors_file_tells_what_it_can(tmp_path):
     torch.save({"weight": torch.ones(3)}, tmp_path / "one table" / "model.pt")
     with pytest.raises(ValueError, match=r"is not the authors' Transformer-XL: it has no word_emb"):
         convert(tmp_path / "one table", tmp_path / "converted", segment_length=7, mem_len=5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(cutoffs=20), "cutoffs is 20; it must be a list"),
+        (dict(cutoffs=[20, 51]), r"cutoffs are \[20, 51\]; the embeddings in .* end at \[20, 50\]"),
+        (dict(segment_length="7"), "segment_length is '7'"),
+        (dict(segment_length=0), "segment_length is 0"),
+        (dict(mem_len=1.5), r"mem_len is 1\.5"),
+        (dict(clamp_len="far"), "clamp_len is 'far'"),
+        (dict(same_length="yes"), "same_length is 'yes'"),
+        (dict(eos_token_id="<eos>"), "eos_token_id is '<eos>'"),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        from_the_authors("div_2", tmp_path / "converted", **options)
+
+
+@pytest.mark.parametrize(
+    "name", ["word_emb.emb_layers.0.weight", "r_w_bias", "layers.0.pos_ff.CoreNet.0.weight", "crit.cluster_bias"]
+)
+def test_a_shape_that_tells_nothing(name, tmp_path):
+    """Of the tensors from which the model's sizes are read."""
+    tensors = torch.load(AUTHORS / "div_2" / "model.pt", weights_only=True)
+    for wrong in (torch.tensor(3.0), torch.ones(2, 0), torch.ones(2, 2, 2)):
+        torch.save(dict(tensors) | {name: wrong}, tmp_path / "model.pt")
+        with pytest.raises(ValueError, match=rf"holds {name} of the shape .*; it must have [12] dimensions"):
+            convert(tmp_path, tmp_path / "converted", segment_length=7, mem_len=5)
 
 
 def test_a_pickled_module_is_refused(tmp_path):
@@ -262,6 +353,19 @@ def test_vocabulary_files(name):
     symbols, _ = read_vocabulary(GOLDEN / "vocabulary" / name)
     assert symbols == (GOLDEN / "vocabulary" / "vocab.txt").read_text(encoding="utf-8").split("\n")[:-1]
     assert symbols[:3] == ["<eos>", "<unk>", "<formula>"] and len(symbols) > 150
+
+
+def test_a_line_ends_with_a_line_feed(tmp_path):
+    """Not at what else Unicode has for it: the numbers of all symbols after it would be others."""
+    path = tmp_path / "vocab.txt"
+    symbols = ["<eos>", "a\u2028b", "c\x0bd", "e\x85", "f\x1cg", "last"]
+    path.write_bytes("\n".join([*symbols, ""]).encode())
+    assert read_vocabulary(path) == (["<eos>", "a", "c", "e", "f", "last"], {})  # what follows space is no word's
+    path.write_bytes("\r\n".join([*symbols, ""]).encode())
+    assert read_vocabulary(path) == (["<eos>", "a", "c", "e", "f", "last"], {})
+    path.write_bytes(b"<eos>\n\xff\n")
+    with pytest.raises(ValueError, match=r"vocab\.txt is no text in UTF-8"):
+        read_vocabulary(path)
 
 
 @pytest.mark.parametrize("protocol", [0, 2, 4])
@@ -375,6 +479,7 @@ def test_classes_of_a_vocabulary_are_not_imported(tmp_path):
         (b"nothing", "is no vocabulary, or is damaged"),
         (b"", "is no vocabulary, or is damaged"),
         (pickle.dumps({"idx2sym": [1, 2]}), "holds no vocabulary: neither idx2sym"),
+        (pickle.dumps({"sym2idx": {"a": 1, "b": "2"}}), "holds no vocabulary: neither idx2sym"),
         (pickle.dumps({"idx2sym": ["a", "b"], "sym2idx": {"a": 1, "b": 0}}), "contradicts itself"),
         (pickle.dumps({"idx2sym": ["a", "a"]}), "has 2 symbols, of which only 1 differ"),
         (pickle.dumps({"idx2sym": [str(i) for i in range(98)]}), "has 98 symbols; the model's vocab_size is 97"),

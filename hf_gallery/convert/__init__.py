@@ -7,7 +7,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +47,7 @@ def convert(
     Raises ValueError if the source is not recognised, its config asks for what the gallery lacks, its tensors do not
     fit (with a list of all that do not), or out holds something already. Nothing is written unless all is right.
     """
-    out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} holds something already; give a folder that is empty or not there")
+    target = _target(out)  # before the work: what is wrong with it shows at once
     opened = Source(_fetch(source, revision))
     form = next((form for form in FORMATS if form.recognises(opened)), None)
     if form is None:
@@ -61,20 +60,63 @@ def convert(
     check(plan, opened)
     model = carry_out(plan, opened)
     tokenizer = None if plan.tokenizer is None else plan.tokenizer(opened)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    beside = out.parent / f".{out.name}.{uuid.uuid4().hex}"
+    with _all_or_nothing(target) as folder, quiet():
+        model.save_pretrained(folder)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    return Path(out)
+
+
+def check_settings(settings: Mapping[str, Any]):
+    """Raises ValueError if settings that shall be options of `convert` have a name of its own arguments, which Python
+    would refuse with a TypeError."""
+    own = [name for name in inspect.signature(convert).parameters if name in settings and name != "options"]
+    if own:
+        raise ValueError(f"{own[0]} is no option of a format but an argument of the conversion; give it as such")
+
+
+def _target(out: str | Path) -> Path:
+    """The folder to write, in full: "." has no name to put another beside, and a link may lead elsewhere."""
+    target = Path(out).resolve()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"{out} holds something already; give a folder that is empty or not there")
+    nearest = next(path for path in (target, *target.parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"{out} cannot be made: {nearest} is no folder")
+    return target
+
+
+@contextmanager
+def _all_or_nothing(target: Path) -> Iterator[Path]:
+    """A folder to write to, which becomes the target at the end; if anything fails, all is as it was.
+
+    An empty folder that is there stays, and is filled: it may be the current one of a shell, or a mount.
+    """
+    there = _target(target).is_dir()  # once more: the work may have taken minutes
+    made = [] if there else [path for path in target.parents if not path.exists()]
+    folder = (target if there else target.parent) / f".{target.name}.{uuid.uuid4().hex}"
+    moved: list[Path] = []
     try:
-        with quiet():
-            model.save_pretrained(beside)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(beside)
-        if out.is_dir():
-            out.rmdir()
-        os.replace(beside, out)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        yield folder
+        if there:
+            # The config last: without it nobody takes the folder for a model.
+            for path in sorted(folder.iterdir(), key=lambda path: path.name == "config.json"):
+                moved.append(target / path.name)
+                os.replace(path, target / path.name)
+            folder.rmdir()
+        else:
+            os.replace(folder, target)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        for path in (folder, *moved):
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        for path in made:  # the deepest first
+            with suppress(OSError):
+                path.rmdir()
         raise
-    return out
 
 
 def _fetch(source: str | Path, revision: str | None) -> Path:
@@ -102,4 +144,4 @@ def _check_arguments(form: Format, to: str | None, options: dict[str, Any]):
         raise ValueError(f"{form.name} has no option {', '.join(unknown)}; it has {', '.join(accepted) or 'none'}")
 
 
-__all__ = ["FORMATS", "convert"]
+__all__ = ["FORMATS", "check_settings", "convert"]

@@ -15,7 +15,7 @@ from transformers import BertConfig, PreTrainedConfig, RobertaConfig
 from ..models import modeling_longformer, modeling_transformer
 from ..models.configuration_longformer import GalleryLongformerConfig
 from ..models.configuration_transformer import GalleryTransformerConfig
-from .checkpoint import Plan, Source, Take, only
+from .checkpoint import Plan, Source, Take, as_config, only
 from .parts import affine, alias, architecture, given, longer, prefix, repeated, tokenizer_for
 
 HEADS = {
@@ -57,7 +57,7 @@ class Bert:
         """
         roberta = source.config["model_type"] == "roberta"
         family = "Roberta" if roberta else "Bert"
-        theirs: Any = (RobertaConfig if roberta else BertConfig).from_dict(source.config)
+        theirs: Any = as_config(RobertaConfig if roberta else BertConfig, source.config)
         head = architecture(source, HEADS[family]).removeprefix(family)
         only(
             theirs.to_dict(), is_decoder=(False,), add_cross_attention=(False,), position_embedding_type=("absolute",)
@@ -68,7 +68,7 @@ class Bert:
             attention_window=attention_window,
             max_position_embeddings=max_position_embeddings,
         )
-        offset = theirs.pad_token_id + 1 if roberta else 0
+        offset = position_offset(theirs) if roberta else 0
         settings = encoder_settings(theirs, offset)
         config: Any
         origin = prefix(source, family.lower())
@@ -120,6 +120,13 @@ BERT_HEAD = (
     "cls.predictions.bias",
 )
 ROBERTA_HEAD = ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
+
+
+def position_offset(theirs: PreTrainedConfig) -> int:
+    """The number of the first token's position, which comes after that of padding."""
+    if theirs.pad_token_id is None:
+        raise ValueError("pad_token_id is None; positions count from it, so it must be a number")
+    return theirs.pad_token_id + 1
 
 
 def encoder_settings(theirs: PreTrainedConfig, offset: int) -> dict[str, Any]:

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
@@ -32,6 +32,7 @@ WEIGHT_FILES = (  # in order of preference
     "model.pt",
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "source.spm", "sentencepiece.bpe.model")
+AGAIN = "fetch the source's files again"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -41,33 +42,43 @@ class Tensors(Mapping[str, Tensor]):
     Reads safetensors and torch files, single or in shards with an index. A torch file is opened with
     weights_only=True, so that it can hold nothing but tensors, and mapped into memory where its format allows.
 
-    Raises ValueError if there are no weights, a shard is missing, or a file is damaged or holds other objects.
+    Raises ValueError, with the file's path, if there are no weights, a shard is missing, or a file is damaged or holds
+    anything but plain tensors.
     """
 
     def __init__(self, folder: Path):
         self.path = next((folder / name for name in WEIGHT_FILES if (folder / name).is_file()), None)
         if self.path is None:
             raise ValueError(f"{folder} holds no weights; one of {', '.join(WEIGHT_FILES)} must be there")
-        self._places: dict[str, tuple[Any, str]] = {}  # name: the file's content, the name in it
+        self._places: dict[str, tuple[Path, Any, str]] = {}  # name: the file, its content, the name in it
         for path in self._paths(folder):
             content = _open(path)
             for name in content.keys():  # noqa: SIM118 - safe_open has keys() and is no mapping
                 if _modern(name) in self._places:
                     raise ValueError(f"{self.path} holds {_modern(name)} twice")
-                self._places[_modern(name)] = content, name
+                self._places[_modern(name)] = path, content, name
 
     def _paths(self, folder):
         if self.path.suffix != ".json":
             return [self.path]
-        paths = [folder / name for name in sorted(set(read_json(self.path).get("weight_map", {}).values()))]
-        for path in paths:
-            if path.parent != folder or not path.is_file():
-                raise ValueError(f"{self.path} names the shard {path.name!r}, which is not in {folder}")
-        return paths
+        places = read_json(self.path).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(
+                f"{self.path} has no weight_map, an object with the name of a file for each tensor; {AGAIN}"
+            )
+        for name in places.values():
+            if (folder / name).name != name or not (folder / name).is_file():
+                raise ValueError(f"{self.path} names the shard {name!r}, which is not in {folder}; {AGAIN}")
+        return [folder / name for name in sorted(set(places.values()))]
 
     def __getitem__(self, name: str) -> Tensor:
-        content, own = self._places[name]
-        return content[own] if isinstance(content, dict) else content.get_tensor(own)
+        path, content, own = self._places[name]
+        if isinstance(content, dict):
+            return content[own]
+        try:
+            return content.get_tensor(own)
+        except Exception as error:  # a type that this torch lacks, say
+            raise ValueError(f"{path} holds {own}, which cannot be read ({first_line(error)})") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
@@ -77,7 +88,7 @@ class Tensors(Mapping[str, Tensor]):
 
     def meta(self, name: str) -> Tensor:
         """A tensor of the same shape and type on the meta device; nothing is read."""
-        content, own = self._places[name]
+        _, content, own = self._places[name]
         if isinstance(content, dict):
             return content[own].to("meta")
         about = content.get_slice(own)
@@ -89,19 +100,26 @@ def _open(path: Path):
     if path.suffix == ".safetensors":
         try:
             return safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path} is no safetensors file, or is damaged: {error}") from error
+        except Exception as error:
+            raise ValueError(f"{path} is no safetensors file, or is damaged ({first_line(error)}); {AGAIN}") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         raise ValueError(
-            f"{path} holds objects other than tensors, and unpickling those could run any code, so it is not opened. "
-            "If you trust it, load it yourself and save its state_dict()"
+            f"{path} holds objects other than tensors, or is damaged. Unpickling objects could run any code, so it is "
+            "not opened. If you trust it, load it yourself and save its state_dict()"
         ) from error
-    except (RuntimeError, EOFError, UnicodeDecodeError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is no torch file, or is damaged: {error}") from error
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
+    except Exception as error:  # what a damaged file makes of the unpickler can be anything
+        raise ValueError(f"{path} is no torch file, or is damaged ({first_line(error)}); {AGAIN}") from error
+    if not isinstance(content, dict) or not all(
+        isinstance(name, str) and isinstance(x, Tensor) for name, x in content.items()
+    ):
         raise ValueError(f"{path} holds no state_dict, a dictionary of names to tensors; save model.state_dict()")
+    for name, x in content.items():
+        if x.layout != torch.strided or x.is_nested or x.is_quantized or x.device.type != "cpu":
+            raise ValueError(
+                f"{path} holds {name}, which is no plain tensor; save it dense, as floating-point numbers"
+            )
     return content
 
 
@@ -185,11 +203,33 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, with the path, if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter for brackets without end
         raise ValueError(f"{path} is no JSON file: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a JSON {type(content).__name__}, not an object")
     return content
+
+
+Config = TypeVar("Config", bound=PreTrainedConfig)
+
+
+def as_config(kind: type[Config], fields: Mapping[str, Any]) -> Config:
+    """The fields of a source's config as a class of transformers holds them.
+
+    Raises ValueError, naming the field and its value, for one that the class does not take.
+    """
+    try:
+        return kind.from_dict(dict(fields))
+    except Exception as error:  # the class's own check of types, or what comes of a value that it does not check
+        for name, value in fields.items():  # nobody else says which: look for the one that fails alone
+            try:
+                kind.from_dict({name: value})
+            except Exception as alone:
+                if str(alone) == str(error):
+                    raise ValueError(
+                        f"{name} is {value!r}, which {kind.__name__} does not take: {_lines(error)[-1].strip()}"
+                    ) from error
+        raise ValueError(f"the config is no {kind.__name__}: {error}") from error
 
 
 def only(config: Mapping[str, Any], **accepted: tuple[Any, ...]):
@@ -210,7 +250,23 @@ def copy_tokenizer(source: Source):
     """The source's own tokenizer as transformers opens it, without remote code; None if it has no tokenizer files."""
     if not any((source.folder / name).is_file() for name in TOKENIZER_FILES):
         return None
-    return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
+    except (ImportError, OSError, ValueError):  # they say what to install, and which file
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the tokenizer in {source.folder} cannot be opened ({first_line(error)}); {AGAIN}, or take them away"
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says in a line, or what it is where it says nothing."""
+    return _lines(error)[0]
+
+
+def _lines(error: Exception) -> list[str]:
+    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 # ------------------------------------------------------------------------------------------------------ the engine
@@ -246,8 +302,8 @@ def _problems_of(name, take, shape, tensors) -> list[str]:
         return [f"{n} does not hold floating-point numbers, for {name}" for n in integers]
     try:
         made = tuple(take.make(*given).shape)
-    except (RuntimeError, ValueError, IndexError) as error:
-        return [f"{described} cannot make {name} {shape}: {str(error).splitlines()[0]}"]
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        return [f"{described} cannot make {name} {shape}: {first_line(error)}"]
     return [] if made == shape else [f"{described} makes {made}, but {name} is {shape}"]
 
 
@@ -289,12 +345,23 @@ def carry_out(plan: Plan, source: Source) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]), quiet():
         torch.manual_seed(0)  # the fresh parameters: the same folder from the same source
         model = plan.model.from_pretrained(None, config=plan.config, state_dict=state, dtype=dtype)
-    if model.can_generate() and (source.folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(source.folder)
-    elif model.can_generate():  # older checkpoints keep the settings of generate() in their config
-        known = vars(model.generation_config)
-        model.generation_config.update(**{name: x for name, x in source.config.items() if name in known})
+    if model.can_generate():
+        _take_over_generation(model, source)
     return model.eval()
+
+
+def _take_over_generation(model: PreTrainedModel, source: Source):
+    path = source.folder / "generation_config.json"
+    try:
+        if path.is_file():
+            read_json(path)
+            model.generation_config = GenerationConfig.from_pretrained(source.folder)
+        else:  # older checkpoints keep the settings of generate() in their config
+            path = source.folder / "config.json"
+            known = vars(model.generation_config)
+            model.generation_config.update(**{name: x for name, x in source.config.items() if name in known})
+    except Exception as error:
+        raise ValueError(f"the settings of generate() in {path} are not what transformers takes: {error}") from error
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from ..models import modeling_longformer, modeling_memorizing_transformer, model
 from ..models.configuration_longformer import GalleryLongformerConfig
 from ..models.configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from ..models.configuration_transformer import GalleryTransformerConfig
-from .checkpoint import Plan, Source, Take, only
+from .checkpoint import Plan, Source, Take, as_config, only
 from .parts import affine, alias, architecture, given, longer, prefix, repeated, tokenizer_for
 
 HEADS = {"GPT2LMHeadModel": "transformer.wte.weight", "GPT2Model": "wte.weight"}
@@ -57,7 +57,7 @@ class GPT2:
         what the source gives. Its positions end, so they start anew after as many whole segments as they cover: by
         default one segment_length of all of them, and mem_len 0. Other options are the config's, with its defaults.
         """
-        theirs: Any = GPT2Config.from_dict(source.config)
+        theirs: Any = as_config(GPT2Config, source.config)
         head = "ForCausalLM" if architecture(source, HEADS) == "GPT2LMHeadModel" else "Model"
         only(theirs.to_dict(), add_cross_attention=(False,), embd_pdrop=(theirs.resid_pdrop,))
         options = given(

@@ -16,8 +16,9 @@ from .bert import (
     first_token_head,
     global_maps,
     masked_head,
+    position_offset,
 )
-from .checkpoint import Plan, Source, only
+from .checkpoint import Plan, Source, as_config, only
 from .parts import affine, architecture, prefix, tokenizer_for
 
 HEADS = {
@@ -42,12 +43,12 @@ class Longformer:
         """attention_window keeps its meaning, the keys on both sides together. Raises ValueError for a config with
         dilation or causal attention, which the released code never had.
         """
-        theirs: Any = LongformerConfig.from_dict(source.config)
+        theirs: Any = as_config(LongformerConfig, source.config)
         head = architecture(source, HEADS).removeprefix("Longformer")
         layers = theirs.num_hidden_layers
         only(theirs.to_dict(), autoregressive=(False,), attention_dilation=(1, [1] * layers))
         config: Any = GalleryLongformerConfig(
-            **encoder_settings(theirs, theirs.pad_token_id + 1),
+            **encoder_settings(theirs, position_offset(theirs)),
             attention_window=theirs.attention_window,
             sep_token_id=theirs.sep_token_id,
         )

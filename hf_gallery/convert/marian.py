@@ -10,7 +10,7 @@ from transformers import MarianConfig
 from ..models import modeling_transformer
 from ..models.configuration_transformer import GalleryTransformerConfig
 from ..models.positions import sinusoids
-from .checkpoint import Plan, Source, Take, copy_tokenizer, only
+from .checkpoint import Plan, Source, Take, as_config, copy_tokenizer, only
 from .parts import affine, alias, architecture, prefix
 
 HEADS = {"MarianMTModel": "final_logits_bias", "MarianModel": "shared.weight"}
@@ -33,7 +33,7 @@ class Marian:
         Raises ValueError if the encoder and the decoder differ in more than their depth, or positions are stored that
         are no sinusoids.
         """
-        theirs: Any = MarianConfig.from_dict(source.config)
+        theirs: Any = as_config(MarianConfig, source.config)
         head = "ForConditionalGeneration" if architecture(source, HEADS) == "MarianMTModel" else "Model"
         only(
             theirs.to_dict(),
@@ -108,6 +108,8 @@ def check_positions(source: Source, name: str):
     if name not in source.tensors:
         return
     table = source.tensors[name]
+    if table.dim() != 2:
+        raise ValueError(f"{name} has the shape {tuple(table.shape)}, which is no table of positions")
     expected = sinusoids(torch.arange(len(table)), table.shape[-1], "concatenated")
     difference = (table.float() - expected).abs().max().item()
     if difference > 2e-3:  # half precision rounds by as much as 5e-4

@@ -14,11 +14,10 @@ from .checkpoint import Source, Take, copy_tokenizer
 def architecture(source: Source, known: Mapping[str, str]) -> str:
     """The class that the source's config names. Some old configs name none: then the first of the known classes whose
     tensor, which it has and later ones have not, is there. Raises ValueError if it is none of those known."""
-    names = source.config.get("architectures") or [next((n for n, x in known.items() if x in source.tensors), None)]
-    if len(names) != 1 or names[0] not in known:
-        raise ValueError(
-            f"architectures is {source.config.get('architectures')!r}; it must be one of {', '.join(known)}"
-        )
+    named = source.config.get("architectures")
+    names = [next((n for n, x in known.items() if x in source.tensors), None)] if named in (None, []) else named
+    if not isinstance(names, list) or len(names) != 1 or names[0] not in list(known):
+        raise ValueError(f"architectures is {named!r}; it must be one of {', '.join(known)}")
     return names[0]
 
 
@@ -55,9 +54,17 @@ def repeated(own: int, length: int, offset: int = 0) -> Callable[[Tensor], Tenso
     return make
 
 
+LONGEST = 2**24  # positions of a table: more is a slip of the hand
+
+
 def longer(wanted: int | None, default: int, own: int) -> int:
-    """The length of the longer table of positions. Raises ValueError if it is shorter than the source's own."""
+    """The length of the longer table of positions. Raises ValueError if it is shorter than the source's own, or no
+    such number."""
     length = max(default, own) if wanted is None else wanted
+    if not isinstance(length, int) or isinstance(length, bool) or length > LONGEST:
+        raise ValueError(
+            f"max_position_embeddings is {length!r}; it must be a whole number of at least {own} and at most {LONGEST}"
+        )
     if length < own:
         raise ValueError(
             f"max_position_embeddings is {length}, fewer than the {own} that the source has; give {own} or more"

@@ -22,7 +22,7 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .checkpoint import Source, only, read_json
+from .checkpoint import Source, first_line, only, read_json
 
 FILES = ("vocab.pkl", "vocab.bin", "vocab.txt")  # in transformers' order
 SPECIAL = ("<eos>", "<unk>", "<UNK>", "<formula>", "<S>")  # those of them that a vocabulary has are never split
@@ -49,8 +49,9 @@ def vocabulary_tokenizer(source: Source) -> PreTrainedTokenizerFast | None:
     ids = {symbol: i for i, symbol in enumerate(symbols)}
     if len(ids) != len(symbols):
         raise ValueError(f"{path} has {len(symbols)} symbols, of which only {len(ids)} differ")
-    if len(ids) > source.config.get("vocab_size", len(ids)):
-        raise ValueError(f"{path} has {len(ids)} symbols; the model's vocab_size is {source.config['vocab_size']}")
+    size = source.config.get("vocab_size", len(ids))
+    if isinstance(size, int) and len(ids) > size:
+        raise ValueError(f"{path} has {len(ids)} symbols; the model's vocab_size is {size}")
     special = [symbol for symbol in SPECIAL if symbol in ids]
     unknown = next((symbol for symbol in ("<unk>", "<UNK>") if symbol in ids), None)
     tokenizer = Tokenizer(models.WordLevel(ids, unk_token=unknown))
@@ -83,12 +84,15 @@ def read_vocabulary(path: Path) -> tuple[list[str], dict[str, Any]]:
     vocab.txt holds a symbol a line; the others a pickled tokenizer or its attributes, read without its classes.
     """
     if path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")  # and nowhere else: splitlines() knows ten more ends
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no text in UTF-8: {error}") from error
         return list(dict.fromkeys(line.split()[0] for line in lines if line.strip())), {}
     content = _unpickle(path)
     about = content if isinstance(content, dict) else vars(content) if hasattr(content, "__dict__") else {}
     symbols, ids = about.get("idx2sym"), about.get("sym2idx")
-    if not symbols and isinstance(ids, dict):
+    if not symbols and isinstance(ids, dict) and all(type(i) is int for i in ids.values()):
         symbols = sorted(ids, key=ids.__getitem__)
     if not symbols or not isinstance(symbols, list) or not all(isinstance(symbol, str) for symbol in symbols):
         raise ValueError(f"{path} holds no vocabulary: neither idx2sym, a list of words, nor sym2idx, their numbers")
@@ -114,7 +118,7 @@ def _unpickle(path: Path):
     try:  # a torch file; old ones begin with a pickled number
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{refused}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{refused}: {first_line(error)}") from error
 
 
 class _Foreign(pickle.UnpicklingError):

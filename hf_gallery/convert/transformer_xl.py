@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..models.configuration_transformer_xl import GalleryTransformerXLConfig
 from ..models.modeling_transformer_xl import (
@@ -29,7 +29,7 @@ from ..models.modeling_transformer_xl import (
     has_projections,
     is_adaptive,
 )
-from .checkpoint import Plan, Source, Take, only
+from .checkpoint import Plan, Source, Take, as_config, only
 from .transfo_xl_vocabulary import vocabulary_tokenizer
 
 # What a config.json that leaves a field out means by it: the defaults of transformers 4.35.2, TransfoXLConfig.
@@ -85,6 +85,9 @@ OTHER_NAME = dict(
     projection_init_range="proj_init_std",
     embedding_size="d_embed",
 )
+TYPES: dict[str, type] = {name: type(x) for name, x in DEFAULTS.items() if not name.endswith("_token_id")}
+TYPES |= dict(bos_token_id=int, pad_token_id=int, tgt_len=int)
+KINDS = {bool: "True or False", int: "a whole number", float: "a number", list: "a list of whole numbers"}
 
 
 class TransfoXL:
@@ -101,18 +104,33 @@ class TransfoXL:
         mem_len."""
         only(source.config, attn_type=(0,), sample_softmax=(-1, 0))
         given = DEFAULTS | source.config
+        check_types(given)
+        labels: dict[str, Any] = {x: given[x] for x in ("id2label", "label2id", "problem_type") if x in given}
+        as_config(PreTrainedConfig, labels)  # for its checks
         settings = {name: given[name] for name in SAME_NAME} | {ours: given[name] for ours, name in OTHER_NAME.items()}
         shared = given["proj_share_all_but_first"]
+        default = given.get("tgt_len") or given["mem_len"] or 512
         config = GalleryTransformerXLConfig(
             **settings,
-            **{name: given[name] for name in ("id2label", "label2id", "problem_type") if name in given},
-            segment_length=segment_length or given.get("tgt_len") or given["mem_len"] or 512,
+            **labels,
+            segment_length=default if segment_length is None else segment_length,
             clamp_len=given["clamp_len"] if given["clamp_len"] > 0 else -1,
             tie_projs=given.get("tie_projs") or [False] + [shared] * len(given["cutoffs"]),
             cluster_order="forward",
             initial_memory="zeros",
         )
         return plan_tensors(config, source)
+
+
+def check_types(given: dict[str, Any]):
+    """Raises ValueError, naming the field and its value, for one that is of another type than its default."""
+    for name, kind in TYPES.items():
+        value = given.get(name)
+        if value is None and DEFAULTS.get(name) is None:
+            continue
+        fits = type(value) is kind or (kind is float and type(value) is int)
+        if not fits or (isinstance(value, list) and any(type(x) is not int for x in value)):
+            raise ValueError(f"{name} is {value!r}; it must be {KINDS[kind]}")
 
 
 class ModelPt:
@@ -149,14 +167,19 @@ class ModelPt:
             raise ValueError(
                 f"{tensors.path} has no config, so give segment_length (tgt_len in the authors' code) and mem_len"
             )
-        tables = [tensors.meta(f"word_emb.emb_layers.{i}.weight").shape for i in range(_count(tensors, TABLE))]
+        if cutoffs is not None and not isinstance(cutoffs, (list, tuple)):
+            raise ValueError(f"cutoffs is {cutoffs!r}; it must be a list of ids at which clusters end")
+        tables = [_shape(tensors, TABLE.format(i), 2) for i in range(_count(tensors, TABLE))]
         if len(tables) > 1:
-            cutoffs = torch.tensor([rows for rows, _ in tables]).cumsum(0).tolist()[:-1]
-        clusters = len(tensors.meta("crit.cluster_bias")) if "crit.cluster_bias" in tensors else 0
+            ends = torch.tensor([rows for rows, _ in tables]).cumsum(0).tolist()[:-1]
+            if cutoffs is not None and list(cutoffs) != ends:
+                raise ValueError(f"cutoffs are {cutoffs}; the embeddings in {tensors.path} end at {ends}")
+            cutoffs = ends
+        clusters = _shape(tensors, "crit.cluster_bias", 1)[0] if "crit.cluster_bias" in tensors else 0
         if len(cutoffs or []) != clusters:
             raise ValueError(f"cutoffs are {cutoffs}; {tensors.path} has a head of {clusters} tail clusters")
-        heads, head_dim = tensors.meta("r_w_bias").shape
-        inner, width = tensors.meta("layers.0.pos_ff.CoreNet.0.weight").shape
+        heads, head_dim = _shape(tensors, "r_w_bias", 2)
+        inner, width = _shape(tensors, "layers.0.pos_ff.CoreNet.0.weight", 2)
         config = GalleryTransformerXLConfig(
             vocab_size=sum(rows for rows, _ in tables),
             hidden_size=width,
@@ -191,6 +214,16 @@ def _count(tensors, pattern: str) -> int:
     while pattern.format(i) in tensors:
         i += 1
     return i
+
+
+def _shape(tensors, name: str, dims: int) -> tuple[int, ...]:
+    """The size of a tensor that says how large the model is."""
+    shape = tuple(tensors.meta(name).shape)
+    if len(shape) != dims or 0 in shape:
+        raise ValueError(
+            f"{tensors.path} holds {name} of the shape {shape}; it must have {dims} dimensions, none empty"
+        )
+    return shape
 
 
 def _is_tied(tensors, i: int, several: bool) -> bool:

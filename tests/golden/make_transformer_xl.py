@@ -55,6 +55,8 @@ CASES = {
         tie_word_embeddings=False,
         proj_share_all_but_first=False,
     ),
+    "same_length": dict(cutoffs=[20, 50], div_val=1, same_length=True, mem_len=13, untie_r=True),
+    "div_2_same_length": dict(cutoffs=[20, 50], div_val=2, same_length=True, clamp_len=4, mem_len=5, untie_r=False),
 }
 ROWS, SEGMENT, SEGMENTS, PROMPT, NEW = 2, 8, 3, 7, 12
 
