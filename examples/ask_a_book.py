@@ -2,11 +2,13 @@
 
     python examples/ask_a_book.py my_model book.txt "Chapter 1" "The end of" --cache book.cache
 
-The first run reads the text in chunks and writes its cache (safetensors). Later runs load it and read nothing. Each
-prompt goes on from a copy, so that none sees another.
+The first run reads the text in chunks and writes its cache (safetensors), with a hash of the text and the model in its
+name: book.0123456789abcdef.cache. Later runs load it and read nothing; another text or model is read anew. Each prompt
+goes on from a copy, so that none sees another.
 """
 
 import argparse
+import hashlib
 from pathlib import Path
 
 import torch
@@ -22,6 +24,14 @@ def read(model, ids, chunk=2048):
     for part in ids.split(chunk, dim=1):
         model(part, past_key_values=cache, logits_to_keep=1)
     return cache
+
+
+def hash_of(model, ids):
+    """16 hex digits that change with the tokens and with every weight and setting of the model."""
+    found = hashlib.sha256(model.config.to_json_string().encode())
+    for tensor in (ids, *model.state_dict().values()):
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return found.hexdigest()[:16]
 
 
 def go_on(model, tokenizer, cache, prompt, tokens):
@@ -47,12 +57,13 @@ def main():
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
-    if arguments.cache.exists():
-        cache = GalleryCache.load(arguments.cache)
+    ids = tokenizer(arguments.book.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    kept = arguments.cache.with_suffix(f".{hash_of(model, ids)}{arguments.cache.suffix}")
+    if kept.exists():
+        cache = GalleryCache.load(kept)
     else:
-        ids = tokenizer(arguments.book.read_text(encoding="utf-8"), return_tensors="pt").input_ids
         cache = read(model, ids)
-        cache.save(arguments.cache)
+        cache.save(kept)
     print(f"{cache.get_seq_length():,} tokens read, {cache.nbytes / 2**20:.1f} MiB kept")
     for prompt in arguments.prompts:
         print(f"{prompt}|{go_on(model, tokenizer, cache, prompt, arguments.tokens)}")

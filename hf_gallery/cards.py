@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -171,25 +172,32 @@ def variant_of(folder: Path) -> Variant:
         raise ValueError(f"folder is {str(folder)!r}, which is no folder; give what save_pretrained wrote")
     config = read_json(folder / "config.json")
     known = {variant.config.model_type: variant for variant in VARIANTS.values()}
-    if not isinstance(config, dict) or config.get("model_type") not in known:
-        found = f"of {config.get('model_type')!r}" if isinstance(config, dict) else "missing or no JSON object"
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if not isinstance(kind, str) or kind not in known:
+        found = f"of {kind!r}" if isinstance(config, dict) else "missing or no JSON object"
         raise ValueError(
             f"{folder / 'config.json'} is {found}; it must be of a gallery model ({', '.join(known)}), as "
             "save_pretrained writes it"
         )
-    return known[config["model_type"]]
+    return known[kind]
 
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that transformers would read a model's weights from, be they there or not: one, or those that an index
-    names. Raises ValueError for an index that names none."""
+    names. Raises ValueError for an index that names none, or a file elsewhere than beside it."""
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if (folder / SAFE_WEIGHTS_NAME).is_file() or not index.is_file():
         return [folder / SAFE_WEIGHTS_NAME]
     content = read_json(index)
-    if not isinstance(content, dict) or not content.get("weight_map"):
-        raise ValueError(f"{index} has no weight_map; save the model there again")
-    return [folder / name for name in sorted(set(content["weight_map"].values()))]
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index} has no weight_map of names to files; save the model there again")
+    for place in places.values():
+        if not isinstance(place, str) or not re.fullmatch(r"\w[\w.-]*\.safetensors", place):
+            raise ValueError(
+                f"{index} names the file {place!r}; it must be the plain name of a .safetensors file beside it"
+            )
+    return [folder / name for name in sorted(set(places.values()))]
 
 
 def _code(auto: str, place: str, saved: _Saved | None) -> str:
@@ -254,7 +262,8 @@ class _Saved:
         """The Auto class that opens the model under the head that it was saved with."""
         names = self.config.get("architectures") or []
         mapped = self.config.get("auto_map") or {}
-        found = (auto for auto, place in mapped.items() if place.split(".")[-1] in names)
+        mapped = mapped if isinstance(mapped, dict) else {}
+        found = (auto for auto, place in mapped.items() if str(place).split(".")[-1] in names)
         return next(found, "AutoModel")
 
     def scores(self) -> list[EvalResult]:

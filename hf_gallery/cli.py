@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -36,23 +37,32 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
 
 def _plainly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Errors that a user can mend are told in a line, without a traceback."""
+    """Errors are told in a line, without a traceback."""
 
     @wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             return command(*args, **kwargs)
-        except typer.Exit:  # is a RuntimeError too
+        except (typer.Exit, typer.Abort):  # are RuntimeErrors too
             raise
-        except (ValueError, OSError, ImportError, RuntimeError) as error:
-            typer.echo(f"error: {error}", err=True)
+        except Exception as error:
+            typer.echo(f"error: {_one_line(error)}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)
             raise typer.Exit(130) from None
 
     return run
+
+
+def _one_line(error: BaseException) -> str:
+    """What an error says. Of those whose words alone say little, as a KeyError's, also which it is."""
+    text = re.sub(r"(?<=[:;,.!?])\s*\n\s*", " ", str(error).strip())
+    text = re.sub(r"\s*\n\s*", "; ", text)
+    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
+        return text or type(error).__name__
+    return f"{type(error).__name__}: {text}"
 
 
 @app.command("list")
@@ -221,6 +231,13 @@ def generate(
         raise ValueError("--cache and --file are both given; --cache is what was read, so leave --file out")
     if save_cache is not None and document is None:
         raise ValueError("--save-cache keeps what --file leaves; give --file")
+    if save_cache is not None:  # before a long text is read for it
+        above = save_cache.parent
+        if save_cache.is_dir() or not above.is_dir() or not os.access(above, os.W_OK):
+            raise ValueError(
+                f"--save-cache is {save_cache}, which cannot be written; give a file in a folder of yours"
+            )
+    read = None if cache is None else _cache(cache)
     if prompt == "-":
         prompt = sys.stdin.read()
     where = _device(device)
@@ -229,10 +246,12 @@ def generate(
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(where)
     if not ids.shape[1]:
         raise ValueError("the prompt is empty; give at least a character to go on from")
-    read = GalleryCache.load(cache).to(where) if cache is not None else None
+    if read is not None:
+        read.check(model.config, 1)
+        read = read.to(where)
     if document is not None:
         read = GalleryCache(model.config)
-        text = tokenizer(document.read_text(encoding="utf-8"), return_tensors="pt").input_ids.to(where)
+        text = tokenizer(_text(document), return_tensors="pt").input_ids.to(where)
         with torch.no_grad(), typer.progressbar(text.split(2048, dim=1), label="reading", file=sys.stderr) as parts:
             for part in parts:
                 model(part, past_key_values=read, logits_to_keep=1)
@@ -252,6 +271,23 @@ def generate(
     )
 
 
+def _cache(path: Path) -> Any:
+    """The cache that --save-cache wrote."""
+    from . import GalleryCache
+
+    try:
+        return GalleryCache.load(path)
+    except Exception as error:  # what is no cache may fail anywhere
+        raise ValueError(f"--cache is {path}, which --save-cache did not write: {_one_line(error)}") from error
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--file is {path}, which is no text in utf-8: {error}") from error
+
+
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @_plainly
 def eval_command(
@@ -259,7 +295,7 @@ def eval_command(
     folder: FolderArgument,
     tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, comma-separated.")] = "gallery_memory",
     model_args: Annotated[
-        str, typer.Option("--model_args", help="Arguments of the model, prefill_chunk_size=512 for example.")
+        str, typer.Option("--model_args", help="Arguments of the model, prefill_chunk_size=512 for example; or JSON.")
     ] = "",
 ) -> None:
     """Measure a saved model with lm-eval; further options are handed over to it.
@@ -270,8 +306,10 @@ def eval_command(
         from .harness import main
     except ImportError as error:
         raise ImportError(f'{error}; install what measuring needs: pip install "hf-gallery[eval]"') from None
-    arguments = ",".join(filter(None, (f"pretrained={folder}", model_args)))
-    raise typer.Exit(main(["--model_args", arguments, "--tasks", tasks, *context.args]))
+    # As JSON, since a path may hold a comma; lm-eval joins what comes by the option twice.
+    arguments = ["--model_args", json.dumps({"pretrained": str(folder)})]
+    arguments += ["--model_args", model_args] if model_args else []
+    raise typer.Exit(main([*arguments, "--tasks", tasks, *context.args]))
 
 
 @app.command()
@@ -289,9 +327,12 @@ def convert(
 
     Example: hf-gallery convert openai-community/gpt2 my-gpt2 --to memorizing_transformer --set memory_layers=[9]
     """
+    from .convert import check_settings
     from .convert import convert as run
 
-    typer.echo(run(source, out, to=to, revision=revision, **dict(_setting(text) for text in settings or [])))
+    options = dict(_setting(text) for text in settings or [])
+    check_settings(options)
+    typer.echo(run(source, out, to=to, revision=revision, **options))
 
 
 @app.command()

@@ -1,9 +1,10 @@
 """Gallery models in lm-eval, without cutting their past short: the model `hf-gallery`, its command line, and scores of
 a model in memory.
 
-lm-eval's own `--model hf` works on a saved gallery model like on any other, but as for any other it cuts a context to
-max_length tokens (2,048 unless told otherwise) and begins each window of a long document anew. `--model hf-gallery`
-keeps the cache from window to window, reads long contexts in chunks, and cuts nothing that the model could read.
+lm-eval's own `--model hf` works on a saved gallery model like on any other, but as for any other it reads a context in
+one forward, cuts it to max_length tokens (if it is not given: what config or tokenizer say), and begins each window of
+a longer document anew. `--model hf-gallery` keeps the cache from window to window, reads long contexts in chunks, and
+cuts nothing that the model could read.
 
 Needs lm-eval: pip install "hf-gallery[eval]".
 """
@@ -302,7 +303,8 @@ def main(argv: Sequence[str]) -> int:
     """lm-eval's command line, `lm_eval ...`, with the model hf-gallery and, in a checkout, the gallery's tasks.
 
     argv: its arguments. Where they name no --model it is hf-gallery; where they name no --include_path it is
-    eval/tasks. Returns the exit code: 0, 2 for wrong usage, 1 for other errors, which are told on stderr.
+    eval/tasks. Returns the exit code: 0, or 2 for wrong usage. Raises what lm-eval raises, and RuntimeError with what
+    it says where it ends the process.
     """
     arguments = list(argv)
     if arguments and arguments[0] not in ("run", "ls", "validate", "-h", "--help"):
@@ -321,11 +323,7 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0
-        print(end.code, file=sys.stderr)
-        return 1
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise RuntimeError(end.code) from None
     finally:
         sys.argv = before
     return 0

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+import ast
+import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
+from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+import hf_gallery
 
 from .cards import render_card, variant_of, weight_files, write_cards
 from .files import read_json
 from .variants import Variant
 
-# What a Trainer leaves beside a model, and what is hidden: of no use to who loads the model, and partly pickles.
-LEFT_OUT = ["checkpoint-*/*", "runs/*", "__pycache__/*", ".*", "*/.*", "*.bin", "*.pt", "*.pth", "trainer_state.json"]
+logger = logging.getLogger(__name__)
+
+# What goes to the Hub beside the weights: what opening a model reads, and what tells about it. A folder may hold much
+# else, checkpoints, optimiser states, pickles and caches of texts, and none of that is anybody's business.
+BELONGS = (
+    *("config.json", "generation_config.json", "*.py", "README.md", "LICENSE*", "NOTICE*"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.spm", "*.model"),
+    *("chat_template.jinja", "chat_template.json", f"{CHAT_TEMPLATE_DIR}/*.jinja"),
+)
+LIBRARY = Path(hf_gallery.__file__).parent / "models"  # the code that save_pretrained copies
 
 
 def push(
@@ -33,6 +49,7 @@ def push(
 ) -> str:
     """Uploads a folder that save_pretrained wrote, with its tokenizer and card, in one commit: all of it or nothing.
 
+    What goes is the weights that transformers would load and the files of BELONGS; a line of the log says what stays.
     The repository is made if it is not there. A folder without README.md gets the card of `render_card`. Weights that
     the repository holds and the folder does not are deleted, lest they be loaded in place of the new ones.
 
@@ -61,7 +78,11 @@ def push(
         there = api.list_repo_files(url.repo_id, revision=revision)
     if public:
         raise ValueError(f"private is True, but {url.repo_id} is there and public; make it private there, or leave it")
-    operations = list(_operations(folder, variant, url.repo_id, there))
+    paths = _belonging(folder)
+    stays = sorted({path.name for path in folder.iterdir()} - {path.split("/")[0] for path in paths})
+    if stays:
+        logger.warning("not part of the model, so not uploaded: %s", ", ".join(stays))
+    operations = list(_operations(folder, paths, variant, url.repo_id, there))
     with _told(repo_id, revision):
         # create_commit and not upload_folder, which may cut an upload into several commits.
         message = message or f"Upload {folder.resolve().name}"
@@ -73,10 +94,17 @@ def check_checkpoint(folder: Path) -> Variant:
     """The variant whose checkpoint a folder holds.
 
     Raises ValueError with all that is missing or damaged: config.json, the code that its auto_map names and what that
-    imports, weights, tokenizer, the metadata of README.md.
+    imports, weights, tokenizer, the metadata of README.md; and with files of those that are links to other places.
+    The weights must be those of the model that config.json describes, as far as the folder's code is the library's:
+    code that was changed makes another model, and is not run here.
     """
     variant, config = variant_of(folder), read_json(folder / "config.json")
-    problems = [*_code_problems(folder, config), *_weight_problems(folder), *_text_problems(folder)]
+    problems = [
+        *_code_problems(folder, config),
+        *_weight_problems(folder, variant, config),
+        *_text_problems(folder),
+        *_link_problems(folder),
+    ]
     if problems:
         raise ValueError(
             f"{folder} is no whole checkpoint; save the model (and tokenizer) there again:\n  " + "\n  ".join(problems)
@@ -85,9 +113,19 @@ def check_checkpoint(folder: Path) -> Variant:
 
 
 def _code_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
-    if not config.get("auto_map"):
+    places = config.get("auto_map") or {}
+    if not places:
         yield "config.json has no auto_map, so nobody without hf-gallery could open it"
-    wanted = {place.split(".")[0]: "auto_map" for place in (config.get("auto_map") or {}).values()}
+    if not isinstance(places, dict):
+        yield f"auto_map in config.json is {places!r}; it must name a class for each Auto class"
+        return
+    wanted, classes = {}, []  # who needs a file; the files and classes of auto_map
+    for auto, place in places.items():
+        if not isinstance(place, str) or not re.fullmatch(r"\w+\.\w+", place):
+            yield f"auto_map in config.json gives {place!r} for {auto}; it must be MODULE.CLASS, of a file beside it"
+            continue
+        wanted[place.split(".")[0]] = "auto_map"
+        classes.append(place.split("."))
     left = list(wanted)
     while left:
         name = left.pop()
@@ -95,29 +133,89 @@ def _code_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
         if not path.is_file():
             yield f"{path.name} is missing, which {wanted[name]} needs"
             continue
-        for needed in get_relative_imports(path):
+        try:
+            code = path.read_text(encoding="utf-8")
+            ast.parse(code)
+            imported = get_relative_imports(path)
+        except (SyntaxError, ValueError) as error:  # ValueError: no utf-8, or a null byte
+            yield f"{path.name} is no Python: {_one_line(error)}"
+            continue
+        for kind in sorted({kind for module, kind in classes if module == name}):
+            if not re.search(rf"\b{kind}\b", code):
+                yield f"{path.name} has no {kind}, which auto_map names"
+        for needed in imported:
             if needed not in wanted:
                 wanted[needed] = path.name
                 left.append(needed)
 
 
-def _weight_problems(folder: Path) -> Iterator[str]:
+def _weight_problems(folder: Path, variant: Variant, config: dict[str, Any]) -> Iterator[str]:
     try:
         paths = weight_files(folder)
     except ValueError as error:
         yield _one_line(error)
         return
+    found: dict[str, tuple[int, ...]] | None = {}  # shapes by name; None where a file does not open
     for path in paths:
         try:
-            with safe_open(path, framework="pt"):  # reads the header, and compares it with the file's length
-                pass
+            with safe_open(path, framework="pt") as file:  # reads the header, and compares it with the file's length
+                shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            found = None if found is None else found | shapes
         except FileNotFoundError:
+            found = None
             yield f"{path.name} is missing, which holds weights"
         except (SafetensorError, OSError) as error:
+            found = None
             yield f"{path.name} is damaged: {_one_line(error)}"
+    if found is not None and "quantization_config" not in config and not _has_own_code(folder):
+        yield from _tensor_problems(variant, config, found)
+
+
+def _has_own_code(folder: Path) -> bool:
+    """Whether a file of the library was changed in the folder."""
+    ours = (path for path in folder.glob("*.py") if path.is_file() and (LIBRARY / path.name).is_file())
+    return any(path.read_bytes() != (LIBRARY / path.name).read_bytes() for path in ours)
+
+
+def _tensor_problems(variant: Variant, config: dict[str, Any], found: dict[str, tuple[int, ...]]) -> Iterator[str]:
+    """How tensors of these names and shapes differ from those of the model that config describes."""
+    named = config.get("architectures")
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in variant.heads.values():
+        known = ", ".join(variant.heads.values())
+        yield f"architectures in config.json is {named!r}; it must be a list of one of {known}"
+        return
+    kind = getattr(hf_gallery, named[0])
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = kind(variant.config.from_dict(config))
+    except Exception as error:  # a field of any type meets code of any kind
+        yield f"config.json is refused by {named[0]}: {_one_line(error)}"
+        return
+    state = model.state_dict(keep_vars=True)
+    names_of: dict[int, list[str]] = {}  # tied weights are one parameter, and saved under one of its names
+    for name, tensor in state.items():
+        names_of.setdefault(id(tensor), []).append(name)
+    yield from _few(
+        [f"{names[0]} is missing in the weights" for names in names_of.values() if found.keys().isdisjoint(names)]
+    )
+    yield from _few(
+        [
+            f"{name} has the shape {shape} in the weights, and {tuple(state[name].shape)} by config.json"
+            for name, shape in found.items()
+            if name in state and tuple(state[name].shape) != shape
+        ]
+    )
+
+
+def _few(problems: list[str], most: int = 5) -> list[str]:
+    """The first of them, and how many more there are."""
+    return problems[:most] + ([f"... and so {len(problems) - most} more"] if len(problems) > most else [])
 
 
 def _text_problems(folder: Path) -> Iterator[str]:
+    if (folder / "generation_config.json").is_file():
+        if not isinstance(read_json(folder / "generation_config.json"), dict):
+            yield "generation_config.json holds no JSON object"
     if (folder / "tokenizer_config.json").is_file():
         try:
             AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -130,18 +228,33 @@ def _text_problems(folder: Path) -> Iterator[str]:
             yield f"README.md has metadata that cannot be read: {_one_line(error)}"
 
 
-def _operations(folder: Path, variant: Variant, repo_id: str, there: list[str]) -> Iterator[Any]:
-    """What makes the repository hold the folder; `there` is what it holds."""
-    paths = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    paths = list(filter_repo_objects(paths, ignore_patterns=LEFT_OUT))
+def _link_problems(folder: Path) -> Iterator[str]:
+    for path in _belonging(folder):
+        if not (folder / path).resolve().is_relative_to(folder.resolve()):
+            yield f"{path} is a link to a file outside of the folder; put the file itself there"
+
+
+def _belonging(folder: Path) -> list[str]:
+    """The files of a folder that belong to its model."""
+    found = {path for pattern in BELONGS for path in folder.glob(pattern) if not path.name.startswith(".")}
+    try:
+        weights = weight_files(folder)
+    except ValueError:  # an index that names none
+        weights = []
+    if weights != [folder / SAFE_WEIGHTS_NAME]:
+        found.add(folder / SAFE_WEIGHTS_INDEX_NAME)
+    return sorted(path.relative_to(folder).as_posix() for path in found | {*weights} if path.is_file())
+
+
+def _operations(folder: Path, paths: list[str], variant: Variant, repo_id: str, there: list[str]) -> Iterator[Any]:
+    """What makes the repository hold these files of the folder; `there` is what it holds."""
     for path in paths:
         yield CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path)
     if "README.md" not in paths:
         card = render_card(variant.name, folder=folder, repo_id=repo_id)
         yield CommitOperationAdd(path_in_repo="README.md", path_or_fileobj=card.encode())
-    weights = filter_repo_objects(there, allow_patterns=["*.safetensors", "*.safetensors.index.json"])
-    for path in weights:
-        if path not in paths and "/" not in path:
+    for path in there:
+        if "/" not in path and path.endswith((".safetensors", SAFE_WEIGHTS_INDEX_NAME)) and path not in paths:
             yield CommitOperationDelete(path_in_repo=path)
 
 

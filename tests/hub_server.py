@@ -19,6 +19,7 @@ import json
 import re
 import threading
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -77,8 +78,10 @@ class Hub:
     """The server, its repositories, and the faults that it shall have. Contents are files in `folder`.
 
     break_at(step, repo, status, times): the next `times` requests of a step (create, preupload, batch, upload, verify,
-    commit, resolve) that concern the repository (None: any) are answered with the status. asked: all requests that it
-    got, "METHOD path". unknown: those that it does not know, but for what the client asks about itself.
+    commit, resolve) that concern the repository (None: any) are answered with the status. cut(pattern, how, times): of
+    the next `times` files of such a name that are sent, half arrives. "short": the answer says so, as of a proxy that
+    lost the rest; "dropped": it promises all, and ends. asked: all requests that it got, "METHOD path". unknown: those
+    that it does not know, but for what the client asks about itself.
     """
 
     def __init__(self, folder: Path):
@@ -88,6 +91,7 @@ class Hub:
         self.asked: list[str] = []
         self.unknown: list[str] = []
         self.faults: list[dict] = []
+        self.cuts: list[dict] = []
         self.lock = threading.RLock()
         handler = type("Handler", (Handler,), {"hub": self})
         # Two, since the Hub sends clients elsewhere for large files, and they treat another origin differently.
@@ -120,6 +124,9 @@ class Hub:
 
     def break_at(self, step: str, repo: str | None = None, status: int = 400, times: int = 1):
         self.faults.append(dict(step=step, repo=repo, status=status, times=times))
+
+    def cut(self, pattern: str, how: str, times: int = 1):
+        self.cuts.append(dict(pattern=pattern, how=how, times=times))
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         """Path to content of the newest commit of a branch."""
@@ -297,6 +304,16 @@ class Hub:
                     fault["times"] -= 1
                     raise Refusal(fault["status"], f"this server was told to fail at {step}")
 
+    def next_cut(self, path: str | None = None, oid: str | None = None, **_) -> str | None:
+        """How the file that is sent now, by its path or its content, is cut, if `cut` has ordered it."""
+        commits = (files for repo in self.repos.values() for files in repo.commits.values())
+        paths = {name for files in commits for name, blob in files.items() if blob.sha256 == oid} | {path}
+        for cut in self.cuts:
+            if cut["times"] > 0 and any(name and fnmatch(unquote(name), cut["pattern"]) for name in paths):
+                cut["times"] -= 1
+                return cut["how"]
+        return None
+
 
 ROUTES = [
     ("POST", r"/api/repos/create", Hub.create),
@@ -332,7 +349,7 @@ class Handler(BaseHTTPRequestHandler):
         method = "GET" if self.command == "HEAD" else self.command
         self.hub.asked.append(f"{self.command} {address.path}")
         known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-        headers, content = {}, b""
+        headers, content, cut = {}, b"", None
         for verb, pattern, act in ROUTES:
             match = re.fullmatch(pattern, address.path)
             if verb == method and match:
@@ -342,6 +359,8 @@ class Handler(BaseHTTPRequestHandler):
                         status, headers, content = act(
                             self.hub, **parts, query=parse_qs(address.query), body=body, known=known
                         )
+                        if self.command == "GET" and act in (Hub.resolve, Hub.content) and status == 200:
+                            cut = self.hub.next_cut(**parts)
                 except Refusal as refusal:
                     status, content = refusal.status, refusal.body
                     headers = {"X-Error-Message": str(refusal)}
@@ -352,7 +371,7 @@ class Handler(BaseHTTPRequestHandler):
             if not address.path.startswith("/api/agent-"):
                 self.hub.unknown.append(f"{self.command} {address.path}")
             status, content = 404, {"error": f"this server does not know {self.command} {address.path}"}
-        self.send(status, headers, content)
+        self.send(status, headers, content, cut)
 
     do_GET = do_HEAD = do_POST = do_PUT = answer
 
@@ -366,17 +385,19 @@ class Handler(BaseHTTPRequestHandler):
         self.rfile.readline()
         return b"".join(parts)
 
-    def send(self, status, headers, content):
+    def send(self, status, headers, content, cut=None):
         if not isinstance(content, bytes):
             headers, content = headers | {"Content-Type": "application/json"}, json.dumps(content).encode()
+        half = content[: len(content) // 2] if cut else content
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Content-Length", str(len(half if cut == "short" else content)))
         self.end_headers()
         if self.command != "HEAD":
             with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # a client may go before its answer
-                self.wfile.write(content)
+                self.wfile.write(half)
+        self.close_connection = self.close_connection or cut == "dropped"
 
     def log_message(self, *_):
         """Nothing: what was asked is in hub.asked."""

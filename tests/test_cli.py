@@ -7,9 +7,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
+from safetensors.torch import save
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,6 +25,7 @@ from transformers import (
 from typer.testing import CliRunner
 
 import hf_gallery
+from hf_gallery import GalleryCache
 from hf_gallery.cli import app
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.variants import VARIANTS
@@ -160,6 +163,86 @@ def test_bad_arguments(saved, tmp_path, monkeypatch, arguments, code, message):
     assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
 
 
+def one_line(result):
+    """The result is an error, told in one line."""
+    assert result.exit_code == 1 and not result.stdout, result.output
+    assert re.fullmatch("error: .+\n", result.stderr) and "Traceback" not in result.stderr
+    return result.stderr
+
+
+def with_metadata(**metadata):
+    return save({"seen": torch.zeros(1, dtype=torch.long)}, metadata)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"nonsense" * 9,
+        with_metadata(),
+        with_metadata(gallery_cache="{"),
+        with_metadata(gallery_cache="[]"),
+        with_metadata(gallery_cache='{"identity": {}}'),
+    ],
+)
+def test_what_is_no_cache(saved, tmp_path, content):
+    (tmp_path / "cache").write_bytes(content)
+    assert f"--cache is {tmp_path / 'cache'}, which --save-cache did not write: " in one_line(
+        invoke("generate", saved, "x", "--cache", tmp_path / "cache")
+    )
+
+
+def test_a_folder_in_place_of_a_cache(saved, tmp_path):
+    assert f"--cache is {tmp_path}, which" in one_line(invoke("generate", saved, "x", "--cache", tmp_path))
+
+
+def test_the_cache_of_another_model(saved, tmp_path):
+    GalleryCache(VARIANTS["longformer"].make_config()).save(tmp_path / "cache")
+    result = invoke("generate", saved, "x", "--cache", tmp_path / "cache")
+    assert result.exit_code == 1 and "made for another model" in result.stderr.splitlines()[-1] and not result.stdout
+
+
+@pytest.mark.parametrize("place", ["nodir/x", ".", "book.txt/x"])
+def test_a_cache_that_could_not_be_saved(saved, tmp_path, monkeypatch, place):
+    """Is refused before the text is read."""
+    monkeypatch.chdir(tmp_path)
+    Path("book.txt").write_text("Call me Ishmael. ")
+    error = one_line(invoke("generate", saved, "x", "--file", "book.txt", "--save-cache", place))
+    assert f"--save-cache is {place}, which cannot be written" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["book.txt"]
+
+
+def test_a_file_that_is_no_text(saved, tmp_path):
+    (tmp_path / "book").write_bytes(b"caf\xe9")
+    result = invoke("generate", saved, "x", "--file", tmp_path / "book")
+    assert result.exit_code == 1 and f"--file is {tmp_path / 'book'}, which is no text" in result.stderr
+
+
+def test_errors_of_several_lines_are_told_in_one(saved, tmp_path):
+    copytree(saved, tmp_path / "model")
+    for name in ("tokenizer.json", "modeling_memorizing_transformer.py"):
+        (tmp_path / "model" / name).unlink()
+    error = one_line(invoke("push", tmp_path / "model", "user/name"))
+    assert "there again: modeling_memorizing_transformer.py is missing, which auto_map needs; tokenizer_conf" in error
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (KeyError("a"), "KeyError: 'a'"),
+        (TypeError("one\n\n  two."), "TypeError: one; two."),
+        (ValueError("one:\n  two\n  three"), "one: two; three"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_errors_of_any_kind_are_told(monkeypatch, error, said):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("hf_gallery.convert.convert", fail)
+    assert one_line(invoke("convert", "a", "b")) == f"error: {said}\n"
+
+
 def test_convert(tmp_path):
     torch.manual_seed(0)
     source = GPT2LMHeadModel(
@@ -174,6 +257,11 @@ def test_convert(tmp_path):
     assert model.config.memory_layers == [1] and model.config.memory_size == 64
 
 
+def test_settings_that_are_the_conversions_own_arguments(tmp_path):
+    result = invoke("convert", tmp_path, tmp_path / "out", "--set", "revision=main")
+    assert "revision" in one_line(result)
+
+
 @pytest.mark.parametrize("code", [0, 1])
 def test_eval_hands_over(saved, monkeypatch, code):
     """What lm-eval is asked, and that its exit code is the command's."""
@@ -181,25 +269,32 @@ def test_eval_hands_over(saved, monkeypatch, code):
     monkeypatch.setattr("hf_gallery.harness.main", lambda argv: asked.append(argv) or code)
     result = invoke("eval", saved, "--tasks", "gallery_lm", "--model_args", "prefill_chunk_size=8", "--limit", "2")
     assert result.exit_code == code and not result.output
-    (argv,) = asked
-    assert argv == [
-        "--model_args",
-        f"pretrained={saved},prefill_chunk_size=8",
-        "--tasks",
-        "gallery_lm",
-        "--limit",
-        "2",
-    ]
+    own = ["--model_args", json.dumps({"pretrained": str(saved)})]
+    assert asked == [[*own, "--model_args", "prefill_chunk_size=8", "--tasks", "gallery_lm", "--limit", "2"]]
+    assert invoke("eval", saved).exit_code == code
+    assert asked[1] == [*own, "--tasks", "gallery_memory"]
+
+
+def test_eval_that_fails(saved):
+    arguments = ("--tasks", "gallery_permutations", "--model_args", "prefill_chunk_size=0", "--limit", "1")
+    result = invoke("eval", saved, *arguments)
+    assert result.exit_code == 1
+    assert result.stderr.endswith("error: prefill_chunk_size is 0; it counts tokens, so give 1 or more\n")
 
 
 @pytest.mark.slow
-def test_eval_for_real(saved, tmp_path):
+@pytest.mark.parametrize("arguments", [[], ["--model_args", "prefill_chunk_size=8,dtype=float64"]])
+def test_eval_for_real(saved, tmp_path, arguments):
+    """In a folder whose name would be two arguments."""
+    copytree(saved, tmp_path / "a,b=c" / "m")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    options = ["--tasks", "gallery_permutations", "--limit", "1", "--metadata", '{"examples": 2}']
-    command = [sys.executable, "-m", "hf_gallery", "eval", str(saved), *options]
+    options = ["--tasks", "gallery_permutations", "--limit", "1", "--metadata", '{"examples": 2}', *arguments]
+    command = [sys.executable, "-m", "hf_gallery", "eval", "a,b=c/m", *options, "--output_path", "out"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "gallery_permutations" in done.stdout
+    (results,) = (tmp_path / "out").rglob("results_*.json")
+    assert json.loads(results.read_text())["config"]["model_args"]["pretrained"] == "a,b=c/m"
 
 
 def test_python_m(tmp_path):

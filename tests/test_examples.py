@@ -74,21 +74,40 @@ def test_train_on_folder(tmp_path):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "my_model").config.hidden_size == 32
 
 
+def answers(folder, text, prompts):
+    """What the model says after the text and each prompt, as the example prints it."""
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    for prompt in prompts:
+        ids = tokenizer(text + prompt, return_tensors="pt")
+        said = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids.input_ids.shape[1] :]
+        yield f"{prompt}|{tokenizer.decode(said)}\n"
+
+
 @pytest.mark.slow
 def test_ask_a_book(tmp_path, saved):
-    """Each prompt is answered as if the book stood before it, from the cache of the first run too."""
+    """Each prompt is answered as if the book stood before it, from the cache of the first run too; another book or
+    model is read anew."""
+    prompts = ["I thought", "There is"]
     (tmp_path / "book.txt").write_text(BOOK)
-    arguments = [saved, "book.txt", "I thought", "There is", "--tokens", 6]
-    first = example("ask_a_book.py", tmp_path, *arguments)
-    kept = (tmp_path / "book.cache").read_bytes()
-    (tmp_path / "book.txt").write_text("another book")
-    assert example("ask_a_book.py", tmp_path, *arguments) == first
-    assert (tmp_path / "book.cache").read_bytes() == kept
-    tokenizer, model = AutoTokenizer.from_pretrained(saved), AutoModelForCausalLM.from_pretrained(saved)
-    for prompt in ("I thought", "There is"):
-        ids = tokenizer(BOOK + prompt, return_tensors="pt")
-        said = model.generate(**ids, max_new_tokens=6, do_sample=False)[0, ids.input_ids.shape[1] :]
-        assert f"{prompt}|{tokenizer.decode(said)}\n" in first
+    arguments = ["book.txt", *prompts, "--tokens", 6]
+    first = example("ask_a_book.py", tmp_path, saved, *arguments)
+    assert first.endswith("".join(answers(saved, BOOK, prompts)))
+    (kept,) = tmp_path.glob("book.*.cache")
+    written = kept.stat().st_mtime_ns
+    assert example("ask_a_book.py", tmp_path, saved, *arguments) == first
+    assert [*tmp_path.glob("*.cache")] == [kept] and kept.stat().st_mtime_ns == written
+
+    other = AutoModelForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        other.get_input_embeddings().weight[ord("z")] += 1
+    other.save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    said = example("ask_a_book.py", tmp_path, tmp_path / "other", *arguments)
+    assert said.endswith("".join(answers(tmp_path / "other", BOOK, prompts)))
+    (tmp_path / "book.txt").write_text(BOOK[9:])
+    said = example("ask_a_book.py", tmp_path, saved, *arguments)
+    assert said.endswith("".join(answers(saved, BOOK[9:], prompts)))
+    assert len([*tmp_path.glob("book.*.cache")]) == 3 and kept.stat().st_mtime_ns == written
 
 
 @pytest.mark.slow

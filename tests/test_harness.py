@@ -1,6 +1,7 @@
 """lm-eval on gallery models: its own `hf` and our `hf-gallery` give what the model itself gives, and the tasks in
 eval/tasks ask what the generators make."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -14,6 +15,10 @@ import yaml
 from variants import VARIANTS, causal
 
 import hf_gallery
+import hf_gallery.variants
+from eval import recall
+from eval.presets import PRESETS
+from eval.text import read as read_documents
 from hf_gallery.data import TASKS, byte_tokenizer, load_corpus, questions, slot_recall
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed")
@@ -88,6 +93,17 @@ def test_rolling_where_positions_end():
     assert found[0] != pytest.approx(wrapped(model, max_length=30).loglikelihood_rolling(asked[:1])[0], rel=1e-9)
 
 
+@causal(long_enough)
+def test_rolling_equals_the_bits_of_the_benchmark(variant):
+    """`python -m eval` reads a document from its first byte, lm-eval from <bos>: with <bos> first, the same bits."""
+    model = make(variant)
+    documents = [np.array([257, *x.encode()]) for x in TEXTS if x]
+    bits = read_documents(model, documents, lanes=2, length=37, device=torch.device("cpu"))
+    asked = requests("loglikelihood_rolling", [(x,) for x in TEXTS if x])
+    found = wrapped(model, prefill_chunk_size=50).loglikelihood_rolling(asked, disable_tqdm=True)
+    np.testing.assert_allclose([-x / np.log(2) for x in found], [x.sum() for x in bits], rtol=1e-5)
+
+
 def test_stock_rolling_throws_the_past_away():
     """What hf-gallery is for: with windows of 64, lm-eval's own model forgets what its own cache would hold."""
     (variant,) = (v for v in VARIANTS if v.name == "transformer_xl_long_memory")
@@ -140,7 +156,7 @@ def test_a_context_is_read_once():
 
 
 def test_nothing_is_cut_unless_asked_for():
-    """A first letter 3,000 bytes back counts, beyond the 2,048 that lm-eval reads by itself."""
+    """A first letter 3,000 bytes back counts."""
     model = make(VARIANTS[0])
     asked = requests("loglikelihood", [(letter + "x" * 3000, "y") for letter in "ab"])
     (first, _), (second, _) = wrapped(model).loglikelihood(asked, disable_tqdm=True)
@@ -226,6 +242,27 @@ def test_scores_equal_the_argmax_of_the_model(learned):
     assert 15 < sum(level["correct"] for level in found.values()) < 165  # neither chance nor all
 
 
+@pytest.mark.parametrize("kind", [harness.GalleryLM, HFLM])
+def test_slot_recall_equals_the_score_of_the_benchmark(learned, kind):
+    """The questions of gallery_slot_recall are those of `python -m eval`, every one; on the same model the right
+    answers are as many."""
+    settings = dataclasses.replace(PRESETS["quick"].recall, length=20, num_writes=3, num_values=4, examples=60)
+    manager = TaskManager(include_defaults=False, metadata={"examples": 60, "seed": 3})
+    config = load_yaml(FOLDER / "slot_recall.yaml")
+    about = config["task"][0]["dataset_kwargs"]
+    common = {name: x for name, x in config.items() if name not in ("group", "task", "aggregate_metric_list")}
+    for distance in (1, 5, 12):
+        expected = recall.ask(learned, settings, distance, seed=3, device=torch.device("cpu"))
+        given = about | {"arguments": ARGUMENTS | {"distances": [distance]}}
+        found = simple_evaluate(
+            wrapped(learned, kind, max_length=4096), tasks=[common | {"task": "own", "dataset_kwargs": given}],
+            task_manager=manager, bootstrap_iters=0, random_seed=None, numpy_random_seed=None, torch_random_seed=None,
+        )  # fmt: skip
+        answers = [sample["acc"] for sample in found["samples"]["own"]]
+        assert expected == {"asked": len(answers), "correct": sum(answers)}
+        assert len(answers) > 100 and 0 < expected["correct"] < len(answers)
+
+
 def test_scores_of_stock_are_the_same(learned):
     """The same questions through lm-eval's own model."""
     ours = harness.score(learned, LEVELS, examples=40)
@@ -286,8 +323,8 @@ def test_questions_of_the_task_folder(manager):
     for name, given in expected.items():
         made = TASKS[given["generator"]](2, **given["arguments"], seed=5, split="test")
         docs = loaded[name].test_docs()
-        assert docs.to_list() == questions(made, last=True).to_list()
-        assert len(docs) == 2
+        assert docs.to_list() == questions(made, last=given.get("last", True)).to_list()
+        assert len(docs) == 2 or not given["last"]
         length = given["arguments"]["length"]
         if "pairs" not in name:
             assert int(name.rpartition("_")[2].rpartition(":")[2]) == length
@@ -345,13 +382,36 @@ def saved(learned, tmp_path_factory):
     return folder
 
 
+def tiny(name):
+    """A small model of an architecture, as the gallery's own command line makes them."""
+    variant = hf_gallery.variants.VARIANTS[name]
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32)
+    return variant.causal(variant.make_config(**sizes)).eval()
+
+
+def is_limited(config):
+    """Whether the config gives a number of positions: to lm-eval's own model that is the longest input."""
+    return getattr(config, "max_position_embeddings", None) is not None
+
+
+@pytest.mark.parametrize("name", hf_gallery.variants.VARIANTS)
+def test_the_length_that_stock_finds(name):
+    """With the byte tokenizer a model without a number of positions has no longest input."""
+    model = tiny(name)
+    expected = model.config.max_position_embeddings if is_limited(model.config) else byte_tokenizer().model_max_length
+    assert wrapped(model, HFLM).max_length == expected
+    assert is_limited(model.config) or expected > 2**60
+    assert wrapped(model).max_length == harness.UNLIMITED
+
+
 def samples(folder):
-    """{task: {number of the question: (log-likelihood, right)}} from the logs of a run."""
+    """{task: {number of the question: (log-likelihood, right)}} from the logs of a run; right is None for texts."""
     found = {}
     for path in folder.rglob("samples_*.jsonl"):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        found[re.sub(r"_\d{4}-.*", "", path.name)] = {
-            row["doc_id"]: (float(row["filtered_resps"][0][0]), row["acc"]) for row in rows
+        found[re.sub(r"_\d{4}-.*", "", path.name).removeprefix("samples_")] = {
+            row["doc_id"]: (float(np.ravel(row["filtered_resps"][0])[0]), row.get("acc")) for row in rows
         }
     return found
 
@@ -366,11 +426,11 @@ def test_own_command_line(learned, saved, tmp_path, capsys):
     assert code == 0
     assert "gallery_passkey::04096" in capsys.readouterr().out
     found = samples(tmp_path)
-    assert set(found) == {f"samples_gallery_passkey::{n:05}" for n in (256, 1024, 4096, 16384)}
+    assert set(found) == {f"gallery_passkey::{n:05}" for n in (256, 1024, 4096, 16384)}
     for n in (256, 16384):
         asked = questions(TASKS["passkey"](2, n, distances=[n - 22], split="test"))
         for i, row in enumerate(asked):
-            score, right = found[f"samples_gallery_passkey::{n:05}"][i]
+            score, right = found[f"gallery_passkey::{n:05}"][i]
             expected = directly(learned, row["context"].encode(), row["target"])
             assert score == pytest.approx(expected[0], rel=1e-4) and bool(right) == expected[1]
 
@@ -382,25 +442,39 @@ def test_own_command_line_refuses(saved, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("group", ["gallery_memory", "gallery_reasoning"])
-def test_stock_command_line(learned, saved, group, tmp_path):
-    """lm_eval, installed and unchanged, on a saved folder: its answers are those of one forward."""
+@pytest.mark.parametrize("name", hf_gallery.variants.VARIANTS)
+def test_stock_command_line(learned, name, tmp_path):
+    """lm_eval, installed and unchanged, on a saved folder: its answers are those of one forward, whatever the
+    length."""
+    model = learned if name == "transformer_xl" else tiny(name)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    groups = ["gallery_memory", "gallery_reasoning", "gallery_lm"]
+    arguments = f"pretrained={tmp_path / 'model'},trust_remote_code=True"
+    if is_limited(model.config):
+        arguments += ",max_length=20000"
     done = subprocess.run(
-        [sys.executable, "-m", "lm_eval", "--model", "hf", "--include_path", str(FOLDER), "--tasks", group,
-         "--model_args", f"pretrained={saved},trust_remote_code=True,max_length=20000",
-         "--limit", "2", "--device", "cpu", "--output_path", str(tmp_path), "--log_samples"],
-        capture_output=True, text=True, timeout=600, cwd=tmp_path,
+        [sys.executable, "-m", "lm_eval", "--model", "hf", "--include_path", str(FOLDER), "--tasks", ",".join(groups),
+         "--model_args", arguments, "--limit", "2", "--device", "cpu", "--output_path", str(tmp_path / "out"),
+         "--log_samples"],
+        capture_output=True, text=True, timeout=900, cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    found = samples(tmp_path)
-    names = yaml.safe_load((FOLDER / f"{group}.yaml").read_text())["task"]
-    expected = {f"samples_{g}::{label}": given for g, label, given in subtasks() if g in names}
-    assert set(found) == set(expected)
-    for name, given in expected.items():
-        asked = questions(TASKS[given["generator"]](100, **given["arguments"], split="test"), last=True)
+    found = samples(tmp_path / "out")
+    asked = {f"{group}::{label}": given for group, label, given in subtasks()}
+    lengths = {f"gallery_lm::{n:05}": n for n in (1024, 4096, 16384)}
+    assert set(found) == set(asked) | set(lengths)
+    for name, given in asked.items():
+        made = TASKS[given["generator"]](100, **given["arguments"], split="test")
+        rows = questions(made, last=given.get("last", True))
         for i in range(2):
-            score, right = directly(learned, asked[i]["context"].encode(), asked[i]["target"])
+            score, right = directly(model, rows[i]["context"].encode(), rows[i]["target"])
             assert found[name][i] == (pytest.approx(score, rel=1e-3), right)
+    held_out = [x.encode() for x in load_corpus("stdlib")["test"]["text"] if len(x.encode()) >= 16384][:2]
+    for name, length in lengths.items():
+        for i, document in enumerate(held_out):
+            score, _ = directly(model, [257], document[:length].decode(errors="ignore"))
+            assert found[name][i] == (pytest.approx(score, rel=1e-4), None)
 
 
 @pytest.mark.slow

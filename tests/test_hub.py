@@ -17,13 +17,17 @@ import torch
 from hub_server import TOKEN, Hub
 from safetensors.torch import load_file, save_file
 from test_law_7_travels_light import inputs_of, open_elsewhere, results_here
-from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from typer.testing import CliRunner
 from variants import VARIANTS, Runner, assert_equal, words
 
 import hf_gallery.variants
 from hf_gallery import GalleryTransformerForCausalLM
+from hf_gallery.cli import app
+from hf_gallery.convert import convert
 from hf_gallery.data import byte_tokenizer
-from hf_gallery.hub import push
+from hf_gallery.hub import check_checkpoint, push
 
 ROOT = Path(__file__).parent.parent
 NAMES = list(hf_gallery.variants.VARIANTS)
@@ -208,20 +212,79 @@ def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_push_makes_one_commit(online, saved):
+def test_push_makes_one_commit(online, saved, caplog):
     """Of what belongs to the model, and of nothing that training left; the folder stays as it is."""
-    (saved / "checkpoint-10").mkdir()
-    for name in ("checkpoint-10/model.safetensors", "training_args.bin", ".hidden", "trainer_state.json"):
+    left = {
+        *("checkpoint-10/model.safetensors", "checkpoints/checkpoint-10/model.safetensors", "runs/events.py"),
+        *("training_args.bin", "trainer_state.json", "vocab.pkl", "book.cache", "other.safetensors", ".hidden.py"),
+        "model.safetensors.index.json",  # of shards that model.safetensors stands in for
+    }
+    kept = {"LICENSE", "chat_template.jinja", "additional_chat_templates/tool.jinja"}
+    for name in left | kept:
+        (saved / name).parent.mkdir(parents=True, exist_ok=True)
         (saved / name).write_bytes(b"left")
     before = content(saved)
     url = push(saved, "user/name", message="first")
     assert url == f"{online.url}/user/name" and content(saved) == before
     assert online.repos["user/name"].messages == ["initial commit", "first"]
-    left = {"checkpoint-10/model.safetensors", "training_args.bin", ".hidden", "trainer_state.json"}
     assert set(online.files("user/name")) == {str(path) for path in before} - left | {"README.md"}
+    assert "not uploaded: .hidden.py, book.cache, checkpoint-10, checkpoints" in caplog.text
     assert 'name = "user/name"' in online.files("user/name")["README.md"].decode()
     assert push(saved, "name") == url  # the token's owner is meant
     assert not online.unknown
+
+
+def test_what_training_left_stays_here(online, tmp_path):
+    """The command line's own training, published by its own push."""
+    texts, out = tmp_path / "texts", tmp_path / "my_model"
+    texts.mkdir()
+    for i in range(20):
+        (texts / f"{i}.txt").write_text("It was the best of times, it was the worst of times. " * (2 + i % 3))
+    sizes = [f"--set={name}" for name in ("hidden_size=16", "num_attention_heads=2", "intermediate_size=32")]
+    line = [
+        "train",
+        "transformer_xl",
+        out,
+        "--corpus",
+        texts,
+        "--steps=2",
+        "--save-steps=1",
+        "--lanes=2",
+        "--length=32",
+    ]
+    for arguments in ([*line, *sizes, "--device=cpu"], ["push", out, "user/name"]):
+        done = CliRunner().invoke(app, [str(x) for x in arguments])
+        assert done.exit_code == 0, done.output
+    assert done.stdout.strip() == f"{online.url}/user/name"
+    assert (out / "checkpoints" / "checkpoint-2" / "model.safetensors").exists()
+    config = json.loads((out / "config.json").read_text())
+    modules = {place.split(".")[0] for place in config["auto_map"].values()}
+    files = set(online.files("user/name"))
+    assert {f"{name}.py" for name in modules} < files
+    assert {name for name in files if not name.endswith(".py")} == {
+        *("config.json", "generation_config.json", "model.safetensors", "README.md", "tokenizer.json"),
+        "tokenizer_config.json",
+    }
+
+
+def test_links_lead_nowhere_else(online, saved, tmp_path):
+    """A link within the folder is the file; one out of it is refused if it belongs to the model, else left."""
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    (saved / "notes.txt").symlink_to(secret)
+    (saved / "weights").mkdir()
+    (saved / "model.safetensors").rename(saved / "weights" / "first")
+    (saved / "model.safetensors").symlink_to(saved / "weights" / "first")
+    push(saved, "user/name")
+    files = online.files("user/name")
+    assert files["model.safetensors"] == (saved / "weights" / "first").read_bytes()
+    assert not {"notes.txt", "weights/first"} & set(files)
+    before = len(online.asked)
+    for name in ("LICENSE", "extra.py"):
+        (saved / name).symlink_to(secret)
+    with pytest.raises(ValueError, match="LICENSE is a link to a file outside.*\n.*extra.py is a link"):
+        push(saved, "user/name")
+    assert len(online.asked) == before
 
 
 def test_a_card_that_is_there_is_kept(online, saved):
@@ -293,40 +356,121 @@ def test_a_name_of_others(online, saved):
     assert not online.repos
 
 
-def damage(folder, name):
-    path = folder / name
-    if name in ("model.safetensors", "tokenizer.json"):
-        path.write_bytes(path.read_bytes()[:-20])
-    elif name == "README.md":
-        path.write_text("---\nlicense: [\n---\n")
-    elif name == "config.json":
-        path.write_text("{")
-    elif name == "model.safetensors.index.json":
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+def tensors(change):
+    """What puts the folder's weights through `change`."""
+
+    def damage(folder):
+        save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+
+    return damage
+
+
+def without(name):
+    return tensors(lambda found: {key: x for key, x in found.items() if key != name})
+
+
+def config(**fields):
+    """What sets fields of config.json."""
+
+    def damage(folder):
+        about = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(about | fields))
+
+    return damage
+
+
+def index(weight_map):
+    """What puts an index in place of the weights."""
+
+    def damage(folder):
         (folder / "model.safetensors").unlink()
-        path.write_text('{"weight_map": {"a": "model-00001-of-00001.safetensors"}}')
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return damage
+
+
+def missing(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def holding(name, text):
+    return lambda folder: (folder / name).write_text(text)
 
 
 @pytest.mark.parametrize(
-    ("name", "how", "said"),
+    ("damage", "said"),
     [
-        ("config.json", "missing", "config.json"),
-        ("config.json", "damaged", "config.json"),
-        ("model.safetensors", "missing", "model.safetensors is missing"),
-        ("model.safetensors", "damaged", "model.safetensors is damaged"),
-        ("model.safetensors.index.json", "damaged", "model-00001-of-00001.safetensors is missing"),
-        ("modeling_transformer_xl.py", "missing", "modeling_transformer_xl.py is missing, which auto_map needs"),
-        ("rows.py", "missing", "rows.py is missing, which [a-z_]+.py needs"),
-        ("tokenizer.json", "missing", "the tokenizer does not load"),
-        ("tokenizer.json", "damaged", "the tokenizer does not load"),
-        ("README.md", "damaged", "README.md has metadata"),
+        (missing("config.json"), "config.json"),
+        (holding("config.json", "{"), "config.json is missing or no JSON object"),
+        (config(model_type=["gallery_transformer_xl"]), r"config.json is of \['gallery_transformer_xl'\]"),
+        (config(auto_map={}), "has no auto_map"),
+        (config(auto_map=["a.B"]), r"auto_map in config.json is \['a.B'\]"),
+        (
+            config(auto_map={"AutoModel": ["a.B", None]}),
+            r"auto_map in config.json gives \['a.B', None\] for AutoModel",
+        ),
+        (config(auto_map={"AutoModel": "other/name--a.B"}), "gives 'other/name--a.B' for AutoModel.*MODULE.CLASS"),
+        (config(auto_map={"AutoModel": "../a.B"}), "gives '../a.B' for AutoModel"),
+        (config(auto_map={"AutoModel": "rows.GalleryModel"}), "rows.py has no GalleryModel, which auto_map names"),
+        (config(architectures=None), "architectures in config.json is None.*GalleryTransformerXLForCausalLM"),
+        (config(architectures=["GPT2LMHeadModel"]), r"architectures in config.json is \['GPT2LMHeadModel'\]"),
+        (config(hidden_size="wide"), "config.json is refused by GalleryTransformerXLForCausalLM"),
+        (config(vocab_size=263), r"has the shape \(262, 30\) in the weights, and \(263, 30\) by config.json"),
+        (holding("generation_config.json", "[1]"), "generation_config.json holds no JSON object"),
+        (missing("model.safetensors"), "model.safetensors is missing"),
+        (lambda folder: cut(folder / "model.safetensors"), "model.safetensors is damaged"),
+        (
+            without("model.layers.1.self_attn.o_proj.weight"),
+            "layers.1.self_attn.o_proj.weight is missing in the weights",
+        ),
+        (tensors(lambda found: {"x": torch.zeros(1)}), r"is missing in the weights\n  \.\.\. and so \d+ more"),
+        (index({"a": "model-00001-of-00001.safetensors"}), "model-00001-of-00001.safetensors is missing"),
+        (index({"a": "../model.safetensors"}), "names the file '../model.safetensors'; it must be the plain name"),
+        (index({"a": "/model.safetensors"}), "names the file '/model.safetensors'"),
+        (index({"a": "weights.bin"}), "names the file 'weights.bin'"),
+        (index({"a": ["model.safetensors"]}), r"names the file \['model.safetensors'\]"),
+        (index(["model.safetensors"]), "has no weight_map of names to files"),
+        (index({}), "has no weight_map of names to files"),
+        (missing("modeling_transformer_xl.py"), "modeling_transformer_xl.py is missing, which auto_map needs"),
+        (missing("rows.py"), "rows.py is missing, which [a-z_]+.py needs"),
+        (holding("rows.py", "def rows(:\n"), "rows.py is no Python: invalid syntax"),
+        (lambda folder: (folder / "rows.py").write_bytes(b"\xff"), "rows.py is no Python: 'utf-8' codec"),
+        (missing("tokenizer.json"), "the tokenizer does not load"),
+        (lambda folder: cut(folder / "tokenizer.json"), "the tokenizer does not load"),
+        (holding("README.md", "---\nlicense: [\n---\n"), "README.md has metadata"),
     ],
 )
-def test_an_incomplete_folder(online, saved, name, how, said):
+def test_an_incomplete_folder(online, saved, damage, said):
     """Is refused before anything is sent."""
-    (saved / name).unlink() if how == "missing" else damage(saved, name)
+    damage(saved)
     with pytest.raises(ValueError, match=said):
         push(saved, "user/name")
     assert not online.asked
+
+
+def test_code_that_was_changed_makes_another_model(saved):
+    """Its weights cannot be judged by the library's code."""
+    without("model.layers.1.self_attn.o_proj.weight")(saved)
+    with pytest.raises(ValueError, match="o_proj"):
+        check_checkpoint(saved)
+    path = saved / "modeling_transformer_xl.py"
+    path.write_text(path.read_text() + "# without a map of the heads\n")
+    assert check_checkpoint(saved).name == "transformer_xl"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_whole_folders(tmp_path, name):
+    """Under every head, in one file or in shards, tied weights saved once."""
+    variant = TINY[name]
+    for head in variant.heads:
+        for size in ("1GB", "20KB"):
+            folder = tmp_path / head / size
+            variant.make(head).save_pretrained(folder, max_shard_size=size)
+            assert check_checkpoint(folder).name == name
 
 
 def test_a_folder_of_something_else(online, tmp_path):
@@ -376,3 +520,70 @@ def test_offline(hub, saved, monkeypatch):
     with pytest.raises(RuntimeError, match="HF_HUB_OFFLINE"):
         push(saved, "user/name")
     assert not hub.asked
+
+
+# ---- downloads that break
+
+
+@pytest.fixture
+def published(online, saved, tmp_path, monkeypatch):
+    """A gallery model and a GPT-2 on the server; the client keeps what it fetches in a folder of the test."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    place = f"{online.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
+    push(saved, "user/model")
+    sizes = dict(vocab_size=97, n_positions=32, n_embd=12, n_layer=2, n_head=2, bos_token_id=94, eos_token_id=95)
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "gpt2")
+    api = huggingface_hub.HfApi()
+    api.create_repo("user/gpt2")
+    api.upload_folder(folder_path=tmp_path / "gpt2", repo_id="user/gpt2")
+    return online
+
+
+def fetched(folder, name):
+    return [path for path in folder.rglob(name) if path.exists()]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "attention.py"])
+def test_opening_after_a_cut_download(published, saved, tmp_path, name):
+    """Says what arrived, leaves no part of the file where it would be opened, and works on the next try."""
+
+    repo = f"user/{name.split('.')[0]}"  # of its own, or its code would be there from the test before
+    push(saved, repo)
+
+    def open_it():  # by the code on the server, as one does who has not the library
+        kind = json.loads((saved / "config.json").read_text())["auto_map"]["AutoModelForCausalLM"]
+        return get_class_from_dynamic_module(kind, repo).from_pretrained(repo).eval()
+
+    published.cut(name, "short")
+    with pytest.raises(OSError, match="should be of size"):
+        open_it()
+    assert not fetched(tmp_path / "cache", name)
+    assert published.cuts[0]["times"] == 0
+    ids = words(2, 13)
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(saved).eval()(ids).logits
+        assert_equal(open_it()(ids).logits, expected)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_converting_after_a_cut_download(published, tmp_path, name):
+    """Writes nothing, and works on the next try."""
+    out = tmp_path / "converted" / "gpt2"
+    published.cut(name, "short")
+    with pytest.raises(OSError, match="should be of size"):
+        convert("user/gpt2", out)
+    assert not out.parent.exists()
+    convert("user/gpt2", out)
+    ids = words(2, 13)
+    with torch.no_grad():
+        expected = GPT2LMHeadModel.from_pretrained(tmp_path / "gpt2").eval()(ids).logits
+        assert_equal(AutoModelForCausalLM.from_pretrained(out).eval()(ids).logits, expected)
+
+
+def test_a_dropped_connection_is_taken_up_again(published, saved, tmp_path):
+    published.cut("model.safetensors", "dropped")
+    AutoModelForCausalLM.from_pretrained("user/model")
+    assert published.cuts[0]["times"] == 0
+    (path,) = fetched(tmp_path / "cache", "model.safetensors")
+    assert path.read_bytes() == (saved / "model.safetensors").read_bytes()

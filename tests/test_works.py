@@ -75,11 +75,11 @@ def suite(tmp_path):
     (tmp_path / "test_animals.py").write_text(TESTS)
     (tmp_path / "README.md").write_text(EMPTY)
 
-    def run(*arguments):
+    def run(*arguments, **environment):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, *arguments],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_ADDOPTS": ""},
+            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_ADDOPTS": "", "CI": ""} | environment,
             capture_output=True,
             text=True,
         )
@@ -115,6 +115,19 @@ def test_a_table_that_says_something_else_is_an_error(suite, tmp_path, arguments
     found, output, text = suite("-n", "0", *arguments, "--check-works", "README.md")
     assert found == code and text == before
     assert ("runs, Memorizing is 'no', tests say 'yes'" in output) == bool(code)
+
+
+def test_a_yes_that_only_skips_is_an_error_in_ci(suite, tmp_path):
+    """One that a skipped and a passing test stand behind is none, nor is a cell that says so."""
+    (tmp_path / "README.md").write_text(TABLE.replace("skipped [2]", "yes"))
+    chosen = "(flies or swims or sleeps) and not adaptive"  # which fails
+    arguments = ("-n", "0", "-k", chosen, "--check-works", "README.md")
+    assert suite(*arguments)[0] == 0
+    code, output, _ = suite(*arguments, CI="true")
+    assert code == 1 and output.count("tests say") == 1
+    assert "sleeps, Longformer is 'yes', tests say 'skipped'" in output
+    (tmp_path / "README.md").write_text(TABLE)
+    assert suite(*arguments, CI="true")[0] == 0
 
 
 @pytest.mark.parametrize("mark", ["works()", 'works("flies", "bert")'])

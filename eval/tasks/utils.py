@@ -11,15 +11,15 @@ from hf_gallery.data import TASKS, load_corpus, questions
 EXAMPLES = 100
 
 
-def ask(generator: str, arguments: dict[str, Any], **metadata: Any) -> DatasetDict:
-    """Questions of a task of hf_gallery.data, the last of each example, as the split "test".
+def ask(generator: str, arguments: dict[str, Any], last: bool = True, **metadata: Any) -> DatasetDict:
+    """Questions of a task of hf_gallery.data as the split "test": the last of each example, or all of them.
 
     generator: its name. arguments: what it is called with. metadata: examples (100) and seed (0), and what lm-eval
     adds.
     """
     given = {name: int(metadata[name]) for name in ("examples", "seed") if name in metadata}
     data = TASKS[generator](**{"examples": EXAMPLES} | given | arguments | {"split": "test"})
-    return DatasetDict(test=questions(data, last=True))
+    return DatasetDict(test=questions(data, last=last))
 
 
 def documents(length: int, **metadata: Any) -> DatasetDict:

@@ -15,6 +15,10 @@ SPECIAL_TOKENS = {
     "cls_token": "<cls>",
 }
 
+# No end, and said as a number: lm-eval takes transformers' own word for it, 1e30, for "not known" and would cut every
+# text to 2,048 tokens. Above 1e20 it is no length to transformers, which pads and cuts nothing to it.
+UNLIMITED = 2**70
+
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """A fast tokenizer whose id of byte b is b, with the specials after: pad 256, bos 257, eos 258, mask 259, sep 260,
@@ -37,7 +41,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
         padding_side="left",
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
-        model_max_length=int(1e30),
+        model_max_length=UNLIMITED,
         **SPECIAL_TOKENS,
     )
 

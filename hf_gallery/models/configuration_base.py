@@ -123,7 +123,8 @@ class GalleryStackConfig(GalleryConfig):
     norm_position: str = "post"  # post: norm(x + f(x)), as published; pre: x + f(norm(x)), and a norm at the end
     position_embedding_type: str = "sinusoidal"
     position_offset: int = 0  # added to positions that are learned; RoBERTa and the released Longformer: 2
-    max_position_embeddings: int = 2048  # length of the learned table, offset included; sinusoids have no end
+    # Length of the learned table, offset included. None where positions have no end: tools take it for a limit.
+    max_position_embeddings: int | None = 2048
     sinusoid_layout: str = "interleaved"  # interleaved: sin, cos, sin, cos, as published; concatenated: sines first
     scale_embedding: bool = False  # times sqrt(hidden_size)
     embedding_norm: bool = False  # a LayerNorm on the embeddings (BERT)
@@ -141,6 +142,8 @@ class GalleryStackConfig(GalleryConfig):
         self.check_choice("position_embedding_type", self.position_embedding_types)
         self.check_choice("sinusoid_layout", ["interleaved", "concatenated"])
         self.check_choice("initialization", ["xavier", "normal"])
+        if self.max_position_embeddings is None:
+            self.max_position_embeddings = type(self).__dataclass_fields__["max_position_embeddings"].default
         self.check_count("max_position_embeddings", 1)
         self.check_count("position_offset", 0)
         self.check_count("type_vocab_size", 0)
@@ -148,6 +151,8 @@ class GalleryStackConfig(GalleryConfig):
             self.check_flag(name)
         if self.classifier_dropout is not None:
             self.check_probability("classifier_dropout")
+        if self.position_embedding_type != "learned":
+            self.max_position_embeddings = None
         if self.longest_input is not None and self.longest_input < 1:
             raise ValueError(
                 f"position_offset is {self.position_offset}, which leaves no learned position of "

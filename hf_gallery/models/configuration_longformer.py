@@ -32,7 +32,7 @@ class GalleryLongformerConfig(GalleryStackConfig):
     attention_window: int | list[int] = 512
     attention_dilation: int | list[int] = 1
     position_embedding_type: str = "learned"
-    max_position_embeddings: int = 4098
+    max_position_embeddings: int | None = 4098
     position_offset: int = 2
     embedding_norm: bool = True
     initialization: str = "normal"

@@ -17,6 +17,7 @@ before, the next words' negative log-likelihoods and the hidden states before th
 last one also the log-probability of every word. All but the hidden states' first axis is rows, then time.
 """
 
+import importlib
 import json
 import shutil
 import sys
@@ -52,9 +53,7 @@ def the_authors_model(checkout):
     torch.version.cuda = torch.version.cuda or "10.0"
     torch.Tensor.byte = torch.Tensor.bool
     sys.path[:0] = [str(checkout), str(checkout / "utils")]
-    from mem_transformer import MemTransformerLM
-
-    return MemTransformerLM
+    return importlib.import_module("mem_transformer").MemTransformerLM
 
 
 def loud(model, seed):
