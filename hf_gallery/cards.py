@@ -449,8 +449,9 @@ class _Measured:
             )
         if cost:
             lines.append(
-                f"- Cost: medians of {cost['repeats']} training steps (forward and backward) on {cost['batch']} x "
-                f"{cost['length']:,} tokens, and of {cost['decode_tokens']} decoded tokens. {_sizes(cost)}"
+                f"- Cost: medians of {cost['repeats']} training steps (forward and backward) of {cost['tokens']:,} "
+                f"tokens in rows of {cost['lengths'][0]:,}, and of {cost['decode_tokens']} decoded tokens after each "
+                f"context, all models in turns. {_sizes(cost)}"
             )
         cells = [c for c in self.results["cells"] if c["contestant"] in (*self.entries, "all")]
         seeds = sorted({c["seed"] for c in cells})

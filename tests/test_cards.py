@@ -18,7 +18,7 @@ from hf_gallery.data import byte_tokenizer
 from hf_gallery.variants import VARIANTS
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "eval" / "results" / "quick.json"
+RESULTS = ROOT / "eval" / "results" / "standard.json"
 each = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -34,8 +34,8 @@ def results():
 @each
 def test_committed_cards_are_current(name):
     assert committed(name) == render_card(name, results=RESULTS), (
-        "model_cards is not what eval/results/quick.json gives; renew it: "
-        "hf-gallery card --all --results eval/results/quick.json --out model_cards"
+        "model_cards is not what eval/results/standard.json gives; renew it: "
+        "hf-gallery card --all --results eval/results/standard.json --out model_cards"
     )
 
 

@@ -367,9 +367,11 @@ def test_a_command_that_does_not_exist_would_be_found():
 
 def test_readme_numbers_are_those_of_the_results():
     """What stands between the command and its end is what the command prints now."""
-    command, shown = re.search(r"<!-- python -m eval (.+?) -->\n(.+?)\n<!-- end -->", README, re.DOTALL).groups()
-    result = CliRunner().invoke(app, command.split())
-    assert result.exit_code == 0 and result.output.strip() == shown.strip()
+    blocks = re.findall(r"<!-- python -m eval (.+?) -->\n(.+?)\n<!-- end -->", README, re.DOTALL)
+    assert blocks
+    for command, shown in blocks:
+        result = CliRunner().invoke(app, command.split())
+        assert result.exit_code == 0 and result.output.strip() == shown.strip(), command
 
 
 def test_readme_table_of_variants():

@@ -10,7 +10,7 @@ import pytest
 
 from eval import report
 
-QUICK = Path(__file__).parent.parent / "eval" / "results" / "quick.json"
+STANDARD = Path(__file__).parent.parent / "eval" / "results" / "standard.json"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 WATCH = """<script>
@@ -39,7 +39,7 @@ addEventListener("load", () => setTimeout(() => {
 
 @pytest.fixture(scope="module")
 def results():
-    return json.loads(QUICK.read_text())
+    return json.loads(STANDARD.read_text())
 
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium here")

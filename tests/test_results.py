@@ -1,0 +1,110 @@
+"""The measured results in git: what the project says of itself holds in them, and each says where it comes from."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from eval import benchmark, claims, report
+from eval.presets import PRESETS
+from eval.statistics import SURE, two_proportions, wilson
+
+FOLDER = Path(__file__).parent.parent / "eval" / "results"
+BOUNDED = ("transformer_xl", "longformer", "block_recurrent_transformer")
+
+
+def load(name):
+    return json.loads((FOLDER / f"{name}.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def quick():
+    return load("quick")
+
+
+def recall(results, name, windows):
+    """Right answers and questions of a contestant at a distance of so many windows."""
+    score = results["summary"][name]["recall"][str(round(windows * results["window"]["recall"]))]
+    return score["correct"], score["asked"]
+
+
+def surely_better(first, second):
+    (a, m), (b, n) = first, second
+    return a / m > b / n and two_proportions(a, m, b, n) < SURE
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.json")), ids=lambda path: path.stem)
+def test_every_number_has_its_origin(path):
+    results = json.loads(path.read_text())
+    for measured in results.get("cells", [results]):
+        origin = measured["provenance"]
+        assert origin["command"].startswith("python -m eval") and "/" not in origin["command"]
+        assert origin["commit"] and not origin["commit"].endswith("+"), "measured on code that no commit holds"
+        assert {"torch", "transformers", "python"} <= origin["versions"].keys() and origin["machine"]["processor"]
+
+
+@pytest.mark.parametrize("name", ["quick", "standard", "books"])
+def test_runs_are_of_this_code(name):
+    """Of the settings that the preset has now, so that the same command would measure the same."""
+    results = load(name)
+    preset = PRESETS[results["preset"]].shortened(results["share"])
+    assert benchmark.collect(preset, results["cells"])["settings"] == results["settings"]
+    assert report.table(results) and report.markdown(results)
+    tasks = {"recall": "recall", "text": "text", "cost": "cost"}
+    for cell in results["cells"]:
+        settings = results["settings"][tasks.get(cell["task"], "abilities")]
+        assert settings.items() <= cell["settings"].items(), cell["task"]
+    parameters = [e["parameters"] for e in results["summary"].values() if "parameters" in e]
+    assert max(parameters) < 1.03 * min(parameters)
+
+
+def test_the_quick_run_takes_minutes(quick):
+    seconds = {(cell["task"], cell["contestant"]): cell["seconds"] for cell in quick["cells"]}
+    assert sum(seconds.values()) < 12 * 60
+    two = ("transformer", "transformer_xl", "order0")
+    assert sum(s for (_, name), s in seconds.items() if name in two) < 6 * 60
+
+
+def test_the_quick_run_shows_what_each_architecture_is_for(quick):
+    for windows in (2, 4, 8):
+        correct, asked = recall(quick, "transformer", windows)
+        low, high = wilson(correct, asked)
+        assert low - 0.03 < quick["chance"] < high + 0.03  # a window and no more: it guesses
+    windowed = recall(quick, "transformer", 2)
+    assert recall(quick, "transformer_xl", 2)[0] > 0.5 * recall(quick, "transformer_xl", 2)[1]
+    assert surely_better(recall(quick, "longformer", 2), windowed)  # through depth
+    assert recall(quick, "memorizing_transformer", 8)[0] > 0.9 * recall(quick, "memorizing_transformer", 8)[1]
+    for windows in (2, 4):
+        assert surely_better(
+            recall(quick, "block_recurrent_transformer", windows), recall(quick, "transformer", windows)
+        )
+    for name, entry in quick["summary"].items():
+        assert max(entry["bits_per_byte"]) < quick["order0_bits_per_byte"] - 0.5, name
+
+
+def test_every_claim_of_the_papers_is_judged():
+    judged = {verdict.claim for verdict in claims.verdicts(load("standard"))}
+    assert judged == {claim for claim, _, _ in claims.CLAIMS}
+
+
+def test_attention_keeps_up_with_fused_kernels():
+    results = load("attention")
+    assert (results["settings"]["length"], results["settings"]["span"]) == (4096, 256)
+    assert results["ratio_to_best_fused"]["eager"] <= 1.3
+    assert max(results["eager_growth_per_doubling"]) < 2.1  # of memory, from 2,048 tokens on
+
+
+def test_memory_costs_little():
+    results = load("memory")
+    assert (results["settings"]["memory_size"], results["settings"]["topk"]) == (8192, 32)
+    assert results["ratio_to_off"]["exact"] <= 1.5
+
+
+def test_a_token_after_a_long_text_costs_what_it_costs_after_a_short_one():
+    results = load("long")
+    assert results["settings"]["long"] == 100_000
+    for name in BOUNDED:
+        variant = results["variants"][name]
+        assert variant["decode_ratio"] <= 1.1, name
+        assert variant["cache_bytes"]["long"] == variant["cache_bytes"]["short"], name
+    assert results["variants"]["memorizing_transformer"]["decode_ratio"] > 0  # reported; it searches what it holds
