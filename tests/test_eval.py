@@ -512,7 +512,8 @@ def start_process(folder, steps, *arguments):
     program = (
         "import sys; sys.path.insert(0, {tests!r})\n"
         "from test_eval import TINY, presets, command_line, text\n"
-        "import dataclasses, torch\n"
+        "import dataclasses, signal, torch\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell ignores it in what runs behind it
         "torch.set_num_threads(1)\n"
         "text.FREQUENT = 1\n"
         "slow = dataclasses.replace(TINY, recall=dataclasses.replace(TINY.recall, steps={steps}))\n"
@@ -544,7 +545,15 @@ def test_ctrl_c_keeps_what_is_done(tmp_path):
     assert json.loads(done.read_text())["result"]["recall"]
 
 
-def test_a_swallowed_interrupt_is_noticed(tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C raises, also where a shell runs the suite in the background and has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_swallowed_interrupt_is_noticed(tmp_path, interruptible):
     """Some library catches everything: the cell in flight ends all the same, at its next tick."""
 
     def measure(tick):
