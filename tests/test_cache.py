@@ -174,7 +174,7 @@ def test_tokens_are_taken_back(variant, head):
         assert cache.is_croppable
         with pytest.raises(ValueError, match=rf"tokens_to_remove is {count}.*-{count}"):
             cache.crop(count)  # the length to keep, for some
-        cache.crop(-count)
+        cache.crop(torch.tensor(-count) if count == 4 else -count)  # as transformers before 5.18 says it
         assert cache.get_seq_length() == 13 and cache.seen.tolist() == list(LENGTHS)
         assert_equal(go_on(run, cache), go_on(run, read(run)[0]))
 

@@ -186,7 +186,7 @@ class GalleryCache(Cache):
                 f"tokens_to_remove is {tokens_to_remove}; give the columns to take back as a number below 0, "
                 f"crop(-{tokens_to_remove})"
             )
-        count = -tokens_to_remove
+        count = -int(tokens_to_remove)  # older transformers give a tensor
         if count:
             self._take_back(count)
         if self.capacity is not None:
