@@ -214,8 +214,10 @@ def retrieve(
             some = keys[:, :, first:last]
             scores, at = BACKENDS[backend](query.detach(), some, lower - first, upper - first, topk)
             results.append((scores, at + first + ends[-1]))
-            # Only what these queries reach: a tile that copied all of a long input would make the whole quadratic.
-            parts.append((some, values[:, :, first:last], ends[-1] + first))
+            if keys.is_contiguous() and values.is_contiguous():  # a ring, whose rows are picked where they lie
+                parts.append((keys, values, ends[-1]))
+            else:  # only what these queries reach: tiles that each copied all of a long input would be quadratic
+                parts.append((some, values[:, :, first:last], ends[-1] + first))
             ends.append(ends[-1] + keys.shape[2])
         scores, columns = (torch.cat(x, -1) for x in zip(*results, strict=True))  # (B, H, T, sources * topk)
         if len(results) > 1:
