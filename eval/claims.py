@@ -55,22 +55,12 @@ def _recall_through_depth(results: dict[str, Any]) -> Judged:
 def _recall_by_a_state(results: dict[str, Any]) -> Judged:
     """Block-Recurrent against the windowed Transformer, where the state alone still holds what was written: beyond
     the windows of all layers together, that is at the far end."""
-    distances = _tested(results)
-    if not distances:
-        return None
-    windows = max(distances) / results["window"]["recall"]
-    scores = [_recall_at(results, name, windows) for name in ("block_recurrent_transformer", "transformer")]
-    return _shares(scores, "Block-Recurrent", "windowed", f"right at {windows:g} windows")
+    return _at_the_far_end(results, ("block_recurrent_transformer", "transformer"), ("Block-Recurrent", "windowed"))
 
 
 def _recall_at_the_far_end(results: dict[str, Any]) -> Judged:
     """Memorizing against Transformer-XL at the longest distance."""
-    distances = _tested(results)
-    if not distances:
-        return None
-    windows = max(distances) / results["window"]["recall"]
-    scores = [_recall_at(results, name, windows) for name in ("memorizing_transformer", "transformer_xl")]
-    return _shares(scores, "Memorizing", "Transformer-XL", f"right at {windows:g} windows")
+    return _at_the_far_end(results, ("memorizing_transformer", "transformer_xl"), ("Memorizing", "Transformer-XL"))
 
 
 def _recall_with_memory_size(results: dict[str, Any]) -> Judged:
@@ -163,9 +153,13 @@ CLAIMS: list[tuple[str, str, Callable[[dict[str, Any]], Judged]]] = [
 ]
 
 
-def _tested(results: dict[str, Any]) -> list[int]:
-    """Every distance at which somebody was asked."""
-    return [int(d) for e in results["summary"].values() for d in e.get("recall", {})]
+def _at_the_far_end(results: dict[str, Any], names: tuple[str, str], labels: tuple[str, str]) -> Judged:
+    """The first of two contestants against the second at the longest distance at which anybody was asked."""
+    distances = [int(d) for e in results["summary"].values() for d in e.get("recall", {})]
+    if not distances:
+        return None
+    windows = max(distances) / results["window"]["recall"]
+    return _shares([_recall_at(results, name, windows) for name in names], *labels, f"right at {windows:g} windows")
 
 
 def _recall_at(results: dict[str, Any], name: str, windows: float) -> tuple[int, int]:
