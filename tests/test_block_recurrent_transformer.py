@@ -5,6 +5,8 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
+from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 from variants import SIZES, assert_equal, loud, words
 
@@ -206,23 +208,42 @@ def recurrence_of(model, layer=1):
     return model.model.layers[layer].self_attn.recurrence
 
 
+def set_gates(part, keeps):
+    """All gates of a state keep everything, or nothing."""
+    for gate in [part.gate, *([part.feed_forward_gate] if part.dual else [])]:
+        if gate.lstm:
+            for linear, sign in ((gate.forget_gate, 1), (gate.input_gate, -1)):
+                linear.weight.zero_()
+                linear.bias.fill_(sign * (60 if keeps else -60))
+        else:
+            gate.gate_bias.fill_(60 if keeps else -60)
+
+
+gates = pytest.mark.parametrize(
+    "settings", [SETTINGS[name] for name in SETTINGS if ", " in name and "feedback" not in name], ids=str
+)
+
+
+@gates
 @torch.no_grad()
-def test_a_gate_that_keeps_never_changes_the_state():
-    model, ids = make(), words(2, 23)
+def test_a_gate_that_keeps_never_changes_the_state(settings):
+    model, ids = make(**settings), words(2, 23)
     part = recurrence_of(model)
-    part.gate.gate_bias.fill_(60)
+    set_gates(part, keeps=True)
     state = model(ids).past_key_values.states[1]["state"]
     assert_equal(state, part.initial.expand(2, -1, -1))
 
 
+@gates
 @torch.no_grad()
-def test_a_gate_that_forgets_makes_the_state_anew():
+def test_a_gate_that_forgets_makes_the_state_anew(settings):
     """s' = y: what the first blocks held does not matter but through what the next state reads."""
-    model, ids = make(), words(2, 10)
+    model, ids = make(**settings), words(2, 10)
     part = recurrence_of(model)
-    part.gate.gate_bias.fill_(-60)
+    set_gates(part, keeps=False)
     seen = []
-    part.o_proj.register_forward_hook(lambda _, x, y: seen.append(y))
+    last = part.feed_forward.down_proj if part.dual else part.o_proj
+    last.register_forward_hook(lambda _, x, y: seen.append(y))
     state = model(ids).past_key_values.states[1]["state"]
     assert len(seen) == 2
     assert_equal(state, seen[-1])
@@ -273,6 +294,44 @@ def test_a_token_changes_nothing_before_it(feedback):
         end = p - p % 5 + 4
         moved = [(a - b).abs().max() > 1e-9 for a, b in zip(states_by_token(model, other), states, strict=True)]
         assert not any(moved[:end]) and all(moved[end:])
+
+
+def windowed(model, ids):
+    """Logits (B, T, V) of a decoder with a sliding window and T5 bias: all tokens at once, each under a mask, out of
+    torch's attention and transformers' T5 bias."""
+    c, (b, t) = model.config, ids.shape
+    t5 = T5Config(d_model=c.hidden_size, num_heads=c.num_attention_heads, is_decoder=True, d_kv=10)
+    distance = torch.arange(t)[:, None] - torch.arange(t)
+    hidden = ~((distance >= 1) & (distance <= c.block_length))
+    t5_attention = T5Attention(t5, has_relative_attention_bias=True, layer_idx=0).double()
+
+    def normed(x, layer):
+        return F.rms_norm(x, (c.hidden_size,), layer.weight, c.layer_norm_eps)
+
+    x = F.embedding(ids, model.model.embed_tokens.weight) * c.hidden_size**0.5
+    for layer in model.model.layers:
+        attn, y = layer.self_attn, normed(x, layer.self_attn_norm)
+        q, k, v = (
+            F.linear(y, project.weight).view(b, t, -1, 10).transpose(1, 2)
+            for project in (attn.project.q_proj, attn.project.k_proj, attn.project.v_proj)
+        )
+        q, k = (z / torch.sqrt(z.pow(2).sum(-1, keepdim=True) + 1e-6) for z in (q, k))
+        scale = attn.project.scale.abs()[:, None, None]
+        t5_attention.relative_attention_bias.weight = attn.relative_bias.table.weight
+        bias = (t5_attention.compute_bias(t, t) * scale).masked_fill(hidden, -math.inf)  # (1, H, T, T)
+        out = F.scaled_dot_product_attention(q * scale, k, v, attn_mask=bias, scale=1.0)
+        out = torch.cat([torch.zeros_like(out[:, :, :1]), out[:, :, 1:]], dim=2)  # the first token sees nothing
+        x = x + F.linear(out.transpose(1, 2).flatten(2), attn.o_proj.weight)
+        inner = F.relu(F.linear(normed(x, layer.feed_forward_norm), layer.feed_forward.up_proj.weight))
+        x = x + F.linear(inner, layer.feed_forward.down_proj.weight)
+    return F.linear(normed(x, model.model.norm), model.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("cuts", [(40,), (1,) * 40, (7, 13, 20)], ids=lambda x: str(x[:4]))
+@torch.no_grad()
+def test_without_recurrence_it_is_a_decoder_with_a_sliding_window(cuts):
+    model, ids = make(recurrent_layers=[]), words(2, 40)
+    assert_equal(in_parts(model, ids, cuts)[0], windowed(model, ids))
 
 
 @torch.no_grad()

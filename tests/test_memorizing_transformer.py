@@ -1,5 +1,6 @@
 """The Memorizing Transformer against a plain loop over positions, and the checks of its paper."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -250,19 +251,17 @@ def random_store(b=2, h=3, t=5, n=200, d=10, seed=0, dtype=torch.float64):
 
 
 def brute_force(query, keys, lower, upper, topk):
-    """Sorted scores (B, H, T, k), -inf where fewer are there, by looking at every pair."""
-    b, h, t, _ = query.shape
-    n = keys.shape[2]
+    """Scores (B, H, T, k), -inf where fewer are there, and columns, -1 there, by looking at every pair in float64: the
+    largest first, and the most recent first among equals."""
+    (b, h, t, _), n = query.shape, keys.shape[2]
     scores = torch.full((b, h, t, topk), -math.inf, dtype=torch.float64)
-    for i in range(b):
-        for p in range(t):
-            low, high = int(lower[i, p]), int(upper[i, p])
-            columns = list(range(low, high)) if low <= high else [*range(high), *range(low, n)]
-            some = query[i, :, p].double() @ keys[i, :, columns].double().mT if columns else torch.zeros(h, h, 0)
-            for j in range(h):
-                best = some[j][j].sort(descending=True).values if columns else some[j][j]
-                scores[i, j, p, : len(best)] = best[:topk]
-    return scores
+    columns = torch.full((b, h, t, topk), -1)
+    for i, j, p in itertools.product(range(b), range(h), range(t)):
+        places = torch.tensor([c % n for c in range(int(lower[i, p]), int(upper[i, p]))][::-1], dtype=torch.long)
+        best, order = (keys[i, j, places].double() @ query[i, j, p].double()).sort(descending=True, stable=True)
+        scores[i, j, p, : len(best)] = best[:topk]
+        columns[i, j, p, : len(best)] = places[order[:topk]]
+    return scores, columns
 
 
 INTERVALS = {
@@ -270,8 +269,9 @@ INTERVALS = {
     "some": lambda t, n: (n // 3, n // 2),
     "fewer than k": lambda t, n: (4, 7),
     "none": lambda t, n: (9, 9),
-    "round the ring": lambda t, n: (n - n // 4, n // 5),
-    "one round the ring": lambda t, n: (n - 1, 0),
+    "one": lambda t, n: (n - 1, n),
+    "round the ring": lambda t, n: (n - n // 4, n + n // 5),
+    "all, round the ring": lambda t, n: (n // 3, n + n // 3),
     "of each query its own": lambda t, n: (torch.arange(t) * n // (2 * t), torch.arange(t) * n // (2 * t) + n // 3),
 }
 EXACT = ["exact", pytest.param("faiss_flat", marks=missing(type("V", (), {"needs": "faiss"})))]
@@ -285,54 +285,40 @@ def test_search_equals_looking_at_every_pair(backend, interval, topk):
     query, keys, _ = random_store()
     low, high = (torch.as_tensor(x).expand(2, 5).contiguous() for x in interval(5, 200))
     scores, columns = memory.BACKENDS[backend](query, keys, low, high, topk)
-    expected = brute_force(query, keys, low, high, topk)
+    expected, places = brute_force(query, keys, low, high, topk)
     assert scores.shape == columns.shape == (2, 3, 5, topk)
-    torch.testing.assert_close(scores.double().sort(-1, descending=True).values, expected, rtol=1e-5, atol=1e-6)
-    found = scores > -math.inf
-    assert torch.equal(found, memory.allowed(low, high, 0, 200).sum(-1).clamp(max=topk)[:, None, :, None]
-                       > torch.arange(topk).expand(2, 3, 5, topk))  # fmt: skip
-    real = (query.unsqueeze(3) * memory._rows_of(keys, columns)).sum(-1)
-    torch.testing.assert_close(real[found], scores[found].double(), rtol=1e-5, atol=1e-6)
-    inside = memory.allowed(low, high, 0, 200)[:, None].expand(2, 3, 5, 200).gather(-1, columns)
-    assert inside[found].all()
-    for row in columns.masked_fill(~found, -1).flatten(0, 2).tolist():
-        assert len({x for x in row if x >= 0}) == sum(x >= 0 for x in row), "a pair was found twice"
+    torch.testing.assert_close(scores.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(columns.masked_fill(scores == -math.inf, -1), places)
 
 
-@pytest.mark.parametrize("n", [5000, 4096, 4099])
-def test_exact_search_in_tiles_and_blocks(n):
-    """Sizes at which scores come in several tiles, and the best are looked for among blocks first."""
-    query, keys, _ = random_store(b=1, h=2, t=2048, n=n, dtype=torch.float32)
-    keys[:, :, -1] = query[:, :, 5]  # and one best of all in the last column
-    ends = torch.zeros(1, 2048, dtype=torch.long), torch.full((1, 2048), n)
-    scores, columns = memory.search_exact(query, keys, *ends, 8)
-    some = torch.arange(0, 2048, 37)
-    expected = (query[:, :, some] @ keys.mT).topk(8, -1)
-    torch.testing.assert_close(scores[:, :, some], expected.values, rtol=1e-5, atol=1e-6)
-    assert (columns[:, :, some].sort(-1).values == expected.indices.sort(-1).values).float().mean() > 0.999
-    assert (columns[:, :, 5, 0] == n - 1).all()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("topk", [1, 6, 32, 200])
+@pytest.mark.parametrize("interval", INTERVALS.values(), ids=INTERVALS.keys())
+@pytest.mark.parametrize("tile", [(2**22, 2**14), (600, 30)], ids=["one tile", "many tiles"])
+def test_of_equal_scores_the_most_recent_come_first(tile, interval, topk, dtype, monkeypatch):
+    """Keys of small whole numbers: scores are exact in every type, and most of them are alike."""
+    monkeypatch.setattr(memory, "_SCORES", tile[0])
+    monkeypatch.setattr(memory, "_WIDTH", tile[1])
+    query, keys = (torch.randint(-1, 2, (2, 3, size, 4), generator=torch.Generator().manual_seed(size)).to(dtype)
+                   for size in (5, 200))  # fmt: skip
+    low, high = (torch.as_tensor(x).expand(2, 5).contiguous() for x in interval(5, 200))
+    scores, columns = memory.search_exact(query, keys, low, high, topk)
+    expected, places = brute_force(query, keys, low, high, topk)
+    assert torch.equal(scores.double(), expected)
+    assert torch.equal(columns.masked_fill(scores == -math.inf, -1), places)
 
 
-def test_a_stored_key_finds_itself():
-    """A query of unit length that is stored has the dot product 1 with it, and no other has more."""
-    _, keys, values = random_store()
-    ends = torch.zeros(2, 200, dtype=torch.long), torch.full((2, 200), 200)
-    found_keys, found_values, found, columns = memory.retrieve("exact", keys, [(keys, values, *ends)], 4)
-    assert (columns[..., 0] == torch.arange(200)).all() and found.all()
-    assert torch.equal(found_keys[..., 0, :], keys) and torch.equal(found_values[..., 0, :], values)
-    product = (found_keys[..., 0, :] * keys).sum(-1)
-    torch.testing.assert_close(product, torch.ones_like(product), rtol=0, atol=2e-6)
-
-
-def test_equal_keys_are_found_as_often_as_they_are_there():
-    """Ties: which of equal keys is taken is left open, but not how many."""
-    query, keys, _ = random_store(n=20)
-    keys[:, :, [3, 9, 15]] = query[:, :, :1]
-    ends = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 20)
-    for topk, count in ((2, 2), (3, 3), (5, 3)):
-        _, columns = memory.search_exact(query, keys, *ends, topk)
-        hits = (columns[:, :, 0, :, None] == torch.tensor([3, 9, 15])).any(-2).sum(-1)
-        assert (hits == count).all()
+def test_of_equal_scores_a_later_source_comes_first():
+    """The ring first, then what this forward has read: positions rise from source to source."""
+    query, keys = (torch.randint(-1, 2, (2, 3, size, 4), generator=torch.Generator().manual_seed(size)).float()
+                   for size in (5, 60))  # fmt: skip
+    parts, ends = keys.split([40, 20], dim=2), [torch.tensor(x).expand(2, 5) for x in (7, 47, 3, 20)]
+    sources = [(parts[0], parts[0], *ends[:2]), (parts[1], parts[1], *ends[2:])]
+    found_keys, _, found, columns = memory.retrieve("exact", query, sources, 9)
+    order = torch.tensor([c % 40 for c in range(7, 47)] + list(range(43, 60)))  # by position
+    _, expected = brute_force(query, keys[:, :, order], torch.zeros(2, 5), torch.full((2, 5), len(order)), 9)
+    assert found.all() and torch.equal(columns, order[expected])
+    assert torch.equal(found_keys, memory._rows_of(keys, columns))
 
 
 @pytest.mark.parametrize("backend", EXACT)

@@ -28,47 +28,45 @@ class SearchBackend(Protocol):
         self, query: torch.Tensor, keys: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, topk: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """For query (B, H, T, D) the topk columns of keys (B, H, N, D) with the largest dot product, among
-        [lower, upper) (B, T) and, where upper < lower, [lower, N) and [0, upper): an interval of the ring.
+        [lower, upper) (B, T) modulo N: an interval of the ring, from the oldest pair to the most recent one. upper is
+        at most lower + N.
 
-        Returns scores (B, H, T, topk), -inf where fewer are there, and columns (B, H, T, topk). Nothing is
-        differentiated.
+        Returns scores (B, H, T, topk), largest first, -inf where fewer are there, and columns (B, H, T, topk). Nothing
+        is differentiated.
         """
 
 
-def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int) -> torch.Tensor:
-    """Which of the columns [first, last) are in the ring interval [lower, upper): (B, T, last - first)."""
+def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int, n: int) -> torch.Tensor:
+    """Which of the columns [first, last) of n are in the ring interval [lower, upper): (B, T, last - first)."""
     column = torch.arange(first, last, device=lower.device)
-    after, before = column >= lower[..., None], column < upper[..., None]
-    return torch.where((upper < lower)[..., None], after | before, after & before)
+    return (column - lower[..., None]) % n < (upper - lower)[..., None]
 
 
 def search_exact(query, keys, lower, upper, topk):
-    """Exact search, a tile of queries at a time, over tiles of keys with a running top-k. Ties go to whichever
-    torch.topk takes."""
+    """Exact search, a tile of queries at a time, over tiles of keys with a running top-k. Of pairs with the same score,
+    as computed, the most recent come first."""
     b, h, t, _ = query.shape
     n = keys.shape[2]
-    everything = bool(((lower == 0) & (upper == n)).all())
+    everything = bool((upper - lower == n).all())
     width = min(n, _WIDTH)
     height = max(1, _SCORES // (b * h * width))
     query, dtype = query.to(compute_dtype(query)), compute_dtype(query)
     scores, columns = [], []
     for first in range(0, t, height):
         some = slice(first, first + height)
-        best = best_at = None
+        best = None
         for start in range(0, n, width):
             stop = min(start + width, n)
             tile = query[:, :, some] @ keys[:, :, start:stop].to(dtype).mT  # (B, H, height, width)
             if not everything:
-                tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop)[:, None], -math.inf)
-            found, at = _topk(tile, topk)
-            at += start
+                tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop, n)[:, None], -math.inf)
+            found = _first(tile, torch.arange(start, stop, device=keys.device), upper[:, some], n, topk)
             if best is not None:
-                found, at = torch.cat([best, found], -1), torch.cat([best_at, at], -1)
-                found, pick = found.topk(min(topk, found.shape[-1]), -1)
-                at = at.gather(-1, pick)
-            best, best_at = found, at
-        scores.append(best)
-        columns.append(best_at)
+                both = (torch.cat(pair, -1) for pair in zip(best, found, strict=True))
+                found = _first(*both, upper[:, some], n, topk)
+            best = found
+        scores.append(best[0])
+        columns.append(best[1])
     best, best_at = torch.cat(scores, 2), torch.cat(columns, 2)
     missing = topk - best.shape[-1]
     return F.pad(best, (0, missing), value=-math.inf), F.pad(best_at, (0, missing))
@@ -76,6 +74,26 @@ def search_exact(query, keys, lower, upper, topk):
 
 _SCORES, _WIDTH = 2**22, 2**14  # scores of a tile: they stay near the processor; keys of a tile
 _BLOCK = 16
+
+
+def _first(scores, columns, upper, n, topk):
+    """The topk largest of scores (B, H, T, N), largest first, and their columns of n, given as (..., N). Of equal ones
+    those that stand nearest before upper (B, T) in the ring come first, which are the most recent."""
+    count = min(topk, scores.shape[-1])
+    best, at = _topk(scores, min(topk + 1, scores.shape[-1]))  # one more: is one that stays outside equal to the last?
+    tied = ((best[..., 1:] == best[..., :-1]) & (best[..., 1:] > -math.inf)).any(-1)  # (B, H, T)
+    columns = columns.expand_as(scores)
+    best, at = best[..., :count], columns.gather(-1, at[..., :count])
+    if bool(tied.any()):
+        some, places = scores[tied], columns[tied]  # (R, N): R queries have ties
+        age = (upper[:, None].expand_as(tied)[tied][:, None] - 1 - places) % n  # how many are more recent
+        last = best[tied][:, -1:]
+        rank = torch.where(some > last, age, torch.where(some == last, age + n, 2 * n))
+        pick = rank.topk(count, -1, largest=False).indices
+        pick = pick.gather(-1, age.gather(-1, pick).argsort(-1))
+        best[tied], order = some.gather(-1, pick).sort(dim=-1, descending=True, stable=True)
+        at[tied] = places.gather(-1, pick.gather(-1, order))
+    return best, at
 
 
 def _topk(scores, topk):
@@ -112,7 +130,7 @@ class FaissSearch:
         n = keys.shape[2]
         scores = torch.full((b, h, t, topk), -math.inf)
         columns = torch.zeros(b, h, t, topk, dtype=torch.long)
-        inside = allowed(lower.cpu(), upper.cpu(), 0, n)  # (B, T, N)
+        inside = allowed(lower.cpu(), upper.cpu(), 0, n, n)  # (B, T, N)
         found = inside.any(-1)
         for row in range(b):
             # Queries of a row differ in what they see only where a forward holds several segments.
@@ -201,7 +219,7 @@ def retrieve(
     """The topk stored pairs with the largest dot product, for every query, over all sources.
 
     query (B, H, T, D). A source is (keys, values, lower, upper): (B, H, N, D) twice and the ring interval (B, T) of
-    its columns that each query may see.
+    its columns that each query may see, see SearchBackend. Sources come in the order of their pairs' positions.
 
     Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
@@ -219,10 +237,11 @@ def retrieve(
             else:  # only what these queries reach: tiles that each copied all of a long input would be quadratic
                 parts.append((some, values[:, :, first:last], ends[-1] + first))
             ends.append(ends[-1] + keys.shape[2])
-        scores, columns = (torch.cat(x, -1) for x in zip(*results, strict=True))  # (B, H, T, sources * topk)
+        # Later sources first: their pairs are more recent, and a stable sort leaves equals as they stand.
+        scores, columns = (torch.cat(x[::-1], -1) for x in zip(*results, strict=True))  # (B, H, T, sources * topk)
         if len(results) > 1:
-            scores, pick = scores.topk(topk, -1)
-            columns = columns.gather(-1, pick)
+            scores, pick = scores.sort(dim=-1, descending=True, stable=True)
+            scores, columns = scores[..., :topk], columns.gather(-1, pick[..., :topk])
         found = scores > -math.inf
         keys = values = None
         for source_keys, source_values, start in parts:
@@ -236,7 +255,7 @@ def retrieve(
 
 def _reach(lower, upper, n):
     """The columns [first, last) of n that hold all ring intervals [lower, upper) (B, T), at least one of them."""
-    if bool((upper < lower).any()):
+    if bool((upper > n).any()):
         return 0, n
     some = lower < upper
     first = int(torch.where(some, lower, n - 1).min())

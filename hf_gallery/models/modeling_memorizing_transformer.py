@@ -127,13 +127,9 @@ class Context:
             p = rows.seen[:, None] + torch.arange(rows.width)  # (B, T)
             segment = p - p % length
             stored = (rows.seen - rows.seen % length)[:, None]  # (B, 1)
-            slots = stored.clamp(max=size)
-            first = (segment - size).clamp(min=0)
-            whole = first <= stored - slots  # nothing of the ring has been pushed out yet
-            lower = torch.where(whole, 0, first % size)
-            upper = torch.where(whole, slots, torch.where(stored % size == 0, size, stored % size))
-            gone = first >= stored
-            lower, upper = lower.masked_fill(gone, 0), upper.masked_fill(gone, 0)
+            first = (segment - size).clamp(min=0)  # the oldest position that the query's memory holds
+            lower = torch.minimum(first, stored) % size
+            upper = lower + (stored - first).clamp(min=0)
             columns = None
             if bool((segment > stored).any()):
                 start = (rows.seen - self.cached)[:, None]  # the position in column 0
