@@ -88,6 +88,7 @@ def _memorizing_transformer(sizes: Sizes) -> PreTrainedConfig:
         memory_layers=list(sizes.memory_layers),
         memory_size=sizes.memory_size,
         memory_topk=sizes.memory_topk,
+        initial_scale=_unit_scale(sizes),
         **sizes.common(),
     )
 
@@ -97,8 +98,16 @@ def _block_recurrent_transformer(sizes: Sizes) -> PreTrainedConfig:
         block_length=sizes.window,
         num_state_vectors=sizes.states,
         recurrent_layers=list(sizes.recurrent_layers),
+        initial_scale=_unit_scale(sizes),
         **sizes.common(),
     )
+
+
+def _unit_scale(sizes: Sizes) -> float:
+    """Where the scale of unit queries and keys starts so that their scores spread as everybody else's, which are
+    divided by sqrt(D): at sqrt(D). At 1, where the authors start, they are almost alike, and a short training like
+    these cannot raise it."""
+    return (sizes.hidden / sizes.heads) ** 0.5
 
 
 CONTESTANTS = {

@@ -353,6 +353,8 @@ CONFIGS = [
     *[(kind, dict(use_cache="yes"), "use_cache.*yes") for kind in KINDS],
     *[(kind, dict(num_labels=0), r"num_labels.*\b0\b") for kind in KINDS],
     (GalleryTransformerConfig, dict(decoder_start_token_id=500), r"decoder_start_token_id.*\b500\b"),
+    (gallery.GalleryMemorizingTransformerConfig, dict(initial_scale=0.0), r"initial_scale.*0\.0"),
+    (gallery.GalleryBlockRecurrentTransformerConfig, dict(initial_scale=-1.0), r"initial_scale.*-1\.0"),
     (GalleryTransformerConfig, dict(classifier_dropout=2.0), r"classifier_dropout.*2\.0"),
     (
         GalleryTransformerConfig,

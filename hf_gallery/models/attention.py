@@ -375,8 +375,8 @@ class _Tiling:
     `budget` scores in all heads of a group.
     """
 
-    budget = 2**18
-    queries, wide_queries, wide = 64, 128, 2048  # where queries see much, a tile's corners outside of it cost little
+    budget = 2**19
+    queries, wide_queries, wide = 64, 128, 512  # where queries see much, a tile's corners outside of it cost little
 
     def __init__(self, spans, b, h, t, s):
         self.spans, self.columns, self.offset, self.t = spans, s, s - t, t

@@ -149,7 +149,7 @@ class ScaledHeads(Heads):
     """Heads of unit length, with a learned scale for each in place of 1 / sqrt(D).
 
     Keys that keep their length stay comparable with the queries of later weights, which a memory needs. The scale
-    starts at 1 and its absolute value is used. As meliad's transformer_base.py, KVQLayer.
+    starts at config.initial_scale and its absolute value is used. As meliad's transformer_base.py, KVQLayer.
     """
 
     def __init__(self, config, bias: bool = False):
@@ -192,9 +192,10 @@ class T5Bias(nn.Module):
         return Position(self.table(t5_buckets(distance)).T * scale[:, None], far)
 
 
-def init_scaled(module: nn.Module, std: float):
+def init_scaled(module: nn.Module, std: float, scale: float):
     """The initialisation of meliad's layers: linear maps variance_scaling(1, fan_in, truncated normal), biases 0,
-    tables normal(0, std). A map with another `variance` than 1, a table with a `deviation` of its own, says so."""
+    tables normal(0, std), heads' scales `scale`. A map with another `variance` than 1, a table with a `deviation` of
+    its own, says so."""
     if isinstance(module, nn.Linear):
         # A normal cut at two deviations keeps 0.8796 of its deviation, which variance_scaling makes up for.
         deviation = (getattr(module, "variance", 1.0) / module.in_features) ** 0.5 / 0.87962566103423978
@@ -206,4 +207,4 @@ def init_scaled(module: nn.Module, std: float):
     if isinstance(getattr(module, "bias", None), nn.Parameter):
         nn.init.zeros_(module.bias)
     if isinstance(module, ScaledHeads):
-        nn.init.ones_(module.scale)
+        nn.init.constant_(module.scale, scale)

@@ -57,9 +57,7 @@ class GalleryConfig(PreTrainedConfig):
         for name in ("hidden_dropout", "attention_dropout"):
             self.check_probability(name)
         for name in ("layer_norm_eps", "initializer_range"):
-            value = getattr(self, name)
-            if not isinstance(value, (int, float)) or value <= 0:
-                raise ValueError(f"{name} is {value!r}; it must be a positive number")
+            self.check_positive(name)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             self.check_ids(name)
         for name in ("tie_word_embeddings", "use_cache"):
@@ -92,6 +90,12 @@ class GalleryConfig(PreTrainedConfig):
         value = getattr(self, name)
         if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
             raise ValueError(f"{name} is {value!r}; it is a probability, so give a number in [0, 1)")
+
+    def check_positive(self, name: str):
+        """Raises ValueError unless the field is a number above 0."""
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) or value <= 0:
+            raise ValueError(f"{name} is {value!r}; it must be a positive number")
 
     def check_ids(self, name: str):
         """Raises ValueError unless the field is an id of the vocabulary, several, or None."""

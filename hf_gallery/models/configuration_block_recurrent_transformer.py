@@ -32,12 +32,14 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     num_state_vectors: int = 512  # S
     gate_type: str = "fixed"  # fixed: a learned constant a channel; lstm: forget and input gates
     recurrence_type: str = "skip"  # skip: attention and a gate; dual: then a feed-forward and a second gate
+    initial_scale: float = 1.0  # where each head's learned scale starts; scores of unit vectors are within it
     feedback: bool = False  # every layer reads the state of the first recurrent layer; blocks then run one by one
 
     def __post_init__(self, **kwargs: Any):
         self.check_count("num_hidden_layers", 1)
         self.check_count("block_length", 1, MOST)
         self.check_count("num_state_vectors", 1, MOST)
+        self.check_positive("initial_scale")
         self.check_flag("feedback")
         self.check_choice("gate_type", ["fixed", "lstm"])
         self.check_choice("recurrence_type", ["skip", "dual"])

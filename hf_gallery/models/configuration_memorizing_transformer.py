@@ -39,6 +39,7 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     memory_backend: str = "exact"  # one of memory.BACKENDS. exact: torch, streaming
     num_positions: int | None = None  # length of a learned table of positions; None: T5's bias, as published
     normalize_qk: bool = True  # queries and keys of length 1, a learned scale a head; else 1 / sqrt(head_dim)
+    initial_scale: float = 1.0  # where that scale starts; scores of unit vectors are within it
     scale_embedding: bool = True  # times sqrt(hidden_size)
     attention_bias: bool = False  # of the maps to queries, keys, values and from heads
     mlp_bias: bool = False  # of the feed-forward's maps
@@ -50,6 +51,7 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         self.check_count("mem_len", 0, MOST)
         self.check_count("memory_size", 1)
         self.check_count("memory_topk", 1)
+        self.check_positive("initial_scale")
         self.check_choice("memory_backend", list(BACKENDS))
         if self.memory_topk > self.memory_size:
             raise ValueError(

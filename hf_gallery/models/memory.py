@@ -43,8 +43,8 @@ def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int, n: 
 
 
 def search_exact(query, keys, lower, upper, topk):
-    """Exact search, a tile of queries at a time, over tiles of keys with a running top-k. Of pairs with the same score,
-    as computed, the most recent come first."""
+    """Exact search, a tile of queries at a time, over tiles of keys with a running top-k. Of pairs whose scores, as
+    computed, are the same, the most recent come first."""
     b, h, t, _ = query.shape
     n = keys.shape[2]
     everything = bool((upper - lower == n).all())

@@ -327,9 +327,9 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
     }
 
     def _init_weights(self, module):
-        init_scaled(module, self.config.hidden_size**-0.5)
+        init_scaled(module, self.config.hidden_size**-0.5, self.config.initial_scale)
         if isinstance(getattr(module, "cross_scale", None), nn.Parameter):
-            nn.init.ones_(module.cross_scale)
+            nn.init.constant_(module.cross_scale, self.config.initial_scale)
         if isinstance(module, RecurrentState):
             nn.init.normal_(module.initial, 0.0, 0.1)
             nn.init.normal_(module.ids, 0.0, 1.0)

@@ -295,7 +295,7 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
     }
 
     def _init_weights(self, module):
-        init_scaled(module, self.config.hidden_size**-0.5)
+        init_scaled(module, self.config.hidden_size**-0.5, self.config.initial_scale)
         if isinstance(module, GalleryMemorizingTransformerAttention) and module.remembers:
             nn.init.zeros_(module.gate_bias)
 
