@@ -203,7 +203,7 @@ PRESETS = {
             tasks=_EVERYTHING,
             recall=RecallSettings(
                 _WIDER,
-                steps=1000,
+                steps=250,
                 tokens=4096,
                 short=48,
                 length=320,
@@ -216,7 +216,7 @@ PRESETS = {
             ),
             text=TextSettings(
                 _LASTING,
-                steps=1000,
+                steps=250,
                 lanes=8,
                 length=512,
                 learning_rate=2e-3,

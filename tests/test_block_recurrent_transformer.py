@@ -459,6 +459,9 @@ def test_how_it_starts():
     assert part.ids.std().item() == pytest.approx(1.0, rel=0.05)
     assert part.gate.gate_bias.std().item() == pytest.approx(0.1, rel=0.2)
     assert (part.cross_scale == 1).all() and (part.project.scale == 1).all()
+    other = gallery.GalleryBlockRecurrentTransformerForCausalLM(config_of(initial_scale=8.0))
+    scales = [p for name, p in other.named_parameters() if name.endswith("scale")]
+    assert len(scales) == 3 + 3 and all((p == 8).all() for p in scales)
     part = recurrence_of(gallery.GalleryBlockRecurrentTransformerForCausalLM(config_of(**wide, gate_type="lstm")))
     for gate in (part.gate, part.feed_forward_gate):
         for layer in (gate.forget_gate, gate.input_gate):

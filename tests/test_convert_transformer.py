@@ -14,6 +14,7 @@ from variants import BOS, EOS, PAD, VOCAB, assert_equal, loud, words
 
 import hf_gallery as gallery
 from hf_gallery.convert import convert
+from hf_gallery.data.tokenizer import UNLIMITED
 
 precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -379,7 +380,7 @@ def test_options_of_another_target(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "length"),
-    [(dict(), 31), (dict(to="longformer"), 4096), (dict(to="memorizing_transformer"), int(1e30))],
+    [(dict(), 31), (dict(to="longformer"), 4096), (dict(to="memorizing_transformer"), UNLIMITED)],
 )
 def test_the_tokenizer_comes_along(options, length, tmp_path):
     """With the number of tokens that the model now reads."""

@@ -583,6 +583,8 @@ def test_how_it_starts():
     assert model.config.memory_layers == [0]
     attn = model.layers[0].self_attn
     assert (attn.gate_bias == 0).all() and (attn.project.scale == 1).all()
+    other = gallery.GalleryMemorizingTransformerModel(config_of(initial_scale=8.0))
+    assert (other.layers[0].self_attn.project.scale == 8).all()
     assert not hasattr(model.layers[1].self_attn, "gate_bias")
     for layer in (attn.project.q_proj, attn.o_proj, model.layers[2].feed_forward.up_proj):
         assert layer.weight.std().item() == pytest.approx(layer.in_features**-0.5, rel=0.05)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers import GPT2Config
 
+from ..data.tokenizer import UNLIMITED
 from ..models import modeling_longformer, modeling_memorizing_transformer, modeling_transformer
 from ..models.configuration_longformer import GalleryLongformerConfig
 from ..models.configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
@@ -96,7 +97,7 @@ class GPT2:
                 mlp_bias=True,
                 norm_type="layer",
             )
-            length = NO_END
+            length = UNLIMITED
         backbone = "" if head == "Model" else "model."
         if to == "transformer":
             backbone += "stack."
@@ -117,8 +118,6 @@ class GPT2:
             tokenizer=tokenizer_for(length),
         )
 
-
-NO_END = int(1e30)  # transformers' own number for a tokenizer without a limit
 
 STACK = dict(
     is_decoder=True,
