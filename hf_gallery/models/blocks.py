@@ -2,14 +2,53 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import Position, compute_dtype
 from .cache import last_columns
 from .positions import t5_buckets
 from .rows import Rows
+
+
+@dataclass(kw_only=True)
+class ForwardContext:
+    """What all layers of one forward share; each variant adds what its own need.
+
+    keep: a cache wants the new state, and limit: so many columns of it. shared: per layer, what the cache keeps that
+    follows from the weights alone; facts: what it keeps for the whole model. known: see `once`.
+    """
+
+    rows: Rows
+    keep: bool = False
+    limit: int | None = None
+    output_attentions: bool = False
+    shared: list | None = None
+    facts: dict = field(default_factory=dict)
+    known: dict = field(default_factory=dict)
+
+    def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
+        """What several layers need alike, worked out by the first that asks for it."""
+        if key not in self.known:
+            self.known[key] = work()
+        return self.known[key]
+
+
+class ResidualLayer(GradientCheckpointingLayer):
+    """A layer with `dropout`, and `pre`: whether norms stand before its parts or after the sums."""
+
+    pre: bool
+
+    def add(self, x: torch.Tensor, y: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        """The sum of x and what a part has made of it, (B, T, E) each."""
+        x = x + self.dropout(y)
+        return x if self.pre else norm(x)
 
 
 class FeedForward(nn.Module):

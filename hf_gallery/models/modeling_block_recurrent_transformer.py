@@ -22,7 +22,7 @@ blocks of one forward, and not between forwards. Letters: see spans.py. W block_
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -33,6 +33,7 @@ from transformers.utils import can_return_tuple
 from .attention import attend, attend_naive
 from .blocks import (
     FeedForward,
+    ForwardContext,
     ScaledEmbedding,
     ScaledHeads,
     T5Bias,
@@ -51,26 +52,13 @@ from .rows import Rows
 from .spans import Spans
 
 
-@dataclass
-class Context:
-    """What all layers of one forward share."""
+@dataclass(kw_only=True)
+class Context(ForwardContext):
+    """What all layers of one forward share: besides what every variant's do, the following."""
 
-    rows: Rows
     block_length: int
-    keep: bool = False
-    limit: int | None = None
     infers: bool = False  # no gradients: what follows from the state is kept with it
-    output_attentions: bool = False
     fed: tuple[torch.Tensor, torch.Tensor] | None = None  # feedback: keys and values (B, H, S, D) of the state
-    shared: list | None = None
-    facts: dict = field(default_factory=dict)
-    known: dict = field(default_factory=dict)
-
-    def once(self, key, work):
-        """What layers with as many cached columns work out, worked out once."""
-        if key not in self.known:
-            self.known[key] = work()
-        return self.known[key]
 
     def window(self, cached: int) -> Spans:
         """[p - W, p - 1] in the columns [cached | new]."""
@@ -427,7 +415,13 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
         pieces = x.gather(1, pick[:, :, None].expand(-1, -1, x.shape[2])).split(widths, dim=1)
         for y, at, stop in zip(pieces, places, ends[1:], strict=True):
             part_rows = Rows(len(seen), y.shape[1], (at < stop[:, None]).to(x.device), seen)
-            part = Context(part_rows, w, keep=True, limit=self.config.cache_capacity, infers=context.infers)
+            part = Context(
+                rows=part_rows,
+                block_length=w,
+                keep=True,
+                limit=self.config.cache_capacity,
+                infers=context.infers,
+            )
             part.fed = attention.entering_keys_values(states[recurrent], part)
             hidden, new = [y], []
             for layer, state in zip(layers, states, strict=True):

@@ -19,13 +19,12 @@ Letters: see spans.py. G global tokens of a row.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     QuestionAnsweringModelOutput,
@@ -34,7 +33,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .attention import Position, attend, attend_naive, join
-from .blocks import FeedForward, append_columns, merge_heads, next_columns, split_heads
+from .blocks import FeedForward, ForwardContext, ResidualLayer, append_columns, merge_heads, next_columns, split_heads
 from .cache import CACHE_NAME
 from .configuration_longformer import GalleryLongformerConfig
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows
@@ -156,28 +155,15 @@ class GlobalTokens:
         return F.pad(x, (0, 0, 0, 1)).scatter(2, index, y.to(x.dtype))[:, :, :-1]
 
 
-@dataclass
-class Context:
-    """What all layers of one forward share."""
+@dataclass(kw_only=True)
+class Context(ForwardContext):
+    """What all layers of one forward share: besides what every variant's do, the following."""
 
-    rows: Rows
     cached: int
     causal: bool
     implementation: str
     everything: Spans | None  # encoder: all tokens, for global queries
     globals: GlobalTokens | None
-    keep: bool = False
-    limit: int | None = None
-    output_attentions: bool = False
-    shared: list | None = None  # per layer: its table of relative positions, made once for a cache
-    facts: dict = field(default_factory=dict)
-    known: dict = field(default_factory=dict)
-
-    def once(self, key, work):
-        """What layers of the same window work out, worked out once."""
-        if key not in self.known:
-            self.known[key] = work()
-        return self.known[key]
 
     def folding(self, dilation: int) -> Folding:
         return self.once(("folding", dilation), lambda: Folding(self.rows, self.cached, dilation))
@@ -346,7 +332,7 @@ def _in_order(x, order):
     return x.repeat_interleave(g, dim=0).gather(2, order)
 
 
-class GalleryLongformerLayer(GradientCheckpointingLayer):
+class GalleryLongformerLayer(ResidualLayer):
     """One layer. State of a decoder: keys, values (B, H, C, D); with global tokens global_keys, global_values."""
 
     def __init__(self, config: GalleryLongformerConfig, layer: int):
@@ -362,13 +348,9 @@ class GalleryLongformerLayer(GradientCheckpointingLayer):
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
         y, state, probabilities = self.self_attn(self.self_attn_norm(x) if self.pre else x, context, state)
-        x = self._add(x, y, self.self_attn_norm)
+        x = self.add(x, y, self.self_attn_norm)
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
-        return self._add(x, y, self.feed_forward_norm), state, probabilities
-
-    def _add(self, x, y, norm):
-        x = x + self.dropout(y)
-        return x if self.pre else norm(x)
+        return self.add(x, y, self.feed_forward_norm), state, probabilities
 
 
 class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):

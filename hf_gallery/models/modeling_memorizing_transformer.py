@@ -22,7 +22,7 @@ Letters: see spans.py. L segment_length, M memory_size, k memory_topk.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -34,6 +34,7 @@ from transformers.utils import can_return_tuple
 from .attention import attend, attend_naive, join
 from .blocks import (
     FeedForward,
+    ForwardContext,
     Heads,
     ScaledEmbedding,
     ScaledHeads,
@@ -48,7 +49,6 @@ from .configuration_memorizing_transformer import GalleryMemorizingTransformerCo
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import append_to_ring, attend_retrieved, query_tile, require_backend, retrieve, ring_with_room
 from .modeling_base import GalleryPreTrainedModel
-from .rows import Rows
 from .segments import Parts, segment_spans
 from .spans import Spans
 
@@ -95,25 +95,18 @@ class Appended(NamedTuple):
         return append_to_ring(self.ring, self.new, self.first, self.count, self.size)
 
 
-@dataclass
-class Context:
-    """What all layers of one forward share."""
+@dataclass(kw_only=True)
+class Context(ForwardContext):
+    """What all layers of one forward share: besides what every variant's do, the following."""
 
-    rows: Rows
     cached: int
     spans: Spans
     parts: Parts | None
     far: int
     segment_length: int
     memory_size: int
-    keep: bool = False
-    limit: int | None = None
     infers: bool = False  # no gradients: the ring may be written in place, since no backward will read it once more
-    output_attentions: bool = False
     retrievals: dict | None = None
-    shared: list | None = None
-    facts: dict = field(default_factory=dict)
-    known: dict = field(default_factory=dict)
 
     def memory_intervals(self) -> dict:
         """Where each query's memory lies, the same in all memory layers.
@@ -121,28 +114,29 @@ class Context:
         stored (B,): positions in the ring before this forward. ring: (B, T) twice, its interval of slots. columns:
         likewise over [cached | new], for segments that end within this forward; None if none does.
         """
-        if not self.known:
-            rows, size = self.rows, self.memory_size
-            length = self.segment_length
-            p = rows.seen[:, None] + torch.arange(rows.width)  # (B, T)
-            segment = p - p % length
-            stored = (rows.seen - rows.seen % length)[:, None]  # (B, 1)
-            first = (segment - size).clamp(min=0)  # the oldest position that the query's memory holds
-            lower = torch.minimum(first, stored) % size
-            upper = lower + (stored - first).clamp(min=0)
-            columns = None
-            if bool((segment > stored).any()):
-                start = (rows.seen - self.cached)[:, None]  # the position in column 0
-                after = torch.maximum(stored, first) - start
-                columns = (after, torch.maximum(segment - start, after))
-            end = rows.seen + rows.lengths
-            self.known = {
-                "stored": stored[:, 0],
-                "ring": (lower, upper),
-                "columns": columns,
-                "count": end - end % length - stored[:, 0],
-            }
-        return self.known
+        return self.once("memory", self._intervals)
+
+    def _intervals(self) -> dict:
+        rows, size = self.rows, self.memory_size
+        length = self.segment_length
+        p = rows.seen[:, None] + torch.arange(rows.width)  # (B, T)
+        segment = p - p % length
+        stored = (rows.seen - rows.seen % length)[:, None]  # (B, 1)
+        first = (segment - size).clamp(min=0)  # the oldest position that the query's memory holds
+        lower = torch.minimum(first, stored) % size
+        upper = lower + (stored - first).clamp(min=0)
+        columns = None
+        if bool((segment > stored).any()):
+            start = (rows.seen - self.cached)[:, None]  # the position in column 0
+            after = torch.maximum(stored, first) - start
+            columns = (after, torch.maximum(segment - start, after))
+        end = rows.seen + rows.lengths
+        return {
+            "stored": stored[:, 0],
+            "ring": (lower, upper),
+            "columns": columns,
+            "count": end - end % length - stored[:, 0],
+        }
 
 
 class GalleryMemorizingTransformerAttention(nn.Module):

@@ -15,13 +15,12 @@ Letters: see spans.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForMaskedLMLoss
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     Seq2SeqLMOutput,
@@ -30,7 +29,16 @@ from transformers.modeling_outputs import (
 from transformers.utils import can_return_tuple
 
 from .attention import attend, attend_naive
-from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
+from .blocks import (
+    FeedForward,
+    ForwardContext,
+    ResidualLayer,
+    ScaledEmbedding,
+    append_columns,
+    merge_heads,
+    next_columns,
+    split_heads,
+)
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, keep_logits, pooled_rows
@@ -40,19 +48,13 @@ from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
 
 
-@dataclass
-class Context:
-    """What all layers of one forward share."""
+@dataclass(kw_only=True)
+class Context(ForwardContext):
+    """What all layers of one forward share: besides what every variant's do, the following."""
 
-    rows: Rows
     spans: Spans
     implementation: str
     source_spans: Spans | None = None  # cross-attention: the source tokens of each row
-    keep: bool = False  # a cache wants the new state
-    limit: int | None = None  # columns it keeps
-    output_attentions: bool = False
-    shared: list | None = None
-    facts: dict = field(default_factory=dict)
 
 
 class GalleryTransformerAttention(nn.Module):
@@ -81,7 +83,7 @@ class GalleryTransformerAttention(nn.Module):
         return self.o_proj(merge_heads(out)), probabilities
 
 
-class GalleryTransformerLayer(GradientCheckpointingLayer):
+class GalleryTransformerLayer(ResidualLayer):
     """An encoder or decoder layer. State: keys, values (B, H, C, D); with cross-attention cross_keys, cross_values."""
 
     def __init__(self, config: GalleryTransformerConfig, cross_attention: bool = False):
@@ -108,7 +110,7 @@ class GalleryTransformerLayer(GradientCheckpointingLayer):
         key = append_columns(state.get("keys"), key, context.limit)
         value = append_columns(state.get("values"), value, context.limit)
         y, probabilities = self.self_attn(y, key, value, context.spans, context)
-        x = self._add(x, y, self.self_attn_norm)
+        x = self.add(x, y, self.self_attn_norm)
         new = {}
         if context.keep:
             new = {
@@ -122,16 +124,12 @@ class GalleryTransformerLayer(GradientCheckpointingLayer):
             else:
                 key, value = self.cross_attn.keys_values(source)
             y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
-            x = self._add(x, y, self.cross_attn_norm)
+            x = self.add(x, y, self.cross_attn_norm)
             if context.keep:
                 new |= {"cross_keys": key, "cross_values": value}
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
-        x = self._add(x, y, self.feed_forward_norm)
+        x = self.add(x, y, self.feed_forward_norm)
         return x, new, (probabilities, cross_probabilities)
-
-    def _add(self, x, y, norm):
-        x = x + self.dropout(y)
-        return x if self.pre else norm(x)
 
 
 class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):

@@ -21,17 +21,25 @@ Letters: see spans.py. L segment_length, M mem_len.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .attention import Position, attend, attend_naive, join
-from .blocks import FeedForward, ScaledEmbedding, append_columns, merge_heads, next_columns, split_heads
+from .blocks import (
+    FeedForward,
+    ForwardContext,
+    ResidualLayer,
+    ScaledEmbedding,
+    append_columns,
+    merge_heads,
+    next_columns,
+    split_heads,
+)
 from .cache import CACHE_NAME
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
@@ -42,22 +50,16 @@ from .segments import Parts, segment_spans
 from .spans import Spans
 
 
-@dataclass
-class Context:
-    """What all layers of one forward share."""
+@dataclass(kw_only=True)
+class Context(ForwardContext):
+    """What all layers of one forward share: besides what every variant's do, the following."""
 
-    rows: Rows
     spans: Spans  # the [cached | new] columns that each query sees
     far: int  # the greatest distance of the table of positions
     relative: torch.Tensor | None  # (R, E) sinusoids of the distances far, ..., 1, 0; None if all tables are made
     parts: Parts | None  # with gradients; None without
     biases: tuple[torch.Tensor, torch.Tensor] | None  # u, v (H, D), if layers share them
-    keep: bool = False  # a cache wants the new state
-    limit: int | None = None  # columns it keeps
-    output_attentions: bool = False
-    shared: list | None = None  # per layer: its table of positions, made once for a cache
     start: torch.Tensor | None = None  # (B or 1, C) the columns before a row's first token, where they hold zeros
-    facts: dict = field(default_factory=dict)
 
 
 class GalleryTransformerXLAttention(nn.Module):
@@ -128,7 +130,7 @@ class GalleryTransformerXLAttention(nn.Module):
         return result[0]
 
 
-class GalleryTransformerXLLayer(GradientCheckpointingLayer):
+class GalleryTransformerXLLayer(ResidualLayer):
     """One layer. State: keys, values (B, H, C, D); after a forward with gradients hidden (B, C, E), its past input."""
 
     def __init__(self, config: GalleryTransformerXLConfig, layer: int):
@@ -153,9 +155,9 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
             before = self._before(x, past, context.parts)
         y, probabilities = self.self_attn(y, own, joined, before, context)
         state = self._next_state(x, joined, state, context) if context.keep else {}
-        x = self._add(x, y, self.self_attn_norm)
+        x = self.add(x, y, self.self_attn_norm)
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
-        return self._add(x, y, self.feed_forward_norm), state, probabilities
+        return self.add(x, y, self.feed_forward_norm), state, probabilities
 
     def _past(self, state, context, x):
         """Keys and values (B, H, C, D) of the cached columns; made anew from hidden states, so that W_k, W_v learn."""
@@ -193,10 +195,6 @@ class GalleryTransformerXLLayer(GradientCheckpointingLayer):
 
     def _attention_input(self, x):
         return self.self_attn_norm(x) if self.pre else x
-
-    def _add(self, x, y, norm):
-        x = x + self.dropout(y)
-        return x if self.pre else norm(x)
 
 
 def start_with(zero: torch.Tensor, columns: torch.Tensor | None, start: torch.Tensor, batch: int) -> torch.Tensor:
