@@ -202,6 +202,14 @@ def test_retrievals_of_padded_rows():
         assert_equal(got.weights[i, :, : row.shape[1]], alone.weights[0])
 
 
+@torch.no_grad()
+def test_a_classifier_shows_its_retrievals_too():
+    model = make(gallery.GalleryMemorizingTransformerForSequenceClassification)
+    retrieved = model(words(2, 24), output_retrievals=True).retrievals
+    assert retrieved.keys() == {1} and (retrieved[1].positions[:, :, 7:] >= 0).all()
+    assert model(words(2, 24)).retrievals is None
+
+
 def test_without_being_asked_nothing_is_watched():
     assert make()(words(1, 9)).retrievals is None
 

@@ -10,7 +10,6 @@ import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cache import CACHE_NAME, cache_of
 from .modeling_base import GalleryGenerationMixin
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
@@ -112,6 +111,8 @@ class MaskedLMHead:
 class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
+    output_type = SequenceClassifierOutputWithPast  # likewise
+
     @can_return_tuple
     def forward(
         self,
@@ -146,13 +147,8 @@ class SequenceClassificationHead:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
             if items is not None:  # transformers' loss would use it for one of its three problem types only
                 loss = loss * (labels.ne(-100).sum() / items)
-        return SequenceClassifierOutputWithPast(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: cache_of(outputs)},
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+        more = {name: outputs[name] for name in outputs if name in self.output_type.__dataclass_fields__}
+        return self.output_type(**more | {"loss": loss, "logits": logits})
 
     def pool(self, hidden, attention_mask):
         """What `classifier` sees of hidden (B, T, E): (B, E)."""

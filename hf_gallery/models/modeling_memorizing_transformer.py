@@ -28,7 +28,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPast,
+    CausalLMOutputWithPast,
+    SequenceClassifierOutputWithPast,
+)
 from transformers.utils import can_return_tuple
 
 from .attention import attend, attend_naive, join
@@ -70,6 +74,13 @@ class MemorizingOutput(BaseModelOutputWithPast):
 
 @dataclass
 class MemorizingCausalLMOutput(CausalLMOutputWithPast):
+    """With output_retrievals: retrievals, one Retrieval for each memory layer, by layer number."""
+
+    retrievals: dict[int, Retrieval] | None = None
+
+
+@dataclass
+class MemorizingSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """With output_retrievals: retrievals, one Retrieval for each memory layer, by layer number."""
 
     retrievals: dict[int, Retrieval] | None = None
@@ -393,6 +404,7 @@ class GalleryMemorizingTransformerForSequenceClassification(
     """A label for each row, from its last token."""
 
     _auto_class = "AutoModelForSequenceClassification"
+    output_type = MemorizingSequenceClassifierOutput
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):
         super().__init__(config)
