@@ -323,6 +323,19 @@ def test_seq2seq_from_encoder_outputs_and_prefix(variant):
     assert torch.equal(model.generate(source, assistant_model=model, max_new_tokens=20, do_sample=False), expected)
 
 
+@SEQ2SEQ
+def test_seq2seq_samples_and_streams(variant):
+    model = lively(variant.make("seq2seq", tie_word_embeddings=False))
+    source, texts = words(1, 12), []
+    for options in (dict(), dict(use_cache=False), dict(streamer=Collector())):
+        torch.manual_seed(1)
+        texts.append(model.generate(source, max_new_tokens=NEW, do_sample=True, temperature=2.0, **options))
+    assert torch.equal(texts[1], texts[0]) and torch.equal(texts[2], texts[0])
+    assert not torch.equal(texts[0], translate(model, source))
+    streamer = options["streamer"]
+    assert streamer.ended and streamer.pieces == [[token] for token in texts[0][0].tolist()]
+
+
 def test_what_a_gallery_cache_cannot_be():
     """Static and quantised caches are transformers' own: asking for one is refused, not ignored."""
     model = model_of(VARIANTS[0])

@@ -85,7 +85,7 @@ def test_cores_are_shared_until_the_others_are_done(monkeypatch, tmp_path, _thre
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_does(tmp_path, tiny):  # noqa: F811
-    """Though they were killed in between."""
+    """Though they were killed in between, and started by torchrun before and by accelerate after."""
     arguments = ["--corpus", str(tmp_path / "corpus"), "--variants", "transformer,transformer_xl"]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -96,9 +96,9 @@ def test_two_processes_find_what_one_does(tmp_path, tiny):  # noqa: F811
     program.write_text(one.args[2].replace("command_line.app(", "processes._cores = lambda: 2; command_line.app("))
     program.write_text("from eval import processes\n" + program.read_text())
 
-    def launch():
+    def launch(*launcher):
         return subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(program), *arguments],
+            [sys.executable, "-m", *launcher, str(program), *arguments],
             cwd=tmp_path / "two",
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
@@ -106,7 +106,8 @@ def test_two_processes_find_what_one_does(tmp_path, tiny):  # noqa: F811
             text=True,
         )
 
-    killed, cells, end = launch(), tmp_path / "two/runs/tiny/cells", time.monotonic() + 120
+    killed = launch("torch.distributed.run", "--nproc_per_node", "2")
+    cells, end = tmp_path / "two/runs/tiny/cells", time.monotonic() + 120
     while not list(cells.glob("*.json")) and killed.poll() is None and time.monotonic() < end:
         time.sleep(0.02)
     for process in [*psutil.Process(killed.pid).children(recursive=True), killed]:  # workers have their own sessions
@@ -114,7 +115,8 @@ def test_two_processes_find_what_one_does(tmp_path, tiny):  # noqa: F811
     killed.communicate()
     kept = {path.name: path.read_bytes() for path in cells.glob("*.json")}
     assert 0 < len(kept) < 8
-    two = launch()
+    # multi_gpu is how accelerate starts several processes on one machine, with GPUs or without
+    two = launch("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
     output, errors = two.communicate(timeout=300)
     assert two.returncode == 0, (output, errors)
     assert output.count("results  ") == 1  # one of them tells
