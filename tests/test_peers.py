@@ -51,6 +51,7 @@ def test_two_sides_in_turns(tmp_path):
     assert entry["ratio"] == entry["milliseconds"]["peer"] / entry["milliseconds"]["gallery"] > 0
     least, most = entry["ratio_of_rounds"]
     assert least <= most and entry["parameters"]["gallery"] > 0
+    assert 0 < entry["utilisation"] < 1.5
     json.dumps(result)
 
 

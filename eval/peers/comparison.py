@@ -21,6 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from ..cost import machine_speed
+
 WORKER = Path(__file__).with_name("worker.py")
 
 
@@ -101,8 +103,9 @@ def run(
     """Measures the comparisons in `names` (None: all). Environments are kept under `folder` for the next time.
 
     Returns by name: median milliseconds of both sides, their ratio (peer / gallery: how many times as fast the gallery
-    is), its smallest and largest value among the rounds, the target, and both parameter counts; or, where the peer
-    could not be had, {"not_measured": why}.
+    is), its smallest and largest value among the rounds, the target, both parameter counts, and the gallery's
+    utilisation, its floating-point operations a second as a share of what the machine reaches in a large product of
+    matrices; or, where the peer could not be had, {"not_measured": why}.
     """
     found: dict[str, Any] = {}
     for name in PEERS if names is None else names:
@@ -157,6 +160,7 @@ def _compare(name: str, python: str, settings: PeerSettings, tick: Callable[[str
             sides = [("gallery", ours), ("peer", theirs)]
             for which, side in sides if turn % 2 else sides[::-1]:
                 seconds[which].append(side.repeat())
+        speed = machine_speed(torch.device("cpu"))
     tokens = settings.decode_tokens if name.endswith("decode") else 1
     middle = {which: statistics.median(values) for which, values in seconds.items()}
     rounds = [theirs / ours for ours, theirs in zip(seconds["gallery"], seconds["peer"], strict=True)]
@@ -165,6 +169,7 @@ def _compare(name: str, python: str, settings: PeerSettings, tick: Callable[[str
         "ratio": middle["peer"] / middle["gallery"],
         "ratio_of_rounds": [min(rounds), max(rounds)],
         "parameters": {which: entry["parameters"] for which, entry in about.items()},
+        "utilisation": about["gallery"]["flops"] / middle["gallery"] / speed,
     }
 
 
@@ -215,12 +220,13 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows, one for each comparison; dashes where the peer could not be had."""
     rows = []
     for name, entry in result["peers"].items():
-        numbers = ["-", "-", "-"]
+        numbers = ["-", "-", "-", "-"]
         if "not_measured" not in entry:
             ms = entry["milliseconds"]
-            numbers = [f"{ms['gallery']:,.1f}", f"{ms['peer']:,.1f}", f"{entry['ratio']:.2f}"]
+            share = f"{100 * entry['utilisation']:.0f} %"
+            numbers = [f"{ms['gallery']:,.1f}", f"{ms['peer']:,.1f}", share, f"{entry['ratio']:.2f}"]
         rows.append([PEERS[name].label, PEERS[name].work, entry["peer"], *numbers, f"{entry['target']:g}"])
-    return ["gallery", "work", "peer", "ms", "peer ms", "ratio", "target"], rows
+    return ["gallery", "work", "peer", "ms", "peer ms", "of peak", "ratio", "target"], rows
 
 
 def show(result: dict[str, Any], console: Console) -> None:
@@ -229,7 +235,8 @@ def show(result: dict[str, Any], console: Console) -> None:
     shown = Table(
         title=f"Gallery and peers: {s['layers']} layers, width {s['hidden']}, {s['heads']} heads, float32, "
         f"{result['threads']} threads",
-        caption=f"medians of {s['repeats']} rounds in turns; ratio: peer's time over the gallery's",
+        caption=f"medians of {s['repeats']} rounds in turns; ratio: peer's time over the gallery's; of peak: "
+        "how much of the machine's speed in a large product of matrices the gallery's step reaches",
     )
     heads, rows = table(result)
     for heading in heads:

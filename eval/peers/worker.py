@@ -2,9 +2,10 @@
 
     python worker.py NAME SIDE SETTINGS     NAME of WORKS, SIDE "gallery" or "peer", SETTINGS as JSON
 
-It answers the first line {"parameters": ..., "version": ...} when it is ready, then the seconds of each repeat, one
-JSON value a line. It may run in an environment that holds little but torch and the peer, so it imports what a work
-needs where it needs it, and nothing of this package outside the gallery's own sides.
+It answers the first line {"parameters": ..., "torch": ..., "flops": ...} when it is ready, then the seconds of each
+repeat, one JSON value a line. flops: floating-point operations of a repeat, on the gallery's side only. It may run in
+an environment that holds little but torch and the peer, so it imports what a work needs where it needs it, and nothing
+of this package outside the gallery's own sides.
 """
 
 from __future__ import annotations
@@ -354,8 +355,12 @@ def main(name: str, side: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(settings["seed"])
     model, step = WORKS[name][side](settings)
     step()
-    parameters = sum(p.numel() for p in model.parameters())
-    print(json.dumps({"parameters": parameters, "torch": version("torch")}), file=answers, flush=True)
+    about = {"parameters": sum(p.numel() for p in model.parameters()), "torch": version("torch")}
+    if side == "gallery":
+        from eval.cost import flops
+
+        about["flops"] = flops(step)
+    print(json.dumps(about), file=answers, flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
