@@ -39,7 +39,8 @@ class SearchBackend(Protocol):
 def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int, n: int) -> torch.Tensor:
     """Which of the columns [first, last) of n are in the ring interval [lower, upper): (B, T, last - first)."""
     column = torch.arange(first, last, device=lower.device)
-    return (column - lower[..., None]) % n < (upper - lower)[..., None]
+    lower, upper = lower[..., None], upper[..., None]
+    return ((column >= lower) & (column < upper)) | (column < upper - n)
 
 
 def search_exact(query, keys, lower, upper, topk):
@@ -86,11 +87,11 @@ def _first(scores, columns, upper, n, topk):
     best, at = best[..., :count], columns.gather(-1, at[..., :count])
     if bool(tied.any()):
         some, places = scores[tied], columns[tied]  # (R, N): R queries have ties
-        age = (upper[:, None].expand_as(tied)[tied][:, None] - 1 - places) % n  # how many are more recent
+        age = upper[:, None].expand_as(tied)[tied][:, None] - 1 - places
+        age = torch.where(age < n, age, age - n)  # how many are more recent
         last = best[tied][:, -1:]
         rank = torch.where(some > last, age, torch.where(some == last, age + n, 2 * n))
         pick = rank.topk(count, -1, largest=False).indices
-        pick = pick.gather(-1, age.gather(-1, pick).argsort(-1))
         best[tied], order = some.gather(-1, pick).sort(dim=-1, descending=True, stable=True)
         at[tied] = places.gather(-1, pick.gather(-1, order))
     return best, at
