@@ -113,8 +113,9 @@ def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """All of a run in one value: the cells as measured, and by contestant what the table and the page show.
 
     recall: distance -> asked and correct, added up over seeds; abilities likewise by name and level, and
-    recall_by_memory_size by size. bits_per_byte, by_stretch and training_curve: by seed; by_position, by_last_use and
-    text_by_memory_size: bits and bytes, added up over seeds. cost: as measured.
+    recall_by_memory_size by size. bits_per_byte, by_stretch and training_curve: by seed, and by_stretch_of_memory_size
+    by size and seed; by_position, by_last_use and text_by_memory_size: bits and bytes, added up over seeds. cost: as
+    measured.
     """
     summary: dict[str, Any] = {}
     present = {name for cell in cells for name in (cell["contestant"], *cell["settings"].get("contestants", ()))}
@@ -141,8 +142,12 @@ def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
                 _add(entry.setdefault(name, {}), result[name])
             if result["by_memory_size"]:
                 whole = {key: sum(s[key] for s in result["by_position"].values()) for key in ("bits", "bytes")}
-                sizes = result["by_memory_size"] | {str(preset.text.sizes.memory_size): whole}
-                _add(entry.setdefault("text_by_memory_size", {}), sizes)
+                whole["by_stretch"] = result["by_stretch"]
+                for size, score in (result["by_memory_size"] | {str(preset.text.sizes.memory_size): whole}).items():
+                    stretches = entry.setdefault("by_stretch_of_memory_size", {}).setdefault(size, [])
+                    stretches.append(score["by_stretch"])
+                    sums = {key: score[key] for key in ("bits", "bytes")}
+                    _add(entry.setdefault("text_by_memory_size", {}), {size: sums})
         elif cell["task"] == "cost":
             for name, measured in result.items():
                 summary[name]["cost"] = measured

@@ -83,15 +83,19 @@ def _text_with_neighbours(results: dict[str, Any]) -> Judged:
 
 
 def _text_with_memory_size(results: dict[str, Any]) -> Judged:
-    """The same trained model, read with ever larger memories."""
-    sums = results["summary"].get("memorizing_transformer", {}).get("text_by_memory_size", {})
+    """The same trained model, read with its whole memory and with the smallest."""
+    entry = results["summary"].get("memorizing_transformer", {})
+    sums, stretches = entry.get("text_by_memory_size", {}), entry.get("by_stretch_of_memory_size", {})
     if len(sums) < 2:
         return None
     sizes = sorted(sums, key=int)
     bits = [sums[size]["bits"] / sums[size]["bytes"] for size in sizes]
     curve = ", ".join(f"{b:.3f} with {int(size):,} keys" for b, size in zip(bits, sizes, strict=True))
-    outcome = REPRODUCED if bits == sorted(bits, reverse=True) else UNDECIDED
-    return (outcome if bits[-1] < bits[0] else CONTRADICTED), f"{curve} (bits per byte)"
+    chance = same_text(*({"by_stretch": stretches[size]} for size in (sizes[-1], sizes[0])))
+    if chance is None:
+        return None
+    evidence = f"{curve} (bits per byte; the last against the first: {_rarity(chance)})"
+    return _outcome(bits[0] - bits[-1], chance), evidence
 
 
 def _text_at_equal_cost(results: dict[str, Any]) -> Judged:

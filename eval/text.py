@@ -100,7 +100,7 @@ def measure(
     by_memory_size = {}
     for size in smaller_memories(model):
         smaller = read(model, found, settings.lanes, settings.length, device)
-        by_memory_size[str(size)] = _sums(smaller)
+        by_memory_size[str(size)] = _sums(smaller) | {"by_stretch": by_stretch(smaller)}
     tick(units(settings) - settings.steps)
     scored = sum(len(x) for x in bits)
     return {

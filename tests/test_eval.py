@@ -459,6 +459,9 @@ def test_smaller_memories_are_asked_too(tiny):
     assert set(entry["text_by_memory_size"]) == {"4", "16", "64"}
     whole = entry["text_by_memory_size"]["64"]
     assert whole["bits"] / whole["bytes"] == pytest.approx(entry["bits_per_byte"][0], rel=1e-6)
+    stretches = entry["by_stretch_of_memory_size"]
+    assert set(stretches) == {"4", "16", "64"} and stretches["64"] == entry["by_stretch"]
+    assert len(stretches["4"][0]) == len(stretches["64"][0])
     model = contestants.build(contestants.CONTESTANTS["memorizing_transformer"], TINY_SIZES)
     sizes = [(size, model.config.memory_size) for size in contestants.smaller_memories(model)]
     assert sizes == [(4, 4), (16, 16)] and model.config.memory_size == 64
