@@ -51,6 +51,17 @@ class ResidualLayer(GradientCheckpointingLayer):
         return x if self.pre else norm(x)
 
 
+class MeliadLayer(GradientCheckpointingLayer):
+    """A layer as google-research/meliad has it (transformer/transformer_layer.py): self_attn and feed_forward on what
+    their norms give, dropout before the one and after the other."""
+
+    def forward(self, x, context: ForwardContext, state: dict):
+        """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
+        y, state, probabilities = self.self_attn(self.dropout(self.self_attn_norm(x)), context, state)
+        x = x + y
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), state, probabilities
+
+
 class FeedForward(nn.Module):
     """Two linear maps with an activation between, at every position alone. (B, T, E) to (B, T, E).
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -34,6 +33,7 @@ from .attention import attend, attend_naive
 from .blocks import (
     FeedForward,
     ForwardContext,
+    MeliadLayer,
     ScaledEmbedding,
     ScaledHeads,
     T5Bias,
@@ -282,7 +282,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         return self.recurrence.keys_values(self.entering(state, context.rows))
 
 
-class GalleryBlockRecurrentTransformerLayer(GradientCheckpointingLayer):
+class GalleryBlockRecurrentTransformerLayer(MeliadLayer):
     """One layer. State: keys, values (B, H, C, D); a recurrent layer's also state (B, S, E), and after a forward
     without gradients that state's keys and values, state_keys and state_values (B, H, S, D)."""
 
@@ -293,12 +293,6 @@ class GalleryBlockRecurrentTransformerLayer(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(config, bias=False)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, x, context: Context, state: dict):
-        """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
-        y, state, probabilities = self.self_attn(self.dropout(self.self_attn_norm(x)), context, state)
-        x = x + y
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), state, probabilities
 
 
 class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):

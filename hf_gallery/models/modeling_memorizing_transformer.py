@@ -27,7 +27,6 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -40,6 +39,7 @@ from .blocks import (
     FeedForward,
     ForwardContext,
     Heads,
+    MeliadLayer,
     ScaledEmbedding,
     ScaledHeads,
     T5Bias,
@@ -268,7 +268,7 @@ def make_norm(config: GalleryMemorizingTransformerConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-class GalleryMemorizingTransformerLayer(GradientCheckpointingLayer):
+class GalleryMemorizingTransformerLayer(MeliadLayer):
     """One layer. State: keys, values (B, H, C, D); a memory layer's also memory_keys, memory_values (B, H, N, D)."""
 
     def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
@@ -278,12 +278,6 @@ class GalleryMemorizingTransformerLayer(GradientCheckpointingLayer):
         self.feed_forward = FeedForward(config, bias=config.mlp_bias)
         self.feed_forward_norm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-
-    def forward(self, x, context: Context, state: dict):
-        """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
-        y, state, probabilities = self.self_attn(self.dropout(self.self_attn_norm(x)), context, state)
-        x = x + y
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), state, probabilities
 
 
 class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from loud import loud
 from safetensors.torch import save_file
 
 warnings.filterwarnings("ignore")
@@ -59,22 +60,6 @@ CASES = {
     "div_2_same_length": dict(cutoffs=[20, 50], div_val=2, same_length=True, clamp_len=4, mem_len=5, untie_r=False),
 }
 ROWS, SEGMENT, SEGMENTS, PROMPT, NEW = 2, 8, 3, 7, 12
-
-
-def loud(model, seed):
-    """Weights wide enough that a key too many or too few shows."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            x = torch.randn(parameter.shape, generator=g)
-            if "emb_layers" in name:
-                x = 0.5 * x
-            elif parameter.dim() > 1:
-                x = 1.2 * x / parameter.shape[-1] ** 0.5
-            else:
-                x = 1 + 0.2 * x if "layer_norm.weight" in name else 0.3 * x
-            parameter.copy_(x)
-    return model.eval()
 
 
 def greedy(model, prompt, whole):

@@ -24,6 +24,7 @@ import sys
 from pathlib import Path
 
 import torch
+from loud import loud
 from safetensors.torch import save_file
 
 OUT = Path(__file__).parent / "transformer_xl_authors"
@@ -54,22 +55,6 @@ def the_authors_model(checkout):
     torch.Tensor.byte = torch.Tensor.bool
     sys.path[:0] = [str(checkout), str(checkout / "utils")]
     return importlib.import_module("mem_transformer").MemTransformerLM
-
-
-def loud(model, seed):
-    """Weights wide enough that a key too many or too few shows."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            x = torch.randn(parameter.shape, generator=g)
-            if "emb_layers" in name:
-                x = 0.5 * x
-            elif parameter.dim() > 1:
-                x = 1.2 * x / parameter.shape[-1] ** 0.5
-            else:
-                x = 1 + 0.2 * x if "layer_norm.weight" in name else 0.3 * x
-            parameter.copy_(x)
-    return model.eval()
 
 
 @torch.no_grad()
