@@ -61,10 +61,11 @@ def search_exact(query, keys, lower, upper, topk):
             tile = query[:, :, some] @ keys[:, :, start:stop].to(dtype).mT  # (B, H, height, width)
             if not everything:
                 tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop, n)[:, None], -math.inf)
-            found = _first(tile, torch.arange(start, stop, device=keys.device), upper[:, some], n, topk)
+            found = _first(tile, start, upper[:, some], n, topk)
             if best is not None:
                 both = (torch.cat(pair, -1) for pair in zip(best, found, strict=True))
-                found = _first(*both, upper[:, some], n, topk)
+                everybody = torch.ones(b, h, tile.shape[2], dtype=torch.bool, device=tile.device)
+                found = tuple(x[..., :topk] for x in _in_order(*both, everybody, upper[:, some], n))
             best = found
         scores.append(best[0])
         columns.append(best[1])
@@ -77,24 +78,50 @@ _SCORES, _WIDTH = 2**22, 2**14  # scores of a tile: they stay near the processor
 _BLOCK = 16
 
 
-def _first(scores, columns, upper, n, topk):
-    """The topk largest of scores (B, H, T, N), largest first, and their columns of n, given as (..., N). Of equal ones
-    those that stand nearest before upper (B, T) in the ring come first, which are the most recent."""
+def _first(scores, start, upper, n, topk):
+    """The topk largest of scores (B, H, T, W), those of the columns of a ring of n from `start` on, largest first, and
+    their columns. Of equal ones those that stand nearest before upper (B, T) in the ring come first."""
     count = min(topk, scores.shape[-1])
     best, at = _topk(scores, min(topk + 1, scores.shape[-1]))  # one more: is one that stays outside equal to the last?
-    tied = ((best[..., 1:] == best[..., :-1]) & (best[..., 1:] > -math.inf)).any(-1)  # (B, H, T)
-    columns = columns.expand_as(scores)
-    best, at = best[..., :count], columns.gather(-1, at[..., :count])
+    alike = (best[..., 1:] == best[..., :-1]) & (best[..., 1:] > -math.inf)
+    best, at = best[..., :count], at[..., :count]
+    crowded = alike[..., count - 1 :].any(-1)  # (B, H, T)
+    if bool(crowded.any()):
+        turn = (_of(upper, crowded) - n - start).clamp(0, scores.shape[-1])
+        places = _newest(scores[crowded], best[crowded][:, -1:], turn, count)
+        best[crowded], at[crowded] = scores[crowded].gather(-1, places), places
+    at += start
+    return _in_order(best, at, alike.any(-1), upper, n)
+
+
+def _in_order(best, at, tied, upper, n):
+    """Scores (B, H, T, any) and their columns, largest first, equal ones by age; those of the queries that are tied
+    (B, H, T) are put in order, all others are."""
     if bool(tied.any()):
-        some, places = scores[tied], columns[tied]  # (R, N): R queries have ties
-        age = upper[:, None].expand_as(tied)[tied][:, None] - 1 - places
-        age = torch.where(age < n, age, age - n)  # how many are more recent
-        last = best[tied][:, -1:]
-        rank = torch.where(some > last, age, torch.where(some == last, age + n, 2 * n))
-        pick = rank.topk(count, -1, largest=False).indices
-        best[tied], order = some.gather(-1, pick).sort(dim=-1, descending=True, stable=True)
-        at[tied] = places.gather(-1, pick.gather(-1, order))
+        columns = at[tied]  # (R, any): R queries have ties
+        age = (_of(upper, tied) - 1 - columns) % n  # how many are more recent
+        by_age = age.argsort(-1)
+        best[tied], order = best[tied].gather(-1, by_age).sort(dim=-1, descending=True, stable=True)
+        at[tied] = columns.gather(-1, by_age.gather(-1, order))
     return best, at
+
+
+def _of(upper, which):
+    """upper (B, T) of the queries in `which` (B, H, T), one below the other: (R, 1)."""
+    return upper[:, None].expand_as(which)[which][:, None]
+
+
+def _newest(scores, last, turn, count):
+    """Where the `count` largest of scores (R, W) are, whose smallest is last (R, 1), (R, count): of the many that are
+    equal to it the most recent, which are the last ones before turn (R, 1), and then those before the row's end."""
+    larger, equal = scores > last, scores == last
+    room = count - larger.sum(-1, keepdim=True, dtype=torch.int32)
+    passed = equal.cumsum(-1, dtype=torch.int32)  # how many equal ones stand up to each column
+    before = F.pad(passed, (1, 0)).gather(-1, turn)  # and before the turn
+    taken = passed > before + passed[:, -1:] - room
+    if bool(turn.any()):
+        taken |= (passed > before - room) & (torch.arange(scores.shape[-1], device=scores.device) < turn)
+    return (larger | (equal & taken)).nonzero()[:, 1].view(-1, count)
 
 
 def _topk(scores, topk):
@@ -104,7 +131,7 @@ def _topk(scores, topk):
     """
     n = scores.shape[-1]
     count = n // _BLOCK
-    if count < 2 * topk:
+    if 2 * count < 3 * topk:
         return scores.topk(min(topk, n), -1)
     blocks = scores[..., : count * _BLOCK].unflatten(-1, (_BLOCK, count))  # (B, H, T, 16, N / 16)
     pick = blocks.amax(-2).topk(topk, -1, sorted=False).indices  # (B, H, T, k)
