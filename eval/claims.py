@@ -14,6 +14,7 @@ from typing import Any
 from .statistics import SURE, pooled, same_text, two_proportions
 
 REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
+ATTENTION_ONLY = ("transformer_full", "transformer", "transformer_xl", "longformer")
 STRAIGHT = 1.15  # the slope of a cost against length, both on logarithmic scales, up to which it counts as linear
 
 
@@ -130,12 +131,18 @@ def _cost_is_linear(results: dict[str, Any]) -> Judged:
 
 
 def _permutations(results: dict[str, Any]) -> Judged:
-    """Block-Recurrent against Transformer-XL over all lengths."""
-    scores = [
-        pooled(results["summary"].get(name, {}).get("abilities", {}).get("permutations", {}))
-        for name in ("block_recurrent_transformer", "transformer_xl")
-    ]
-    return _shares(scores, "Block-Recurrent", "Transformer-XL", "right over all lengths")
+    """Block-Recurrent against whoever of those with nothing but attention does best, over all lengths."""
+    scores = {
+        name: pooled(entry["abilities"]["permutations"])
+        for name, entry in results["summary"].items()
+        if "permutations" in entry.get("abilities", {})
+    }
+    attention = [name for name in ATTENTION_ONLY if name in scores]
+    if "block_recurrent_transformer" not in scores or not attention:
+        return None
+    best = max(attention, key=lambda name: scores[name][0] / scores[name][1])
+    both = [scores["block_recurrent_transformer"], scores[best]]
+    return _shares(both, "Block-Recurrent", results["summary"][best]["label"], "right over all lengths")
 
 
 CLAIMS: list[tuple[str, str, Callable[[dict[str, Any]], Judged]]] = [
