@@ -223,7 +223,8 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         numbers = ["-", "-", "-", "-"]
         if "not_measured" not in entry:
             ms = entry["milliseconds"]
-            share = f"{100 * entry['utilisation']:.0f} %"
+            # results of before this was counted are shown without it
+            share = f"{100 * entry['utilisation']:.0f} %" if "utilisation" in entry else "-"
             numbers = [f"{ms['gallery']:,.1f}", f"{ms['peer']:,.1f}", share, f"{entry['ratio']:.2f}"]
         rows.append([PEERS[name].label, PEERS[name].work, entry["peer"], *numbers, f"{entry['target']:g}"])
     return ["gallery", "work", "peer", "ms", "peer ms", "of peak", "ratio", "target"], rows
