@@ -108,3 +108,19 @@ def test_a_token_after_a_long_text_costs_what_it_costs_after_a_short_one():
         assert variant["decode_ratio"] <= 1.1, name
         assert variant["cache_bytes"]["long"] == variant["cache_bytes"]["short"], name
     assert results["variants"]["memorizing_transformer"]["decode_ratio"] > 0  # reported; it searches what it holds
+
+
+def test_the_gallery_beside_its_peers():
+    """What reaches its aim; what does not is said, with its figures, in eval/results/README.md."""
+    measured = load("peers")["peers"]
+    for name in ("longformer", "transformer_xl_decode", "transformer"):
+        assert measured[name]["ratio"] >= measured[name]["target"], name
+    page = (FOLDER / "README.md").read_text()
+    for name in ("transformer_xl_train", "memorizing_transformer", "block_recurrent_transformer"):
+        entry = measured[name]
+        assert 1 < entry["ratio"] < entry["target"]
+        now = 100 * entry["utilisation"]
+        need = now * entry["target"] / entry["ratio"]
+        row = f"| {entry['ratio']:.2f} | {entry['target']:g} | {now:.0f} % | {need:.0f} % |"
+        assert row in page, (name, row)
+    assert measured["transformer_sdpa"]["ratio_of_rounds"][0] < 1 < measured["transformer_sdpa"]["ratio_of_rounds"][1]
