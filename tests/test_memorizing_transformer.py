@@ -299,6 +299,31 @@ def test_search_equals_looking_at_every_pair(backend, interval, topk):
     assert torch.equal(columns.masked_fill(scores == -math.inf, -1), places)
 
 
+@pytest.mark.parametrize("n", [5000, 4096, 4099])
+def test_exact_search_in_tiles_and_blocks(n):
+    """Sizes at which scores come in several tiles, and the best are looked for among blocks first."""
+    query, keys, _ = random_store(b=1, h=2, t=2048, n=n, dtype=torch.float32)
+    keys[:, :, -1] = query[:, :, 5]  # and one best of all in the last column
+    ends = torch.zeros(1, 2048, dtype=torch.long), torch.full((1, 2048), n)
+    scores, columns = memory.search_exact(query, keys, *ends, 8)
+    some = torch.arange(0, 2048, 37)
+    expected = (query[:, :, some] @ keys.mT).topk(8, -1)
+    torch.testing.assert_close(scores[:, :, some], expected.values, rtol=1e-5, atol=1e-6)
+    assert (columns[:, :, some].sort(-1).values == expected.indices.sort(-1).values).float().mean() > 0.999
+    assert (columns[:, :, 5, 0] == n - 1).all()
+
+
+def test_a_stored_key_finds_itself():
+    """A query of unit length that is stored has the dot product 1 with it, and no other has more."""
+    _, keys, values = random_store()
+    ends = torch.zeros(2, 200, dtype=torch.long), torch.full((2, 200), 200)
+    found_keys, found_values, found, columns = memory.retrieve("exact", keys, [(keys, values, *ends)], 4)
+    assert (columns[..., 0] == torch.arange(200)).all() and found.all()
+    assert torch.equal(found_keys[..., 0, :], keys) and torch.equal(found_values[..., 0, :], values)
+    product = (found_keys[..., 0, :] * keys).sum(-1)
+    torch.testing.assert_close(product, torch.ones_like(product), rtol=0, atol=2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("topk", [1, 6, 32, 200])
 @pytest.mark.parametrize("interval", INTERVALS.values(), ids=INTERVALS.keys())
