@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..models.adaptive import has_projections, is_adaptive
 from ..models.configuration_transformer_xl import GalleryTransformerXLConfig
 from ..models.modeling_transformer_xl import (
     GalleryTransformerXLForCausalLM,
     GalleryTransformerXLForSequenceClassification,
     GalleryTransformerXLModel,
-    has_projections,
-    is_adaptive,
 )
 from .checkpoint import Plan, Source, Take, as_config, only
 from .transfo_xl_vocabulary import vocabulary_tokenizer

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from .columns import last_columns
+
 TIMED = ("keys", "values", "hidden")  # state with columns of time, in the last dimension but one
 
 State = dict[str, torch.Tensor]
@@ -411,10 +413,3 @@ def cache_identity(config) -> dict:
     names = [name for kind in type(config).__mro__[:own][::-1] for name in kind.__dict__.get("__annotations__", {})]
     fields = {field.name for field in dataclasses.fields(config)} - INDIFFERENT
     return {"model_type": config.model_type} | {name: getattr(config, name) for name in names if name in fields}
-
-
-def last_columns(x: torch.Tensor, count: int | None) -> torch.Tensor:
-    """The last `count` columns of x (..., C, D) in memory of their own; x itself if it has no more."""
-    if count is None or x.shape[-2] <= count:
-        return x
-    return x[..., x.shape[-2] - count :, :].clone()

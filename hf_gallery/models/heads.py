@@ -6,6 +6,9 @@ widens `forward` only where its backbone takes more input. Letters: see spans.py
 
 from __future__ import annotations
 
+import functools
+import inspect
+
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutputWithPast
 from transformers.utils import can_return_tuple
@@ -13,6 +16,30 @@ from transformers.utils import can_return_tuple
 from .modeling_base import GalleryGenerationMixin
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
+
+
+def reads(*names: str):
+    """Decorates a head whose backbone takes more input than the shared forward names. They reach the backbone by
+    **kwargs anyway; but tools read the signature: Trainer drops columns of a dataset that it does not name, and
+    generate() refuses arguments."""
+
+    def widen(head: type) -> type:
+        inherited = head.forward
+        shared = next(vars(base)["forward"] for base in head.__mro__[1:] if "forward" in vars(base))
+        signature = inspect.signature(shared)
+        own = list(signature.parameters.values())
+        own[3:3] = [own[1].replace(name=name, annotation=torch.Tensor | None) for name in names]  # after the mask
+        order = [parameter.name for parameter in own[1:]]
+
+        @functools.wraps(inherited)
+        def forward(self, *arguments, **keywords):
+            return inherited(self, **dict(zip(order, arguments, strict=False)), **keywords)
+
+        forward.__signature__ = signature.replace(parameters=own)
+        head.forward = forward
+        return head
+
+    return widen
 
 
 class CausalLMHead(GalleryGenerationMixin):
@@ -41,6 +68,8 @@ class CausalLMHead(GalleryGenerationMixin):
         columns = input_ids if inputs_embeds is None else inputs_embeds
         for name, given in (("labels", labels), ("shift_labels", loss_arguments.get("shift_labels"))):
             check_labels(name, given, columns, self.config.vocab_size)
+        if not getattr(self.config, "type_vocab_size", None):
+            kwargs.pop("token_type_ids", None)  # tokenizers give them unasked, and causal models leave them aside
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,

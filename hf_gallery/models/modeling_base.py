@@ -154,9 +154,9 @@ class GalleryPreTrainedModel(PreTrainedModel):
             mask = mask != 0
         return mask
 
-    def run_layers(self, layers, x, context, cache, output_hidden_states=False, output_attentions=False):
-        """Runs the layers on x (B, T, E). Only here is the cache written, after the last layer: a forward that fails
-        leaves it as it was.
+    def run_layers(self, layers, x, context, cache, output_hidden_states=False, output_attentions=False, *more):
+        """Runs the layers on x (B, T, E), each with `more` besides. Only here is the cache written, after the last
+        layer: a forward that fails leaves it as it was.
 
         Returns x, and lists of the hidden states (before the first and after every layer) and attentions, or None.
         """
@@ -166,7 +166,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
         attentions = [] if output_attentions else None
         new = []
         for layer, state in zip(layers, states, strict=True):
-            x, state, probabilities = layer(x, context, state)
+            x, state, probabilities = layer(x, context, state, *more)
             new.append(state)
             if hidden is not None:
                 hidden.append(x)

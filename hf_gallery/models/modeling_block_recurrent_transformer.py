@@ -26,26 +26,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple
 
 from .attention import attend, attend_naive
+from .backbone import Backbone
 from .blocks import (
     FeedForward,
-    ForwardContext,
     MeliadLayer,
     ScaledEmbedding,
     ScaledHeads,
     T5Bias,
-    append_columns,
     init_scaled,
     merge_heads,
-    next_columns,
     scaled_unit,
     split_heads,
 )
-from .cache import CACHE_NAME
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
+from .context import ForwardContext
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
@@ -57,7 +53,6 @@ class Context(ForwardContext):
     """What all layers of one forward share: besides what every variant's do, the following."""
 
     block_length: int
-    infers: bool = False  # no gradients: what follows from the state is kept with it
     fed: tuple[torch.Tensor, torch.Tensor] | None = None  # feedback: keys and values (B, H, S, D) of the state
 
     def window(self, cached: int) -> Spans:
@@ -209,8 +204,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
         query, key, value = self.project(x)  # (B, H, T, D)
-        limit = context.limit if self.recurrent or context.limit is None else self.block_length
-        keys, values = append_columns(state.get("keys"), key, limit), append_columns(state.get("values"), value, limit)
+        limit = None if self.recurrent else self.block_length
+        keys, values, new = context.extend(state, limit, keys=key, values=value)  # (B, H, C + T, D)
         cached = keys.shape[2] - key.shape[2]
         spans = context.window(cached)
         # One distance only where the window is still empty: a table needs a row all the same.
@@ -220,9 +215,6 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)[2]
-        new = {}
-        if context.keep:
-            new = {n: next_columns(s, context.rows, limit) for n, s in (("keys", keys), ("values", values))}
         if self.reads_state:
             cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.heads), self.cross_scale)
             if self.recurrent:
@@ -321,10 +313,8 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
             nn.init.normal_(module.bias, 0.0, 0.1)
 
 
-class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreTrainedModel):
-    """The bare Block-Recurrent Transformer."""
-
-    _auto_class = "AutoModel"
+class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTransformerPreTrainedModel):
+    """The bare Block-Recurrent Transformer. An input may be any number of blocks long."""
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)
@@ -334,50 +324,16 @@ class GalleryBlockRecurrentTransformerModel(GalleryBlockRecurrentTransformerPreT
         )
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; T may be any number of
-        blocks. attention_mask (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere
-        and gets zeros. past_key_values: a GalleryCache, advanced in place; it holds the windows and the states.
+    def plan(self, common, cache, **inputs) -> Context:
+        return Context(**common, block_length=self.config.block_length)
 
-        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
-        """
-        rows, cache = self.open_input(
-            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs.get("position_ids")
-        )
-        x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
-        context = Context(
-            rows=rows,
-            block_length=self.config.block_length,
-            keep=cache is not None,
-            limit=None if cache is None else cache.limit,
-            infers=not torch.is_grad_enabled(),
-            output_attentions=bool(output_attentions),
-        )
-        run = self._run_block_by_block if self.config.feedback else self.run_layers
-        x, hidden, attentions = run(self.layers, x, context, cache, output_hidden_states, output_attentions)
-        x = self.dropout(self.norm(x))
-        if hidden is not None:
-            hidden[-1] = x
-        return BaseModelOutputWithPast(
-            last_hidden_state=rows.unpack(x),
-            **{CACHE_NAME: cache},
-            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
-            attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
-        )
+    def finish(self, x):
+        return self.dropout(self.norm(x))
+
+    def run_layers(self, *arguments):
+        return self._run_block_by_block(*arguments) if self.config.feedback else super().run_layers(*arguments)
 
     def _run_block_by_block(self, layers, x, context, cache, output_hidden_states=False, output_attentions=False):
         """As run_layers, with feedback: a layer of block j reads the state that block j - 1 left in a layer above."""

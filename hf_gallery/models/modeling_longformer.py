@@ -25,19 +25,18 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
-    QuestionAnsweringModelOutput,
-    TokenClassifierOutput,
-)
+from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
 from .attention import Position, attend, attend_naive, join
-from .blocks import FeedForward, ForwardContext, ResidualLayer, append_columns, merge_heads, next_columns, split_heads
+from .backbone import Backbone
+from .blocks import FeedForward, ResidualLayer, merge_heads, split_heads
 from .cache import CACHE_NAME
+from .columns import append_columns
 from .configuration_longformer import GalleryLongformerConfig
-from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows
-from .modeling_base import GalleryPreTrainedModel, no_cache, with_config
+from .context import ForwardContext
+from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows, reads
+from .modeling_base import GalleryPreTrainedModel, with_config
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
@@ -79,21 +78,15 @@ class Folding:
 
     def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the folded queries: positions in their rows (B or 1, g, T'), and whether there is a token at all."""
-        seen = self.rows.seen[:1] if self.rows.uniform else self.rows.seen
-        lengths = self.rows.lengths[:1] if self.rows.uniform else self.rows.lengths
         t = torch.arange(self.early + self.rows.width) - self.early  # packed query, negative before the first
-        t = t.view(-1, self.g).T  # (g, T')
-        return seen[:, None, None] + t, (t >= 0) & (t < lengths[:, None, None])
+        p = self.rows.first[..., None] + t.view(-1, self.g).T  # (B or 1, g, T')
+        return p, (p >= self.rows.first[..., None]) & (p <= self.rows.last[..., None])
 
     def window(self, left: int, right: int) -> Spans:
         """The intervals of `left` keys before and `right` after every query, in folded columns."""
         p, real = self.positions()
-        lengths = self.rows.lengths[:1] if self.rows.uniform else self.rows.lengths
-        seen = self.rows.seen[:1] if self.rows.uniform else self.rows.seen
-        last = (seen + lengths - 1)[:, None, None]
-        at = (self.front + self.cached - self.early) // self.g + torch.arange(
-            p.shape[-1]
-        )  # folded column of the query
+        last = self.rows.last[..., None]
+        at = (self.front + self.cached - self.early) // self.g + torch.arange(p.shape[-1])  # the query's own column
         lower = at - (p // self.g).clamp(max=left)
         upper = at + ((last - p) // self.g).clamp(max=right)
         upper = torch.where(real, upper, lower - 1)
@@ -159,9 +152,7 @@ class GlobalTokens:
 class Context(ForwardContext):
     """What all layers of one forward share: besides what every variant's do, the following."""
 
-    cached: int
     causal: bool
-    implementation: str
     everything: Spans | None  # encoder: all tokens, for global queries
     globals: GlobalTokens | None
 
@@ -196,14 +187,11 @@ class GalleryLongformerAttention(nn.Module):
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
         query, key, value = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
-        keys = append_columns(state.get("keys"), key, context.limit)  # (B, H, C + T, D)
-        values = append_columns(state.get("values"), value, context.limit)
-        new, global_pairs = {}, None
+        keys, values, new = context.extend(state, keys=key, values=value)  # (B, H, C + T, D)
+        global_pairs = None
         if context.globals is not None:
             global_pairs = self._global_pairs(key, value, context.globals, state)
-        if context.keep:
-            new = {n: next_columns(s, context.rows, context.limit) for n, s in (("keys", keys), ("values", values))}
-            if global_pairs is not None:
+            if context.keep:
                 new |= {"global_keys": global_pairs[0], "global_values": global_pairs[1]}
         position = None
         if self.relative:
@@ -311,8 +299,7 @@ class GalleryLongformerAttention(nn.Module):
         p = rows.positions
         key = p[:, :1] - context.cached + torch.arange(s)  # (B or 1, S)
         distance = p[:, :, None] - key[:, None]
-        seen, lengths = (x[:1] if rows.uniform else x for x in (rows.seen, rows.lengths))
-        real = (key >= 0) & (key < (seen + lengths)[:, None])
+        real = (key >= 0) & (key <= rows.last)
         visible = (distance <= self.left * self.dilation) & (distance >= -self.right * self.dilation)
         visible &= distance % self.dilation == 0
         window = visible
@@ -320,7 +307,7 @@ class GalleryLongformerAttention(nn.Module):
             mark = torch.zeros(len(rows.seen), s + 1, dtype=torch.bool)
             mark.scatter_(1, context.globals.index.cpu(), True)
             visible = visible | mark[:, None, :-1]
-        visible = visible & real[:, None] & (p < (seen + lengths)[:, None])[..., None]
+        visible = visible & real[:, None] & (p <= rows.last)[..., None]
         row = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
         return visible.to(device), window.to(device), row.clamp(0, self.left + self.right).to(device)
 
@@ -376,10 +363,8 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
                 nn.init.normal_(getattr(module, name), 0.0, self.config.initializer_range)
 
 
-class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
+class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedModel):
     """The bare Longformer: an encoder, or a decoder if config.is_decoder."""
-
-    _auto_class = "AutoModel"
 
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
@@ -390,12 +375,9 @@ class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
             )
         self.build_embeddings(config)
         self.layers = nn.ModuleList([GalleryLongformerLayer(config, i) for i in range(config.num_hidden_layers)])
-        if config.norm_position == "pre":
-            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
+        self.causal = config.is_decoder
         self.post_init()
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -403,61 +385,24 @@ class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
         global_attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         token_type_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; any T. attention_mask
-        (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere and gets zeros.
-        global_attention_mask, of either shape too: 1 at global tokens. position_ids (B, T) replace the positions that
-        are embedded. past_key_values, for a decoder: a GalleryCache, advanced in place.
+        **inputs,
+    ):
+        """As Backbone's. global_attention_mask, of attention_mask's shapes: 1 at global tokens. position_ids (B, T)
+        replace the positions that are embedded."""
+        own = dict(global_attention_mask=global_attention_mask, position_ids=position_ids)
+        return super().forward(input_ids, attention_mask, token_type_ids=token_type_ids, **own, **inputs)
 
-        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
-        """
-        config = self.config
-        if not config.is_decoder:
-            no_cache(past_key_values)
-        rows, cache = self.open_input(
-            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache if config.is_decoder else False
-        )
-        self.check_positions(rows, position_ids, token_type_ids)
+    def plan(self, common, cache, global_attention_mask=None, **inputs) -> Context:
+        rows = common["rows"]
         globals_, facts = self._global_tokens(rows, cache, global_attention_mask)
-        everything = None
-        if not config.is_decoder:
-            ends = (rows.lengths[:1] if rows.uniform else rows.lengths)[:, None] - 1
-            everything = rows.spans(torch.zeros_like(rows.positions), ends.expand_as(rows.positions), 0)
-        shared = None
-        if cache is not None and not torch.is_grad_enabled():
+        everything = shared = None
+        if not self.causal:
+            zeros = torch.zeros_like(rows.positions)
+            everything = rows.spans(zeros, zeros + rows.last, 0)
+        elif cache is not None and common["infers"]:
             shared = list(cache.shared) or [{} for _ in self.layers]
-        context = Context(
-            rows=rows,
-            cached=cache.columns_held if cache is not None else 0,
-            causal=config.is_decoder,
-            implementation=config._attn_implementation,
-            everything=everything,
-            globals=globals_,
-            keep=cache is not None,
-            limit=None if cache is None else cache.limit,
-            output_attentions=bool(output_attentions),
-            shared=shared,
-            facts=facts,
-        )
-        x = self.embed(rows, input_ids, inputs_embeds, position_ids, token_type_ids)
-        x, hidden, attentions = self.run_layers(
-            self.layers, x, context, cache, output_hidden_states, output_attentions
-        )
-        if config.norm_position == "pre":
-            x = self.norm(x)
-            if hidden is not None:
-                hidden[-1] = x
-        return BaseModelOutputWithPast(
-            last_hidden_state=rows.unpack(x),
-            **{CACHE_NAME: cache},
-            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
-            attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
+        return Context(
+            **common, causal=self.causal, everything=everything, globals=globals_, shared=shared, facts=facts
         )
 
     def _global_tokens(self, rows: Rows, cache, mask):
@@ -497,6 +442,7 @@ class GalleryLongformerModel(TokenStack, GalleryLongformerPreTrainedModel):
         return GlobalTokens(positions, index, pick, causal=True), {"global_positions": positions + 1}
 
 
+@reads("global_attention_mask", "position_ids", "token_type_ids")
 class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedModel):
     """The autoregressive Longformer of section 4."""
 
@@ -508,35 +454,6 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
         self.model = GalleryLongformerModel(self.config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        global_attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        """As in CausalLMHead, with the further arguments of GalleryLongformerModel."""
-        if not self.config.type_vocab_size:
-            token_type_ids = None  # tokenizers give them unasked, and causal models have always left them aside
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            global_attention_mask=global_attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            **kwargs,
-        )
 
     def prepare_inputs_for_generation(
         self,
@@ -565,6 +482,7 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
         return inputs | {"global_attention_mask": mask[:, past:end]}
 
 
+@reads("global_attention_mask")
 class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedModel):
     """The encoder with RoBERTa's head, as released."""
 
@@ -580,30 +498,8 @@ class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedMode
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        global_attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs,
-    ):
-        """As in MaskedLMHead, with global_attention_mask (B, T): 1 at global tokens."""
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            global_attention_mask=global_attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            **kwargs,
-        )
 
-
+@reads("global_attention_mask", "position_ids", "token_type_ids")
 class GalleryLongformerForSequenceClassification(SequenceClassificationHead, GalleryLongformerPreTrainedModel):
     """A label for each row: from the first token of an encoder, global unless set otherwise; from a decoder's last."""
 
@@ -619,35 +515,13 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        global_attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        """As in SequenceClassificationHead, with the further arguments of GalleryLongformerModel."""
+    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, global_attention_mask=None, **inputs):
+        """As in SequenceClassificationHead. An encoder's first token is global, unless others are given."""
+        own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         if global_attention_mask is None and not self.config.is_decoder:
             self.open_input(input_ids, inputs_embeds, attention_mask, None, False)  # its errors come first
             global_attention_mask = first_token(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            global_attention_mask=global_attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        return super().forward(**own, global_attention_mask=global_attention_mask, **inputs)
 
     def pool(self, hidden, attention_mask):
         x = pooled_rows(hidden, attention_mask, last=self.config.is_decoder)

@@ -32,28 +32,25 @@ from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
     SequenceClassifierOutputWithPast,
 )
-from transformers.utils import can_return_tuple
 
-from .attention import attend, attend_naive, join
+from .attention import attend, attend_naive
+from .backbone import Backbone
 from .blocks import (
     FeedForward,
-    ForwardContext,
     Heads,
     MeliadLayer,
     ScaledEmbedding,
     ScaledHeads,
     T5Bias,
-    append_columns,
     init_scaled,
     merge_heads,
-    next_columns,
 )
-from .cache import CACHE_NAME
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
+from .context import ForwardContext
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import append_to_ring, attend_retrieved, query_tile, require_backend, retrieve, ring_with_room
 from .modeling_base import GalleryPreTrainedModel
-from .segments import Parts, segment_spans
+from .segments import Parts, attend_segments, segment_spans
 from .spans import Spans
 
 
@@ -110,13 +107,11 @@ class Appended(NamedTuple):
 class Context(ForwardContext):
     """What all layers of one forward share: besides what every variant's do, the following."""
 
-    cached: int
     spans: Spans
     parts: Parts | None
     far: int
     segment_length: int
     memory_size: int
-    infers: bool = False  # no gradients: the ring may be written in place, since no backward will read it once more
     retrievals: dict | None = None
 
     def memory_intervals(self) -> dict:
@@ -171,12 +166,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and local probabilities (B, H, T, C + T) or None."""
         query, key, value = self.project(x)  # (B, H, T, D)
-        past = (state["keys"], state["values"]) if state else None
-        keys, values = without_gradients(past, key, value, context.limit)  # (B, H, C + T, D)
-        out, probabilities = self._local(query, key, value, keys, values, past, context)
-        new = {}
-        if context.keep:
-            new = {n: next_columns(s, context.rows, context.limit) for n, s in (("keys", keys), ("values", values))}
+        keys, values, new = without_gradients(context, state, key, value)  # (B, H, C + T, D)
+        out, probabilities = self._local(query, key, value, keys, values, state, context)
         if self.remembers:
             retrieved, new_memory = self._remember(query, keys, values, context, state)
             gate = torch.sigmoid(self.gate_bias)[:, None, None].to(out.dtype)
@@ -184,30 +175,18 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             new |= new_memory
         return self.o_proj(merge_heads(out)), new, probabilities
 
-    def _local(self, query, key, value, keys, values, past, context):
+    def _local(self, query, key, value, keys, values, state, context):
         position = None
         if hasattr(self, "relative_bias"):
             position = self.relative_bias(context.far, self.project.scales())
-        dropout = self.dropout if self.training else 0.0
-        parts = context.parts
+        options = dict(scale=1.0, dropout=self.dropout if self.training else 0.0)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)[2]
-        if parts is None:
-            out = attend(query, keys, values, context.spans, position=position, scale=1.0, dropout=dropout)
-            return out, probabilities
-        result = attend(query, key, value, parts.own, position=position, scale=1.0, dropout=dropout, return_lse=True)
-        if parts.before is not None:
-            if not parts.crosses:
-                keys, values = past
-                if position is not None:
-                    # `attend` counts distances from the end of the keys; without the new ones, that is T nearer.
-                    position = position._replace(far=position.far - query.shape[2])
-            before = attend(
-                query, keys, values, parts.before, position=position, scale=1.0, dropout=dropout, return_lse=True
-            )
-            result = join(result, before)
-        return result[0], probabilities
+        if context.parts is None:
+            return attend(query, keys, values, context.spans, position=position, **options), probabilities
+        before = (keys, values) if context.parts.crosses else (state.get("keys"), state.get("values"))
+        return attend_segments(query, (key, value), before, context.parts, position, **options), probabilities
 
     @torch.compiler.disable  # where the memory's columns lie depends on the rows: see `attend`
     def _remember(self, query, keys, values, context, state):
@@ -256,10 +235,9 @@ class GalleryMemorizingTransformerAttention(nn.Module):
 
 
 @torch.compiler.disable  # torch 2.13 fails on a compiled part that returns views and the same views detached
-def without_gradients(past, key, value, limit):
-    """Keys and values (B, H, C + T, D) over [past | new], which no gradient passes; past: the cache's, or None."""
-    detached = key.detach(), value.detach()
-    return tuple(append_columns(x, y, limit) for x, y in zip(past or (None, None), detached, strict=True))
+def without_gradients(context, state, key, value):
+    """Keys and values (B, H, C + T, D) over [cached | new], which no gradient passes, and the next state."""
+    return context.extend(state, keys=key.detach(), values=value.detach())
 
 
 def make_norm(config: GalleryMemorizingTransformerConfig) -> nn.Module:
@@ -299,10 +277,10 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
             nn.init.zeros_(module.gate_bias)
 
 
-class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedModel):
+class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPreTrainedModel):
     """The bare Memorizing Transformer."""
 
-    _auto_class = "AutoModel"
+    output_type = MemorizingOutput
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):
         super().__init__(config)
@@ -315,67 +293,37 @@ class GalleryMemorizingTransformerModel(GalleryMemorizingTransformerPreTrainedMo
         )
         self.norm = make_norm(config)
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        output_retrievals: bool = False,
-        **kwargs,
-    ) -> MemorizingOutput:
-        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; T may be any number of
-        segments. attention_mask (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere
-        and gets zeros. past_key_values: a GalleryCache, advanced in place; it holds the memory. output_retrievals:
-        also return what each memory layer retrieved, over the packed tokens of each row (equal to the input's
-        columns where there is no padding).
+    def forward(self, *arguments, output_retrievals: bool = False, **inputs):
+        """As Backbone's. output_retrievals: also return what each memory layer retrieved, over the packed tokens of
+        each row (equal to the input's columns where there is no padding)."""
+        return super().forward(*arguments, output_retrievals=output_retrievals, **inputs)
 
-        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
-        """
-        config = self.config
-        rows, cache = self.open_input(
-            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs.get("position_ids")
-        )
-        x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
-        period = config.position_period
-        if period is not None:
-            x = x + self.embed_positions((rows.positions % period).to(x.device))
-        cached = cache.columns_held if cache is not None else 0
-        spans, parts = segment_spans(rows, cached, config.segment_length, config.mem_len, period=period)
-        context = Context(
-            rows=rows,
-            cached=cached,
+    def embed(self, rows, input_ids, inputs_embeds, **more):
+        x = super().embed(rows, input_ids, inputs_embeds)
+        period = self.config.position_period
+        return x if period is None else x + self.embed_positions((rows.positions % period).to(x.device))
+
+    def finish(self, x):
+        return self.dropout(self.norm(x))
+
+    def plan(self, common, cache, output_retrievals=False, **inputs) -> Context:
+        config, cached = self.config, common["cached"]
+        length, period = config.segment_length, config.position_period
+        spans, parts = segment_spans(common["rows"], cached, length, config.mem_len, period=period)
+        return Context(
+            **common,
             spans=spans,
             parts=parts,
             far=max(0, spans.distances(cached)[1]),
-            segment_length=config.segment_length,
+            segment_length=length,
             memory_size=config.memory_size,
-            keep=cache is not None,
-            limit=None if cache is None else cache.limit,
-            infers=not torch.is_grad_enabled(),
-            output_attentions=bool(output_attentions),
             retrievals={} if output_retrievals else None,
         )
-        x, hidden, attentions = self.run_layers(
-            self.layers, x, context, cache, output_hidden_states, output_attentions
-        )
-        x = self.dropout(self.norm(x))
-        if hidden is not None:
-            hidden[-1] = x
-        return MemorizingOutput(
-            last_hidden_state=rows.unpack(x),
-            **{CACHE_NAME: cache},
-            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
-            attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
-            retrievals=context.retrievals,
-        )
+
+    def results(self, context, attentions):
+        return super().results(context, attentions) | {"retrievals": context.retrievals}
 
 
 class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTransformerPreTrainedModel):

@@ -23,26 +23,28 @@ from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
+    BaseModelOutputWithPastAndCrossAttentions,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
 from transformers.utils import can_return_tuple
 
 from .attention import attend, attend_naive
-from .blocks import (
-    FeedForward,
-    ForwardContext,
-    ResidualLayer,
-    ScaledEmbedding,
-    append_columns,
-    merge_heads,
-    next_columns,
-    split_heads,
-)
+from .backbone import Backbone, unpacked
+from .blocks import FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
-from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, keep_logits, pooled_rows
-from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, no_cache, with_config
+from .context import ForwardContext
+from .heads import (
+    CausalLMHead,
+    MaskedLMHead,
+    SequenceClassificationHead,
+    check_labels,
+    keep_logits,
+    pooled_rows,
+    reads,
+)
+from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, with_config
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
@@ -53,8 +55,8 @@ class Context(ForwardContext):
     """What all layers of one forward share: besides what every variant's do, the following."""
 
     spans: Spans
-    implementation: str
-    source_spans: Spans | None = None  # cross-attention: the source tokens of each row
+    source: torch.Tensor | None = None  # cross-attention: the encoder's output, packed (B, S, E)
+    source_spans: Spans | None = None  # and the tokens of it that each row has
 
 
 class GalleryTransformerAttention(nn.Module):
@@ -107,15 +109,9 @@ class GalleryTransformerLayer(ResidualLayer):
         """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, (self, cross) attentions."""
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
-        key = append_columns(state.get("keys"), key, context.limit)
-        value = append_columns(state.get("values"), value, context.limit)
+        key, value, new = context.extend(state, keys=key, values=value)  # (B, H, C + T, D)
         y, probabilities = self.self_attn(y, key, value, context.spans, context)
         x = self.add(x, y, self.self_attn_norm)
-        new = {}
-        if context.keep:
-            new = {
-                name: next_columns(s, context.rows, context.limit) for name, s in (("keys", key), ("values", value))
-            }
         cross_probabilities = None
         if self.cross_attention:
             y = self.cross_attn_norm(x) if self.pre else x
@@ -151,8 +147,10 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
         init_stack(module, self.config)
 
 
-class GalleryTransformerStack(TokenStack, GalleryTransformerPreTrainedModel):
+class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrainedModel):
     """Embeddings and layers: an encoder, a decoder, or a decoder with cross-attention."""
+
+    _auto_class = None
 
     def __init__(self, config: GalleryTransformerConfig, causal: bool, cross_attention: bool = False, layers=None):
         super().__init__(config)
@@ -161,79 +159,38 @@ class GalleryTransformerStack(TokenStack, GalleryTransformerPreTrainedModel):
         self.layers = nn.ModuleList(
             [GalleryTransformerLayer(config, cross_attention) for _ in range(layers or config.num_hidden_layers)]
         )
-        if config.norm_position == "pre":
-            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.gradient_checkpointing = False
+        self.prefix = "decoder_" if cross_attention else ""
+        if cross_attention:
+            self.output_type = BaseModelOutputWithPastAndCrossAttentions
         self.post_init()
 
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        position_ids=None,
-        past_key_values=None,
-        inputs_embeds=None,
-        token_type_ids=None,
-        encoder_hidden_states=None,
-        encoder_attention_mask=None,
-        use_cache=None,
-        output_attentions=None,
-        output_hidden_states=None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """See GalleryTransformerModel.forward. encoder_hidden_states (B, S, E), encoder_attention_mask (B, S)."""
-        config = self.config
-        if not self.causal:
-            no_cache(past_key_values)
-        rows, cache = self.open_input(
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            past_key_values,
-            use_cache if self.causal else False,
-            prefix="decoder_" if self.cross_attention else "",
-        )
-        self.check_positions(rows, position_ids, token_type_ids)
+    def plan(self, common, cache, encoder_hidden_states=None, encoder_attention_mask=None, **inputs) -> Context:
+        """The source: encoder_hidden_states (B, S, E), encoder_attention_mask (B, S)."""
+        config, rows = self.config, common["rows"]
         source, source_spans, facts = self._open_source(rows, cache, encoder_hidden_states, encoder_attention_mask)
-
         p = rows.positions  # (B or 1, T)
         if self.causal:
             lower = torch.zeros_like(p) if config.segment_length is None else p - p % config.segment_length
             upper = p
         else:
-            ends = rows.lengths[:1] if rows.uniform else rows.lengths
-            lower, upper = self._encoder_interval(p, ends)
-        cached = cache.columns_held if cache is not None else 0
-        context = Context(
-            rows=rows,
-            spans=rows.spans(lower, upper, cached),
-            implementation=config._attn_implementation,
-            source_spans=source_spans,
-            keep=cache is not None,
-            limit=None if cache is None else cache.limit,
-            output_attentions=bool(output_attentions),
-            facts=facts,
-        )
-        x = self.embed(rows, input_ids, inputs_embeds, position_ids, token_type_ids)
-        layers = self.layers if source is None else [_WithSource(layer, source) for layer in self.layers]
-        x, hidden, attentions = self.run_layers(layers, x, context, cache, output_hidden_states, output_attentions)
-        if config.norm_position == "pre":
-            x = self.norm(x)
-            if hidden is not None:
-                hidden[-1] = x
-        output = BaseModelOutputWithPast(
-            last_hidden_state=rows.unpack(x),
-            **{CACHE_NAME: cache},
-            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
-        )
-        if attentions is not None:
-            output.attentions = tuple(rows.unpack_attentions(a, keys_too=True) for a, _ in attentions)
-            if self.cross_attention:
-                output.cross_attentions = tuple(rows.unpack_attentions(a, keys_too=False) for _, a in attentions)
-        return output
+            lower, upper = self._encoder_interval(p, rows.last)
+        spans = rows.spans(lower, upper, common["cached"])
+        return Context(**common, spans=spans, source=source, source_spans=source_spans, facts=facts)
 
-    def _encoder_interval(self, p, ends):
-        last = (ends[:, None] - 1).expand_as(p)
+    def layer_inputs(self, context):
+        return () if context.source is None else (context.source,)
+
+    def results(self, context, attentions):
+        if attentions is None:
+            return {}
+        own, cross = zip(*attentions, strict=True)
+        found = {"attentions": unpacked(context.rows, own)}
+        if self.cross_attention:
+            found["cross_attentions"] = unpacked(context.rows, cross, keys_too=False)
+        return found
+
+    def _encoder_interval(self, p, last):
+        last = last.expand_as(p)
         length = self.config.segment_length
         if length is None:
             return torch.zeros_like(p), last
@@ -267,16 +224,6 @@ class GalleryTransformerStack(TokenStack, GalleryTransformerPreTrainedModel):
         if bool((lengths == lengths[0]).all()):
             upper = upper[:1]
         return source, Spans(torch.zeros_like(upper), upper), {"source_length": lengths}
-
-
-class _WithSource:
-    """A decoder layer with its source given: checkpointing must see the source as an argument to give it gradients."""
-
-    def __init__(self, layer, source):
-        self.layer, self.source = layer, source
-
-    def __call__(self, x, context, state):
-        return self.layer(x, context, state, self.source)
 
 
 class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
@@ -385,6 +332,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         )
 
 
+@reads("position_ids", "token_type_ids")
 class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedModel):
     """The decoder alone, with a map to the vocabulary, tied to the embeddings as section 3.4 ties them."""
 
@@ -397,33 +345,6 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
         self.model = GalleryTransformerModel(self.config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        """As in CausalLMHead, with positions and token types as in GalleryTransformerModel."""
-        if not self.config.type_vocab_size:
-            token_type_ids = None  # tokenizers give them unasked, and causal models have always left them aside
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            **kwargs,
-        )
 
 
 class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedModel):
@@ -443,6 +364,7 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
         self.post_init()
 
 
+@reads("position_ids", "token_type_ids")
 class GalleryTransformerForSequenceClassification(SequenceClassificationHead, GalleryTransformerPreTrainedModel):
     """A label for each row: from the last token of a decoder, from the first of an encoder through BERT's pooler."""
 
@@ -459,31 +381,6 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
-
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
-        """As in SequenceClassificationHead, with positions and token types as in GalleryTransformerModel."""
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            token_type_ids=token_type_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            labels=labels,
-            use_cache=use_cache,
-            **kwargs,
-        )
 
     def pool(self, hidden, attention_mask):
         x = pooled_rows(hidden, attention_mask, last=self.config.is_decoder)

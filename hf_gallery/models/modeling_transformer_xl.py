@@ -26,27 +26,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
-from transformers.utils import can_return_tuple
 
-from .attention import Position, attend, attend_naive, join
-from .blocks import (
-    FeedForward,
-    ForwardContext,
-    ResidualLayer,
-    ScaledEmbedding,
-    append_columns,
-    merge_heads,
-    next_columns,
-    split_heads,
-)
-from .cache import CACHE_NAME
+from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Projections, is_adaptive
+from .attention import Position, attend, attend_naive
+from .backbone import Backbone
+from .blocks import FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
+from .columns import append_columns, next_columns
 from .configuration_transformer_xl import GalleryTransformerXLConfig
+from .context import ForwardContext
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
 from .modeling_base import GalleryPreTrainedModel, init_linear
 from .positions import sinusoids
 from .rows import Rows
-from .segments import Parts, segment_spans
+from .segments import Parts, attend_segments, segment_spans
 from .spans import Spans
 
 
@@ -104,30 +96,17 @@ class GalleryTransformerXLAttention(nn.Module):
         u, v = (self.content_bias, self.position_bias) if self.untie_r else context.biases
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
         content, position = query + u[:, None].to(query.dtype), query + v[:, None].to(query.dtype)
-        table, far = self.table(context), context.far
+        relative = Position(self.table(context), context.far, position)
         dropout = self.dropout if self.training else 0.0
-        everything, probabilities = Position(table, far, position), None
+        out = probabilities = None
         if context.output_attentions:
-            out, _, probabilities = attend_naive(content, *joined, context.spans, position=everything)
+            out, _, probabilities = attend_naive(content, *joined, context.spans, position=relative)
             out = out.to(query.dtype)
         if context.parts is not None:
-            out = self._attend_in_parts(content, position, own, before, table, dropout, context)
-        elif not context.output_attentions:
-            out = attend(content, *joined, context.spans, position=everything, dropout=dropout)
+            out = attend_segments(content, own, before, context.parts, relative, dropout=dropout)
+        elif out is None:
+            out = attend(content, *joined, context.spans, position=relative, dropout=dropout)
         return self.o_proj(merge_heads(out)), probabilities
-
-    def _attend_in_parts(self, content, position, own, before, table, dropout, context):
-        parts, far = context.parts, context.far
-        near = max(0, parts.own.distances(0)[1])  # rows of the table beyond it are not read
-        own_position = Position(table[:, far - near :], near, position)
-        result = attend(content, *own, parts.own, position=own_position, dropout=dropout, return_lse=True)
-        if before is not None:
-            # `attend` counts distances from the end of the keys it gets; without the new ones, that is T nearer.
-            far = far if parts.crosses else far - content.shape[2]
-            past_position = Position(table, far, position)
-            past = attend(content, *before, parts.before, position=past_position, dropout=dropout, return_lse=True)
-            result = join(result, past)
-        return result[0]
 
 
 class GalleryTransformerXLLayer(ResidualLayer):
@@ -207,125 +186,6 @@ def start_with(zero: torch.Tensor, columns: torch.Tensor | None, start: torch.Te
     return torch.where(start[:, None, :, None], zero, columns)
 
 
-class Projections(nn.ParameterList):
-    """Maps between a cluster's width and E, (E, width) each. A type of its own, initialised in its own way."""
-
-
-class AdaptiveEmbedding(nn.Module):
-    """Embeddings in clusters of falling frequency and width (Baevski and Auli 2018), the authors' AdaptiveEmbedding.
-
-    Cluster i holds the ids [ends_i, ends_(i+1)) in a table embedding_size / div_val^i wide, mapped to hidden_size;
-    with div_val 1 there is one table for all. (B, T) to (B, T, E), times sqrt(E).
-    """
-
-    def __init__(self, config: GalleryTransformerXLConfig):
-        super().__init__()
-        self.scale = math.sqrt(config.hidden_size)
-        self.ends = cluster_ends(config)
-        if config.div_val == 1:
-            self.ends = [0, config.vocab_size]
-        widths = [config.embedding_size // config.div_val**i for i in range(len(self.ends) - 1)]
-        self.tables = nn.ModuleList(
-            nn.Embedding(end - start, width)
-            for start, end, width in zip(self.ends[:-1], self.ends[1:], widths, strict=True)
-        )
-        self.width = config.hidden_size
-        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if has_projections(config))
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        ids = input_ids.flatten()
-        if len(self.tables) == 1:
-            x = self._project(self.tables[0](ids), 0)
-        else:
-            x = torch.zeros(len(ids), self.width, dtype=self.projs[0].dtype, device=ids.device)
-            for i, (start, end) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):
-                at = ((ids >= start) & (ids < end)).nonzero().squeeze(1)
-                part = self._project(self.tables[i](ids[at] - start), i)
-                x = x.to(part.dtype).index_copy(0, at, part)
-        return x.view(*input_ids.shape, self.width) * self.scale
-
-    def _project(self, x, i):
-        return F.linear(x, self.projs[i]) if len(self.projs) else x
-
-
-class AdaptiveSoftmax(nn.Module):
-    """The output side of AdaptiveEmbedding (Grave et al. 2017), as the authors' ProjectedAdaptiveLogSoftmax.
-
-    The head scores the first cluster's words and each tail cluster as one word; a tail word's log-probability is its
-    cluster's plus its own within the cluster. config.cluster_order says which head column is which tail's.
-    """
-
-    def __init__(self, config: GalleryTransformerXLConfig):
-        super().__init__()
-        self.ends, self.order = cluster_ends(config), config.cluster_order
-        count = len(self.ends) - 1
-        self.one_table = config.div_val == 1
-        ends = [0, config.vocab_size] if self.one_table else self.ends
-        widths = [config.embedding_size // config.div_val**i for i in range(count)]
-        sizes = list(zip(ends[:-1], ends[1:], widths, strict=False))
-        self.weights = nn.ParameterList(torch.empty(end - start, width) for start, end, width in sizes)
-        self.biases = nn.ParameterList(torch.zeros(end - start) for start, end, _ in sizes)
-        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if has_projections(config))
-        if count > 1:
-            self.cluster_weight = nn.Parameter(torch.zeros(count - 1, config.embedding_size))
-            self.cluster_bias = nn.Parameter(torch.zeros(count - 1))
-
-    def _scores(self, hidden, i):
-        """Scores (N, words of cluster i, and for the first one each tail cluster) of hidden (N, E)."""
-        start, end = self.ends[i], self.ends[i + 1]
-        weight = self.weights[0][start:end] if self.one_table else self.weights[i]
-        bias = self.biases[0][start:end] if self.one_table else self.biases[i]
-        if i == 0 and len(self.ends) > 2:
-            weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
-        if len(self.projs):
-            hidden = F.linear(hidden, self.projs[i].t())
-        scores = F.linear(hidden, weight, bias)
-        return scores if scores.dtype == torch.float64 else scores.float()  # half types lose too much in log_softmax
-
-    def _column(self, i):
-        """The head's column of tail cluster i."""
-        return self.ends[1] + i - 1 if self.order == "forward" else self.ends[1] + len(self.ends) - 2 - i
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (B, T, E) to log-probabilities (B, T, V)."""
-        flat = hidden.flatten(0, 1)
-        head = self._scores(flat, 0).log_softmax(-1)
-        parts = [head[:, : self.ends[1]]]
-        for i in range(1, len(self.ends) - 1):
-            parts.append(self._scores(flat, i).log_softmax(-1) + head[:, self._column(i), None])
-        return torch.cat(parts, dim=-1).view(*hidden.shape[:2], -1)
-
-    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        """Mean negative log-likelihood of labels (B, T), -100 left out, without scoring clusters that do not occur."""
-        wanted = labels.flatten() != -100
-        flat, labels = hidden.flatten(0, 1)[wanted], labels.flatten()[wanted]
-        head = self._scores(flat, 0).log_softmax(-1)
-        cluster = torch.bucketize(labels, torch.tensor(self.ends[1:-1], device=labels.device), right=True)
-        column = torch.tensor([0] + [self._column(i) for i in range(1, len(self.ends) - 1)], device=labels.device)
-        total = head.gather(1, torch.where(cluster == 0, labels, column[cluster])[:, None]).sum()
-        for i in range(1, len(self.ends) - 1):
-            # Also where it is empty: a weight without a gradient stops DistributedDataParallel.
-            at = (cluster == i).nonzero().squeeze(1)
-            tail = self._scores(flat[at], i).log_softmax(-1)
-            total = total + tail.gather(1, (labels[at] - self.ends[i])[:, None]).sum()
-        return -total / (max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch)
-
-
-def cluster_ends(config: GalleryTransformerXLConfig) -> list[int]:
-    """Where clusters begin and end: [0, first cutoff, ..., vocab_size]."""
-    return [0, *config.cutoffs, config.vocab_size]
-
-
-def is_adaptive(config: GalleryTransformerXLConfig) -> bool:
-    """Whether embedding and softmax need clusters or projections; else they are one table and one linear map."""
-    return bool(config.cutoffs) or has_projections(config)
-
-
-def has_projections(config: GalleryTransformerXLConfig) -> bool:
-    """Whether maps stand between the embeddings' widths and hidden_size."""
-    return config.div_val > 1 or config.embedding_size != config.hidden_size
-
-
 class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
     """Weights and names that Transformer-XL's classes share."""
 
@@ -357,10 +217,10 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
                 nn.init.normal_(parameter, 0.0, std if parameter.dim() == 2 else 0.0)
 
 
-class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
-    """The bare Transformer-XL."""
-
-    _auto_class = "AutoModel"
+class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
+    """The bare Transformer-XL. An input may be any number of segments long; segments follow each row's own count of
+    tokens, not the forwards. A cache that was filled without gradients holds keys and values; a later forward with
+    gradients sees them as constants."""
 
     def __init__(self, config: GalleryTransformerXLConfig):
         super().__init__(config)
@@ -373,50 +233,17 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
             self.content_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))  # u
             self.position_bias = nn.Parameter(torch.zeros(config.num_attention_heads, config.head_dim))  # v
         self.dropout = nn.Dropout(config.hidden_dropout)
-        self.gradient_checkpointing = False
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast:
-        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; T may be any number of
-        segments. attention_mask (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere
-        and gets zeros. past_key_values: a GalleryCache, advanced in place.
+    def embed(self, rows, input_ids, inputs_embeds, **more):
+        return self.dropout(super().embed(rows, input_ids, inputs_embeds))
 
-        A cache that was filled without gradients holds keys and values; a later forward with gradients sees them as
-        constants. Segments follow each row's own count of tokens, not the forwards.
+    def finish(self, x):
+        return self.dropout(x)
 
-        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
-        """
-        rows, cache = self.open_input(
-            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, kwargs.get("position_ids")
-        )
-        x = self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)  # (B, T, E)
-        x = self.dropout(x)
-        context = self._context(rows, cache, x, bool(output_attentions))
-        x, hidden, attentions = self.run_layers(
-            self.layers, x, context, cache, output_hidden_states, output_attentions
-        )
-        x = self.dropout(x)
-        return BaseModelOutputWithPast(
-            last_hidden_state=rows.unpack(x),
-            **{CACHE_NAME: cache},
-            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
-            attentions=None if attentions is None else tuple(rows.unpack_attentions(a, True) for a in attentions),
-        )
-
-    def _context(self, rows: Rows, cache, x, output_attentions):
-        config = self.config
-        cached, start, least = cache.columns_held if cache is not None else 0, None, 0
+    def plan(self, common, cache, **inputs) -> Context:
+        config, rows, cached = self.config, common["rows"], common["cached"]
+        start, least = None, 0
         if config.initial_memory == "zeros":
             start, least = self._start(rows, cached), -config.mem_len
             cached = cached if start is None else start.shape[1]
@@ -429,34 +256,30 @@ class GalleryTransformerXLModel(GalleryTransformerXLPreTrainedModel):
             shared = list(cache.shared) or [{} for _ in self.layers]
         relative = None
         if shared is None or not all(shared):
-            distances = torch.arange(far, -1, -1, device=x.device)
+            distances = torch.arange(far, -1, -1, device=self.device)
             if config.clamp_len > 0:
                 distances = distances.clamp(max=config.clamp_len)
-            relative = sinusoids(distances, config.hidden_size, "concatenated", x.dtype)
+            relative = sinusoids(distances, config.hidden_size, "concatenated", self.dtype)
             if parts is not None:  # not where it becomes a table for later forwards
                 relative = self.dropout(relative)
         return Context(
-            rows=rows,
+            **common,
             spans=spans,
             far=far,
             relative=relative,
             parts=parts,
             biases=None if config.untie_r else (self.content_bias, self.position_bias),
-            keep=cache is not None,
-            limit=None if cache is None else cache.limit,
-            output_attentions=output_attentions,
             shared=shared,
-            start=None if start is None else start.to(x.device),
+            start=None if start is None else start.to(self.device),
         )
 
     def _start(self, rows: Rows, cached: int):
         """Which of the C columns that this forward needs stand before their row's first token, (B or 1, C); None if
         none do. C is above `cached` where more are needed than the cache holds."""
         config = self.config
-        seen = rows.seen[:1] if rows.uniform else rows.seen
-        reach = seen % config.segment_length + config.mem_len  # from the next token to the first key that it sees
+        reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
         columns = max(cached, config.mem_len if config.same_length else int(reach.max()))
-        start = (seen - columns)[:, None] + torch.arange(columns) < 0
+        start = rows.first - columns + torch.arange(columns) < 0
         return start if bool(start.any()) else None
 
 

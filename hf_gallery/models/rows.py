@@ -64,18 +64,26 @@ class Rows:
         )
 
     @property
+    def first(self) -> torch.Tensor:
+        """The position of each row's first packed token, (B or 1, 1)."""
+        return (self.seen[:1] if self.uniform else self.seen)[:, None]
+
+    @property
+    def last(self) -> torch.Tensor:
+        """The position of each row's last packed token, (B or 1, 1); first - 1 in a row without any."""
+        return self.first + (self.lengths[:1] if self.uniform else self.lengths)[:, None] - 1
+
+    @property
     def positions(self) -> torch.Tensor:
         """The positions of the packed tokens in their rows, (B or 1, T)."""
-        seen = self.seen[:1] if self.uniform else self.seen
-        return seen[:, None] + torch.arange(self.width)
+        return self.first + torch.arange(self.width)
 
     def spans(self, lower: torch.Tensor, upper: torch.Tensor, cached: int, least: int = 0) -> Spans:
         """Intervals of positions (B or 1, T) as intervals of the columns [cached | new tokens].
 
         Positions below `least` are cut off; columns after a row's last token see nothing.
         """
-        seen = self.seen[:1] if self.uniform else self.seen
-        first = (seen - cached)[:, None]  # the position in column 0
+        first = self.first - cached  # the position in column 0
         lower, upper = lower.clamp(min=least) - first, upper - first
         if not self.uniform:
             beyond = torch.arange(self.width) >= self.lengths[:, None]

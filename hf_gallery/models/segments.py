@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .attention import Position, attend, join
 from .rows import Rows
 from .spans import Spans
 
@@ -51,3 +52,29 @@ def segment_spans(
     crosses = mem_len > 0 and bool((segment > p[:, :1]).any())
     before = rows.spans(lower, border - 1, cached, least) if cached or crosses else None
     return spans, Parts(rows.spans(torch.maximum(lower, border), p, 0), before, crosses)
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values (B, H, S, D)
+
+
+def attend_segments(
+    query: torch.Tensor, own: Pair, before: Pair | None, parts: Parts, position: Position | None, **options
+) -> torch.Tensor:
+    """Attention whose gradient stops at the segment's border: over a segment's own keys and over those before it, one
+    softmax for both. position: of [cached | new] columns."""
+    width = query.shape[2]
+    out = attend(query, *own, parts.own, position=_nearest(position, parts.own), return_lse=True, **options)
+    if parts.before is not None:
+        # `attend` counts distances from the end of the keys that it gets: without the new ones that is T nearer.
+        if position is not None and not parts.crosses:
+            position = position._replace(far=position.far - width)
+        out = join(out, attend(query, *before, parts.before, position=position, return_lse=True, **options))
+    return out[0]
+
+
+def _nearest(position: Position | None, own: Spans) -> Position | None:
+    """The rows of the table that a segment's own keys read."""
+    if position is None:
+        return None
+    near = max(0, own.distances(0)[1])
+    return position._replace(table=position.table[:, position.far - near :], far=near)

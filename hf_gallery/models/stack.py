@@ -26,10 +26,12 @@ class TokenStack:
             self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
         if config.embedding_norm:
             self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if config.norm_position == "pre":
+            self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.segment_length = getattr(config, "segment_length", None)
 
-    def embed(self, rows: Rows, input_ids, inputs_embeds, position_ids, token_type_ids):
+    def embed(self, rows: Rows, input_ids, inputs_embeds, position_ids=None, token_type_ids=None, **more):
         """Packed embeddings (B, T, E) with positions, types, norm and dropout."""
         config = self.config
         if inputs_embeds is None:
@@ -58,7 +60,13 @@ class TokenStack:
             x = self.embed_norm(x)
         return self.dropout(x)
 
-    def check_positions(self, rows: Rows, position_ids, token_type_ids):
+    def finish(self, x):
+        return self.norm(x) if self.config.norm_position == "pre" else x
+
+    def counted(self, **inputs):
+        return None  # positions are embedded, and checked below
+
+    def check(self, rows: Rows, position_ids=None, token_type_ids=None, **inputs):
         """Raises ValueError unless positions and types fit the input and the learned tables."""
         b, t, config = len(rows.lengths), rows.columns, self.config
         if position_ids is not None:

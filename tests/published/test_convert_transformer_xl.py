@@ -1,7 +1,7 @@
 """Published Transformer-XL as gallery checkpoints: what transformers 4.35.2 gave, kept in golden/, comes out again.
 
 golden/make_transformer_xl.py made it, and says what each case is about. So does make_transformer_xl_authors.py of what
-the authors' own code gave, and reference_transformer_xl.py computes what that gives for further models.
+the authors' own code gave, and plain/transformer_xl.py computes what that gives for further models.
 """
 
 import collections
@@ -13,9 +13,9 @@ import types
 from pathlib import Path
 
 import pytest
-import reference_transformer_xl as reference
 import torch
 from converted import converted, generates, obeys_the_laws, open_without_the_library
+from plain import transformer_xl as reference
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from variants import VOCAB, assert_equal, words
@@ -25,7 +25,7 @@ from hf_gallery.convert import convert
 from hf_gallery.convert.checkpoint import Source
 from hf_gallery.convert.transfo_xl_vocabulary import FILES, read_vocabulary, vocabulary_tokenizer
 
-GOLDEN = Path(__file__).parent / "golden" / "transformer_xl"
+GOLDEN = Path(__file__).parents[1] / "golden" / "transformer_xl"
 AUTHORS = GOLDEN.with_name("transformer_xl_authors")
 # Every case has its folder here, so that one that is lost, or one that nobody runs, shows.
 CASES = [

@@ -14,7 +14,7 @@ import hf_gallery  # noqa: F401  # its models are known to AutoModel... from her
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.variants import VARIANTS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BOOK = "Call me Ishmael. Some years ago, never mind how long precisely. " * 12
 
 

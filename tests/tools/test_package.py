@@ -29,7 +29,7 @@ from eval.contestants import CONTESTANTS
 from eval.peers import PEERS
 from eval.presets import PRESETS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SOURCES = [p for folder in ("hf_gallery", "eval", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
 MODELS = sorted((ROOT / "hf_gallery" / "models").glob("*.py"))
 # What comes with transformers, so that a model's code runs wherever transformers loads it.

@@ -9,7 +9,7 @@ from eval import benchmark, claims, report
 from eval.presets import PRESETS
 from eval.statistics import SURE, two_proportions, wilson
 
-FOLDER = Path(__file__).parent.parent / "eval" / "results"
+FOLDER = Path(__file__).parents[2] / "eval" / "results"
 BOUNDED = ("transformer_xl", "longformer", "block_recurrent_transformer")
 
 

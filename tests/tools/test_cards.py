@@ -17,7 +17,7 @@ from hf_gallery.cards import render_card, write_cards
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.variants import VARIANTS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "eval" / "results" / "standard.json"
 each = pytest.mark.parametrize("name", VARIANTS)
 

@@ -31,7 +31,7 @@ from lm_eval.tasks._yaml_loader import load_yaml  # noqa: E402
 
 from hf_gallery import harness  # noqa: E402
 
-FOLDER = Path(__file__).parents[1] / "eval" / "tasks"
+FOLDER = Path(__file__).parents[2] / "eval" / "tasks"
 BYTES = dict(vocab_size=262, pad_token_id=256, bos_token_id=257, eos_token_id=258)
 TEXTS = ["It was the best of times, it was the worst of times. " * 3, "e", "Déjà vu? " * 7, "", "x = 1\n" * 9]
 

@@ -10,7 +10,7 @@ import pytest
 
 from eval import report
 
-STANDARD = Path(__file__).parent.parent / "eval" / "results" / "standard.json"
+STANDARD = Path(__file__).parents[2] / "eval" / "results" / "standard.json"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 WATCH = """<script>

@@ -30,7 +30,7 @@ from hf_gallery.cli import app
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.variants import VARIANTS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ["--set", "hidden_size=16", "--set", "num_attention_heads=2", "--set", "intermediate_size=32"]
 
 

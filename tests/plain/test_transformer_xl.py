@@ -1,10 +1,10 @@
-"""Transformer-XL against the authors' computation (reference_transformer_xl.py), and the checks of its paper."""
+"""Transformer-XL against the authors' computation (plain/transformer_xl.py), and the checks of its paper."""
 
 import math
 
 import pytest
-import reference_transformer_xl as reference
 import torch
+from plain import transformer_xl as reference
 from torch import nn
 from variants import SIZES, VOCAB, assert_equal, loud, words
 

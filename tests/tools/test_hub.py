@@ -29,7 +29,7 @@ from hf_gallery.convert import convert
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.hub import check_checkpoint, push
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 NAMES = list(hf_gallery.variants.VARIANTS)
 TINY = {name: next(v for v in VARIANTS if v.config is about.config) for name, about in
         hf_gallery.variants.VARIANTS.items()}  # fmt: skip

@@ -13,7 +13,7 @@ from eval.cli import app
 from eval.compare import differences
 from eval.statistics import two_proportions
 
-QUICK = Path(__file__).parent.parent / "eval" / "results" / "quick.json"
+QUICK = Path(__file__).parents[2] / "eval" / "results" / "quick.json"
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from variants import VARIANTS
 
 from hf_gallery.data import byte_tokenizer, slot_recall
 
-METRICS = Path(__file__).parents[1] / "eval" / "metrics"
+METRICS = Path(__file__).parents[2] / "eval" / "metrics"
 
 
 def load(name):

@@ -79,7 +79,9 @@ def suite(tmp_path):
         done = subprocess.run(
             [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", tmp_path, *arguments],
             cwd=tmp_path,
-            env=os.environ | {"PYTHONPATH": str(Path(__file__).parent), "PYTEST_ADDOPTS": "", "CI": ""} | environment,
+            env=os.environ
+            | {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTEST_ADDOPTS": "", "CI": ""}
+            | environment,
             capture_output=True,
             text=True,
         )

@@ -19,7 +19,7 @@ import hf_gallery.convert
 from hf_gallery.convert import FORMATS, check_settings, convert
 from hf_gallery.convert.checkpoint import Tensors
 
-GOLDEN = Path(__file__).parent / "golden" / "transformer_xl"
+GOLDEN = Path(__file__).parents[1] / "golden" / "transformer_xl"
 CASE = "clamp"  # in safetensors, with tied tables and projections
 
 
@@ -558,7 +558,7 @@ def test_memory_is_at_most_twice_the_checkpoint(large, kind, tmp_path):
     assert size > 120e6
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(source), str(tmp_path / "out")],
-        cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300,
+        cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert 0.5 * size < int(done.stdout) < 2.2 * size

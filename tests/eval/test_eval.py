@@ -28,7 +28,7 @@ from eval.statistics import wilson
 from hf_gallery.data import TASKS, load_corpus, slot_recall
 from hf_gallery.files import read_json, write_json, write_text
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 NAMES = list(contestants.CONTESTANTS)
 TINY_SIZES = dataclasses.replace(
@@ -522,11 +522,11 @@ def start_process(folder, steps, *arguments):
         "slow = dataclasses.replace(TINY, recall=dataclasses.replace(TINY.recall, steps={steps}))\n"
         "presets.PRESETS['tiny'] = slow\n"
         "command_line.app(['--preset', 'tiny', *sys.argv[1:]])\n"
-    ).format(tests=str(ROOT / "tests"), steps=steps)
+    ).format(tests=str(ROOT / "tests" / "eval"), steps=steps)
     return subprocess.Popen(
         [sys.executable, "-c", program, *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

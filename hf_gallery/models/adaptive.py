@@ -1,0 +1,133 @@
+"""Adaptive embeddings and softmax of Transformer-XL: frequent words get wide vectors, rare ones narrow.
+
+Letters: see spans.py. N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .configuration_transformer_xl import GalleryTransformerXLConfig
+
+
+class Projections(nn.ParameterList):
+    """Maps between a cluster's width and E, (E, width) each. A type of its own, initialised in its own way."""
+
+
+class AdaptiveEmbedding(nn.Module):
+    """Embeddings in clusters of falling frequency and width (Baevski and Auli 2018), the authors' AdaptiveEmbedding.
+
+    Cluster i holds the ids [ends_i, ends_(i+1)) in a table embedding_size / div_val^i wide, mapped to hidden_size;
+    with div_val 1 there is one table for all. (B, T) to (B, T, E), times sqrt(E).
+    """
+
+    def __init__(self, config: GalleryTransformerXLConfig):
+        super().__init__()
+        self.scale = math.sqrt(config.hidden_size)
+        self.ends = cluster_ends(config)
+        if config.div_val == 1:
+            self.ends = [0, config.vocab_size]
+        widths = [config.embedding_size // config.div_val**i for i in range(len(self.ends) - 1)]
+        self.tables = nn.ModuleList(
+            nn.Embedding(end - start, width)
+            for start, end, width in zip(self.ends[:-1], self.ends[1:], widths, strict=True)
+        )
+        self.width = config.hidden_size
+        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if has_projections(config))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        ids = input_ids.flatten()
+        if len(self.tables) == 1:
+            x = self._project(self.tables[0](ids), 0)
+        else:
+            x = torch.zeros(len(ids), self.width, dtype=self.projs[0].dtype, device=ids.device)
+            for i, (start, end) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):
+                at = ((ids >= start) & (ids < end)).nonzero().squeeze(1)
+                part = self._project(self.tables[i](ids[at] - start), i)
+                x = x.to(part.dtype).index_copy(0, at, part)
+        return x.view(*input_ids.shape, self.width) * self.scale
+
+    def _project(self, x, i):
+        return F.linear(x, self.projs[i]) if len(self.projs) else x
+
+
+class AdaptiveSoftmax(nn.Module):
+    """The output side of AdaptiveEmbedding (Grave et al. 2017), as the authors' ProjectedAdaptiveLogSoftmax.
+
+    The head scores the first cluster's words and each tail cluster as one word; a tail word's log-probability is its
+    cluster's plus its own within the cluster. config.cluster_order says which head column is which tail's.
+    """
+
+    def __init__(self, config: GalleryTransformerXLConfig):
+        super().__init__()
+        self.ends, self.order = cluster_ends(config), config.cluster_order
+        count = len(self.ends) - 1
+        self.one_table = config.div_val == 1
+        ends = [0, config.vocab_size] if self.one_table else self.ends
+        widths = [config.embedding_size // config.div_val**i for i in range(count)]
+        sizes = list(zip(ends[:-1], ends[1:], widths, strict=False))
+        self.weights = nn.ParameterList(torch.empty(end - start, width) for start, end, width in sizes)
+        self.biases = nn.ParameterList(torch.zeros(end - start) for start, end, _ in sizes)
+        self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if has_projections(config))
+        if count > 1:
+            self.cluster_weight = nn.Parameter(torch.zeros(count - 1, config.embedding_size))
+            self.cluster_bias = nn.Parameter(torch.zeros(count - 1))
+
+    def _scores(self, hidden, i):
+        """Scores (N, words of cluster i, and for the first one each tail cluster) of hidden (N, E)."""
+        start, end = self.ends[i], self.ends[i + 1]
+        weight = self.weights[0][start:end] if self.one_table else self.weights[i]
+        bias = self.biases[0][start:end] if self.one_table else self.biases[i]
+        if i == 0 and len(self.ends) > 2:
+            weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
+        if len(self.projs):
+            hidden = F.linear(hidden, self.projs[i].t())
+        scores = F.linear(hidden, weight, bias)
+        return scores if scores.dtype == torch.float64 else scores.float()  # half types lose too much in log_softmax
+
+    def _column(self, i):
+        """The head's column of tail cluster i."""
+        return self.ends[1] + i - 1 if self.order == "forward" else self.ends[1] + len(self.ends) - 2 - i
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden (B, T, E) to log-probabilities (B, T, V)."""
+        flat = hidden.flatten(0, 1)
+        head = self._scores(flat, 0).log_softmax(-1)
+        parts = [head[:, : self.ends[1]]]
+        for i in range(1, len(self.ends) - 1):
+            parts.append(self._scores(flat, i).log_softmax(-1) + head[:, self._column(i), None])
+        return torch.cat(parts, dim=-1).view(*hidden.shape[:2], -1)
+
+    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
+        """Mean negative log-likelihood of labels (B, T), -100 left out, without scoring clusters that do not occur."""
+        wanted = labels.flatten() != -100
+        flat, labels = hidden.flatten(0, 1)[wanted], labels.flatten()[wanted]
+        head = self._scores(flat, 0).log_softmax(-1)
+        cluster = torch.bucketize(labels, torch.tensor(self.ends[1:-1], device=labels.device), right=True)
+        column = torch.tensor([0] + [self._column(i) for i in range(1, len(self.ends) - 1)], device=labels.device)
+        total = head.gather(1, torch.where(cluster == 0, labels, column[cluster])[:, None]).sum()
+        for i in range(1, len(self.ends) - 1):
+            # Also where it is empty: a weight without a gradient stops DistributedDataParallel.
+            at = (cluster == i).nonzero().squeeze(1)
+            tail = self._scores(flat[at], i).log_softmax(-1)
+            total = total + tail.gather(1, (labels[at] - self.ends[i])[:, None]).sum()
+        return -total / (max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def cluster_ends(config: GalleryTransformerXLConfig) -> list[int]:
+    """Where clusters begin and end: [0, first cutoff, ..., vocab_size]."""
+    return [0, *config.cutoffs, config.vocab_size]
+
+
+def is_adaptive(config: GalleryTransformerXLConfig) -> bool:
+    """Whether embedding and softmax need clusters or projections; else they are one table and one linear map."""
+    return bool(config.cutoffs) or has_projections(config)
+
+
+def has_projections(config: GalleryTransformerXLConfig) -> bool:
+    """Whether maps stand between the embeddings' widths and hidden_size."""
+    return config.div_val > 1 or config.embedding_size != config.hidden_size

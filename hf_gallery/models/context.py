@@ -1,0 +1,49 @@
+"""What all layers of one forward share. Each variant adds the intervals and tables that its own need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .columns import append_columns, next_columns
+from .rows import Rows
+
+
+@dataclass(kw_only=True)
+class ForwardContext:
+    """One forward, as every layer sees it.
+
+    cached: columns of time that the cache holds, C. keep: a cache wants the new state, `limit` columns of it (None =
+    all). infers: no gradients are recorded. shared: per layer, what the cache keeps that follows from the weights
+    alone; facts: what it keeps for the whole model. known: see `once`.
+    """
+
+    rows: Rows
+    cached: int = 0
+    keep: bool = False
+    limit: int | None = None
+    infers: bool = False
+    output_attentions: bool = False
+    implementation: str = "eager"
+    shared: list | None = None
+    facts: dict = field(default_factory=dict)
+    known: dict = field(default_factory=dict)
+
+    def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
+        """What several layers need alike, worked out by the first that asks for it."""
+        if key not in self.known:
+            self.known[key] = work()
+        return self.known[key]
+
+    def extend(self, state: dict, limit: int | None = None, **new: torch.Tensor):
+        """[cached | new] columns (B, ..., C + T, D) for each name, in order, and last the layer's next state.
+
+        limit: of this layer's columns, where it keeps fewer than others do.
+        """
+        limit = self.limit if limit is None or self.limit is None else limit
+        joined = {name: append_columns(state.get(name), x, limit) for name, x in new.items()}
+        kept = {name: next_columns(x, self.rows, limit) for name, x in joined.items()} if self.keep else {}
+        return *joined.values(), kept
