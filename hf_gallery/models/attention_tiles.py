@@ -126,15 +126,11 @@ class _TiledAttention(torch.autograd.Function):
                 group_lse = _pack(lse, rows, dtype) * _LOG2_E
                 group_lse = group_lse.masked_fill(group_lse == -math.inf, _NEVER)  # exp2(score - _NEVER) is 0
                 given = _Given(_pack(value, rows, dtype), group_grad, group_lse, offset)
-                grads = _Gradients(
-                    *(
-                        torch.zeros_like(x) if x is not None and wanted else None
-                        for x, wanted in zip(
-                            (scorer.query, scorer.key, given.value, scorer.asked), wants, strict=False
-                        )
-                    ),
-                    grad_table,
+                buffers = (
+                    torch.zeros_like(x) if x is not None and wanted else None
+                    for x, wanted in zip((scorer.query, scorer.key, given.value, scorer.asked), wants, strict=False)
                 )
+                grads = _Gradients(*buffers)._replace(table=grad_table)
                 for tile in tiling.query_tiles(rows):
                     _backward_tile(scorer, given, tile, drop, grads)
                 for total, found, factor in zip(totals[:4], grads[:4], factors[:4], strict=True):
