@@ -532,6 +532,7 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
     """A label for each token."""
 
     _auto_class = "AutoModelForTokenClassification"
+    head_loss = "ForTokenClassification"
 
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
@@ -579,6 +580,7 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
     """Start and end of an answer; the question, all tokens before the first separator, is global."""
 
     _auto_class = "AutoModelForQuestionAnswering"
+    head_loss = "ForQuestionAnswering"
 
     def __init__(self, config: GalleryLongformerConfig):
         config.check_ids("sep_token_id")
