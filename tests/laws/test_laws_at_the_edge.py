@@ -1,5 +1,5 @@
-"""Laws 1 to 3 and 6 where sizes are least: one head, one row, windows, blocks and segments of 1, no memory, top-k 1 and
-as much as there is.
+"""Laws 1 to 3 and 6 where sizes are least: one head, one row, windows, blocks and segments of 1, no memory, top-k 1
+and as much as there is.
 
 Every operation of the cache, in any order: each row equals the row that it has read so far, alone.
 """
