@@ -9,6 +9,7 @@ Padding, the cache and transformers' output classes are known here and nowhere i
 from __future__ import annotations
 
 import torch
+from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -16,6 +17,7 @@ from .cache import CACHE_NAME
 from .context import ForwardContext
 from .modeling_base import GalleryPreTrainedModel, no_cache
 from .rows import Rows
+from .weights import version_of
 
 
 class Backbone(GalleryPreTrainedModel):
@@ -41,6 +43,10 @@ class Backbone(GalleryPreTrainedModel):
     def plan(self, common: dict, cache, **inputs) -> ForwardContext:
         """The variant's Context: `common`, the fields that all have, and its own."""
         raise NotImplementedError
+
+    def tables_follow(self) -> list[nn.Module]:
+        """The modules whose weights decide what a cache keeps besides the past: tables, and `Derived` state."""
+        return []
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
         """What stands behind the last layer, (B, T, E)."""
@@ -80,6 +86,9 @@ class Backbone(GalleryPreTrainedModel):
             output_attentions=bool(output_attentions),
             implementation=self.config._attn_implementation,
         )
+        if cache is not None and common["infers"]:
+            common["version"] = version_of(self.tables_follow())
+        common["tables"] = None if cache is None else cache.read_tables(common.get("version"))
         context = self.plan(common, cache, **inputs)
         x = self.embed(rows, input_ids, inputs_embeds, **inputs)
         x, hidden, attentions = self.run_layers(

@@ -14,6 +14,7 @@ from transformers.generation import GenerationMixin, GenerationMode
 
 from .cache import CACHE_NAME, GalleryCache
 from .rows import Rows
+from .states import NextState, State
 
 
 class GalleryPreTrainedModel(PreTrainedModel):
@@ -102,6 +103,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
                     f"past_key_values is a {type(cache).__name__}; give a GalleryCache, or None to start with one"
                 )
             cache.check(self.config, b)
+            cache.check_weights(self)
         elif use_cache:
             cache = GalleryCache(self.config)
         mask = self.check_mask(attention_mask, b, t, cache, mask_name)
@@ -165,21 +167,29 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
         Returns x, and lists of the hidden states (before the first and after every layer) and attentions, or None.
         """
-        rows = context.rows
-        states = cache.states if cache is not None and cache.states else [{}] * len(layers)
+        states = self.read_states(layers, context, cache)
         hidden = [x] if output_hidden_states else None
         attentions = [] if output_attentions else None
         new = []
         for layer, state in zip(layers, states, strict=True):
-            x, state, probabilities = layer(x, context, state, *more)
-            new.append(state)
+            x, next_state, probabilities = layer(x, context, state, *more)
+            new.append(next_state)
             if hidden is not None:
                 hidden.append(x)
             if attentions is not None:
                 attentions.append(probabilities)
         if cache is not None:
-            cache.write(new, rows, shared=context.shared, facts=context.facts)
+            self.write(new, context, cache)
         return x, hidden, attentions
+
+    def read_states(self, layers, context, cache) -> list[State]:
+        """Each layer's state; empty ones where there is no past."""
+        states = [] if cache is None else cache.read_states(context.version)
+        return states or [{} for _ in layers]
+
+    def write(self, states: list[NextState], context, cache):
+        """Writes the layers' next states to the cache. Nothing else does."""
+        cache.write(states, context.rows, context.facts, context.tables, context.version, self)
 
 
 class GalleryGenerationMixin(GenerationMixin):
@@ -212,7 +222,7 @@ class GalleryGenerationMixin(GenerationMixin):
             )
         cache = model_kwargs.get(CACHE_NAME)
         assisted = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
-        if assisted and generation_config.use_cache is not False and GalleryCache(self.config).folds:
+        if assisted and generation_config.use_cache is not False and self.config.cache_folds:
             raise ValueError(
                 f"{type(self).__name__} cannot take back the tokens of assisted decoding: they are in its memory or "
                 "recurrent state. Leave out assistant_model and prompt_lookup_num_tokens"

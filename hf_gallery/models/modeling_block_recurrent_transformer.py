@@ -51,6 +51,7 @@ from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .spans import Spans
+from .states import Derived, Folded, NextState, tensors_of
 
 
 @dataclass(kw_only=True)
@@ -257,9 +258,9 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
                 if j + 1 < blocks.count or context.infers:
                     pair = recurrence.keys_values(current)
         key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
-        new = {"state": current}
+        new: NextState = {"state": Folded(current)}
         if context.infers:  # a token of the same block reads them again
-            new |= {"state_keys": pair[0], "state_values": pair[1]}
+            new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
         return blocks.back(self._read_state(blocks.tokens(cross_query), key, value)), new
 
     def entering(self, state, rows) -> torch.Tensor:
@@ -273,8 +274,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
     def entering_keys_values(self, state, context):
-        """The keys and values (B, H, S, D) of that state: kept ones, unless a row was emptied after they were made."""
-        if context.infers and "state_keys" in state and bool((context.rows.seen > 0).all()):
+        """The keys and values (B, H, S, D) of that state: those that are kept, while it and the weights stay."""
+        if "state_keys" in state:
             return state["state_keys"], state["state_values"]
         return self.recurrence.keys_values(self.entering(state, context.rows))
 
@@ -331,6 +332,10 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
+    def tables_follow(self):
+        layers = [self.layers[i].self_attn for i in self.config.recurrent_layers]
+        return [layer.recurrence for layer in layers]  # the state's keys and values do
+
     def plan(self, common, cache, **inputs) -> Context:
         return Context(**common, block_length=self.config.block_length)
 
@@ -358,7 +363,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         blocks = Blocks(rows, 0, w)
         recurrent = self.config.recurrent_layers[0]
         attention = layers[recurrent].self_attn
-        states = cache.states if cache is not None and cache.states else [{}] * len(layers)
+        states = self.read_states(layers, context, cache)
         outs, seen = [], rows.seen
         # Of each block, the packed tokens (B, width) of the rows' own; picked once and split, for a pick from all of x
         # for each block would cost its whole gradient each time.
@@ -383,7 +388,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 y, state, _ = layer(y, part, state)
                 hidden.append(y)
                 new.append(state)
-            states, seen = new, part_rows.seen + part_rows.lengths
+            states, seen = [tensors_of(state) for state in new], part_rows.seen + part_rows.lengths
             outs.append(hidden)
         joined = []
         token = blocks.token_at.to(x.device)  # (B, T) place of each packed token in the row's blocks
@@ -396,7 +401,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
             )
         if cache is not None:
-            cache.write(states, rows)
+            self.write(new, context, cache)
         return joined[-1], joined if output_hidden_states else None, None
 
 
