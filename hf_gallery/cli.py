@@ -23,7 +23,7 @@ from .errors import one_line
 
 app = typer.Typer(
     name="hf-gallery",
-    help="Five long-sequence transformers: train, run, measure, convert and publish them.",
+    help="Long-sequence transformers: train, run, measure, convert and publish them.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",

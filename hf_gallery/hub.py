@@ -55,9 +55,10 @@ def push(
 ) -> str:
     """Uploads a folder that save_pretrained wrote, with its tokenizer and card, in one commit: all of it or nothing.
 
-    It holds the weights that transformers would load, the code that config.json and tokenizer_config.json name with all
-    that it imports, and the files of ABOUT, RIGHTS and TOKENIZER; a line of the log says what stays. The repository is made if it is not there. A folder without README.md gets the card of `render_card`. Weights that
-    the repository holds and the folder does not are deleted, lest they be loaded in place of the new ones.
+    It holds the weights that transformers would load, the code that config.json and tokenizer_config.json name with
+    what that imports, and the files of ABOUT, RIGHTS and TOKENIZER; a line of the log says what stays. The repository
+    is made if it is not there. A folder without README.md gets the card of `render_card`. Weights that the repository
+    holds and the folder does not are deleted, lest they be loaded in place of the new ones.
 
     repo_id: user/name, or a name of the token's owner. private: for a repository that is made. revision: a branch that
     is there, default main. token: default the one that huggingface_hub finds. Returns the repository's address.
@@ -217,7 +218,7 @@ def _tensor_problems(variant: Variant, config: dict[str, Any], found: dict[str, 
         known = ", ".join(variant.heads.values())
         yield f"architectures in config.json is {named!r}; it must be a list of one of {known}"
         return
-    kind = getattr(hf_gallery, named[0])
+    kind = variant.classes[named[0]]
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = kind(variant.config.from_dict(config))

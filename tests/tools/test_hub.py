@@ -20,7 +20,7 @@ from test_law_7_travels_light import inputs_of, open_elsewhere, results_here
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from typer.testing import CliRunner
-from variants import VARIANTS, Runner, assert_equal, words
+from variants import COLUMNS, VARIANTS, Runner, assert_equal, words
 
 import hf_gallery.variants
 from hf_gallery import GalleryTransformerForCausalLM
@@ -107,9 +107,7 @@ def save_tiny(name, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.works(
-    "Hub, pushed and opened", "transformer", "transformer_xl", "longformer", "memorizing", "block_recurrent"
-)
+@pytest.mark.works("Hub, pushed and opened", *COLUMNS)
 def test_there_and_back(hub, tmp_path, monkeypatch):
     """All variants go up by push_to_hub and by push, and open without the library, with the same logits and the same
     generated text, under every head; a checkpoint of transformers comes down and is converted."""
