@@ -7,7 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Position, compute_dtype
+from .attention_problem import Position, compute_dtype
 from .context import ForwardContext
 from .positions import t5_buckets
 
@@ -107,7 +107,8 @@ class ScaledHeads(Heads):
     """Heads of unit length, with a learned scale for each in place of 1 / sqrt(D).
 
     Keys that keep their length stay comparable with the queries of later weights, which a memory needs. The scale
-    starts at config.initial_scale and its absolute value is used. As meliad's transformer_base.py, KVQLayer.
+    starts at config.initial_scale. As meliad's transformer_base.py, KVQLayer; the absolute value, from 2025, keeps the
+    scale from changing sign.
     """
 
     def __init__(self, config, bias: bool = False):

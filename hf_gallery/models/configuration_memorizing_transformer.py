@@ -11,8 +11,9 @@ from .memory import BACKENDS
 class GalleryMemorizingTransformerConfig(GalleryConfig):
     """The Memorizing Transformer: segments, a local cache, and in some layers a large memory searched by top-k.
 
-    Defaults are the paper's model (Wu et al. 2022, arXiv 2203.08913, and meliad's configs/memory) over bytes: 12
-    layers, 1024 wide, 8 heads, segments and cache of 512, memory in the ninth of 12 layers.
+    Defaults are the paper's model (Wu et al. 2022, arXiv 2203.08913, and meliad's configs/base_htrans.gin) over bytes:
+    12 layers, 1024 wide, 8 heads, segments and cache of 512, memory in the ninth of 12 layers, 32 pairs for each
+    query. The published configuration, options/external_memory_8k.gin, retrieves 128.
 
     The fields from num_positions on give a trained GPT-2 a memory (section 4.5 of the paper gives one to a trained
     Transformer). Its learned positions end, so they start anew after `position_period` tokens, and local attention
@@ -35,10 +36,10 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     mem_len: int = 512  # C: keys of before the segment that local attention sees
     memory_layers: list[int] | None = None  # layers with a memory, counted from 0; default the fourth from the top
     memory_size: int = 8192  # M: pairs kept for each row and head, first in, first out
-    memory_topk: int = 32  # k: pairs that each query and head retrieves
+    memory_topk: int = 32  # k: pairs that each query and head retrieves, the paper's number
     memory_backend: str = "exact"  # one of memory.BACKENDS. exact: torch, streaming
     num_positions: int | None = None  # length of a learned table of positions; None: T5's bias, as published
-    normalize_qk: bool = True  # queries and keys of length 1, a learned scale a head; else 1 / sqrt(head_dim)
+    normalize_qk: bool = True  # queries and keys of length 1, a learned scale per head; else 1 / sqrt(head_dim)
     initial_scale: float = 1.0  # where that scale starts; scores of unit vectors are within it
     scale_embedding: bool = True  # times sqrt(hidden_size)
     attention_bias: bool = False  # of the maps to queries, keys, values and from heads

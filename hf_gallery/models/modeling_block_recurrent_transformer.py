@@ -8,12 +8,17 @@
 The state's keys and values serve both directions, and so do the tokens'; queries are separate. State vectors carry a
 learned id, without which they would stay alike. s_0 is learned.
 
-As google-research/meliad computes it (transformer/transformer_layer.py, transformer_base.py, configs/base_htrans.gin;
-its first commit), whose results are the paper's: the query itself is not in its window, norms divide by the root mean
-square alone, maps have no biases, dropout falls on a layer's normed input, its feed-forward's output and the last
-norm. We depart in three places. At a document's start the official window holds zeros that take part in the softmax;
-here there is nothing. In decoding the official code keeps the state fixed; here it advances exactly when its block is
-complete, so decoding equals reading. The official logits are divided by sqrt(V), ours by sqrt(E).
+The query itself is not in its window, norms divide by the root mean square alone, maps have no biases, and dropout
+falls on a layer's normed input, its feed-forward's output and the last norm, as in the authors' code, whose results
+are the paper's: google-research/meliad, transformer/transformer_layer.py, transformer_base.py and
+configs/base_htrans.gin as of commit fc4b036, of 2022. The gallery departs from it in three places:
+
+- Document start: the official window holds zero keys that take part in the softmax; here there is nothing.
+- Decoding: the official state stays as it was in the cache; here it advances when its block is complete, so decoding
+  equals reading.
+- Logits: divided by sqrt(V) in the code of 2022 and by sqrt(E) in that of 2025 (cc1aef5); here by sqrt(E).
+
+The absolute value of the scales, as here, is taken in the code of 2025 only; the two agree while scales are positive.
 
 Blocks start at each row's own first token. All but the state runs over all blocks at once. Gradients flow through all
 blocks of one forward, and not between forwards. Letters: see spans.py. W block_length, S num_state_vectors, J blocks.

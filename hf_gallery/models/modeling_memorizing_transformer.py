@@ -1,17 +1,27 @@
 """The Memorizing Transformer (Wu, Rabe, Hutchins, Szegedy 2022, arXiv 2203.08913).
 
-    every layer      local attention over [seg(p) - mem_len, p], T5 bias, unit queries and keys, a scale a head
+    every layer      local attention over [seg(p) - mem_len, p], T5 bias, unit queries and keys, a scale per head
     a memory layer   besides, for each query and head, the k stored pairs with the largest dot product, attended to by
                      a softmax of their own, with the same scale and no bias                          section 3.2
     out = local (1 - g) + retrieved g,  g = sigmoid(gate bias), one for each head                     section 3.2
 
 The memory of a query in segment s holds the last memory_size pairs before s: it is searched before the segment is
 appended. Nothing stored is differentiated, and neither is the local cache; the queries, the scale and the gate learn.
-A query that finds nothing adds zeros in place of what it retrieved, as the official stores, which start as zeros, do
-(google-research/meliad, transformer/transformer_layer.py and memory/). From there are also the norms, which divide by
-the root mean square alone, the maps without biases and the places of dropout (configs/base_htrans.gin of its first
-commit). We depart in two places: the official window is the mem_len tokens strictly before each query, where the paper
-speaks of a segment and a cache, as here; and the official logits are divided by sqrt(V), ours by sqrt(E).
+
+The norms (root mean square alone), the maps without biases and the places of dropout follow the authors' code,
+google-research/meliad: transformer/transformer_layer.py and configs/base_htrans.gin as of commit fc4b036, the memory
+(memory_layer.py) as of 9b21017, both of 2022. The gallery departs from it in five places:
+
+- Local window: the official one is the mem_len tokens strictly before each query; here, as in the paper, the segment
+  and a cache before it.
+- Document start: the official window holds zero keys that take part in the softmax; here there is nothing.
+- Search: the official one is approximate, the best key of each of k buckets; here it is exact.
+- Fewer than k pairs stored: the official store starts as zeros, and zero keys with zero values take part; here they
+  do not, and a query that finds nothing adds zeros.
+- Logits: divided by sqrt(V) in the code of 2022 and by sqrt(E) in that of 2025 (cc1aef5); here by sqrt(E).
+
+The absolute value of the scales, as here, is taken in the code of 2025 only; the two agree while scales are positive.
+The paper's k is 32, the default; the published external_memory_8k.gin has 128.
 
 The config can take back unit length, T5 bias and the rest of what sets the layers apart from GPT-2's, so that a
 trained GPT-2 can be given a memory: with its gates closed it is GPT-2, on pieces as long as its table of positions.
