@@ -270,7 +270,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
             return initial
         fresh = rows.seen < self.block_length
         if not bool(fresh.any()):
-            return state["state"]
+            return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
     def entering_keys_values(self, state, context):

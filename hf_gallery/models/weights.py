@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 
 class Version:
@@ -34,13 +35,15 @@ class Version:
 def version_of(modules: Iterable[nn.Module]) -> Version | None:
     """A value that stays equal while the modules compute the same; None where that cannot be known.
 
-    It covers parameters and buffers (which they are, where they lie, torch's count of writes to them) and what else
-    the modules hold: an adapter's scale or switch, hooks, a replaced forward. Unknown are weights that torch does not
-    count (made in inference mode), that are somewhere else (offloaded), or that are tensors of a kind of their own
-    (quantized, sharded). Writes through `.data` are not counted by torch, and so not seen.
+    It covers parameters and buffers (which they are, where they lie, torch's count of writes to them), the steps of
+    all optimisers, since fused ones write without being counted, and what else the modules hold: an adapter's scale or
+    switch, hooks, a replaced forward. Unknown are weights that torch does not count (made in inference mode), that are
+    somewhere else (offloaded), or that are tensors of a kind of their own (quantized, sharded). What is not seen is a
+    write through `.data` by hand: after one, reset the rows or take a new cache.
     """
     tensors: list[weakref.ref] = []
     facts: list[Any] = [(torch.is_autocast_enabled(x), torch.get_autocast_dtype(x)) for x in ("cpu", "cuda")]
+    facts.append(_steps[0])
     for root in modules:
         for module in root.modules():
             held = [x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None]
@@ -56,6 +59,16 @@ def version_of(modules: Iterable[nn.Module]) -> Version | None:
                 )
     return Version(tuple(tensors), tuple(facts))
 
+
+_steps = [0]  # of any optimiser in this process
+
+
+def _count_step(*_):
+    _steps[0] += 1
+
+
+register_optimizer_step_pre_hook(_count_step)
+register_optimizer_step_post_hook(_count_step)
 
 _COUNTED = {"_parameters", "_buffers", "_modules"}
 
