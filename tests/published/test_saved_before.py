@@ -17,6 +17,7 @@ from transformers import TrainingArguments
 from variants import assert_equal, result_of
 
 import hf_gallery as gallery
+from eval import report
 from hf_gallery.training import SegmentTrainer
 
 SAVED = Path(__file__).parents[1] / "golden" / "saved"
@@ -134,3 +135,15 @@ def test_a_training_is_resumed(tmp_path):
     assert trainer.state.global_step == 4
     for name, x in model.state_dict().items():
         assert_equal(x, after[name], name)
+
+
+def test_results_read_as_before(tmp_path):
+    """Every measured row of the tables that were written then stands in the tables that are written now."""
+    results = report.read(str(SAVED / "results" / "results.json"), tmp_path)
+    then = (SAVED / "results" / "results.md").read_text()
+    rows, now = ([line for line in text.splitlines() if line[:2] == "| "] for text in (then, report.markdown(results)))
+    measured = [row for row in rows if row.startswith(("| Transformer-XL", "| bytes by", "| chance"))]
+    assert len(measured) == 4
+    for row in measured:
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert any(all(cell in line for cell in cells) for line in now), row
