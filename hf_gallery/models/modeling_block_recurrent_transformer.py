@@ -47,6 +47,7 @@ from .blocks import (
 )
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
+from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
@@ -240,6 +241,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
     def _through_blocks(self, cross_query, keys, values, context, cached, state):
         """The only loop over blocks: the state. Returns what the tokens read (B, H, T, D), and the next state."""
         recurrence, rows, blocks = self.recurrence, context.rows, context.blocks(cached)
+        # A text that ends within a block moves no state that is read; one that goes on starts from no initial state.
+        cross_query = with_gradients_for(cross_query, recurrence)
         current = self.entering(state, rows)
         pair = self.entering_keys_values(state, context) if context.fed is None else context.fed
         pairs, windows = [], None
