@@ -7,7 +7,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention import Position, compute_dtype
+from .attention_problem import Position, compute_dtype
 from .context import ForwardContext
 from .positions import t5_buckets
 

@@ -11,6 +11,7 @@ import inspect
 
 import torch
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .modeling_base import GalleryGenerationMixin
@@ -42,10 +43,25 @@ def reads(*names: str):
     return widen
 
 
+def name_causal(kind: type):
+    """Tells transformers that a class predicts the next token. Its Trainer shifts labels by itself where it smooths
+    them (label_smoothing_factor), for the classes named in this table; of all others it takes each label for the
+    token in its own column. lm-eval looks a model type up in the same table."""
+    name, known = kind.__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if name not in known.values():  # a model type has one entry; further classes of it stand under their own names
+        model_type = getattr(getattr(kind, "config_class", None), "model_type", None)
+        known[name if not model_type or model_type in known else model_type] = name
+
+
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
     output_type = CausalLMOutputWithPast  # a variant whose backbone returns more names its own
+    head_loss = "ForCausalLM"
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        name_causal(cls)
 
     @can_return_tuple
     def forward(
@@ -97,6 +113,8 @@ class CausalLMHead(GalleryGenerationMixin):
 class MaskedLMHead:
     """The token that belongs in each column: a dense map with norm, then `lm_head` (Devlin et al. 2018)."""
 
+    head_loss = "ForMaskedLM"
+
     @can_return_tuple
     def forward(
         self,
@@ -141,6 +159,7 @@ class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
     output_type = SequenceClassifierOutputWithPast  # likewise
+    head_loss = "ForSequenceClassification"
 
     @can_return_tuple
     def forward(
