@@ -20,6 +20,8 @@ configs/base_htrans.gin as of commit fc4b036, of 2022. The gallery departs from 
 
 The absolute value of the scales, as here, is taken in the code of 2025 only; the two agree while scales are positive.
 
+The same by loops over blocks and tokens, to read beside the paper: tests/plain/block_recurrent_transformer.py.
+
 Blocks start at each row's own first token. All but the state runs over all blocks at once. Gradients flow through all
 blocks of one forward, and not between forwards. Letters: see spans.py. W block_length, S num_state_vectors, J blocks.
 """

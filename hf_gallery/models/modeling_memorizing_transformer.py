@@ -26,6 +26,8 @@ The paper's k is 32, the default; the published external_memory_8k.gin has 128.
 The config can take back unit length, T5 bias and the rest of what sets the layers apart from GPT-2's, so that a
 trained GPT-2 can be given a memory: with its gates closed it is GPT-2, on pieces as long as its table of positions.
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/memorizing_transformer.py.
+
 Letters: see spans.py. L segment_length, M memory_size, k memory_topk.
 """
 

@@ -9,6 +9,8 @@ ForSequenceClassification). Query p sees the keys [0, p] in a decoder and [0, n)
 [seg(p), p]. Switches in the config give what later models changed: GPT-2 (pre-norm, learned positions), BERT
 (embedding norm, token types), Marian (sines first, bias on the logits).
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/transformer.py.
+
 Letters: see spans.py.
 """
 

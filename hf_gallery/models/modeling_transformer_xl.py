@@ -15,6 +15,8 @@ gradient, and the keys of what came before, made again from detached states, so 
 memory; one softmax joins both. Without gradients one pass over all keys gives the same numbers, and the cache holds
 keys and values; with gradients it holds the states they are made from.
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/transformer_xl.py.
+
 Letters: see spans.py. L segment_length, M mem_len.
 """
 
