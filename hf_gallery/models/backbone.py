@@ -73,6 +73,7 @@ class Backbone(GalleryPreTrainedModel):
         self.check(rows, **inputs)
         common = dict(
             rows=rows,
+            device=(input_ids if inputs_embeds is None else inputs_embeds).device,
             cached=0 if cache is None else cache.columns_held,
             keep=cache is not None,
             limit=None if cache is None else cache.limit,
