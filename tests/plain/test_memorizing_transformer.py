@@ -175,7 +175,8 @@ def test_an_open_gate_and_k_of_all_is_full_attention_over_the_store():
     attn.o_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     model(ids)
     y = model.layers[0].self_attn_norm(model.embed_tokens(ids))
-    q, k, v = attn.project(y)
+    q, _ = attn.project(y)
+    k, v = attn.project.keys_values(y)
     for p in (7, 13, 14, 27):
         segment = p - p % 7
         weights = (q[:, :, p : p + 1] @ k[:, :, :segment].mT).softmax(-1)
