@@ -15,6 +15,7 @@ from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME
 from .context import ForwardContext
+from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, no_cache
 from .rows import Rows
 from .weights import version_of
@@ -79,6 +80,7 @@ class Backbone(GalleryPreTrainedModel):
         self.check(rows, **inputs)
         common = dict(
             rows=rows,
+            device=(input_ids if inputs_embeds is None else inputs_embeds).device,
             cached=0 if cache is None else cache.columns_held,
             keep=cache is not None,
             limit=None if cache is None else cache.limit,
@@ -91,6 +93,8 @@ class Backbone(GalleryPreTrainedModel):
         common["tables"] = None if cache is None else cache.read_tables(common.get("version"))
         context = self.plan(common, cache, **inputs)
         x = self.embed(rows, input_ids, inputs_embeds, **inputs)
+        if inputs_embeds is not None:
+            x = with_gradients_for(x, self.embed_tokens)
         x, hidden, attentions = self.run_layers(
             self.layers, x, context, cache, output_hidden_states, output_attentions, *self.layer_inputs(context)
         )

@@ -18,12 +18,14 @@ from .weights import Version
 class ForwardContext:
     """One forward, as every layer sees it.
 
-    cached: columns of time that the cache holds, C. keep: a cache wants the new state, `limit` columns of it (None =
-    all). infers: no gradients are recorded. facts: what the cache keeps of each row for the whole model. version: of
-    the weights that `tables` follow from; None where no cache can keep what follows from weights. known: see `once`.
+    device: of the input; parameters may be elsewhere, offloaded. cached: columns of time that the cache holds,
+    C. keep: a cache wants the new state, `limit` columns of it (None = all). infers: no gradients are recorded.
+    facts: what the cache keeps of each row for the whole model. version: of the weights that `tables` follow from;
+    None where no cache can keep what follows from weights. known: see `once`.
     """
 
     rows: Rows
+    device: torch.device | None = None
     cached: int = 0
     keep: bool = False
     limit: int | None = None

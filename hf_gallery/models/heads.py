@@ -102,7 +102,7 @@ class CausalLMHead(GalleryGenerationMixin):
 
     def score(self, hidden, labels, logits_to_keep, loss_arguments):
         """Logits (B, T, V) of hidden (B, T, E), and the loss if there are labels."""
-        logits = self.lm_head(keep_logits(hidden, logits_to_keep))
+        logits = vocabulary_scores(self.lm_head, keep_logits(hidden, logits_to_keep))
         if labels is None and "shift_labels" not in loss_arguments:
             return logits, None
         return logits, self.loss_function(
@@ -143,7 +143,7 @@ class MaskedLMHead:
             **kwargs,
         )
         x = self.transform_norm(self.transform_act(self.transform(outputs.last_hidden_state)))
-        logits = self.lm_head(x)
+        logits = vocabulary_scores(self.lm_head, x)
         loss = None
         if labels is not None:
             labels = labels.contiguous()
@@ -247,6 +247,16 @@ def pooled_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, last:
     column = torch.arange(t, device=mask.device).expand(b, t)
     column = column.masked_fill(~mask, -1).amax(1) if last else column.masked_fill(~mask, t).amin(1)
     return hidden[torch.arange(b, device=hidden.device), column.to(hidden.device)]
+
+
+def vocabulary_scores(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Scores (B, T, V) of hidden (B, T, E). PEFT's trainable tokens multiply by a tied head's table and leave its bias
+    out (0.21, TrainableTokensLayer.forward_adapters); what the head makes of zeros says whether it is to be added."""
+    scores = lm_head(hidden)
+    adapter = getattr(lm_head, "token_adapter", None)
+    if adapter is None or adapter.get_base_layer().bias is None:
+        return scores
+    return scores + (adapter.get_base_layer().bias - lm_head(torch.zeros_like(hidden[:1, :1])))
 
 
 def keep_logits(hidden: torch.Tensor, logits_to_keep) -> torch.Tensor:

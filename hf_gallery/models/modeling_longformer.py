@@ -13,6 +13,8 @@ The decoder is the paper's autoregressive model (section 4), which has no global
 all later tokens, however far, and themselves see what their window shows: a query over the whole past would need the
 whole past kept.
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/longformer.py.
+
 Letters: see spans.py. G global tokens of a row.
 """
 
@@ -30,12 +32,13 @@ from transformers.utils import can_return_tuple
 
 from .attention import Position, attend, attend_naive, join
 from .backbone import Backbone
-from .blocks import FeedForward, ResidualLayer, merge_heads, split_heads
+from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
 from .cache import CACHE_NAME
 from .columns import append_columns
 from .configuration_longformer import GalleryLongformerConfig
 from .context import ForwardContext
 from .folding import Folding, GlobalTokens, in_order
+from .gradients import with_gradients_for
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows, reads
 from .modeling_base import GalleryPreTrainedModel, with_config
 from .positions import sinusoids
@@ -79,7 +82,7 @@ class GalleryLongformerAttention(nn.Module):
             self.r_proj = nn.Linear(config.hidden_size, inner, bias=False)
             self.content_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # u of Transformer-XL
             self.position_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # v of Transformer-XL
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
@@ -96,8 +99,11 @@ class GalleryLongformerAttention(nn.Module):
             query, position = self._relative(query, context)
         probabilities = self._look(query, keys, position, context, x) if context.output_attentions else None
         out = self._local(query, keys, values, position, global_pairs, context)
-        if context.globals is not None and not context.causal:
-            out = context.globals.put(out, self._from_globals(x, context))
+        if not context.causal:
+            if context.globals is not None:
+                out = context.globals.put(out, self._from_globals(x, context))
+            else:
+                out = with_gradients_for(out, self.q_global_proj, self.k_global_proj, self.v_global_proj)
         return self.o_proj(merge_heads(out)), new, probabilities
 
     def _local(self, query, keys, values, position, global_pairs, context):
@@ -106,7 +112,7 @@ class GalleryLongformerAttention(nn.Module):
         queries, folded_keys, folded_values = folding.queries(query), folding.keys(keys), folding.keys(values)
         if position is not None:
             position = position._replace(query=folding.queries(position.query))
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.rate
         if global_pairs is None:
             out = attend(
                 queries, folded_keys, folded_values, window, position=position, dropout=dropout,
@@ -145,7 +151,7 @@ class GalleryLongformerAttention(nn.Module):
         spans = context.once(
             "everything", lambda: Spans(first.lower[:, :1].expand(-1, count), first.upper[:, :1].expand(-1, count))
         )
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.rate
         return attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
 
     def _relative(self, query, context):

@@ -9,6 +9,8 @@ ForSequenceClassification). Query p sees the keys [0, p] in a decoder and [0, n)
 [seg(p), p]. Switches in the config give what later models changed: GPT-2 (pre-norm, learned positions), BERT
 (embedding norm, token types), Marian (sines first, bias on the logits).
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/transformer.py.
+
 Letters: see spans.py.
 """
 
@@ -31,10 +33,11 @@ from transformers.utils import can_return_tuple
 
 from .attention import attend, attend_naive
 from .backbone import Backbone, unpacked
-from .blocks import FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
+from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .context import ForwardContext
+from .gradients import with_gradients_for
 from .heads import (
     CausalLMHead,
     MaskedLMHead,
@@ -71,7 +74,7 @@ class GalleryTransformerAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, E) to keys and values (B, H, S, D)."""
@@ -80,8 +83,7 @@ class GalleryTransformerAttention(nn.Module):
     def forward(self, x, key, value, spans: Spans, context: Context):
         """x (B, T, E), key and value (B, H, S, D) to (B, T, E) and, if asked for, probabilities (B, H, T, S)."""
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        out = attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
+        out = attend(query, key, value, spans, dropout=self.dropout.rate, implementation=context.implementation)
         probabilities = attend_naive(query, key, value, spans)[2] if context.output_attentions else None
         return self.o_proj(merge_heads(out)), probabilities
 
@@ -118,6 +120,7 @@ class GalleryTransformerLayer(ResidualLayer):
             y = self.cross_attn_norm(x) if self.pre else x
             if "cross_keys" in state:
                 key, value = state["cross_keys"].to(y.dtype), state["cross_values"].to(y.dtype)
+                y = with_gradients_for(y, self.cross_attn.k_proj, self.cross_attn.v_proj)
             else:
                 key, value = self.cross_attn.keys_values(source)
             y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
@@ -306,7 +309,8 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             )
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("decoder_input_ids are missing: give them, decoder_inputs_embeds, or labels to the head")
-        if encoder_outputs is None and "source_length" not in getattr(past_key_values, "rows", {}):
+        read = encoder_outputs is not None or "source_length" in getattr(past_key_values, "rows", {})
+        if not read:
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **flags
             )
@@ -321,8 +325,11 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             use_cache=use_cache,
             **flags,
         )
+        hidden = decoded.last_hidden_state
+        if read:  # the encoder has run before, or elsewhere
+            hidden = with_gradients_for(hidden, self.encoder)
         return Seq2SeqModelOutput(
-            last_hidden_state=decoded.last_hidden_state,
+            last_hidden_state=hidden,
             **{CACHE_NAME: cache_of(decoded)},
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
@@ -388,7 +395,7 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         return self.dropout(x if self.config.is_decoder else torch.tanh(self.pooler(x)))
 
 
-class GalleryTransformerForConditionalGeneration(GalleryTransformerPreTrainedModel, GalleryGenerationMixin):
+class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, GalleryTransformerPreTrainedModel):
     """The published encoder-decoder; one table for source, target and logits (section 3.4)."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
