@@ -15,6 +15,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from deprecations import errors  # noqa: E402
+from variants import COLUMNS  # noqa: E402
 from works import Works  # noqa: E402
 
 hypothesis.settings.register_profile(
@@ -35,7 +37,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # the models here are so small that a second thread only waits
-    config.pluginmanager.register(Works(config))
+    config.pluginmanager.register(Works(config, COLUMNS))
 
 
 def pytest_unconfigure(config):
@@ -50,3 +52,9 @@ def _uninitialised_memory_is_nan():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def _deprecated_calls_are_errors():
+    with errors():
+        yield

@@ -140,6 +140,7 @@ class Backbone(GalleryPreTrainedModel):
         for part in parts:
             common = ForwardContext(
                 rows=part.rows,
+                device=(input_ids if inputs_embeds is None else inputs_embeds).device,
                 cached=0 if part.past is None else part.past.columns_held,
                 keep=part.keeps,
                 limit=cache.limit if part.keeps else None,

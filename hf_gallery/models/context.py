@@ -18,12 +18,14 @@ Wider = TypeVar("Wider", bound="ForwardContext")
 class ForwardContext:
     """One forward, as every layer sees it.
 
-    cached: columns of time that the cache holds, C. keep: a cache wants the new state, `limit` columns of it (None =
-    all). infers: no gradients are recorded. shared: per layer, what the cache keeps that follows from the weights
-    alone; facts: what it keeps for the whole model. known: see `once`.
+    device: of the input; parameters may be elsewhere, offloaded. cached: columns of time that the cache holds,
+    C. keep: a cache wants the new state, `limit` columns of it (None = all). infers: no gradients are recorded.
+    shared: per layer, what the cache keeps that follows from the weights alone; facts: what it keeps for the whole
+    model. known: see `once`.
     """
 
     rows: Rows
+    device: torch.device | None = None
     cached: int = 0
     keep: bool = False
     limit: int | None = None

@@ -12,6 +12,7 @@ import inspect
 import torch
 import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
 from .documents import PACKING, Documents
@@ -53,10 +54,25 @@ def reads(*names: str):
     return widen
 
 
+def name_causal(kind: type):
+    """Tells transformers that a class predicts the next token. Its Trainer shifts labels by itself where it smooths
+    them (label_smoothing_factor), for the classes named in this table; of all others it takes each label for the
+    token in its own column. lm-eval looks a model type up in the same table."""
+    name, known = kind.__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if name not in known.values():  # a model type has one entry; further classes of it stand under their own names
+        model_type = getattr(getattr(kind, "config_class", None), "model_type", None)
+        known[name if not model_type or model_type in known else model_type] = name
+
+
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
     output_type = CausalLMOutputWithPast  # a variant whose backbone returns more names its own
+    head_loss = "ForCausalLM"
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        name_causal(cls)
 
     @can_return_tuple
     def forward(
@@ -109,7 +125,7 @@ class CausalLMHead(GalleryGenerationMixin):
 
     def score(self, hidden, labels, logits_to_keep, loss_arguments):
         """Logits (B, T, V) of hidden (B, T, E), and the loss if there are labels."""
-        logits = self.lm_head(keep_logits(hidden, logits_to_keep))
+        logits = vocabulary_scores(self.lm_head, keep_logits(hidden, logits_to_keep))
         if labels is None and "shift_labels" not in loss_arguments:
             return logits, None
         return logits, self.loss_function(
@@ -119,6 +135,8 @@ class CausalLMHead(GalleryGenerationMixin):
 
 class MaskedLMHead:
     """The token that belongs in each column: a dense map with norm, then `lm_head` (Devlin et al. 2018)."""
+
+    head_loss = "ForMaskedLM"
 
     @can_return_tuple
     def forward(
@@ -149,7 +167,7 @@ class MaskedLMHead:
             **kwargs,
         )
         x = self.transform_norm(self.transform_act(self.transform(outputs.last_hidden_state)))
-        logits = self.lm_head(x)
+        logits = vocabulary_scores(self.lm_head, x)
         loss = None
         if labels is not None:
             labels = labels.contiguous()
@@ -165,6 +183,7 @@ class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
     output_type = SequenceClassifierOutputWithPast  # likewise
+    head_loss = "ForSequenceClassification"
 
     @can_return_tuple
     def forward(
@@ -270,6 +289,16 @@ def pooled_rows(
     column = torch.arange(t, device=mask.device).expand(b, t)
     column = column.masked_fill(~mask, -1).amax(1) if last else column.masked_fill(~mask, t).amin(1)
     return hidden[torch.arange(b, device=hidden.device), column.to(hidden.device)]
+
+
+def vocabulary_scores(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+    """Scores (B, T, V) of hidden (B, T, E). PEFT's trainable tokens multiply by a tied head's table and leave its bias
+    out (0.21, TrainableTokensLayer.forward_adapters); what the head makes of zeros says whether it is to be added."""
+    scores = lm_head(hidden)
+    adapter = getattr(lm_head, "token_adapter", None)
+    if adapter is None or adapter.get_base_layer().bias is None:
+        return scores
+    return scores + (adapter.get_base_layer().bias - lm_head(torch.zeros_like(hidden[:1, :1])))
 
 
 def keep_logits(hidden: torch.Tensor, logits_to_keep) -> torch.Tensor:

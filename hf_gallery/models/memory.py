@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from .attention import compute_dtype
+from .attention_problem import compute_dtype
 
 try:
     import faiss

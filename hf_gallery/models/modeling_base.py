@@ -34,6 +34,11 @@ class GalleryPreTrainedModel(PreTrainedModel):
     implementations: dict[str, str] = {}  # of attention, with what each is
     embeds_positions = True  # whether position_ids may be anything; a backbone may know distances only
     prefix = ""  # of the input's names, in messages
+    head_loss: str | None = None  # which of transformers' losses; it would go by the class name, also of a subclass
+
+    def __init__(self, config, *inputs, **kwargs):
+        super().__init__(config, *inputs, **kwargs)
+        self.loss_type = self.head_loss or self.loss_type
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested = requested_attention or "eager"

@@ -20,6 +20,8 @@ configs/base_htrans.gin as of commit fc4b036, of 2022. The gallery departs from 
 
 The absolute value of the scales, as here, is taken in the code of 2025 only; the two agree while scales are positive.
 
+The same by loops over blocks and tokens, to read beside the paper: tests/plain/block_recurrent_transformer.py.
+
 Blocks start at each row's own first token. All but the state runs over all blocks at once. Gradients flow through all
 blocks of one forward, and not between forwards. Letters: see spans.py. W block_length, S num_state_vectors, J blocks.
 """
@@ -35,6 +37,7 @@ from torch import nn
 from .attention import attend, attend_naive
 from .backbone import Backbone, LayerResults
 from .blocks import (
+    AttentionDropout,
     FeedForward,
     MeliadLayer,
     ScaledEmbedding,
@@ -151,7 +154,7 @@ class RecurrentState(nn.Module):
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__()
-        self.heads = config.num_attention_heads
+        self.heads, self.block_length = config.num_attention_heads, config.block_length
         inner = self.heads * config.head_dim
         self.initial = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
         self.ids = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
@@ -167,16 +170,61 @@ class RecurrentState(nn.Module):
             self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.feed_forward_gate = StateGate(config, config.intermediate_size)
 
-    def keys_values(self, state):
+    def forward(self, state: dict, context: Context, tokens=None):
+        """The keys and values (B, H, S, D) of the state that the next token's block enters with. With tokens, which
+        are queries (B, H, T, D), and keys and values (B, H, C + T, D): what the queries read (B, H, T, D), and the
+        layer's next state. The only loop over blocks is here."""
+        rows = context.rows
+        current = self._entering(state, rows)
+        pair = context.fed
+        if pair is None:
+            # Kept ones, unless a row was emptied after they were made.
+            kept = context.infers and "state_keys" in state and bool((rows.seen > 0).all())
+            pair = (state["state_keys"], state["state_values"]) if kept else self._keys_values(current)
+        if tokens is None:
+            return pair
+        query, keys, values = tokens
+        blocks = context.blocks(keys.shape[2] - query.shape[2])
+        pairs, windows = [], None
+        for j in range(blocks.count):
+            pairs.append(pair)
+            done = blocks.complete[:, j]
+            read = context.keep or j + 1 < blocks.count  # somebody will read the next state
+            if read and bool(done.any()):
+                windows = windows or (blocks.windows(keys), blocks.windows(values))
+                spans = blocks.window_spans(j, current.shape[1])
+                ahead = self._advance(current, *pair, windows[0][j], windows[1][j], spans)
+                current = (
+                    ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
+                )
+                if j + 1 < blocks.count or context.infers:
+                    pair = self._keys_values(current)
+        key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
+        new = {"state": current}
+        if context.infers:  # a token of the same block reads them again
+            new |= {"state_keys": pair[0], "state_values": pair[1]}
+        return blocks.back(read_state(blocks.tokens(query), key, value)), new if context.keep else {}
+
+    def _entering(self, state, rows) -> torch.Tensor:
+        """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
+        initial = self.initial.expand(len(rows.seen), -1, -1)
+        if "state" not in state:
+            return initial
+        fresh = rows.seen < self.block_length
+        if not bool(fresh.any()):
+            return state["state"]
+        return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
+
+    def _keys_values(self, state):
         """The keys and values (B, H, S, D) of a state (B, S, E), which tokens and the state itself read."""
         return self.project.keys_values(self.norm(state) + self.ids)
 
-    def advance(self, state, key, value, keys, values, spans):
+    def _advance(self, state, key, value, keys, values, spans):
         """The state (B, S, E) after a block; its keys and values are (B, H, S, D), the tokens' are (B, H, 2 W, D)."""
-        z, s = self.norm(state) + self.ids, state.shape[1]
-        query = self.project.queries(z)
+        z = self.norm(state) + self.ids
+        query, _ = self.project(z)
         cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.heads), self.cross_scale)
-        own = attend(query, key, value, Spans(torch.zeros(1, s).long(), torch.full((1, s), s - 1)), scale=1.0)
+        own = read_state(query, key, value)
         cross = attend(cross_query, keys, values, spans, scale=1.0)
         hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, S, 2 H D)
         state = self.gate(state, self.o_proj(hidden), hidden)
@@ -185,6 +233,13 @@ class RecurrentState(nn.Module):
             hidden = ffn.act(ffn.up_proj(self.feed_forward_norm(state)))
             state = self.feed_forward_gate(state, ffn.down_proj(hidden), hidden)
         return state
+
+
+def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """What queries (B, H, any, D), their scale in them, read of a state's keys and values (B, H, S, D), all of it."""
+    count = query.shape[2]
+    everything = Spans(torch.zeros(1, count).long(), torch.full((1, count), key.shape[2] - 1))
+    return attend(query, key, value, everything, scale=1.0)
 
 
 class GalleryBlockRecurrentTransformerAttention(nn.Module):
@@ -204,79 +259,31 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         self.o_proj = nn.Linear((2 if self.reads_state else 1) * inner, config.hidden_size, bias=False)
         if self.recurrent:
             self.recurrence = RecurrentState(config)
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
-        query, key, value = self.project(x)  # (B, H, T, D)
+        query, scale = self.project(x)  # (B, H, T, D), (H,)
+        key, value = self.project.keys_values(x)  # (B, H, T, D)
         limit = None if self.recurrent else self.block_length
         keys, values, new = context.extend(state, limit, keys=key, values=value)  # (B, H, C + T, D)
         cached = keys.shape[2] - key.shape[2]
         spans = context.window(cached)
         # One distance only where the window is still empty: a table needs a row all the same.
-        position = self.relative_bias(max(1, spans.distances(cached)[1]), self.project.scales())
-        dropout = self.dropout if self.training else 0.0
-        out = attend(query, keys, values, spans, position=position, scale=1.0, dropout=dropout)
+        position = self.relative_bias(max(1, spans.distances(cached)[1]), scale)
+        out = attend(query, keys, values, spans, position=position, scale=1.0, dropout=self.dropout.rate)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)[2]
         if self.reads_state:
             cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.heads), self.cross_scale)
             if self.recurrent:
-                cross, new_state = self._through_blocks(cross_query, keys, values, context, cached, state)
-                if context.keep:
-                    new |= new_state
+                cross, new_state = self.recurrence(state, context, (cross_query, keys, values))
+                new |= new_state
             else:
-                cross = self._read_state(cross_query, *context.fed)
+                cross = read_state(cross_query, *context.fed)
             out = torch.cat([out, cross], dim=1)  # (B, 2 H, T, D)
         return self.o_proj(merge_heads(out)), new, probabilities
-
-    @staticmethod
-    def _read_state(query, key, value):
-        b, _, w, _ = query.shape
-        everything = Spans(torch.zeros(1, w).long(), torch.full((1, w), key.shape[2] - 1))
-        return attend(query, key, value, everything, scale=1.0)
-
-    def _through_blocks(self, cross_query, keys, values, context, cached, state):
-        """The only loop over blocks: the state. Returns what the tokens read (B, H, T, D), and the next state."""
-        recurrence, rows, blocks = self.recurrence, context.rows, context.blocks(cached)
-        current = self.entering(state, rows)
-        pair = self.entering_keys_values(state, context) if context.fed is None else context.fed
-        pairs, windows = [], None
-        for j in range(blocks.count):
-            pairs.append(pair)
-            done = blocks.complete[:, j]
-            read = context.keep or j + 1 < blocks.count  # somebody will read the next state
-            if read and bool(done.any()):
-                windows = windows or (blocks.windows(keys), blocks.windows(values))
-                spans = blocks.window_spans(j, current.shape[1])
-                ahead = recurrence.advance(current, *pair, windows[0][j], windows[1][j], spans)
-                current = (
-                    ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
-                )
-                if j + 1 < blocks.count or context.infers:
-                    pair = recurrence.keys_values(current)
-        key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
-        new = {"state": current}
-        if context.infers:  # a token of the same block reads them again
-            new |= {"state_keys": pair[0], "state_values": pair[1]}
-        return blocks.back(self._read_state(blocks.tokens(cross_query), key, value)), new
-
-    def entering(self, state, rows) -> torch.Tensor:
-        """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
-        initial = self.recurrence.initial.expand(len(rows.seen), -1, -1)
-        if "state" not in state:
-            return initial
-        fresh = rows.seen < self.block_length
-        if not bool(fresh.any()):
-            return state["state"]
-        return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
-
-    def entering_keys_values(self, state, context):
-        """The keys and values (B, H, S, D) of that state: kept ones, unless a row was emptied after they were made."""
-        if context.infers and "state_keys" in state and bool((context.rows.seen > 0).all()):
-            return state["state_keys"], state["state_values"]
-        return self.recurrence.keys_values(self.entering(state, context.rows))
 
 
 class GalleryBlockRecurrentTransformerLayer(MeliadLayer):
@@ -290,6 +297,10 @@ class GalleryBlockRecurrentTransformerLayer(MeliadLayer):
         self.feed_forward = FeedForward(config, bias=False)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x, context: Context, state: dict):
+        """As MeliadLayer's. Without x, of a recurrent layer: what its RecurrentState gives without tokens."""
+        return self.self_attn.recurrence(state, context) if x is None else super().forward(x, context, state)
 
 
 class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
@@ -359,7 +370,6 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         rows, w = context.rows, self.config.block_length
         blocks = Blocks(rows, 0, w)
         recurrent = self.config.recurrent_layers[0]
-        attention = self.layers[recurrent].self_attn
         outs, seen = [], rows.seen
         # Of each block, the packed tokens (B, width) of the rows' own; picked once and split, for a pick from all of x
         # for each block would cost its whole gradient each time.
@@ -378,7 +388,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 limit=self.config.cache_capacity,
                 infers=context.infers,
             )
-            part.fed = attention.entering_keys_values(states[recurrent], part)
+            part.fed = self.layers[recurrent](None, part, states[recurrent])
             hidden, new = [y], []
             for layer, state in zip(self.layers, states, strict=True):
                 y, state, _ = layer(y, part, state)

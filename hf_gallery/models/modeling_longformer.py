@@ -13,6 +13,8 @@ The decoder is the paper's autoregressive model (section 4), which has no global
 all later tokens, however far, and themselves see what their window shows: a query over the whole past would need the
 whole past kept.
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/longformer.py.
+
 Letters: see spans.py. G global tokens of a row.
 """
 
@@ -30,123 +32,19 @@ from transformers.utils import can_return_tuple
 
 from .attention import Position, attend, attend_naive, join
 from .backbone import Backbone
-from .blocks import FeedForward, ResidualLayer, merge_heads, split_heads
+from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
 from .cache import CACHE_NAME
 from .columns import append_columns
 from .configuration_longformer import GalleryLongformerConfig
 from .context import ForwardContext
 from .documents import PACKING, Documents
+from .folding import Folding, GlobalTokens, in_order
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows, reads
 from .modeling_base import GalleryPreTrainedModel, with_config
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
-
-
-class Folding:
-    """Columns [cached | new] cut into g rows of every g-th column, for a window dilated by g. g = 1 moves nothing.
-
-    Columns are padded in front so that they end together; queries likewise, to whole rows of g.
-    """
-
-    def __init__(self, rows: Rows, cached: int, dilation: int):
-        self.g, self.rows, self.cached = dilation, rows, cached
-        columns = cached + rows.width
-        self.front = -columns % dilation  # before the keys
-        self.early = (self.front + cached) % dilation  # before the queries, within their first row of g
-
-    def keys(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, C + T, D) to (B * g, H, S, D)."""
-        return self._fold(x, self.front)
-
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, T, D) to (B * g, H, T', D)."""
-        return self._fold(x, self.early)
-
-    def unfold(self, x: torch.Tensor) -> torch.Tensor:
-        """Results of queries (B * g, H, T'[, D]) back to (B, H, T[, D])."""
-        if self.g == 1:
-            return x
-        x = x.unflatten(0, (-1, self.g)).movedim(1, 3)  # (B, H, T', g[, D])
-        return x.flatten(2, 3)[:, :, self.early :]
-
-    def _fold(self, x, pad):
-        if self.g == 1:
-            return x
-        x = F.pad(x, (0, 0, pad, 0)).unflatten(2, (-1, self.g))  # (B, H, S, g, D)
-        return x.permute(0, 3, 1, 2, 4).flatten(0, 1)
-
-    def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of the folded queries: positions in their rows (B or 1, g, T'), and whether there is a token at all."""
-        t = torch.arange(self.early + self.rows.width) - self.early  # packed query, negative before the first
-        p = self.rows.first[..., None] + t.view(-1, self.g).T  # (B or 1, g, T')
-        return p, (p >= self.rows.first[..., None]) & (p <= self.rows.last[..., None])
-
-    def window(self, left: int, right: int) -> Spans:
-        """The intervals of `left` keys before and `right` after every query, in folded columns."""
-        p, real = self.positions()
-        last = self.rows.last[..., None]
-        at = (self.front + self.cached - self.early) // self.g + torch.arange(p.shape[-1])  # the query's own column
-        lower = at - (p // self.g).clamp(max=left)
-        upper = at + ((last - p) // self.g).clamp(max=right)
-        upper = torch.where(real, upper, lower - 1)
-        return self._spans(lower, upper)
-
-    def _spans(self, lower, upper):
-        if self.g > 1:
-            lower, upper = (x.expand(len(self.rows.seen), -1, -1) for x in (lower, upper))
-        return Spans(lower.flatten(0, 1), upper.flatten(0, 1))
-
-    def outside(self, globals_: GlobalTokens, left: int, right: int) -> tuple[torch.Tensor, list[Spans]]:
-        """The global keys that a query sees and its window does not hold, as intervals of the list of global keys.
-
-        Returns the order (B * g, G) of each folded row's list, and disjoint intervals of it. In front stand the keys
-        that are no multiple of g away, and so in no window of the row; then those that are, by position.
-        """
-        p, real = self.positions()  # (B or 1, g, T')
-        b = len(self.rows.seen)
-        p, real = p.expand(b, -1, -1), real.expand(b, -1, -1)
-        position = globals_.positions[:, None]  # (B, 1, G)
-        missing = position < 0
-        apart = (position - p[..., :1]) % self.g != 0  # (B, g, G)
-        value = torch.where(apart, position, position + _FAR).masked_fill(missing, 2 * _FAR)
-        value, order = value.sort(dim=-1, stable=True)  # (B, g, G)
-        fronts = (apart & ~missing).sum(-1, keepdim=True).expand_as(p)
-        nearer = torch.searchsorted(value, (p - left * self.g + _FAR).contiguous())  # first one not before the window
-        nothing = torch.zeros_like(p)
-        if globals_.causal:
-            past = torch.searchsorted(value, p.contiguous())  # of those in front, the ones before the query
-            intervals = [(fronts, nearer - 1)] + ([(nothing, past - 1)] if self.g > 1 else [])
-        else:
-            farther = torch.searchsorted(value, (p + right * self.g + _FAR).contiguous(), right=True)
-            last = (~missing).sum(-1, keepdim=True).expand_as(p) - 1
-            intervals = [(nothing, nearer - 1), (farther, last)]
-        spans = [Spans(lo.flatten(0, 1), torch.where(real, hi, lo - 1).flatten(0, 1)) for lo, hi in intervals]
-        return order.flatten(0, 1), spans
-
-
-_FAR = 2**40
-
-
-@dataclass
-class GlobalTokens:
-    """The global tokens of each row. positions (B, G): in their rows, -1 where a row has fewer."""
-
-    positions: torch.Tensor
-    index: torch.Tensor | None  # (B, Gn): the packed columns of those that are new, T where a row has fewer
-    pick: torch.Tensor | None  # decoder: (B, G), which of [cached | new] global keys
-    causal: bool
-
-    def take(self, x: torch.Tensor) -> torch.Tensor:
-        """The new global tokens' part (B, H, Gn, D) of x (B, H, T, D); zeros where a row has fewer."""
-        index = self.index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-        return F.pad(x, (0, 0, 0, 1)).gather(2, index)
-
-    def put(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        """x (B, H, T, D) with the new global tokens' columns replaced by y (B, H, Gn, D)."""
-        index = self.index.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-        return F.pad(x, (0, 0, 0, 1)).scatter(2, index, y.to(x.dtype))[:, :, :-1]
 
 
 @dataclass(kw_only=True)
@@ -183,7 +81,7 @@ class GalleryLongformerAttention(nn.Module):
             self.r_proj = nn.Linear(config.hidden_size, inner, bias=False)
             self.content_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # u of Transformer-XL
             self.position_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # v of Transformer-XL
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
@@ -209,7 +107,7 @@ class GalleryLongformerAttention(nn.Module):
         queries, folded_keys, folded_values = folding.queries(query), folding.keys(keys), folding.keys(values)
         if position is not None:
             position = position._replace(query=folding.queries(position.query))
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.rate
         if global_pairs is None:
             out = attend(
                 queries, folded_keys, folded_values, window, position=position, dropout=dropout,
@@ -222,7 +120,7 @@ class GalleryLongformerAttention(nn.Module):
         result = attend(
             queries, folded_keys, folded_values, window, position=position, dropout=dropout, return_lse=True
         )
-        global_keys, global_values = (_in_order(z, order) for z in global_pairs)  # (B * g, H, G, D)
+        global_keys, global_values = (in_order(z, order) for z in global_pairs)  # (B * g, H, G, D)
         for spans in outside:
             far = attend(queries, global_keys, global_values, spans, dropout=dropout, return_lse=True)
             result = join(result, far)
@@ -248,7 +146,7 @@ class GalleryLongformerAttention(nn.Module):
         spans = context.once(
             "everything", lambda: Spans(first.lower[:, :1].expand(-1, count), first.upper[:, :1].expand(-1, count))
         )
-        dropout = self.dropout if self.training else 0.0
+        dropout = self.dropout.rate
         return attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
 
     def _relative(self, query, context):
@@ -311,13 +209,6 @@ class GalleryLongformerAttention(nn.Module):
         visible = visible & real[:, None] & (p <= rows.last)[..., None]
         row = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
         return visible.to(device), window.to(device), row.clamp(0, self.left + self.right).to(device)
-
-
-def _in_order(x, order):
-    """x (B, H, G, D) for each folded row in its own order (B * g, G): (B * g, H, G, D)."""
-    g = len(order) // len(x)
-    order = order.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
-    return x.repeat_interleave(g, dim=0).gather(2, order)
 
 
 class GalleryLongformerLayer(ResidualLayer):
@@ -539,6 +430,7 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
     """A label for each token."""
 
     _auto_class = "AutoModelForTokenClassification"
+    head_loss = "ForTokenClassification"
 
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
@@ -586,6 +478,7 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
     """Start and end of an answer; the question, all tokens before the first separator, is global."""
 
     _auto_class = "AutoModelForQuestionAnswering"
+    head_loss = "ForQuestionAnswering"
 
     def __init__(self, config: GalleryLongformerConfig):
         config.check_ids("sep_token_id")

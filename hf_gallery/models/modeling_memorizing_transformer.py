@@ -26,6 +26,8 @@ The paper's k is 32, the default; the published external_memory_8k.gin has 128.
 The config can take back unit length, T5 bias and the rest of what sets the layers apart from GPT-2's, so that a
 trained GPT-2 can be given a memory: with its gates closed it is GPT-2, on pieces as long as its table of positions.
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/memorizing_transformer.py.
+
 Letters: see spans.py. L segment_length, M memory_size, k memory_topk.
 """
 
@@ -46,6 +48,7 @@ from transformers.modeling_outputs import (
 from .attention import attend, attend_naive
 from .backbone import Backbone
 from .blocks import (
+    AttentionDropout,
     FeedForward,
     Heads,
     MeliadLayer,
@@ -171,13 +174,15 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             require_backend(config.memory_backend)
             self.gate_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
             self.topk, self.backend = config.memory_topk, config.memory_backend
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and local probabilities (B, H, T, C + T) or None."""
-        query, key, value = self.project(x)  # (B, H, T, D)
+        query, scale = self.project(x)  # (B, H, T, D), (H,)
+        key, value = self.project.keys_values(x)  # (B, H, T, D)
         keys, values, new = without_gradients(context, state, key, value)  # (B, H, C + T, D)
-        out, probabilities = self._local(query, key, value, keys, values, state, context)
+        position = self.relative_bias(context.far, scale) if hasattr(self, "relative_bias") else None
+        out, probabilities = self._local(query, key, value, keys, values, position, state, context)
         if self.remembers:
             retrieved, new_memory = self._remember(query, keys, values, context, state)
             gate = torch.sigmoid(self.gate_bias)[:, None, None].to(out.dtype)
@@ -185,11 +190,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             new |= new_memory
         return self.o_proj(merge_heads(out)), new, probabilities
 
-    def _local(self, query, key, value, keys, values, state, context):
-        position = None
-        if hasattr(self, "relative_bias"):
-            position = self.relative_bias(context.far, self.project.scales())
-        options = dict(scale=1.0, dropout=self.dropout if self.training else 0.0)
+    def _local(self, query, key, value, keys, values, position, state, context):
+        options = dict(scale=1.0, dropout=self.dropout.rate)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)[2]

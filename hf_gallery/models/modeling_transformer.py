@@ -9,6 +9,8 @@ ForSequenceClassification). Query p sees the keys [0, p] in a decoder and [0, n)
 [seg(p), p]. Switches in the config give what later models changed: GPT-2 (pre-norm, learned positions), BERT
 (embedding norm, token types), Marian (sines first, bias on the logits).
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/transformer.py.
+
 Letters: see spans.py.
 """
 
@@ -31,7 +33,7 @@ from transformers.utils import can_return_tuple
 
 from .attention import attend, attend_naive
 from .backbone import Backbone, unpacked
-from .blocks import FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
+from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .context import ForwardContext
@@ -70,7 +72,7 @@ class GalleryTransformerAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, E) to keys and values (B, H, S, D)."""
@@ -79,8 +81,7 @@ class GalleryTransformerAttention(nn.Module):
     def forward(self, x, key, value, spans: Spans, context: Context):
         """x (B, T, E), key and value (B, H, S, D) to (B, T, E) and, if asked for, probabilities (B, H, T, S)."""
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        out = attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
+        out = attend(query, key, value, spans, dropout=self.dropout.rate, implementation=context.implementation)
         probabilities = attend_naive(query, key, value, spans)[2] if context.output_attentions else None
         return self.o_proj(merge_heads(out)), probabilities
 
@@ -397,7 +398,7 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         return self.dropout(x if self.config.is_decoder else torch.tanh(self.pooler(x)))
 
 
-class GalleryTransformerForConditionalGeneration(GalleryTransformerPreTrainedModel, GalleryGenerationMixin):
+class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, GalleryTransformerPreTrainedModel):
     """The published encoder-decoder; one table for source, target and logits (section 3.4)."""
 
     _auto_class = "AutoModelForSeq2SeqLM"

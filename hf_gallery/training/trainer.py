@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
+from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import sort_checkpoints
 
 from ..models.cache import GalleryCache, cache_of
@@ -101,6 +102,8 @@ class SegmentTrainer(Trainer):
             # says use_cache=False would forget its past when it is loaded.
             self.model.config.use_cache = use_cache
         self._refuse_what_lanes_cannot_do()
+        if self.label_smoother is not None:
+            self.label_smoother = _SmoothInPlace(self.label_smoother.epsilon)
         config = self.model.config
         length = segment_length if segment_length is not None else getattr(config, "segment_length", None)
         if not isinstance(length, int) or length < 1:
@@ -376,6 +379,13 @@ class SegmentTrainer(Trainer):
                 )
             cache = GalleryCache.load(path).to(self.args.device)  # safetensors knows no "cpu:0"
         return _Carried(cache, tuple(state["position"]))
+
+
+class _SmoothInPlace(LabelSmoother):
+    """Trainer's label smoothing, which shifts the labels of a causal model, for labels that lanes have shifted."""
+
+    def __call__(self, model_output, labels, shift_labels=False, num_items_in_batch=None):
+        return super().__call__(model_output, labels, num_items_in_batch=num_items_in_batch)
 
 
 @dataclass

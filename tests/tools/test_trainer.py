@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from renamed import checkpointing
 from test_training import NO_DROPOUT, Stop, arguments, assert_same, dataset, losses, texts, weights
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -16,7 +17,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
 )
-from variants import VARIANTS
+from variants import COLUMNS, VARIANTS
 
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.training import SegmentTrainer
@@ -26,9 +27,7 @@ TOKENIZER = byte_tokenizer()
 # number of predicted tokens would depend on what a text is batched with.
 TOKENIZER.padding_side = "right"
 # One of each architecture, with all of its heads.
-FIVE = [
-    v for v in VARIANTS if v.name in ("transformer", "transformer_xl", "longformer", "memorizing", "block_recurrent")
-]
+FIVE = [v for v in VARIANTS if v.name in COLUMNS]
 five = pytest.mark.parametrize("variant", FIVE, ids=[variant.name for variant in FIVE])
 TRAINED = ("causal", "masked", "sequence", "tokens", "question")
 HEADS = [(v, head) for v in FIVE for head in TRAINED if head in v.heads]
@@ -138,7 +137,7 @@ def test_checkpointed_activations_give_the_same_training(variant, head, tmp_path
     """With dropout, which falls on the same places when a layer is computed again."""
     plain = trainer(make(variant, head), head, tmp_path)
     plain.train()
-    saving = trainer(make(variant, head), head, tmp_path, gradient_checkpointing=True)
+    saving = trainer(make(variant, head), head, tmp_path, **checkpointing())
     runs = []
     layer = next(module for name, module in saving.model.named_modules() if name.endswith("layers.0"))
     layer.feed_forward.register_forward_hook(lambda *_: runs.append(1))

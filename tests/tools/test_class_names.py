@@ -1,0 +1,220 @@
+"""What transformers, TRL, PEFT and lm-eval decide by the name of a class or by a model type, and that each decides of
+our models as it does of GPT-2 or BERT."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from test_trainer import FIVE
+from test_training import NO_DROPOUT, arguments, dataset
+from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, Trainer, default_data_collator
+from transformers.loss.loss_utils import LOSS_MAPPING
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from variants import VOCAB, causal, over, words
+
+from hf_gallery.training import SegmentTrainer
+
+SMOOTHING = 0.1
+
+
+def gpt2():
+    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_embd=30, n_layer=2, n_head=3, n_positions=64))
+
+
+def counting(length=24, period=29):
+    """Texts that count: after a token stands the next one."""
+    return [[(start + i) % period for i in range(length)] for start in range(period)]
+
+
+def smoothing(model, folder, kind=Trainer, **changes):
+    texts = counting()
+    rows = dataset(texts).add_column("labels", texts) if kind is Trainer else dataset(texts)
+    settings = {"max_steps": 100, "optim": "adamw_torch", "learning_rate": 5e-3, "per_device_train_batch_size": 8}
+    settings = arguments(folder, label_smoothing_factor=SMOOTHING, max_grad_norm=1.0, **settings | changes)
+    more = {"data_collator": only_tokens} if kind is Trainer else {"segment_length": 8}
+    return kind(model, settings, train_dataset=rows, **more)
+
+
+def only_tokens(rows):
+    return default_data_collator([{k: row[k] for k in ("input_ids", "labels")} for row in rows])
+
+
+def said(model):
+    """The shares of tokens, after the first few of a text, whose successor the model names, and which it repeats."""
+    ids = torch.tensor(counting())
+    with torch.no_grad():
+        best = model.eval()(input_ids=ids).logits.argmax(-1)[:, 4:-1]
+    return tuple((best == wanted).float().mean().item() for wanted in (ids[:, 5:], ids[:, 4:-1]))
+
+
+def brute_force(logits, labels, count=None):
+    """The smoothed loss of logits (B, T, V), in their type, where column t is to say label t + 1."""
+    total, tokens = 0.0, 0
+    for row, wanted in zip(logits.log_softmax(-1), labels, strict=True):
+        for scores, label in zip(row[:-1], wanted[1:], strict=True):
+            if label >= 0:
+                total += -(1 - SMOOTHING) * scores[label] - SMOOTHING * scores.mean()
+                tokens += 1
+    return total / (count or tokens)
+
+
+@pytest.mark.works("label smoothing")
+@causal(others_slow=True)
+def test_smoothed_labels_teach_the_next_token(variant, tmp_path):
+    own = smoothing(variant.make(**NO_DROPOUT), tmp_path)
+    own.train()
+    following, repeated = said(own.model)
+    assert following > 0.95 and repeated < 0.05
+
+
+def test_smoothed_labels_teach_the_next_token_as_they_teach_gpt2(tmp_path):
+    own = smoothing(gpt2(), tmp_path)
+    own.train()
+    following, repeated = said(own.model)
+    assert following > 0.95 and repeated < 0.05
+
+
+@pytest.mark.works("label smoothing")
+@causal(others_slow=True)
+def test_smoothed_labels_teach_the_next_token_by_segments(variant, tmp_path):
+    """SegmentTrainer shifts labels itself, so that a segment's last token knows the next one's first."""
+    own = smoothing(variant.make(**NO_DROPOUT), tmp_path, SegmentTrainer)
+    own.train()
+    following, repeated = said(own.model)
+    assert following > 0.95 and repeated < 0.05
+
+
+def wrapped(model):
+    return get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+
+
+def subclass(model):
+    """The same under a class of a user's own, whose name says nothing."""
+    model.__class__ = type("Mine", (type(model),), {})
+    return model
+
+
+def batch():
+    labels = words(3, 11)
+    labels[1, 7:] = labels[2, :3] = -100
+    return {"input_ids": words(3, 11), "labels": labels}
+
+
+@pytest.mark.works("label smoothing")
+@pytest.mark.parametrize("way", [lambda model: model, wrapped, subclass], ids=["plain", "lora", "subclass"])
+@causal()
+def test_the_smoothed_loss_is_what_its_formula_says(variant, way, tmp_path):
+    """In float64, but for a sum that transformers takes in float32; also the mean over the labels of several batches,
+    which Trainer asks for by their number."""
+    model = way(variant.make(dtype=torch.float64, **NO_DROPOUT))
+    own = smoothing(model, tmp_path)
+    inputs = batch()
+    with torch.no_grad():
+        logits = model(input_ids=inputs["input_ids"]).logits
+        for count in (None, 40):
+            loss = own.compute_loss(model, dict(inputs), num_items_in_batch=count and torch.tensor(count))
+            torch.testing.assert_close(loss, brute_force(logits, inputs["labels"], count), rtol=1e-6, atol=0)
+
+
+@pytest.mark.works("label smoothing")
+@causal()
+def test_segments_smooth_as_whole_texts_do(variant, tmp_path):
+    """The mean over all tokens of documents that are read in pieces is that of the documents read at once."""
+    texts = [row.tolist() for row in words(4, 13)]
+    changes = dict(label_smoothing_factor=SMOOTHING, per_device_eval_batch_size=2)
+    model = variant.make(dtype=torch.float64, **NO_DROPOUT)
+    own = SegmentTrainer(model, arguments(tmp_path, **changes), segment_length=4, eval_dataset=dataset(texts))
+    found = own.evaluate()["eval_loss"]
+    with torch.no_grad():
+        ids = torch.tensor(texts)
+        expected = brute_force(model(input_ids=ids).logits, ids).item()
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+ELSEWHERE = """
+import importlib.abc, sys
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "hf_gallery":
+            raise ImportError("hf_gallery is not installed here")
+sys.meta_path.insert(0, Blocker())
+import torch, transformers
+from peft import LoraConfig, get_peft_model
+torch.set_num_threads(1)
+inputs, smoothing, found = torch.load(sys.argv[1] + "/batch.pt"), float(sys.argv[2]), {}
+for name in sys.argv[3:]:
+    folder = f"{sys.argv[1]}/{name}"
+    settings = transformers.TrainingArguments(
+        folder + "/run", label_smoothing_factor=smoothing, use_cpu=True, report_to=[], disable_tqdm=True)
+    for adapted in (False, True):
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, trust_remote_code=True, dtype=torch.float64).eval()
+        if adapted:
+            model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+        with torch.no_grad():
+            found[name, adapted] = transformers.Trainer(model, settings).compute_loss(model, dict(inputs))
+torch.save(found, sys.argv[1] + "/found.pt")
+"""
+
+
+@pytest.mark.works("label smoothing", *(variant.name for variant in FIVE))
+def test_code_from_the_hub_smooths_alike(tmp_path):
+    """By trust_remote_code, in a process that cannot import hf_gallery, with an untrained adapter and without."""
+    torch.save(batch(), tmp_path / "batch.pt")
+    expected = {}
+    for variant in FIVE:
+        model = variant.make(dtype=torch.float64, **NO_DROPOUT)
+        model.save_pretrained(tmp_path / variant.name)
+        with torch.no_grad():
+            expected[variant.name] = brute_force(model(input_ids=batch()["input_ids"]).logits, batch()["labels"])
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HOME": str(tmp_path / "home")}
+    environment.pop("PYTHONPATH", None)
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", ELSEWHERE, str(tmp_path), str(SMOOTHING), *expected],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = torch.load(tmp_path / "found.pt")
+    for (name, adapted), loss in found.items():
+        torch.testing.assert_close(loss, expected[name], rtol=1e-6, atol=0, msg=f"{name}, adapter {adapted}: {loss}")
+
+
+# ---- the loss
+
+
+@over(lambda variant, head: head.auto not in ("AutoModel", "AutoModelForSeq2SeqLM"))
+def test_the_loss_goes_by_the_head_and_not_by_the_name(variant, head):
+    """transformers takes a model's loss from its class name; a subclass is trained by its head's all the same."""
+    kind = variant.heads[head].kind
+    expected = LOSS_MAPPING["For" + kind.__name__.split("For")[-1]]
+    for model in (variant.make(head), type("Mine", (kind,), {})(variant.make_config(head))):
+        assert model.loss_function is expected, type(model).__name__
+
+
+def test_references_take_their_loss_by_name():
+    """What the test above is held against."""
+    assert gpt2().loss_function is LOSS_MAPPING["ForCausalLM"]
+    small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    assert BertForMaskedLM(small).loss_function is LOSS_MAPPING["ForMaskedLM"]
+
+
+@causal()
+def test_tokens_are_counted_as_the_loss_shifts_them(variant, tmp_path):
+    """Trainer counts the labels of an update by the kind of loss: without those of first columns where it shifts."""
+    own = smoothing(variant.make(), tmp_path)
+    assert own._loss_shifts_labels
+    assert own._get_num_items_in_batch([batch()], torch.device("cpu")) == (batch()["labels"][:, 1:] != -100).sum()
+
+
+# ---- tables of model types
+
+
+@causal()
+def test_transformers_knows_every_causal_class(variant):
+    """As it knows GPT-2's; what reads the table: Trainer's label smoothing, its model cards, transformers' server."""
+    kind = variant.heads["causal"].kind
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[variant.config.model_type] == kind.__name__
+    assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt2"] == "GPT2LMHeadModel"
