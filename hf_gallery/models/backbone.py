@@ -209,8 +209,8 @@ class Backbone(GalleryPreTrainedModel):
 
     def run_layers(self, x: torch.Tensor, context: ForwardContext, states: list[dict], *more) -> LayerResults:
         """Runs the layers on x (B, T, E), each with its state and with `more` besides. Nothing is written."""
-        hidden = [x] if context.output_hidden_states else None
-        attentions = [] if context.output_attentions else None
+        hidden: list | None = [x] if context.output_hidden_states else None
+        attentions: list | None = [] if context.output_attentions else None
         new = []
         for layer, state in zip(self.layers, states, strict=True):
             x, state, probabilities = layer(x, context, state, *more)

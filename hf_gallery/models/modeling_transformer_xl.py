@@ -258,7 +258,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             shared = list(past.shared) or [{} for _ in self.layers]
         relative = None
         if shared is None or not all(shared):
-            distances = torch.arange(far, -1, -1, device=common["device"])
+            distances = torch.arange(far, -1, -1, device=common.device)
             if config.clamp_len > 0:
                 distances = distances.clamp(max=config.clamp_len)
             relative = sinusoids(distances, config.hidden_size, "concatenated", self.dtype)
@@ -272,7 +272,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             parts=parts,
             biases=None if config.untie_r else (self.content_bias, self.position_bias),
             shared=shared,
-            start=None if start is None else start.to(common["device"]),
+            start=None if start is None else start.to(common.device),
         )
 
     def _start(self, rows: Rows, cached: int):
