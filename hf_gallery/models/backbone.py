@@ -24,6 +24,7 @@ from transformers.utils import can_return_tuple
 from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
 from .documents import PACKING, Documents
+from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, check_arguments, no_cache
 from .rows import Rows, unpack
 
@@ -151,6 +152,8 @@ class Backbone(GalleryPreTrainedModel):
             )
             context = self.plan(common, part.past, **inputs)
             x = self.embed(part.rows, input_ids, inputs_embeds, **inputs)
+            if inputs_embeds is not None:
+                x = with_gradients_for(x, self.embed_tokens)
             states = part.past.states if part.past is not None else []
             result = self.run_layers(x, context, states or [{}] * len(self.layers), *self.layer_inputs(context))
             result.x = self.finish(result.x)
