@@ -127,8 +127,8 @@ class GalleryLM(HFLM):
         if self.max_length != UNLIMITED:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         asked: dict[tuple[int, ...], list[int]] = {}  # the requests of each context
-        for i, (_, context, _) in enumerate(requests):
-            asked.setdefault(tuple(context), []).append(i)
+        for i, (_, tokens, _) in enumerate(requests):
+            asked.setdefault(tuple(tokens), []).append(i)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with self._progress(len(requests), "answers", disable_tqdm) as bar:
             answered = self._in_batches(
@@ -220,10 +220,8 @@ class GalleryLM(HFLM):
             mask = arguments.get("attention_mask", torch.ones_like(context))
             _, cache = self._in_chunks(context[:, :-1], mask[:, :-1])
             own = self.model.generation_config  # what the arguments leave open
-            several = [
-                arguments.get(name) or getattr(own, name) or 1 for name in ("num_beams", "num_return_sequences")
-            ]
-            cache.batch_repeat_interleave(max(several))
+            copies = (arguments.get(name) or getattr(own, name) for name in ("num_beams", "num_return_sequences"))
+            cache.batch_repeat_interleave(max(n or 1 for n in copies))
             arguments["past_key_values"] = cache
         return super()._model_generate(context, max_length, stop, **arguments)
 

@@ -503,8 +503,6 @@ def test_stock_command_line(learned, name, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "model")
     groups = ["gallery_memory", "gallery_reasoning", "gallery_lm"]
     arguments = f"pretrained={tmp_path / 'model'},trust_remote_code=True"
-    if is_limited(model.config):
-        arguments += ",max_length=20000"
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "--model", "hf", "--include_path", str(FOLDER), "--tasks", ",".join(groups),
          "--model_args", arguments, "--limit", "2", "--device", "cpu", "--output_path", str(tmp_path / "out"),
