@@ -230,11 +230,13 @@ class GalleryCache(Cache):
 
     def _recorded(self, history, rows):
         """The history with the columns of one more forward; without those that no crop could take back."""
-        mask = None if rows.mask is None else rows.mask.cpu()
-        if mask is None and history and history[-1][1] is None:
+        if rows.fresh is not None and bool(rows.fresh.any()):
+            history = ()  # what came before a new document cannot be taken back
+        if rows.mask is None and history and history[-1][1] is None:
             history = (*history[:-1], (history[-1][0] + rows.columns, None))
         else:
-            history = (*history, (rows.columns, mask))
+            recent = rows.recent
+            history = (*history, (recent, None if rows.mask is None else rows.mask[:, -recent:].cpu()))
         if self.limit is not None:
             while sum(count for count, _ in history[1:]) > self.limit:
                 history = history[1:]

@@ -234,7 +234,8 @@ class CacheHeader:
             elif parts[0] == "history":
                 masks[int(parts[1])] = x.cpu()
             elif parts[0] == "weights":
-                sample = WeightSample(*self.weights, x.cpu())
+                names, types = self.weights
+                sample = WeightSample(names, types, x.cpu())
             else:
                 states[int(parts[1])][parts[2]] = self._kind(parts)(x)
         return {

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .columns import append_columns, next_columns
 from .rows import Rows
 from .states import Columns, NextState, State
-from .weights import Version
+
+Wider = TypeVar("Wider", bound="ForwardContext")
 
 
 @dataclass(kw_only=True)
@@ -20,8 +21,8 @@ class ForwardContext:
 
     device: of the input; parameters may be elsewhere, offloaded. cached: columns of time that the cache holds,
     C. keep: a cache wants the new state, `limit` columns of it (None = all). infers: no gradients are recorded.
-    facts: what the cache keeps of each row for the whole model. version: of the weights that `tables` follow from;
-    None where no cache can keep what follows from weights. known: see `once`.
+    facts: what the cache keeps of each row for the whole model. tables: of the layers, which follow from weights
+    alone; None where no cache can keep them. known: see `once`.
     """
 
     rows: Rows
@@ -31,11 +32,15 @@ class ForwardContext:
     limit: int | None = None
     infers: bool = False
     output_attentions: bool = False
+    output_hidden_states: bool = False
     implementation: str = "eager"
     facts: NextState = field(default_factory=dict)
-    version: Version | None = None
     tables: dict[int, torch.Tensor] | None = None
     known: dict = field(default_factory=dict)
+
+    def widened(self, kind: type[Wider], **own) -> Wider:
+        """The same as a variant's Context, with its own fields."""
+        return kind(**(vars(self) | own))
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
         """What several layers need alike, worked out by the first that asks for it."""
