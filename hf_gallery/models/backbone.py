@@ -44,7 +44,7 @@ class Backbone(GalleryPreTrainedModel):
         raise NotImplementedError
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        """What stands behind the last layer, (B, T, E)."""
+        """Applies what stands behind the last layer, (B, T, E)."""
         return x
 
     @can_return_tuple
@@ -100,7 +100,7 @@ class Backbone(GalleryPreTrainedModel):
         )
 
     def layer_inputs(self, context) -> tuple:
-        """What layers take besides (hidden states, context, state): tensors that gradients must reach."""
+        """Further arguments of layers, after (hidden states, context, state): tensors that gradients must reach."""
         return ()
 
     def results(self, context, attentions) -> dict:

@@ -56,7 +56,7 @@ def name_causal(kind: type):
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
-    output_type = CausalLMOutputWithPast  # a variant whose backbone returns more names its own
+    output_type = CausalLMOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForCausalLM"
 
     def __init_subclass__(cls, **kwargs):
@@ -158,7 +158,7 @@ class MaskedLMHead:
 class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
-    output_type = SequenceClassifierOutputWithPast  # likewise
+    output_type = SequenceClassifierOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForSequenceClassification"
 
     @can_return_tuple
@@ -199,7 +199,7 @@ class SequenceClassificationHead:
         return self.output_type(**more | {"loss": loss, "logits": logits})
 
     def pool(self, hidden, attention_mask):
-        """What `classifier` sees of hidden (B, T, E): (B, E)."""
+        """The input (B, E) of `classifier`, from hidden (B, T, E)."""
         return pooled_rows(hidden, attention_mask, last=True)
 
 

@@ -17,7 +17,7 @@ from .spans import Spans
 
 
 class Rows:
-    """Where the tokens of a batch (B, T) stand. Bookkeeping is on the CPU; `pack` and `unpack` work anywhere.
+    """The places of the tokens of a batch (B, T). Bookkeeping is on the CPU; `pack` and `unpack` work anywhere.
 
     mask: (B, T), True at tokens; None = no padding. seen: (B,), tokens that each row has behind it.
     """
