@@ -155,7 +155,7 @@ def unpack(parts: Sequence[Rows], packed: Sequence[torch.Tensor]) -> torch.Tenso
 
 
 def _places(parts: Sequence[Rows]) -> torch.Tensor:
-    """Where each of the columns (batch, columns) stands among the packed columns of all parts; -1 at padding."""
+    """Places of the columns (batch, columns) among the packed columns of all parts; -1 at padding."""
     batch, columns = parts[0].batch, parts[0].columns
     place, start = torch.full((batch * columns,), -1, dtype=torch.long), 0
     for rows in parts:
