@@ -66,12 +66,12 @@ class Rows:
 
     @property
     def beyond(self) -> torch.Tensor:
-        """Which packed columns lie behind their row's last token, (B, T)."""
+        """Packed columns behind their row's last token, (B, T)."""
         return torch.arange(self.width) >= self.lengths[:, None]
 
     @property
     def recent(self) -> int:
-        """How many of the input's last columns hold nothing but what follows after all rows that are `fresh` began."""
+        """Counts the last columns of the input that hold nothing but what follows after all rows that are `fresh` began."""
         if self.fresh is None or self.mask is None:
             return self.columns
         first = self.mask.cpu().to(torch.uint8).argmax(dim=1)  # (B,)
