@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
 from .cache import CACHE_NAME, GalleryCache
+from .loading import check_weights
 from .rows import Rows
 
 
@@ -52,11 +53,23 @@ class GalleryPreTrainedModel(PreTrainedModel):
         config_module = type(self.config).__module__.split(".")[-1]
         # transformers' server and its decision pipeline take any causal model, but find one in a folder's code by this
         # name only.
-        heads = self.heads | {"AutoModelForDecision": self.heads["AutoModelForCausalLM"]}
+        heads = dict(self.heads)
+        if "AutoModelForCausalLM" in heads:
+            heads["AutoModelForDecision"] = heads["AutoModelForCausalLM"]
         self.config.auto_map = {"AutoConfig": f"{config_module}.{type(self.config).__name__}"} | {
             auto: f"{module}.{name}" for auto, name in heads.items()
         }
         return super().save_pretrained(save_directory, **kwargs)
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
+        """A step of from_pretrained, between the model on the meta device and memory for its weights."""
+        if not getattr(load_config, "is_quantized", False):
+            may_differ = getattr(load_config, "ignore_mismatched_sizes", False)
+            check_weights(model, state_dict, checkpoint_files, may_differ)
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
     def __call__(self, *args, **kwargs):
         """A forward. The cache that is given, as past_key_values or as cache, advances when all of it, head and loss
