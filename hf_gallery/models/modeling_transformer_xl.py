@@ -46,7 +46,7 @@ from .spans import Spans
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans  # the [cached | new] columns that each query sees
     far: int  # the greatest distance of the table of positions
@@ -243,8 +243,8 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
     def finish(self, x):
         return self.dropout(x)
 
-    def plan(self, common, cache, **inputs) -> Context:
-        config, rows, cached = self.config, common["rows"], common["cached"]
+    def plan(self, common, past, **inputs) -> Context:
+        config, rows, cached = self.config, common.rows, common.cached
         start, least = None, 0
         if config.initial_memory == "zeros":
             start, least = self._start(rows, cached), -config.mem_len
@@ -253,31 +253,31 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             rows, cached, config.segment_length, config.mem_len, config.same_length, least=least
         )
         far, shared = max(0, spans.distances(cached)[1]), None
-        if parts is None and cache is not None:
+        if parts is None and past is not None:
             far = config.cache_capacity  # one table for all forwards to come
-            shared = list(cache.shared) or [{} for _ in self.layers]
+            shared = list(past.shared) or [{} for _ in self.layers]
         relative = None
         if shared is None or not all(shared):
-            distances = torch.arange(far, -1, -1, device=common["device"])
+            distances = torch.arange(far, -1, -1, device=common.device)
             if config.clamp_len > 0:
                 distances = distances.clamp(max=config.clamp_len)
             relative = sinusoids(distances, config.hidden_size, "concatenated", self.dtype)
             if parts is not None:  # not where it becomes a table for later forwards
                 relative = self.dropout(relative)
-        return Context(
-            **common,
+        return common.widened(
+            Context,
             spans=spans,
             far=far,
             relative=relative,
             parts=parts,
             biases=None if config.untie_r else (self.content_bias, self.position_bias),
             shared=shared,
-            start=None if start is None else start.to(common["device"]),
+            start=None if start is None else start.to(common.device),
         )
 
     def _start(self, rows: Rows, cached: int):
-        """Which of the C columns that this forward needs stand before their row's first token, (B or 1, C); None if
-        none do. C is above `cached` where more are needed than the cache holds."""
+        """Marks the columns of this forward that stand before their row's first token, (B or 1, C); None if none do. C
+        is above `cached` where more are needed than the cache holds."""
         config = self.config
         reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
         columns = max(cached, config.mem_len if config.same_length else int(reach.max()))
