@@ -71,7 +71,7 @@ class Rows:
 
     @property
     def recent(self) -> int:
-        """Counts the last columns of the input that hold nothing but what follows after all rows that are `fresh` began."""
+        """Counts the last columns of the input that hold only what follows after all `fresh` rows began."""
         if self.fresh is None or self.mask is None:
             return self.columns
         first = self.mask.cpu().to(torch.uint8).argmax(dim=1)  # (B,)
