@@ -14,6 +14,7 @@ from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME
 from .context import ForwardContext
+from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, no_cache
 from .rows import Rows
 
@@ -83,6 +84,8 @@ class Backbone(GalleryPreTrainedModel):
         )
         context = self.plan(common, cache, **inputs)
         x = self.embed(rows, input_ids, inputs_embeds, **inputs)
+        if inputs_embeds is not None:
+            x = with_gradients_for(x, self.embed_tokens)
         x, hidden, attentions = self.run_layers(
             self.layers, x, context, cache, output_hidden_states, output_attentions, *self.layer_inputs(context)
         )

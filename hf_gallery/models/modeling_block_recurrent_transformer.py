@@ -29,7 +29,7 @@ blocks of one forward, and not between forwards. Letters: see spans.py. W block_
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -50,6 +50,7 @@ from .blocks import (
 )
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
+from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
@@ -184,6 +185,8 @@ class RecurrentState(nn.Module):
         if tokens is None:
             return pair
         query, keys, values = tokens
+        # A text that ends within a block moves no state that is read; one that goes on starts from no initial state.
+        query = with_gradients_for(query, self)
         blocks = context.blocks(keys.shape[2] - query.shape[2])
         pairs, windows = [], None
         for j in range(blocks.count):
@@ -387,7 +390,8 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 limit=self.config.cache_capacity,
                 infers=context.infers,
             )
-            part.fed = layers[recurrent](None, part, states[recurrent])
+            # In a context of its own: a checkpointed layer computes it again, from what it was computed from.
+            part = replace(part, fed=layers[recurrent](None, part, states[recurrent]))
             hidden, new = [y], []
             for layer, state in zip(layers, states, strict=True):
                 y, state, _ = layer(y, part, state)

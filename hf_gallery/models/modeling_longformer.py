@@ -38,6 +38,7 @@ from .columns import append_columns
 from .configuration_longformer import GalleryLongformerConfig
 from .context import ForwardContext
 from .folding import Folding, GlobalTokens, in_order
+from .gradients import with_gradients_for
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows, reads
 from .modeling_base import GalleryPreTrainedModel, with_config
 from .positions import sinusoids
@@ -96,8 +97,11 @@ class GalleryLongformerAttention(nn.Module):
             query, position = self._relative(query, context)
         probabilities = self._look(query, keys, position, context, x) if context.output_attentions else None
         out = self._local(query, keys, values, position, global_pairs, context)
-        if context.globals is not None and not context.causal:
-            out = context.globals.put(out, self._from_globals(x, context))
+        if not context.causal:
+            if context.globals is not None:
+                out = context.globals.put(out, self._from_globals(x, context))
+            else:
+                out = with_gradients_for(out, self.q_global_proj, self.k_global_proj, self.v_global_proj)
         return self.o_proj(merge_heads(out)), new, probabilities
 
     def _local(self, query, keys, values, position, global_pairs, context):

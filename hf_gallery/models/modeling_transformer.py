@@ -38,6 +38,7 @@ from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbeddin
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .context import ForwardContext
+from .gradients import with_gradients_for
 from .heads import (
     CausalLMHead,
     MaskedLMHead,
@@ -119,6 +120,7 @@ class GalleryTransformerLayer(ResidualLayer):
             y = self.cross_attn_norm(x) if self.pre else x
             if "cross_keys" in state:
                 key, value = state["cross_keys"], state["cross_values"]
+                y = with_gradients_for(y, self.cross_attn.k_proj, self.cross_attn.v_proj)
             else:
                 key, value = self.cross_attn.keys_values(source)
             y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
@@ -307,7 +309,8 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             )
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("decoder_input_ids are missing: give them, decoder_inputs_embeds, or labels to the head")
-        if encoder_outputs is None and "source_length" not in getattr(past_key_values, "rows", {}):
+        read = encoder_outputs is not None or "source_length" in getattr(past_key_values, "rows", {})
+        if not read:
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **flags
             )
@@ -322,8 +325,11 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             use_cache=use_cache,
             **flags,
         )
+        hidden = decoded.last_hidden_state
+        if read:  # the encoder has run before, or elsewhere
+            hidden = with_gradients_for(hidden, self.encoder)
         return Seq2SeqModelOutput(
-            last_hidden_state=decoded.last_hidden_state,
+            last_hidden_state=hidden,
             **{CACHE_NAME: cache_of(decoded)},
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,

@@ -68,6 +68,8 @@ def imports(path):
 def third_party(path):
     """Top-level packages that a file imports, but for the standard library, this repository and files beside it."""
     beside = [*path.parent.glob("*.py"), *(ROOT / "eval" / "tasks").glob("*.py")]  # lm-eval puts a task's folder there
+    if "tests" in path.parts:  # on pytest's path
+        beside += [p for p in (ROOT / "tests").rglob("*") if p.is_dir() or p.suffix == ".py"]
     own = {"hf_gallery", "eval", *(p.stem for p in beside)}
     names = {module.split(".")[0] for module, level, _, _ in imports(path) if level == 0}
     return names - own - set(sys.stdlib_module_names)
@@ -128,15 +130,25 @@ def test_requirements(setup):
     assert list(needed["transformers"].specifier.filter(versions)) == ["5.17.0", "5.23.0", "5.99.0"]
 
 
-def test_pinned_versions_satisfy_the_requirements(setup):
-    lines = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = requirements(line for line in lines if line and not line.startswith("#"))
-    asked = [*setup["install_requires"], *(line for extra in setup["extras_require"].values() for line in extra)]
-    asked = requirements(asked)
-    assert pins
-    for name, pin in pins.items():
-        (version,) = (s.version for s in pin.specifier)
-        assert name in asked and version in asked[name].specifier, f"{pin} is not what setup.py asks for"
+def test_ci_runs_what_a_newcomer_runs_and_constrains_nothing_but_the_oldest():
+    script = ROOT / ".ci" / "run"
+    subprocess.run(["bash", "-n", script], check=True)
+    newest, oldest = script.read_text(encoding="utf-8").split("fresh oldest")
+    assert [path.name for path in script.parent.iterdir()] == ["run"], "versions are capped in setup.py alone"
+    assert not re.search("--constraint|PIP_CONSTRAINT|==", newest)
+    for command in ('pip install -e ".[test]" && pytest', 'pip install -e ".[eval]" && python -m eval'):
+        assert command in newest and command in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "pytest tests/laws" in oldest and "--constraint" in oldest
+
+
+def test_ci_tests_the_oldest_releases_that_are_allowed(setup):
+    """The lines that .ci/run makes of setup.py are its lower bounds, and all that the library imports has one."""
+    (line,) = re.findall(r"^(grep .*setup\.py.*?) >", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    pins = subprocess.run(["bash", "-c", line], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    asked = requirements([*setup["install_requires"], *setup["extras_require"]["test"]])
+    floors = {r.name: s.version for r in asked.values() for s in r.specifier if s.operator == ">="}
+    assert dict(pin.split("==") for pin in pins) == floors
+    assert set(requirements(setup["install_requires"])) <= {canonicalize_name(name) for name in floors}
 
 
 @pytest.mark.parametrize(("folder", "extra"), [("hf_gallery", None), ("eval", "eval"), ("tests", "test")])
