@@ -35,7 +35,7 @@ import torch
 from torch import nn
 
 from .attention import attend, attend_naive
-from .backbone import Backbone
+from .backbone import Backbone, LayerResults
 from .blocks import (
     AttentionDropout,
     FeedForward,
@@ -345,23 +345,25 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
-    def plan(self, common, cache, **inputs) -> Context:
-        return Context(**common, block_length=self.config.block_length)
+    def plan(self, common, past, **inputs) -> Context:
+        return common.widened(Context, block_length=self.config.block_length)
 
     def finish(self, x):
         return self.dropout(self.norm(x))
 
-    def run_layers(self, *arguments):
-        return self._run_block_by_block(*arguments) if self.config.feedback else super().run_layers(*arguments)
+    def run_layers(self, x, context, states, *more):
+        if self.config.feedback:
+            return self._run_block_by_block(x, context, states)
+        return super().run_layers(x, context, states, *more)
 
-    def _run_block_by_block(self, layers, x, context, cache, output_hidden_states=False, output_attentions=False):
+    def _run_block_by_block(self, x, context, states) -> LayerResults:
         """As run_layers, with feedback: a layer of block j reads the state that block j - 1 left in a layer above."""
-        if output_attentions:
+        if context.output_attentions:
             raise ValueError(
                 "output_attentions is True and config.feedback is True: blocks run one by one, so there is no one "
                 "map; leave output_attentions out"
             )
-        for layer in layers:
+        for layer in self.layers:
             checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
             if self.training and layer.gradient_checkpointing and checkpoint.keywords.get("use_reentrant"):
                 raise ValueError(
@@ -371,7 +373,6 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         rows, w = context.rows, self.config.block_length
         blocks = Blocks(rows, 0, w)
         recurrent = self.config.recurrent_layers[0]
-        states = cache.states if cache is not None and cache.states else [{}] * len(layers)
         outs, seen = [], rows.seen
         # Of each block, the packed tokens (B, width) of the rows' own; picked once and split, for a pick from all of x
         # for each block would cost its whole gradient each time.
@@ -391,9 +392,9 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 infers=context.infers,
             )
             # In a context of its own: a checkpointed layer computes it again, from what it was computed from.
-            part = replace(part, fed=layers[recurrent](None, part, states[recurrent]))
+            part = replace(part, fed=self.layers[recurrent](None, part, states[recurrent]))
             hidden, new = [y], []
-            for layer, state in zip(layers, states, strict=True):
+            for layer, state in zip(self.layers, states, strict=True):
                 y, state, _ = layer(y, part, state)
                 hidden.append(y)
                 new.append(state)
@@ -409,9 +410,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
             joined.append(
                 torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
             )
-        if cache is not None:
-            cache.write(states, rows)
-        return joined[-1], joined if output_hidden_states else None, None
+        return LayerResults(joined[-1], states, joined if context.output_hidden_states else None, None)
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):

@@ -293,6 +293,7 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     """The bare Memorizing Transformer."""
 
     output_type = MemorizingOutput
+    own_arguments = ("output_retrievals",)
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):
         super().__init__(config)
@@ -307,10 +308,33 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
-    def forward(self, *arguments, output_retrievals: bool = False, **inputs):
-        """As Backbone's. output_retrievals: also return what each memory layer retrieved, over the packed tokens of
-        each row (equal to the input's columns where there is no padding)."""
-        return super().forward(*arguments, output_retrievals=output_retrievals, **inputs)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+        output_retrievals: bool = False,
+        **inputs,
+    ):
+        """As Backbone's. output_retrievals: also return what each memory layer retrieved, over each row's own tokens
+        (equal to the input's columns where there is no padding)."""
+        return super().forward(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            output_retrievals=output_retrievals,
+            **inputs,
+        )
 
     def embed(self, rows, input_ids, inputs_embeds, **more):
         x = super().embed(rows, input_ids, inputs_embeds)
@@ -320,12 +344,20 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     def finish(self, x):
         return self.dropout(self.norm(x))
 
-    def plan(self, common, cache, output_retrievals=False, **inputs) -> Context:
-        config, cached = self.config, common["cached"]
+    def check_packed(self, attends, inputs):
+        super().check_packed(attends, inputs)
+        if inputs.get("output_retrievals"):
+            raise ValueError(
+                "output_retrievals is True, and documents are packed in the rows: what is retrieved is told by rows; "
+                "give each document a row of its own to see it"
+            )
+
+    def plan(self, common, past, output_retrievals=False, **inputs) -> Context:
+        config, cached = self.config, common.cached
         length, period = config.segment_length, config.position_period
-        spans, parts = segment_spans(common["rows"], cached, length, config.mem_len, period=period)
-        return Context(
-            **common,
+        spans, parts = segment_spans(common.rows, cached, length, config.mem_len, period=period)
+        return common.widened(
+            Context,
             spans=spans,
             parts=parts,
             far=max(0, spans.distances(cached)[1]),

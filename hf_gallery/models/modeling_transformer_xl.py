@@ -275,8 +275,8 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
     def finish(self, x):
         return self.dropout(x)
 
-    def plan(self, common, cache, **inputs) -> Context:
-        config, rows, cached = self.config, common["rows"], common["cached"]
+    def plan(self, common, past, **inputs) -> Context:
+        config, rows, cached = self.config, common.rows, common.cached
         start, least = None, 0
         if config.initial_memory == "zeros":
             start, least = self._start(rows, cached), -config.mem_len
@@ -285,26 +285,26 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             rows, cached, config.segment_length, config.mem_len, config.same_length, least=least
         )
         far, shared = max(0, spans.distances(cached)[1]), None
-        if parts is None and cache is not None:
+        if parts is None and past is not None:
             far = config.cache_capacity  # one table for all forwards to come
-            shared = list(cache.shared) or [{} for _ in self.layers]
+            shared = list(past.shared) or [{} for _ in self.layers]
         relative = None
         if shared is None or not all(shared):
-            distances = torch.arange(far, -1, -1, device=common["device"])
+            distances = torch.arange(far, -1, -1, device=common.device)
             if config.clamp_len > 0:
                 distances = distances.clamp(max=config.clamp_len)
             relative = sinusoids(distances, config.hidden_size, "concatenated", self.dtype)
             if parts is not None:  # not where it becomes a table for later forwards
                 relative = self.dropout(relative)
-        return Context(
-            **common,
+        return common.widened(
+            Context,
             spans=spans,
             far=far,
             relative=relative,
             parts=parts,
             biases=None if config.untie_r else (self.content_bias, self.position_bias),
             shared=shared,
-            start=None if start is None else start.to(common["device"]),
+            start=None if start is None else start.to(common.device),
         )
 
     def _start(self, rows: Rows, cached: int):
