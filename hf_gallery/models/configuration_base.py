@@ -1,4 +1,4 @@
-"""What the configurations of all variants share: the common fields and the checks of their values."""
+"""Base of the configurations of all variants: the common fields and the checks of their values."""
 
 from __future__ import annotations
 
