@@ -29,7 +29,7 @@ testing = [
 setup(
     name="hf-gallery",
     version=version,
-    description="Five long-sequence transformers written from scratch, each a Hugging Face model, and their measure",
+    description="Long-sequence transformers written from scratch, each a Hugging Face model, and their measure",
     long_description=(here / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

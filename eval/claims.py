@@ -11,10 +11,11 @@ from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
+from .contestants import CONTESTANTS
 from .statistics import SURE, pooled, same_text, two_proportions
 
 REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
-ATTENTION_ONLY = ("transformer_full", "transformer", "transformer_xl", "longformer")
+ATTENTION_ONLY = tuple(c.name for c in CONTESTANTS.values() if c.carries in ("nothing", "keys"))
 STRAIGHT = 1.15  # the slope of a cost against length, both on logarithmic scales, up to which it counts as linear
 
 

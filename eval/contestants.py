@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, set_seed
 
-import hf_gallery as gallery
+from hf_gallery import variants
+from hf_gallery.variants import VARIANTS, Variant
 
 MATCH = 0.03  # parameter counts of one run differ by no more than this share
 
@@ -55,108 +57,26 @@ class Contestant:
     reach: str
     model: type[PreTrainedModel]
     config: Callable[[Sizes], PreTrainedConfig]
+    carries: str
+    colour: str
+    symbol: str
 
 
-def _transformer(sizes: Sizes) -> PreTrainedConfig:
-    return gallery.GalleryTransformerConfig(norm_position="pre", segment_length=sizes.window, **sizes.common())
-
-
-def _transformer_full(sizes: Sizes) -> PreTrainedConfig:
-    return gallery.GalleryTransformerConfig(norm_position="pre", segment_length=sizes.context, **sizes.common())
-
-
-def _transformer_xl(sizes: Sizes) -> PreTrainedConfig:
-    return gallery.GalleryTransformerXLConfig(
-        pre_lnorm=True, segment_length=sizes.window, mem_len=2 * sizes.window, **sizes.common()
+def _contestant(variant: Variant, entry: variants.Contestant) -> Contestant:
+    """A line of the table of architectures with the model that it is of."""
+    return Contestant(
+        entry.name,
+        entry.label,
+        entry.reach,
+        variant.causal,
+        lambda sizes: variant.config(**sizes.common() | entry.settings(sizes)),
+        entry.carries,
+        entry.colour,
+        entry.symbol,
     )
 
 
-def _longformer(sizes: Sizes) -> PreTrainedConfig:
-    return gallery.GalleryLongformerConfig(
-        norm_position="pre",
-        position_embedding_type="relative",
-        embedding_norm=False,
-        attention_window=sizes.window,
-        **sizes.common(),
-    )
-
-
-def _memorizing_transformer(sizes: Sizes) -> PreTrainedConfig:
-    return gallery.GalleryMemorizingTransformerConfig(
-        segment_length=sizes.window,
-        mem_len=sizes.window,
-        memory_layers=list(sizes.memory_layers),
-        memory_size=sizes.memory_size,
-        memory_topk=sizes.memory_topk,
-        initial_scale=_unit_scale(sizes),
-        **sizes.common(),
-    )
-
-
-def _block_recurrent_transformer(sizes: Sizes) -> PreTrainedConfig:
-    return gallery.GalleryBlockRecurrentTransformerConfig(
-        block_length=sizes.window,
-        num_state_vectors=sizes.states,
-        recurrent_layers=list(sizes.recurrent_layers),
-        initial_scale=_unit_scale(sizes),
-        **sizes.common(),
-    )
-
-
-def _unit_scale(sizes: Sizes) -> float:
-    """Where the scale of unit queries and keys starts so that their scores spread as everybody else's, which are
-    divided by sqrt(D): at sqrt(D). At 1, where the authors start, they are almost alike, and a short training like
-    these cannot raise it."""
-    return (sizes.hidden / sizes.heads) ** 0.5
-
-
-CONTESTANTS = {
-    c.name: c
-    for c in (
-        Contestant(
-            "transformer_full",
-            "Transformer, long context",
-            "its segment of 16 windows (upper line)",
-            gallery.GalleryTransformerForCausalLM,
-            _transformer_full,
-        ),
-        Contestant(
-            "transformer",
-            "Transformer, windowed",
-            "its segment of one window (lower line)",
-            gallery.GalleryTransformerForCausalLM,
-            _transformer,
-        ),
-        Contestant(
-            "transformer_xl",
-            "Transformer-XL",
-            "its segment and a memory of two windows, in each layer",
-            gallery.GalleryTransformerXLForCausalLM,
-            _transformer_xl,
-        ),
-        Contestant(
-            "longformer",
-            "Longformer",
-            "one window in each layer",
-            gallery.GalleryLongformerForCausalLM,
-            _longformer,
-        ),
-        Contestant(
-            "memorizing_transformer",
-            "Memorizing Transformer",
-            "its segment and one window, and the nearest stored keys",
-            gallery.GalleryMemorizingTransformerForCausalLM,
-            _memorizing_transformer,
-        ),
-        Contestant(
-            "block_recurrent_transformer",
-            "Block-Recurrent Transformer",
-            "one window, and a recurrent state",
-            gallery.GalleryBlockRecurrentTransformerForCausalLM,
-            _block_recurrent_transformer,
-        ),
-    )
-}
+CONTESTANTS = {c.name: _contestant(v, c) for v in VARIANTS.values() for c in v.contestants}
 
 
 def build(contestant: Contestant, sizes: Sizes, seed: int = 0, labels: int | None = None) -> PreTrainedModel:
@@ -215,4 +135,5 @@ def _make(contestant: Contestant, sizes: Sizes, labels: int | None) -> PreTraine
     if labels is None:
         return contestant.model(config)
     config.num_labels, config.is_decoder = labels, True  # as causal as the language models are
-    return getattr(gallery, contestant.model.heads["AutoModelForSequenceClassification"])(config)
+    module = sys.modules[contestant.model.__module__]
+    return getattr(module, contestant.model.heads["AutoModelForSequenceClassification"])(config)

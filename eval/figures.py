@@ -9,11 +9,12 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from .contestants import CONTESTANTS
 from .statistics import wilson
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, in the order of the contestants.
-COLOURS = ["#999999", "#56B4E9", "#E69F00", "#009E73", "#D55E00", "#CC79A7"]
-SYMBOLS = ["circle-open", "x", "square", "diamond", "triangle-up", "star"]
+# In the order of the contestants, and taken in turns by whatever else there are several of.
+COLOURS = [c.colour for c in CONTESTANTS.values()]
+SYMBOLS = [c.symbol for c in CONTESTANTS.values()]
 
 
 Plot = tuple[str, str, go.Figure]  # title, caption, figure
@@ -22,7 +23,7 @@ Entries = list[tuple[int, str, dict[str, Any]]]  # number, name and summary of e
 
 def figures(results: dict[str, Any]) -> list[Plot]:
     """(title, caption, figure) of every plot for which something was measured."""
-    entries = [(i, name, e) for i, (name, e) in enumerate(results["summary"].items())]
+    entries = [(place(name, results), name, e) for name, e in results["summary"].items()]
     plots = [*_recall(results, entries), *_abilities(results, entries), *_text(results, entries)]
     plots += _training_curves(results, entries)
     plots += _costs(entries)
@@ -38,6 +39,12 @@ def figures(results: dict[str, Any]) -> list[Plot]:
         figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
         figure.update_yaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
     return plots
+
+
+def place(name: str, results: dict[str, Any]) -> int:
+    """The number by which a contestant is drawn, the same in every run; one that is not known comes last."""
+    known = list(CONTESTANTS)
+    return known.index(name) if name in known else len(known) + list(results["summary"]).index(name)
 
 
 def _recall(results: dict[str, Any], entries: Entries) -> list[Plot]:

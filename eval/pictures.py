@@ -8,10 +8,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .figures import COLOURS, distances, times
+from .figures import COLOURS, SYMBOLS, distances, place, times
 from .statistics import wilson
 
-MARKERS = ["o", "x", "s", "D", "^", "*"]
+MARKERS = {  # matplotlib's names of plotly's symbols
+    "circle": "o", "circle-open": "o", "x": "x", "cross": "P", "square": "s", "diamond": "D", "triangle-up": "^",
+    "triangle-down": "v", "star": "*", "hexagon": "h", "pentagon": "p",
+}  # fmt: skip
 
 
 def forgetting_curves(results: dict[str, Any], path: Path) -> None:
@@ -28,16 +31,16 @@ def forgetting_curves(results: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8, 4.2), layout="constrained")
     axes = figure.subplots()
     places = range(len(found))
-    for i, entry in enumerate(results["summary"].values()):
+    for name, entry in results["summary"].items():
         if "recall" not in entry:
             continue
+        i = place(name, results)
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[SYMBOLS[i % len(SYMBOLS)]]
         scores = [entry["recall"][str(d)] for d in found]
         share = [s["correct"] / max(1, s["asked"]) for s in scores]
         limits = [wilson(s["correct"], s["asked"]) for s in scores]
         below, above = zip(*((y - low, high - y) for y, (low, high) in zip(share, limits, strict=True)), strict=True)
-        axes.errorbar(
-            places, share, yerr=(below, above), label=entry["label"], color=COLOURS[i], marker=MARKERS[i], capsize=2
-        )
+        axes.errorbar(places, share, yerr=(below, above), label=entry["label"], color=colour, marker=marker, capsize=2)
     axes.axhline(results["chance"], linestyle=":", color="#444444", label="chance")
     axes.set_xticks(list(places), [times(d / window) for d in found])
     axes.set_xlabel(f"distance, in windows of {window} tokens")

@@ -18,72 +18,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from .files import read_json, write_text
 from .variants import VARIANTS, Variant
 
-
-@dataclasses.dataclass(frozen=True)
-class _Prose:
-    """What a card says of an architecture. contestants: its names in the results of `python -m eval`."""
-
-    paper: str
-    what: str
-    limits: tuple[str, ...]
-    contestants: tuple[str, ...]
-
-
-PROSE = {
-    "transformer": _Prose(
-        "Attention Is All You Need",
-        "A query sees every position before it, or the whole input in an encoder. With `segment_length` the input is "
-        "cut into segments that see only themselves, which is what the long-sequence architectures are compared with.",
-        (
-            "Without `segment_length` its cache and its cost per token grow with the text.",
-            "With `segment_length` it knows nothing of the segments before.",
-        ),
-        ("transformer_full", "transformer"),
-    ),
-    "transformer_xl": _Prose(
-        "Transformer-XL: Attentive Language Models Beyond a Fixed-Length Context",
-        "The text is read in segments, and each layer also attends to what it computed for the `mem_len` tokens "
-        "before the segment. Positions are relative, so what is remembered needs no new positions.",
-        (
-            "It reaches back one memory a layer, and no farther.",
-            "No gradient crosses from a segment into the one before: it learns to read its memory, not to write it.",
-        ),
-        ("transformer_xl",),
-    ),
-    "longformer": _Prose(
-        "Longformer: The Long-Document Transformer",
-        "A query sees a sliding window, dilated if asked, and a few global tokens. The causal language model is the "
-        "paper's character model; encoder heads serve classification, token classification and question answering.",
-        (
-            "The causal model reaches back one window a layer, times its dilation.",
-            "Absolute learned positions, as the released checkpoints have them, end at `max_position_embeddings`; "
-            "relative ones do not.",
-        ),
-        ("longformer",),
-    ),
-    "memorizing_transformer": _Prose(
-        "Memorizing Transformers",
-        "Some layers store the keys and values of what was read, up to `memory_size` pairs a head, and each query "
-        "also attends to the `memory_topk` stored pairs nearest to it. A learned gate joins that to local attention.",
-        (
-            "What is stored is not differentiated: the model learns to search the memory, not to write to it.",
-            "The memory is first in, first out: beyond `memory_size` tokens the oldest are forgotten.",
-            "Every token searches the memory, so a large one costs time; `memory_backend` offers faiss indexes.",
-        ),
-        ("memorizing_transformer",),
-    ),
-    "block_recurrent_transformer": _Prose(
-        "Block-Recurrent Transformers",
-        "A window slides over the text, and in some layers a state of vectors is carried from block to block: tokens "
-        "read it, and a gate lets it take in what it reads of them.",
-        (
-            "The state has a fixed size, so what is far back is kept at falling strength.",
-            "The state moves when a block is complete; within a block tokens see the window and the last state.",
-        ),
-        ("block_recurrent_transformer",),
-    ),
-}
-
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
     "AutoModelForMaskedLM": "fill-mask",
@@ -116,12 +50,12 @@ def render_card(
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; choose from {', '.join(VARIANTS)}")
-    about, prose = VARIANTS[variant], PROSE[variant]
+    about = VARIANTS[variant]
     if folder is not None and variant_of(Path(folder)) is not about:
         held = variant_of(Path(folder)).name
         raise ValueError(f"variant is {variant!r}, but {folder} holds a {held}; give that name")
     saved = None if folder is None else _Saved.read(Path(folder))
-    measured = None if results is None else _Measured.read(Path(results), prose.contestants)
+    measured = None if results is None else _Measured.read(Path(results), tuple(c.name for c in about.contestants))
     auto = "AutoModelForCausalLM" if saved is None else saved.auto
     name = repo_id.split("/")[-1] if repo_id else about.config.model_type if folder is None else Path(folder).name
     scores = measured.scores() if measured and not saved else saved.scores() if saved else []
@@ -137,8 +71,8 @@ def render_card(
         del metadata.model_name  # it is the model-index's
     sections = [
         f"# {about.title}" if saved is None else f"# {name}",
-        prose.what,
-        f"The architecture is that of [{prose.paper}]({about.paper}) ({about.authors}), written from scratch in "
+        about.about,
+        f"The architecture is that of [{about.paper_title}]({about.paper}) ({about.authors}), written from scratch in "
         "hf-gallery. What it carries from one call to the next lives in its cache, and goes on in `generate`.",
     ]
     sections += [] if saved is None else [saved.text()]
@@ -155,7 +89,7 @@ def render_card(
         "\n".join(
             f"- {limit}"
             for limit in (
-                *prose.limits,
+                *about.limits,
                 "A model knows its training text only, with that text's mistakes and biases; nothing filters what it "
                 "writes.",
             )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -20,9 +19,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .errors import one_line
+
 app = typer.Typer(
     name="hf-gallery",
-    help="Five long-sequence transformers: train, run, measure, convert and publish them.",
+    help="Long-sequence transformers: train, run, measure, convert and publish them.",
     add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -47,22 +48,13 @@ def _plainly(command: Callable[..., Any]) -> Callable[..., Any]:
         except (typer.Exit, typer.Abort):  # are RuntimeErrors too
             raise
         except Exception as error:
-            typer.echo(f"error: {_one_line(error)}", err=True)
+            typer.echo(f"error: {one_line(error)}", err=True)
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             typer.echo("stopped", err=True)
             raise typer.Exit(130) from None
 
     return run
-
-
-def _one_line(error: BaseException) -> str:
-    """What an error says. Of those whose words alone say little, as a KeyError's, also which it is."""
-    text = re.sub(r"(?<=[:;,.!?])\s*\n\s*", " ", str(error).strip())
-    text = re.sub(r"\s*\n\s*", "; ", text)
-    if isinstance(error, (ValueError, OSError, ImportError, RuntimeError)):
-        return text or type(error).__name__
-    return f"{type(error).__name__}: {text}"
 
 
 @app.command("list")
@@ -278,7 +270,7 @@ def _cache(path: Path) -> Any:
     try:
         return GalleryCache.load(path)
     except Exception as error:  # what is no cache may fail anywhere
-        raise ValueError(f"--cache is {path}, which --save-cache did not write: {_one_line(error)}") from error
+        raise ValueError(f"--cache is {path}, which --save-cache did not write: {one_line(error)}") from error
 
 
 def _text(path: Path) -> str:

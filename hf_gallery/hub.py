@@ -22,19 +22,25 @@ from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_
 import hf_gallery
 
 from .cards import render_card, variant_of, weight_files, write_cards
+from .errors import one_line
 from .files import read_json
 from .variants import Variant
 
 logger = logging.getLogger(__name__)
 
-# What goes to the Hub beside the weights: what opening a model reads, and what tells about it. A folder may hold much
-# else, checkpoints, optimiser states, pickles and caches of texts, and none of that is anybody's business.
-BELONGS = (
-    *("config.json", "generation_config.json", "*.py", "README.md", "LICENSE*", "NOTICE*"),
+# What goes to the Hub beside weights and code, by exact name: what opening a model reads, and what tells about it. A
+# folder may hold much else, checkpoints, optimiser states, keys and caches of texts, and none of that is anybody's
+# business; so no name here is a pattern.
+ABOUT = ("config.json", "generation_config.json", "README.md")
+RIGHTS = tuple(f"{name}{ending}" for name in ("LICENSE", "NOTICE") for ending in ("", ".txt", ".md"))
+TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "*.spm", "*.model"),
-    *("chat_template.jinja", "chat_template.json", f"{CHAT_TEMPLATE_DIR}/*.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "target_vocab.json"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "target.spm"),
+    *("chat_template.jinja", "chat_template.json"),
 )
+LONGEST = 300  # characters of a reason in a list of them
+PLACE = re.compile(r"\w+\.\w+")  # MODULE.CLASS in an auto_map
 LIBRARY = Path(hf_gallery.__file__).parent / "models"  # the code that save_pretrained copies
 
 
@@ -49,9 +55,10 @@ def push(
 ) -> str:
     """Uploads a folder that save_pretrained wrote, with its tokenizer and card, in one commit: all of it or nothing.
 
-    What goes is the weights that transformers would load and the files of BELONGS; a line of the log says what stays.
-    The repository is made if it is not there. A folder without README.md gets the card of `render_card`. Weights that
-    the repository holds and the folder does not are deleted, lest they be loaded in place of the new ones.
+    It holds the weights that transformers would load, the code that config.json and tokenizer_config.json name with
+    what that imports, and the files of ABOUT, RIGHTS and TOKENIZER; a line of the log says what stays. The repository
+    is made if it is not there. A folder without README.md gets the card of `render_card`. Weights that the repository
+    holds and the folder does not are deleted, lest they be loaded in place of the new ones.
 
     repo_id: user/name, or a name of the token's owner. private: for a repository that is made. revision: a branch that
     is there, default main. token: default the one that huggingface_hub finds. Returns the repository's address.
@@ -65,7 +72,7 @@ def push(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise ValueError(f"repo_id is {repo_id!r}; it must be USER/NAME. {_one_line(error)}") from error
+        raise ValueError(f"repo_id is {repo_id!r}; it must be USER/NAME. {one_line(error, LONGEST)}") from error
     token = token or get_token()
     if not token:
         raise ValueError("no token for the Hub was found; run `hf auth login`, set HF_TOKEN, or give token")
@@ -79,9 +86,13 @@ def push(
     if public:
         raise ValueError(f"private is True, but {url.repo_id} is there and public; make it private there, or leave it")
     paths = _belonging(folder)
-    stays = sorted({path.name for path in folder.iterdir()} - {path.split("/")[0] for path in paths})
+    around = {
+        path.relative_to(folder).as_posix() for path in (*folder.iterdir(), *folder.glob(f"{CHAT_TEMPLATE_DIR}/*"))
+    }
+    stays = sorted(around - {*paths, *(path.split("/")[0] for path in paths)})
     if stays:
-        logger.warning("not part of the model, so not uploaded: %s", ", ".join(stays))
+        shown = ", ".join(name if name.isprintable() else repr(name) for name in stays)
+        logger.warning("not part of the model, so not uploaded: %s", shown)
     operations = list(_operations(folder, paths, variant, url.repo_id, there))
     with _told(repo_id, revision):
         # create_commit and not upload_folder, which may cut an upload into several commits.
@@ -119,41 +130,64 @@ def _code_problems(folder: Path, config: dict[str, Any]) -> Iterator[str]:
     if not isinstance(places, dict):
         yield f"auto_map in config.json is {places!r}; it must name a class for each Auto class"
         return
-    wanted, classes = {}, []  # who needs a file; the files and classes of auto_map
+    classes = []
     for auto, place in places.items():
-        if not isinstance(place, str) or not re.fullmatch(r"\w+\.\w+", place):
+        if not isinstance(place, str) or not PLACE.fullmatch(place):
             yield f"auto_map in config.json gives {place!r} for {auto}; it must be MODULE.CLASS, of a file beside it"
             continue
-        wanted[place.split(".")[0]] = "auto_map"
         classes.append(place.split("."))
-    left = list(wanted)
-    while left:
-        name = left.pop()
+    for name, needs in _code_files(folder, config).items():
         path = folder / f"{name}.py"
+        if not name.isidentifier():
+            yield f"{needs} imports .{name}, which is no module beside it; a saved model's code lies flat"
+            continue
         if not path.is_file():
-            yield f"{path.name} is missing, which {wanted[name]} needs"
+            yield f"{path.name} is missing, which {needs} needs"
             continue
         try:
             code = path.read_text(encoding="utf-8")
             ast.parse(code)
-            imported = get_relative_imports(path)
         except (SyntaxError, ValueError) as error:  # ValueError: no utf-8, or a null byte
-            yield f"{path.name} is no Python: {_one_line(error)}"
+            yield f"{path.name} is no Python: {one_line(error, LONGEST)}"
             continue
         for kind in sorted({kind for module, kind in classes if module == name}):
             if not re.search(rf"\b{kind}\b", code):
                 yield f"{path.name} has no {kind}, which auto_map names"
+
+
+def _code_files(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """The modules that opening the model runs, be they there or not, and who needs each: those that the auto_map of
+    the config and of the tokenizer's name, and what they import from beside them, and so on."""
+    about = read_json(folder / "tokenizer_config.json")
+    wanted: dict[str, str] = {}
+    for source in (config, about if isinstance(about, dict) else {}):
+        places = source.get("auto_map")
+        for place in places.values() if isinstance(places, dict) else ():
+            for one in place if isinstance(place, (list, tuple)) else (place,):  # a tokenizer's: [slow, fast]
+                if isinstance(one, str) and PLACE.fullmatch(one):
+                    wanted.setdefault(one.split(".")[0], "auto_map")
+    left = list(wanted)
+    while left:
+        name = left.pop()
+        path = folder / f"{name}.py"
+        if not name.isidentifier():
+            continue
+        try:
+            imported = get_relative_imports(path)  # as transformers finds them when it fetches the code
+        except (OSError, ValueError):  # missing, or no utf-8
+            continue
         for needed in imported:
             if needed not in wanted:
                 wanted[needed] = path.name
                 left.append(needed)
+    return wanted
 
 
 def _weight_problems(folder: Path, variant: Variant, config: dict[str, Any]) -> Iterator[str]:
     try:
         paths = weight_files(folder)
     except ValueError as error:
-        yield _one_line(error)
+        yield one_line(error)
         return
     found: dict[str, tuple[int, ...]] | None = {}  # shapes by name; None where a file does not open
     for path in paths:
@@ -166,7 +200,7 @@ def _weight_problems(folder: Path, variant: Variant, config: dict[str, Any]) -> 
             yield f"{path.name} is missing, which holds weights"
         except (SafetensorError, OSError) as error:
             found = None
-            yield f"{path.name} is damaged: {_one_line(error)}"
+            yield f"{path.name} is damaged: {one_line(error, LONGEST)}"
     if found is not None and "quantization_config" not in config and not _has_own_code(folder):
         yield from _tensor_problems(variant, config, found)
 
@@ -184,12 +218,12 @@ def _tensor_problems(variant: Variant, config: dict[str, Any], found: dict[str, 
         known = ", ".join(variant.heads.values())
         yield f"architectures in config.json is {named!r}; it must be a list of one of {known}"
         return
-    kind = getattr(hf_gallery, named[0])
+    kind = variant.classes[named[0]]
     try:
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = kind(variant.config.from_dict(config))
     except Exception as error:  # a field of any type meets code of any kind
-        yield f"config.json is refused by {named[0]}: {_one_line(error)}"
+        yield f"config.json is refused by {named[0]}: {one_line(error, LONGEST)}"
         return
     state = model.state_dict(keep_vars=True)
     names_of: dict[int, list[str]] = {}  # tied weights are one parameter, and saved under one of its names
@@ -220,12 +254,12 @@ def _text_problems(folder: Path) -> Iterator[str]:
         try:
             AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # tokenizers of all kinds raise errors of all kinds
-            yield f"tokenizer_config.json is there, but the tokenizer does not load: {_one_line(error)}"
+            yield f"tokenizer_config.json is there, but the tokenizer does not load: {one_line(error, LONGEST)}"
     if (folder / "README.md").is_file():
         try:
             ModelCard.load(folder / "README.md")
         except Exception as error:  # YAML's errors are no ValueErrors
-            yield f"README.md has metadata that cannot be read: {_one_line(error)}"
+            yield f"README.md has metadata that cannot be read: {one_line(error, LONGEST)}"
 
 
 def _link_problems(folder: Path) -> Iterator[str]:
@@ -235,15 +269,22 @@ def _link_problems(folder: Path) -> Iterator[str]:
 
 
 def _belonging(folder: Path) -> list[str]:
-    """The files of a folder that belong to its model."""
-    found = {path for pattern in BELONGS for path in folder.glob(pattern) if not path.name.startswith(".")}
+    """The files of a folder that belong to its model, by path in it."""
+    config = read_json(folder / "config.json")
+    names = {*ABOUT, *RIGHTS, *TOKENIZER}
+    modules = _code_files(folder, config) if isinstance(config, dict) else ()
+    names |= {f"{name}.py" for name in modules if name.isidentifier()}
     try:
         weights = weight_files(folder)
     except ValueError:  # an index that names none
         weights = []
+    names |= {path.name for path in weights}
     if weights != [folder / SAFE_WEIGHTS_NAME]:
-        found.add(folder / SAFE_WEIGHTS_INDEX_NAME)
-    return sorted(path.relative_to(folder).as_posix() for path in found | {*weights} if path.is_file())
+        names.add(SAFE_WEIGHTS_INDEX_NAME)
+    # The one folder of which every file goes: transformers reads all of its templates.
+    templates = (path for path in (folder / CHAT_TEMPLATE_DIR).glob("*.jinja") if not path.name.startswith("."))
+    names |= {f"{CHAT_TEMPLATE_DIR}/{path.name}" for path in templates}
+    return sorted(name for name in names if (folder / name).is_file())
 
 
 def _operations(folder: Path, paths: list[str], variant: Variant, repo_id: str, there: list[str]) -> Iterator[Any]:
@@ -269,10 +310,10 @@ def _told(repo_id: str, revision: str | None) -> Iterator[None]:
                 f"revision is {revision!r}, no branch of {repo_id}; make it first (`hf repos branch create {repo_id} "
                 f"{revision}`), or leave it out for main"
             ) from error
-        cause, said = error, [_one_line(error)]
+        cause, said = error, [one_line(error, LONGEST)]
         while isinstance(cause.__cause__, Exception) and not isinstance(cause, HfHubHTTPError):
             cause = cause.__cause__
-            said.append(_one_line(cause))
+            said.append(one_line(cause, LONGEST))
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else 0
         remedy = {
             401: "The token is not valid there; run `hf auth login` for a new one",
@@ -280,11 +321,6 @@ def _told(repo_id: str, revision: str | None) -> Iterator[None]:
         }.get(status, "Run it again: what has arrived is not sent twice")
         reason = ": ".join(dict.fromkeys(said))
         raise RuntimeError(f"{repo_id} got no commit, the upload failed: {reason}. {remedy}") from error
-
-
-def _one_line(error: BaseException, longest: int = 300) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 __all__ = ["check_checkpoint", "push", "render_card", "write_cards"]

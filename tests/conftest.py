@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from variants import COLUMNS  # noqa: E402
 from works import Works  # noqa: E402
 
 hypothesis.settings.register_profile(
@@ -35,7 +36,7 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     torch.set_num_threads(1)  # the models here are so small that a second thread only waits
-    config.pluginmanager.register(Works(config))
+    config.pluginmanager.register(Works(config, COLUMNS))
 
 
 def pytest_unconfigure(config):

@@ -25,27 +25,21 @@ from pathlib import Path
 
 import pytest
 
-COLUMNS = {
-    "transformer": "Transformer",
-    "transformer_xl": "Transformer-XL",
-    "longformer": "Longformer",
-    "memorizing": "Memorizing",
-    "block_recurrent": "Block-Recurrent",
-}
 BEGIN, END, NONE = "<!-- works -->", "<!-- /works -->", "-"
 Cell = tuple[str, str]  # ability, column
+Columns = dict[str, str]  # how names of variants begin, and what stands above their column
 
 
-def column_of(variant) -> str:
+def column_of(variant, columns: Columns) -> str:
     """The column of a Variant, or of a variant's name. Raises ValueError if there is none."""
     name = getattr(variant, "name", variant)
-    fitting = [column for column in COLUMNS if isinstance(name, str) and f"{name}_".startswith(f"{column}_")]
+    fitting = [column for column in columns if isinstance(name, str) and f"{name}_".startswith(f"{column}_")]
     if not fitting:
-        raise ValueError(f"the mark works is given the variant {name!r}; it begins with none of {list(COLUMNS)}")
+        raise ValueError(f"the mark works is given the variant {name!r}; it begins with none of {list(columns)}")
     return max(fitting, key=len)
 
 
-def cells_of(item) -> list[Cell]:
+def cells_of(item, columns: Columns) -> list[Cell]:
     """The cells that a test stands behind. Raises ValueError for a mark without ability or variant."""
     found = []
     for mark in item.iter_markers("works"):
@@ -57,7 +51,7 @@ def cells_of(item) -> list[Cell]:
                 f"{item.nodeid} is marked works{mark.args}; give an ability (a string without |) and variants, or "
                 "parametrise the test over `variant`"
             )
-        found += [(ability, column_of(variant)) for variant in variants]
+        found += [(ability, column_of(variant, columns)) for variant in variants]
     return found
 
 
@@ -71,8 +65,8 @@ class Parameters:
 class Works:
     """The pytest plugin: gathers outcomes from all of xdist's processes, writes or checks the table at the end."""
 
-    def __init__(self, config):
-        self.config = config
+    def __init__(self, config, columns: Columns):
+        self.config, self.columns = config, columns
         self.cells: list[Cell] = []  # of every collected test, those that are deselected too
         self.outcomes: dict[Cell, list[tuple[str, str]]] = {}  # of those that ran: (outcome, reason)
         self.whole = config.args_source != config.ArgsSource.ARGS and not config.option.keyword
@@ -82,7 +76,7 @@ class Works:
     def pytest_collection_modifyitems(self, items):
         for item in items:
             try:
-                cells = cells_of(item)
+                cells = cells_of(item, self.columns)
             except ValueError as error:
                 raise pytest.UsageError(str(error)) from None
             if cells:
@@ -120,11 +114,13 @@ class Works:
     def write(self, session, path: Path):
         text = path.read_text(encoding="utf-8")
         beside = path.with_name(f".{path.name}.partial")
-        beside.write_text(replaced(text, render(self.merged(parse(text)))), encoding="utf-8")
+        beside.write_text(
+            replaced(text, render(self.merged(parse(text, self.columns)), self.columns)), encoding="utf-8"
+        )
         os.replace(beside, path)
 
     def check(self, session, path: Path):
-        stands = parse(path.read_text(encoding="utf-8"))
+        stands = parse(path.read_text(encoding="utf-8"), self.columns)
         ran = self.merged(stands)
         for cell in sorted({*stands, *ran}):
             then, now = stands.get(cell, (NONE, ())), ran.get(cell, (NONE, ()))
@@ -132,7 +128,9 @@ class Works:
             # would see it if that were so on every machine.
             excused = now[0] == "skipped" and not (os.environ.get("CI") and then[0] == "yes")
             if then[0] != now[0] and not excused:
-                self.say(f"{path}: {cell[0]}, {COLUMNS[cell[1]]} is {then[0]!r}, tests say {now[0]!r}; use --works")
+                self.say(
+                    f"{path}: {cell[0]}, {self.columns[cell[1]]} is {then[0]!r}, tests say {now[0]!r}; use --works"
+                )
                 session.exitstatus = session.exitstatus or pytest.ExitCode.TESTS_FAILED
 
     def say(self, line: str):
@@ -152,14 +150,14 @@ def result(outcomes: list[tuple[str, str]]) -> tuple[str, tuple[str, ...]]:
     return said, tuple(sorted({reason for outcome, reason in outcomes if outcome == "skipped"}))
 
 
-def parse(text: str) -> dict[Cell, tuple[str, tuple[str, ...]]]:
+def parse(text: str, columns: Columns) -> dict[Cell, tuple[str, tuple[str, ...]]]:
     """The cells between the comments, with their footnotes' texts. Raises ValueError if a comment is missing."""
     table = inside(text)
     notes = dict(re.findall(r"^\[(\d+)\] skipped: (.+?)(?:  )?$", table, re.MULTILINE))
     cells = {}
     for line in re.findall(r"^\| (?!ability |---)(.+) \|$", table, re.MULTILINE):
         ability, *words = line.split(" | ")
-        for column, word in zip(COLUMNS, words, strict=True):
+        for column, word in zip(columns, words, strict=True):
             said = word.split(" ")[0]
             if said != NONE:
                 reasons = tuple(notes[number] for number in re.findall(r"\[(\d+)\]", word))
@@ -167,13 +165,13 @@ def parse(text: str) -> dict[Cell, tuple[str, tuple[str, ...]]]:
     return cells
 
 
-def render(cells: dict[Cell, tuple[str, tuple[str, ...]]]) -> str:
+def render(cells: dict[Cell, tuple[str, tuple[str, ...]]], columns: Columns) -> str:
     """The table of these cells, in their order, and the footnotes."""
     notes = list(dict.fromkeys(reason for _, reasons in cells.values() for reason in reasons))
-    lines = [f"| ability | {' | '.join(COLUMNS.values())} |", "|---|" + ":---:|" * len(COLUMNS)]
+    lines = [f"| ability | {' | '.join(columns.values())} |", "|---|" + ":---:|" * len(columns)]
     for ability in dict.fromkeys(ability for ability, _ in cells):
         words = []
-        for column in COLUMNS:
+        for column in columns:
             said, reasons = cells.get((ability, column), (NONE, ()))
             words.append(" ".join([said, *(f"[{notes.index(reason) + 1}]" for reason in reasons)]))
         lines.append(f"| {ability} | {' | '.join(words)} |")

@@ -21,6 +21,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from hf_gallery.variants import VARIANTS
+
 from ..cost import machine_speed
 
 WORKER = Path(__file__).with_name("worker.py")
@@ -51,15 +53,22 @@ class PeerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """One comparison. requires: what pip puts into the peer's environment, without what these require in turn where
-    `bare`; () = this environment has it. target: how many times as fast the gallery is meant to be."""
+    """One comparison. variant, setting: whose model, and how it is run where that is not as by default. requires: what
+    pip puts into the peer's environment, without what these require in turn where `bare`; () = this environment has
+    it. target: how many times as fast the gallery is meant to be."""
 
-    label: str
+    variant: str
     work: str
     peer: str
     target: float
     requires: tuple[str, ...] = ()
     bare: bool = False
+    setting: str = ""
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return VARIANTS[self.variant].title + (f" {self.setting}" if self.setting else "")
 
 
 _TRANSFO_XL = ("transformers==4.35.2",)
@@ -75,22 +84,22 @@ _MEMORIZING = (
 _RECURRENT = ("block-recurrent-transformer-pytorch==0.4.4", "beartype", *_MEMORIZING)
 
 PEERS = {
-    "longformer": Peer("Longformer", "training step", "transformers' Longformer", 3.0),
-    "transformer_xl_train": Peer("Transformer-XL", "training step", "transformers 4.35.2", 4.0, _TRANSFO_XL),
-    "transformer_xl_decode": Peer("Transformer-XL", "decoding", "transformers 4.35.2", 4.0, _TRANSFO_XL),
+    "longformer": Peer("longformer", "training step", "transformers' Longformer", 3.0),
+    "transformer_xl_train": Peer("transformer_xl", "training step", "transformers 4.35.2", 4.0, _TRANSFO_XL),
+    "transformer_xl_decode": Peer("transformer_xl", "decoding", "transformers 4.35.2", 4.0, _TRANSFO_XL),
     "memorizing_transformer": Peer(
-        "Memorizing Transformer", "training step", "memorizing-transformers-pytorch 0.4.1", 2.0, _MEMORIZING, True
+        "memorizing_transformer", "training step", "memorizing-transformers-pytorch 0.4.1", 2.0, _MEMORIZING, True
     ),
     "block_recurrent_transformer": Peer(
-        "Block-Recurrent Transformer",
+        "block_recurrent_transformer",
         "training step",
         "block-recurrent-transformer-pytorch 0.4.4",
         1.5,
         _RECURRENT,
         True,
     ),
-    "transformer": Peer("Transformer", "training step", "GPT-2 with sdpa", 0.85),
-    "transformer_sdpa": Peer("Transformer with sdpa", "training step", "GPT-2 with sdpa", 1.0),
+    "transformer": Peer("transformer", "training step", "GPT-2 with sdpa", 0.85),
+    "transformer_sdpa": Peer("transformer", "training step", "GPT-2 with sdpa", 1.0, setting="with sdpa"),
 }
 
 

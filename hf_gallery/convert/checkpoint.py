@@ -24,6 +24,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from ..errors import first_line, lines
+
 WEIGHT_FILES = (  # in order of preference
     "model.safetensors",
     "model.safetensors.index.json",
@@ -227,7 +229,7 @@ def as_config(kind: type[Config], fields: Mapping[str, Any]) -> Config:
             except Exception as alone:
                 if str(alone) == str(error):
                     raise ValueError(
-                        f"{name} is {value!r}, which {kind.__name__} does not take: {_lines(error)[-1].strip()}"
+                        f"{name} is {value!r}, which {kind.__name__} does not take: {lines(error)[-1].strip()}"
                     ) from error
         raise ValueError(f"the config is no {kind.__name__}: {error}") from error
 
@@ -258,15 +260,6 @@ def copy_tokenizer(source: Source):
         raise ValueError(
             f"the tokenizer in {source.folder} cannot be opened ({first_line(error)}); {AGAIN}, or take them away"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    """What an error says in a line, or what it is where it says nothing."""
-    return _lines(error)[0]
-
-
-def _lines(error: Exception) -> list[str]:
-    return str(error).strip().splitlines() or [type(error).__name__]
 
 
 # ------------------------------------------------------------------------------------------------------ the engine

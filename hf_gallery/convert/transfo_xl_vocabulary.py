@@ -22,7 +22,8 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .checkpoint import Source, first_line, only, read_json
+from ..errors import first_line
+from .checkpoint import Source, only, read_json
 
 FILES = ("vocab.pkl", "vocab.bin", "vocab.txt")  # in transformers' order
 SPECIAL = ("<eos>", "<unk>", "<UNK>", "<formula>", "<S>")  # those of them that a vocabulary has are never split

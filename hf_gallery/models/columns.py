@@ -1,14 +1,28 @@
 """Columns of time: how a layer's keys and values grow by the new tokens, and what of them a cache keeps.
 
 A decode step must not copy the whole past, so the kept columns lie in memory with a few spare ones behind them. The
-new ones are written there if nobody else has, which the memory itself knows (`columns_written`). Letters: spans.py.
+new ones are written there if nobody else has. What the memory is, and how much of it anybody has written, is said by
+a `Room` that goes with the storage itself: a copy of the tensor lies in other storage, and so has no room. Letters:
+spans.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
 from .rows import Rows
+
+
+@dataclass
+class Room:
+    """Memory for `columns` columns of `width` numbers, in every row and head. `written`: how many of them anybody has
+    written; whoever holds fewer shares the memory with a longer past, and must not write behind its own end."""
+
+    columns: int
+    width: int
+    written: int
 
 
 def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | None = None) -> torch.Tensor:
@@ -23,13 +37,14 @@ def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | No
     end = columns + new.shape[-2]
     if not limit or columns > limit or end > columns + _spare(limit) or not _may_share(past, new):
         return torch.cat([past, new], dim=-2)
-    start = past.storage_offset() % past.stride(-3) // width  # the column of the memory where the past begins
-    full = start + end > limit + _spare(limit)
-    if not _is_roomy(past, limit) or full or _written(past) != start + columns:
+    room = _room_of(past)
+    start = 0 if room is None else past.storage_offset() // width % room.columns  # the room's column where past begins
+    if room is None or start + end > room.columns or room.written != start + columns:
         past, start = _with_room(past, limit), 0
+        room = _room_of(past)
     joined = past.as_strided((*past.shape[:-2], end, width), past.stride())
     joined[..., columns:, :] = new
-    past.untyped_storage().columns_written = start + end
+    room.written = start + end
     return joined
 
 
@@ -41,7 +56,8 @@ def next_columns(x: torch.Tensor, rows: Rows, limit: int | None) -> torch.Tensor
     if limit is None or x.shape[-2] <= limit or not _may_share(x, x):
         return last_columns(x, limit)
     kept = x[..., x.shape[-2] - limit :, :]
-    return kept if _is_roomy(x, limit) else _with_room(kept, limit)
+    room = _room_of(x)
+    return kept if room is not None and room.columns == limit + _spare(limit) else _with_room(kept, limit)
 
 
 def _spare(limit: int) -> int:
@@ -51,21 +67,23 @@ def _spare(limit: int) -> int:
 
 def _with_room(x: torch.Tensor, limit: int) -> torch.Tensor:
     """A copy of x (..., C, D), C <= limit, in memory with spare columns."""
-    room = x.new_empty(*x.shape[:-2], limit + _spare(limit), x.shape[-1])
-    copy = room[..., : x.shape[-2], :].copy_(x)
-    room.untyped_storage().columns_written = x.shape[-2]
+    memory = x.new_empty(*x.shape[:-2], limit + _spare(limit), x.shape[-1])
+    copy = memory[..., : x.shape[-2], :].copy_(x)
+    memory.untyped_storage().room = Room(limit + _spare(limit), x.shape[-1], x.shape[-2])
     return copy
 
 
-def _is_roomy(x: torch.Tensor, limit: int) -> bool:
-    """Whether x (..., C, D) lies in memory with spare columns, as _with_room makes it."""
-    width = x.shape[-1]
-    return x.stride()[-3:] == ((limit + _spare(limit)) * width, width, 1)
-
-
-def _written(x: torch.Tensor) -> int:
-    """How many columns of x's memory anyone has written. Copies of the memory do not know it, and are not written."""
-    return getattr(x.untyped_storage(), "columns_written", 0)
+def _room_of(x: torch.Tensor) -> Room | None:
+    """The room that x (..., C, D) lies in; None for other memory, and for what is not a stretch of its columns."""
+    room = getattr(x.untyped_storage(), "room", None)
+    if room is None or x.shape[-1] != room.width or x.stride()[-2:] != (room.width, 1):
+        return None
+    rows, step = x.shape[:-2], room.columns * room.width
+    for size, stride in zip(reversed(rows), reversed(x.stride()[:-2]), strict=True):
+        if size > 1 and stride != step:
+            return None
+        step *= size
+    return room
 
 
 def _may_share(past: torch.Tensor, new: torch.Tensor) -> bool:

@@ -20,7 +20,7 @@ from test_law_7_travels_light import inputs_of, open_elsewhere, results_here
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from typer.testing import CliRunner
-from variants import VARIANTS, Runner, assert_equal, words
+from variants import COLUMNS, VARIANTS, Runner, assert_equal, words
 
 import hf_gallery.variants
 from hf_gallery import GalleryTransformerForCausalLM
@@ -107,9 +107,7 @@ def save_tiny(name, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.works(
-    "Hub, pushed and opened", "transformer", "transformer_xl", "longformer", "memorizing", "block_recurrent"
-)
+@pytest.mark.works("Hub, pushed and opened", *COLUMNS)
 def test_there_and_back(hub, tmp_path, monkeypatch):
     """All variants go up by push_to_hub and by push, and open without the library, with the same logits and the same
     generated text, under every head; a checkpoint of transformers comes down and is converted."""
@@ -212,6 +210,20 @@ def content(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+# Names that lie beside a model and look like what belongs to one.
+HOSTILE = {
+    *("secrets.py", "settings.py", "config.py", "conftest.py", "setup.py", "train.py", "__init__.py", "modeling.py"),
+    *("token.py", "ROWS.py", "rows.py.bak", "rows.pyc", "rows.txt", "modeling_transformer_xl.py.orig"),
+    *("LICENSE_KEY", "LICENSE.key", "LICENSE.pem", "LICENSES", "LICENSE-server.txt", "license", "NOTICE_board"),
+    *("private.model", "keys.spm", "model.spm", "customers.model", "tokenizer.model.bak", "id_rsa", ".env", ".netrc"),
+    *("config.json.bak", "config.json~", "config_secret.json", "my_config.json", "credentials.json", "token"),
+    *("tokenizer.json.old", "vocab.json.bak", "passwords.txt", "merges.txt.1", "README.txt", "README.md.bak"),
+    *("model.safetensors.bak", "model-00001-of-00002.safetensors", "optimizer.safetensors", "adapter_model.bin"),
+    *("chat_template.jinja.bak", "secret.jinja", "additional_chat_templates/keys.txt", "code/rows.py", "*.py"),
+    *("additional_chat_templates/.secret.jinja", "additional_chat_templates/deeper/secret.jinja", "a\nb.py"),
+}
+
+
 def test_push_makes_one_commit(online, saved, caplog):
     """Of what belongs to the model, and of nothing that training left; the folder stays as it is."""
     left = {
@@ -219,6 +231,7 @@ def test_push_makes_one_commit(online, saved, caplog):
         *("training_args.bin", "trainer_state.json", "vocab.pkl", "book.cache", "other.safetensors", ".hidden.py"),
         "model.safetensors.index.json",  # of shards that model.safetensors stands in for
     }
+    left |= HOSTILE
     kept = {"LICENSE", "chat_template.jinja", "additional_chat_templates/tool.jinja"}
     for name in left | kept:
         (saved / name).parent.mkdir(parents=True, exist_ok=True)
@@ -228,7 +241,11 @@ def test_push_makes_one_commit(online, saved, caplog):
     assert url == f"{online.url}/user/name" and content(saved) == before
     assert online.repos["user/name"].messages == ["initial commit", "first"]
     assert set(online.files("user/name")) == {str(path) for path in before} - left | {"README.md"}
-    assert "not uploaded: .hidden.py, book.cache, checkpoint-10, checkpoints" in caplog.text
+    assert "not uploaded: " in caplog.text
+    inside = "additional_chat_templates/"
+    for name in left - {"a\nb.py", f"{inside}deeper/secret.jinja"}:
+        assert (name if name.startswith(inside) else name.split("/")[0]) in caplog.text, name
+    assert repr("a\nb.py") in caplog.text and f"{inside}deeper" in caplog.text
     assert 'name = "user/name"' in online.files("user/name")["README.md"].decode()
     assert push(saved, "name") == url  # the token's owner is meant
     assert not online.unknown
@@ -280,11 +297,42 @@ def test_links_lead_nowhere_else(online, saved, tmp_path):
     assert files["model.safetensors"] == (saved / "weights" / "first").read_bytes()
     assert not {"notes.txt", "weights/first"} & set(files)
     before = len(online.asked)
+    (saved / "rows.py").rename(tmp_path / "rows.py")
+    (saved / "rows.py").symlink_to(tmp_path / "rows.py")
     for name in ("LICENSE", "extra.py"):
         (saved / name).symlink_to(secret)
-    with pytest.raises(ValueError, match="LICENSE is a link to a file outside.*\n.*extra.py is a link"):
+    with pytest.raises(ValueError, match="LICENSE is a link to a file outside.*\n.*rows.py is a link") as caught:
         push(saved, "user/name")
+    assert "extra.py" not in str(caught.value)
     assert len(online.asked) == before
+
+
+def test_code_goes_by_what_imports_it(online, saved):
+    """What the model's files import from beside them goes, and what those import, and the tokenizer's own; a file that
+    nobody imports, or only by an absolute name, stays."""
+    code = {"helper": "from .deeper import x\n", "deeper": "import secrets\nx = 1\n", "secrets": "KEY = 1\n"}
+    code |= {
+        "tokenization_own": "from .helper import x\nclass OwnTokenizer: pass\n",
+        "alone": "from .rows import Rows\n",
+    }
+    for name, text in code.items():
+        (saved / f"{name}.py").write_text(text)
+    about = json.loads((saved / "tokenizer_config.json").read_text())
+    about["auto_map"] = {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]}
+    (saved / "tokenizer_config.json").write_text(json.dumps(about))
+    push(saved, "user/name")
+    went = {name.removesuffix(".py") for name in online.files("user/name") if name.endswith(".py")}
+    assert went & set(code) == {"helper", "deeper", "tokenization_own"} and "modeling_transformer_xl" in went
+
+
+@pytest.mark.parametrize("name", ["rows/../../key", "./key", ".rows", "/etc/key"])
+def test_code_from_elsewhere_is_refused(online, saved, name):
+    """Whatever an import says, and be it in a docstring, which transformers reads as code."""
+    path = saved / "rows.py"
+    path.write_text(path.read_text() + f'"""\nfrom .{name} import x\n"""\n')
+    with pytest.raises(ValueError, match="rows.py imports .*no module beside it"):
+        push(saved, "user/name")
+    assert not online.asked
 
 
 def test_a_card_that_is_there_is_kept(online, saved):

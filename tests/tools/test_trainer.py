@@ -16,7 +16,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
 )
-from variants import VARIANTS
+from variants import COLUMNS, VARIANTS
 
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.training import SegmentTrainer
@@ -26,9 +26,7 @@ TOKENIZER = byte_tokenizer()
 # number of predicted tokens would depend on what a text is batched with.
 TOKENIZER.padding_side = "right"
 # One of each architecture, with all of its heads.
-FIVE = [
-    v for v in VARIANTS if v.name in ("transformer", "transformer_xl", "longformer", "memorizing", "block_recurrent")
-]
+FIVE = [v for v in VARIANTS if v.name in COLUMNS]
 five = pytest.mark.parametrize("variant", FIVE, ids=[variant.name for variant in FIVE])
 TRAINED = ("causal", "masked", "sequence", "tokens", "question")
 HEADS = [(v, head) for v in FIVE for head in TRAINED if head in v.heads]

@@ -9,8 +9,17 @@ import pytest
 from works import parse, render, replaced, result
 
 EMPTY = "before\n\n<!-- works -->\n<!-- /works -->\n\nafter\n"
+COLUMNS = {
+    "transformer": "Transformer",
+    "transformer_xl": "Transformer-XL",
+    "longformer": "Longformer",
+    "memorizing": "Memorizing",
+    "block_recurrent": "Block-Recurrent",
+}
 CONFTEST = """
 from works import Works
+
+COLUMNS = {columns}
 
 def pytest_addoption(parser):
     parser.addoption("--works")
@@ -19,7 +28,7 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "works(ability, *variants): of the table")
     config.addinivalue_line("markers", "slow: takes long")
-    config.pluginmanager.register(Works(config))
+    config.pluginmanager.register(Works(config, COLUMNS))
 """
 TESTS = """
 import pytest
@@ -71,7 +80,7 @@ after
 
 @pytest.fixture
 def suite(tmp_path):
-    (tmp_path / "conftest.py").write_text(CONFTEST)
+    (tmp_path / "conftest.py").write_text(CONFTEST.replace("{columns}", repr(COLUMNS)))
     (tmp_path / "test_animals.py").write_text(TESTS)
     (tmp_path / "README.md").write_text(EMPTY)
 
@@ -94,7 +103,7 @@ def suite(tmp_path):
 def test_a_run_writes_what_its_tests_said(suite, processes):
     code, output, text = suite("-n", str(processes), "--works", "README.md")
     assert code == 1 and "1 failed" in output  # the failure of a test stays one
-    assert parse(text) == parse(TABLE)
+    assert parse(text, COLUMNS) == parse(TABLE, COLUMNS)
     if processes == 0:
         assert text == TABLE
 
@@ -146,7 +155,7 @@ def test_a_cell_is_as_good_as_its_worst_test():
 
 
 def test_a_table_reads_as_it_was_written():
-    assert replaced(EMPTY, render(parse(TABLE))) == TABLE
+    assert replaced(EMPTY, render(parse(TABLE, COLUMNS), COLUMNS)) == TABLE
     for broken in ("", "<!-- works -->", "<!-- /works --><!-- works -->"):
         with pytest.raises(ValueError, match="must hold"):
-            parse(broken)
+            parse(broken, COLUMNS)
