@@ -101,6 +101,12 @@ IMPLEMENTATIONS = {
     "triton": "kernels for GPUs, in float32 and half types, heads of at most 256",
     "sdpa": "torch's fused kernels on the same intervals, without lse and without a position term of the query",
 }
+# Names of attn_implementation that every model takes, with what each is.
+OWN_IMPLEMENTATIONS = {
+    "eager": "their own kernels on a GPU, else their own tiles",
+    "tiles": "their own tiles, on every device",
+    "triton": "their own kernels, for GPUs",
+}
 
 
 def choose(problem: Problem, implementation: str) -> str:

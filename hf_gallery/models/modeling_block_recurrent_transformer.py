@@ -32,7 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone
 from .blocks import (
     FeedForward,
@@ -64,6 +64,13 @@ class Context(ForwardContext):
         """[p - W, p - 1] in the columns [cached | new]."""
         p = self.rows.positions
         return self.once(("window", cached), lambda: self.rows.spans(p - self.block_length, p - 1, cached))
+
+    def everything(self, queries: int, columns: int) -> Spans:
+        """All columns, for every query."""
+        ends = (0, columns - 1)
+        return self.once(
+            ("everything", queries, columns), lambda: Spans(*(torch.full((1, queries), end) for end in ends))
+        )
 
     def blocks(self, cached: int) -> Blocks:
         return self.once(("blocks", cached), lambda: Blocks(self.rows, cached, self.block_length))
@@ -171,14 +178,15 @@ class RecurrentState(nn.Module):
         """The keys and values (B, H, S, D) of a state (B, S, E), which tokens and the state itself read."""
         return self.project.keys_values(self.norm(state) + self.ids)
 
-    def advance(self, state, key, value, keys, values, spans):
-        """The state (B, S, E) after a block; its keys and values are (B, H, S, D), the tokens' are (B, H, 2 W, D)."""
-        z, s = self.norm(state) + self.ids, state.shape[1]
+    def advance(self, state, own, tokens, everything, spans, implementation):
+        """The state (B, S, E) after a block; its own keys and values are (B, H, S, D), the tokens' are (B, H, 2 W, D).
+        It sees all of its own, and of the tokens those in spans."""
+        z = self.norm(state) + self.ids
+        options = dict(scale=1.0, implementation=implementation)
         query = self.project.queries(z)
         cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.heads), self.cross_scale)
-        own = attend(query, key, value, Spans(torch.zeros(1, s).long(), torch.full((1, s), s - 1)), scale=1.0)
-        cross = attend(cross_query, keys, values, spans, scale=1.0)
-        hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, S, 2 H D)
+        itself, cross = attend(query, *own, everything, **options), attend(cross_query, *tokens, spans, **options)
+        hidden = torch.cat([merge_heads(itself), merge_heads(cross)], dim=-1)  # (B, S, 2 H D)
         state = self.gate(state, self.o_proj(hidden), hidden)
         if self.dual:
             ffn = self.feed_forward
@@ -216,7 +224,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         # One distance only where the window is still empty: a table needs a row all the same.
         position = self.relative_bias(max(1, spans.distances(cached)[1]), self.project.scales())
         dropout = self.dropout if self.training else 0.0
-        out = attend(query, keys, values, spans, position=position, scale=1.0, dropout=dropout)
+        options = dict(dropout=dropout, implementation=context.implementation)
+        out = attend(query, keys, values, spans, position=position, scale=1.0, **options)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)[2]
@@ -227,15 +236,14 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
                 if context.keep:
                     new |= new_state
             else:
-                cross = self._read_state(cross_query, *context.fed)
+                cross = self._read_state(cross_query, *context.fed, context)
             out = torch.cat([out, cross], dim=1)  # (B, 2 H, T, D)
         return self.o_proj(merge_heads(out)), new, probabilities
 
     @staticmethod
-    def _read_state(query, key, value):
-        b, _, w, _ = query.shape
-        everything = Spans(torch.zeros(1, w).long(), torch.full((1, w), key.shape[2] - 1))
-        return attend(query, key, value, everything, scale=1.0)
+    def _read_state(query, key, value, context):
+        everything = context.everything(query.shape[2], key.shape[2])
+        return attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
 
     def _through_blocks(self, cross_query, keys, values, context, cached, state):
         """The only loop over blocks: the state. Returns what the tokens read (B, H, T, D), and the next state."""
@@ -249,8 +257,10 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
             read = context.keep or j + 1 < blocks.count  # somebody will read the next state
             if read and bool(done.any()):
                 windows = windows or (blocks.windows(keys), blocks.windows(values))
-                spans = blocks.window_spans(j, current.shape[1])
-                ahead = recurrence.advance(current, *pair, windows[0][j], windows[1][j], spans)
+                size = current.shape[1]
+                everything, spans = context.everything(size, size), blocks.window_spans(j, size)
+                tokens = windows[0][j], windows[1][j]
+                ahead = recurrence.advance(current, pair, tokens, everything, spans, context.implementation)
                 current = (
                     ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
                 )
@@ -260,7 +270,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         new = {"state": current}
         if context.infers:  # a token of the same block reads them again
             new |= {"state_keys": pair[0], "state_values": pair[1]}
-        return blocks.back(self._read_state(blocks.tokens(cross_query), key, value)), new
+        return blocks.back(self._read_state(blocks.tokens(cross_query), key, value, context)), new
 
     def entering(self, state, rows) -> torch.Tensor:
         """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
@@ -298,7 +308,7 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryBlockRecurrentTransformerConfig
     config_class = GalleryBlockRecurrentTransformerConfig
     _no_split_modules = ["GalleryBlockRecurrentTransformerLayer"]
-    implementations = {"eager": "their own tiles"}
+    implementations = OWN_IMPLEMENTATIONS
     heads = {
         "AutoModel": "GalleryBlockRecurrentTransformerModel",
         "AutoModelForCausalLM": "GalleryBlockRecurrentTransformerForCausalLM",

@@ -43,7 +43,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone
 from .blocks import (
     FeedForward,
@@ -189,7 +189,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         position = None
         if hasattr(self, "relative_bias"):
             position = self.relative_bias(context.far, self.project.scales())
-        options = dict(scale=1.0, dropout=self.dropout if self.training else 0.0)
+        dropout = self.dropout if self.training else 0.0
+        options = dict(scale=1.0, dropout=dropout, implementation=context.implementation)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)[2]
@@ -274,7 +275,9 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryMemorizingTransformerConfig
     config_class = GalleryMemorizingTransformerConfig
     _no_split_modules = ["GalleryMemorizingTransformerLayer"]
-    implementations = {"eager": "their own tiles, which join local attention and cache"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which join local attention and cache"
+    }
     heads = {
         "AutoModel": "GalleryMemorizingTransformerModel",
         "AutoModelForCausalLM": "GalleryMemorizingTransformerForCausalLM",
