@@ -167,36 +167,50 @@ class _Tiles(NamedTuple):
     stages: int
 
 
-# By kernel and type ("half" or "float"), for heads up to a size: chosen by compiling for sm_80 and sm_90 without
-# spills and within the shared memory of sm_89 (99 KB), see tests/plain/test_attention_triton.py.
-TILES = {
-    ("forward", "half"): {64: _Tiles(128, 64, 8, 3), 128: _Tiles(128, 64, 8, 2), 256: _Tiles(64, 32, 8, 2)},
-    ("forward", "float"): {64: _Tiles(64, 32, 4, 2), 128: _Tiles(32, 32, 4, 2), 256: _Tiles(16, 32, 4, 1)},
-    ("queries", "half"): {64: _Tiles(128, 64, 8, 2), 128: _Tiles(64, 64, 8, 2), 256: _Tiles(64, 32, 8, 1)},
-    ("queries", "float"): {64: _Tiles(32, 32, 4, 2), 128: _Tiles(32, 32, 8, 1), 256: _Tiles(16, 16, 4, 1)},
-    ("keys", "half"): {64: _Tiles(64, 128, 8, 2), 128: _Tiles(64, 64, 8, 1), 256: _Tiles(32, 64, 8, 1)},
-    ("keys", "float"): {64: _Tiles(32, 32, 4, 2), 128: _Tiles(32, 32, 8, 1), 256: _Tiles(16, 16, 4, 1)},
-    ("diagonals", "half"): {64: _Tiles(64, 64, 4, 2), 128: _Tiles(64, 64, 8, 1), 256: _Tiles(32, 32, 4, 1)},
-    ("diagonals", "float"): {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 8, 1), 256: _Tiles(16, 16, 4, 1)},
-    ("products", "half"): {64: _Tiles(64, 64, 4, 1), 128: _Tiles(64, 64, 4, 1), 256: _Tiles(64, 64, 8, 1)},
-    ("products", "float"): {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Tiles(32, 32, 4, 1)},
+# By kernel, for heads up to a size: chosen by compiling for sm_90 and sm_80 with at most 256 spilled bytes and within
+# the shared memory of H100 (227 KB) and of sm_89 (99 KB), see eval/compiled.py.
+HALF_ON_HOPPER = {
+    "forward": {64: _Tiles(128, 64, 8, 3), 128: _Tiles(128, 64, 8, 2), 256: _Tiles(64, 32, 8, 2)},
+    "queries": {64: _Tiles(128, 32, 8, 2), 128: _Tiles(128, 32, 8, 2), 256: _Tiles(32, 32, 8, 1)},
+    "keys": {64: _Tiles(64, 128, 8, 2), 128: _Tiles(32, 64, 8, 2), 256: _Tiles(32, 32, 8, 1)},
+    "diagonals": {64: _Tiles(64, 64, 4, 2), 128: _Tiles(64, 64, 8, 1), 256: _Tiles(16, 16, 4, 1)},
+    "products": {64: _Tiles(64, 64, 4, 1), 128: _Tiles(64, 64, 4, 1), 256: _Tiles(64, 64, 8, 1)},
+}
+HALF = {
+    "forward": {64: _Tiles(64, 64, 4, 2), 128: _Tiles(64, 32, 8, 2), 256: _Tiles(32, 32, 8, 1)},
+    "queries": {64: _Tiles(128, 32, 8, 2), 128: _Tiles(64, 32, 8, 1), 256: _Tiles(16, 32, 4, 1)},
+    "keys": {64: _Tiles(64, 32, 4, 2), 128: _Tiles(32, 32, 8, 1), 256: _Tiles(32, 16, 4, 1)},
+    "diagonals": {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Tiles(16, 16, 4, 1)},
+    "products": {64: _Tiles(64, 64, 4, 1), 128: _Tiles(64, 64, 8, 1), 256: _Tiles(64, 64, 8, 1)},
+}
+FLOAT = {
+    "forward": {64: _Tiles(32, 32, 4, 2), 128: _Tiles(32, 32, 8, 1), 256: _Tiles(16, 16, 4, 1)},
+    "queries": {64: _Tiles(32, 32, 8, 1), 128: _Tiles(16, 16, 4, 1), 256: _Tiles(16, 16, 8, 1)},
+    "keys": {64: _Tiles(32, 32, 4, 1), 128: _Tiles(16, 16, 4, 1), 256: _Tiles(16, 16, 8, 1)},
+    "diagonals": {64: _Tiles(32, 32, 4, 1), 128: _Tiles(16, 16, 4, 1), 256: _Tiles(16, 16, 8, 1)},
+    "products": {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 4, 1), 256: _Tiles(32, 32, 8, 1)},
 }
 
 
 def _tiles(kernel: str, problem: Problem) -> _Tiles:
-    query, value = problem.query, problem.value
-    return tiles_of(kernel, query.dtype, max(query.shape[-1], value.shape[-1]), query.shape[2])
+    query, widest = problem.query, max(problem.query.shape[-1], problem.value.shape[-1])
+    return tiles_of(kernel, query.dtype, widest, query.shape[2], is_hopper(query.device))
 
 
-def tiles_of(kernel: str, kind: torch.dtype, widest: int, queries: int) -> _Tiles:
-    """The launch of a kernel for heads of `widest` and so many queries a row."""
+def tiles_of(kernel: str, kind: torch.dtype, widest: int, queries: int, hopper: bool) -> _Tiles:
+    """The launch of a kernel for heads of `widest` and that many queries a row."""
     if INTERPRETED:
         return _Tiles(16, 16, 1, 1)  # several tiles a test, in seconds
-    sizes = TILES[kernel, "float" if kind == torch.float32 else "half"]
+    sizes = (FLOAT if kind == torch.float32 else HALF_ON_HOPPER if hopper else HALF)[kernel]
     tiles = sizes[next(size for size in sizes if widest <= size)]
     if kernel == "forward" and queries <= 16:  # decoding
         return tiles._replace(queries=16, warps=4)
     return tiles
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether the device has the matrix instructions and the shared memory of compute capability 9.0 or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def _precision() -> str:
@@ -294,7 +308,7 @@ def _keys_along(x, KEYS_FIRST: tl.constexpr):
 
 @jit
 def _scores(
-    q, k, t, s, lo, up, term, term_t, scale2,
+    q, k, t0, t, T, s, lo, up, term, term_t, scale2,
     TERM: tl.constexpr, CUT: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of a tile in base 2, -inf outside of the intervals if they cut it."""
@@ -305,7 +319,9 @@ def _scores(
     column = _keys_along(s, KEYS_FIRST)
     visible = (column >= _queries_along(lo, KEYS_FIRST)) & (column <= _queries_along(up, KEYS_FIRST))
     if TERM:
-        where = term + (_queries_along(t.to(tl.int64) * term_t, KEYS_FIRST) + column)
+        # Queries beyond the last read its row. Within a tile 32 bits reach far enough, and take half the registers.
+        t = tl.minimum(t, T - 1)
+        where = term + t0.to(tl.int64) * term_t + (_queries_along((t - t0) * term_t, KEYS_FIRST) + column)
         if CUT:
             x += tl.load(where, mask=visible, other=0.0).to(tl.float32)
         else:
@@ -361,7 +377,8 @@ def _forward(
     member = tl.program_id(1)
     b, h = (first_row + member // G).to(tl.int64), (first_head + member % G).to(tl.int64)
     row = b * H + h
-    t = tl.program_id(0) * M + tl.arange(0, M)
+    t0 = tl.program_id(0) * M
+    t = t0 + tl.arange(0, M)
     lo, up = _intervals(lower + b * spans_b, upper + b * spans_b, t, T, S)
     q = _rows(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
     k_ptr += b * k_b + h * k_h
@@ -377,7 +394,7 @@ def _forward(
         s = tl.multiple_of(_place(n, start, whole, whole_stop, N), N) + tl.arange(0, N)
         k = _rows(k_ptr, s, k_s, S, D, BLOCK_D, False)
         v = _rows(v_ptr, s, v_s, S, DV, BLOCK_DV, False)
-        x = _scores(q, k, t, s, lo, up, term, term_t, scale2, TERM, True, False, PRECISION)
+        x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, True, False, PRECISION)
         new_top = tl.maximum(top, tl.max(x, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet
         probabilities = tl.exp2(x - safe[:, None])
@@ -392,7 +409,7 @@ def _forward(
         s = tl.multiple_of(s0, N) + tl.arange(0, N)
         k = _rows(k_ptr, s, k_s, S, D, BLOCK_D, True)
         v = _rows(v_ptr, s, v_s, S, DV, BLOCK_DV, True)
-        x = _scores(q, k, tl.minimum(t, T - 1), s, lo, up, term, term_t, scale2, TERM, False, False, PRECISION)
+        x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, False, False, PRECISION)
         new_top = tl.maximum(top, tl.max(x, 1))
         probabilities = tl.exp2(x - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -444,7 +461,8 @@ def _backward_queries(
     member = tl.program_id(1)
     b, h = (first_row + member // G).to(tl.int64), (first_head + member % G).to(tl.int64)
     row = b * H + h
-    t = tl.program_id(0) * M + tl.arange(0, M)
+    t0 = tl.program_id(0) * M
+    t = t0 + tl.arange(0, M)
     lo, up = _intervals(lower + b * spans_b, upper + b * spans_b, t, T, S)
     q = _rows(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
     g = _rows(g_ptr + b * T * H * DV + h * DV, t, H * DV, T, DV, BLOCK_DV, False)
@@ -462,22 +480,22 @@ def _backward_queries(
         s = tl.multiple_of(_place(n, start, whole, whole_stop, N), N) + tl.arange(0, N)
         k = _rows(k_ptr, s, k_s, S, D, BLOCK_D, False)
         v = _rows(v_ptr, s, v_s, S, DV, BLOCK_DV, False)
-        x = _scores(q, k, t, s, lo, up, term, term_t, scale2, TERM, True, False, PRECISION)
+        x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, True, False, PRECISION)
         kept, grad = _score_gradient(x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, False, PRECISION)
         dq = _dot(grad.to(k.dtype), k, dq, PRECISION)
         if PUT_TERM:
             visible = (s[None, :] >= lo[:, None]) & (s[None, :] <= up[:, None]) & (t < T)[:, None]
-            where = dterm_ptr + (t.to(tl.int64)[:, None] * dterm_t + s[None, :])
+            where = dterm_ptr + t0.to(tl.int64) * dterm_t + ((t - t0)[:, None] * dterm_t + s[None, :])
             tl.store(where, (grad * scale).to(dterm_ptr.dtype.element_ty), mask=visible)
     for s0 in range(whole, whole_stop, N):
         s = tl.multiple_of(s0, N) + tl.arange(0, N)
         k = _rows(k_ptr, s, k_s, S, D, BLOCK_D, True)
         v = _rows(v_ptr, s, v_s, S, DV, BLOCK_DV, True)
-        x = _scores(q, k, tl.minimum(t, T - 1), s, lo, up, term, term_t, scale2, TERM, False, False, PRECISION)
+        x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, False, False, PRECISION)
         kept, grad = _score_gradient(x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, False, PRECISION)
         dq = _dot(grad.to(k.dtype), k, dq, PRECISION)
         if PUT_TERM:
-            where = dterm_ptr + (t.to(tl.int64)[:, None] * dterm_t + s[None, :])
+            where = dterm_ptr + t0.to(tl.int64) * dterm_t + ((t - t0)[:, None] * dterm_t + s[None, :])
             tl.store(where, (grad * scale).to(dterm_ptr.dtype.element_ty), mask=(t < T)[:, None])
     _put_rows(dq_ptr + b * T * H * D + h * D, dq * scale, t, H * D, T, D, BLOCK_D)
 
@@ -513,24 +531,26 @@ def _backward_keys(
     dk = tl.zeros((N, BLOCK_D), tl.float32)
     dv = tl.zeros((N, BLOCK_DV), tl.float32)
     for n in range(0, (whole - first) + (end - whole_end)):
-        t = tl.multiple_of(_place(n, first, whole, whole_end, 1) * M, M) + tl.arange(0, M)
+        t0 = tl.multiple_of(_place(n, first, whole, whole_end, 1) * M, M)
+        t = t0 + tl.arange(0, M)
         lo, up = _intervals(lower, upper, t, T, S)
         q = _rows(q_ptr, t, q_t, T, D, BLOCK_D, False)
         g = _rows(g_ptr, t, H * DV, T, DV, BLOCK_DV, False)
         lse2 = tl.load(lse2_ptr + t, mask=t < T, other=float("inf"))
         offset = tl.load(offset_ptr + t, mask=t < T, other=0.0)
-        x = _scores(q, k, t, s, lo, up, term, term_t, scale2, TERM, True, True, PRECISION)
+        x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, True, True, PRECISION)
         kept, grad = _score_gradient(x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, True, PRECISION)
         dv = _dot(kept.to(g.dtype), g, dv, PRECISION)
         dk = _dot(grad.to(q.dtype), q, dk, PRECISION)
     for n in range(whole, whole_end):
-        t = tl.multiple_of(n * M, M) + tl.arange(0, M)
+        t0 = tl.multiple_of(n * M, M)
+        t = t0 + tl.arange(0, M)
         q = _rows(q_ptr, t, q_t, T, D, BLOCK_D, False)
         g = _rows(g_ptr, t, H * DV, T, DV, BLOCK_DV, False)
         lse2 = tl.load(lse2_ptr + t, mask=t < T, other=float("inf"))
         offset = tl.load(offset_ptr + t, mask=t < T, other=0.0)
         x = _scores(
-            q, k, tl.minimum(t, T - 1), s, t, t, term, term_t, scale2, TERM, False, True, PRECISION
+            q, k, t0, t, T, s, t, t, term, term_t, scale2, TERM, False, True, PRECISION
         )  # fmt: skip
         kept, grad = _score_gradient(x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, True, PRECISION)
         dv = _dot(kept.to(g.dtype), g, dv, PRECISION)
@@ -561,8 +581,9 @@ def _backward_diagonals(
     for n in range(part, B * tiles, splits):
         b = (n // tiles).to(tl.int64)
         row = b * H + h
-        s0 = (n % tiles + shift) * M
-        t = n % tiles * M + tl.arange(0, M)
+        t0 = n % tiles * M
+        s0 = t0 + shift * M
+        t = t0 + tl.arange(0, M)
         s = s0 + tl.arange(0, M)
         lo, up = _intervals(lower + b * spans_b, upper + b * spans_b, t, T, S)
         if (tl.min(lo, 0) < s0 + M) & (tl.max(up, 0) >= s0):
@@ -572,7 +593,7 @@ def _backward_diagonals(
             v = _rows(v_ptr + b * v_b + h * v_h, s, v_s, S, DV, BLOCK_DV, False)
             lse2 = tl.load(lse2_ptr + row * T + t, mask=t < T, other=float("inf"))
             offset = tl.load(offset_ptr + row * T + t, mask=t < T, other=0.0)
-            x = _scores(q, k, t, s, lo, up, term, term_t, scale2, TERM, True, False, PRECISION)
+            x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, True, False, PRECISION)
             kept, grad = _score_gradient(
                 x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, False, PRECISION
             )
@@ -675,7 +696,8 @@ class _Call:
 
     def launch(self, kernel: str, shapes: dict | None = None) -> dict:
         """M, N and options of a kernel, and the given shapes, by default all."""
-        tiles = tiles_of(kernel, self.x.query.dtype, max(self.d, self.dv), self.t)
+        query = self.x.query
+        tiles = tiles_of(kernel, query.dtype, max(self.d, self.dv), self.t, is_hopper(query.device))
         options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
         return (self.shapes if shapes is None else shapes) | dict(M=tiles.queries, N=tiles.keys) | options
 
