@@ -27,6 +27,8 @@ testing = [
     'triton; sys_platform == "linux"',  # torch brings it for CUDA; without a GPU its interpreter tests the kernels
 ]
 
+# The lower bounds are the releases that .ci/run tests as the oldest; a release that breaks the gallery gets an upper
+# bound here, with the issue that says how.
 setup(
     name="hf-gallery",
     version=version,
@@ -37,20 +39,20 @@ setup(
     packages=find_packages(include=["hf_gallery", "hf_gallery.*"]),
     python_requires=">=3.10,<3.14",
     install_requires=[
-        "torch>=2.11",
+        "torch>=2.13",
         "transformers>=5.17,<6",
-        "huggingface-hub",
-        "datasets",
-        "evaluate",
-        "faiss-cpu",
-        "accelerate",
-        "safetensors",
-        "tokenizers",
-        "numpy",
-        "pyarrow",
-        "typer",
-        "rich",
-        "tqdm",
+        "huggingface-hub>=1.5",
+        "datasets>=4.0",
+        "evaluate>=0.4.3",
+        "faiss-cpu>=1.10",
+        "accelerate>=1.1",
+        "safetensors>=0.8",
+        "tokenizers>=0.23.1",
+        "numpy>=1.26",
+        "pyarrow>=17",
+        "typer>=0.15",
+        "rich>=13",
+        "tqdm>=4.66.3",
     ],
     entry_points={"console_scripts": ["hf-gallery = hf_gallery.cli:app"]},
     extras_require={"eval": evaluation, "test": evaluation + testing},

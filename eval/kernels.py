@@ -262,7 +262,7 @@ def limit(name: str) -> float:
 
 
 def measure(names: list[str]) -> dict[str, dict[str, float]]:
-    """The errors of the cases with these names. Memory that nobody wrote is NaN meanwhile, so that reading it shows."""
+    """The errors of the cases with these names. Memory that nobody wrote is NaN, so that reading it shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     return {name: EXTRA[name]() if name in EXTRA else errors((CASES | LARGE)[name]) for name in names}
 

@@ -40,9 +40,9 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on; a package that is not installed is left out."""
-    found = {"python": platform.python_version()}
-    for name in ("hf-gallery", "torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy"):
+    """Versions of what a result depends on, torch's with its build; a package that is not installed is left out."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    for name in ("hf-gallery", "transformers", "datasets", "accelerate", "tokenizers", "numpy"):
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -6,17 +6,22 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard_data import EvalResult, ModelCardData
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .errors import one_line
 from .files import read_json, write_text
 from .variants import VARIANTS, Variant
+
+Found = TypeVar("Found")
 
 PIPELINES = {
     "AutoModelForCausalLM": "text-generation",
@@ -43,10 +48,12 @@ def render_card(
     folder: a saved model. Its class, sizes and, where Trainer.save_metrics("eval", ...) left an eval_results.json, its
     scores are read from there. results: a file that `python -m eval` wrote. Its numbers are of models which that
     command trained, so they enter the metadata (model-index) of an architecture's card, and only the text of a
-    folder's. repo_id: where it will be, for the code that loads it.
+    folder's. repo_id: USER/NAME or NAME, where it will be, for the code that loads it.
 
-    Raises ValueError for a variant that is not known, a folder that holds none or another, and results that are no
-    such file or have no numbers of the variant.
+    What comes from files and arguments enters as text: it can start no line, table cell or code of its own.
+
+    Raises ValueError for a variant that is not known, a folder that holds none or another, a repo_id that is no name,
+    and results that are no such file or have no numbers of the variant.
     """
     if variant not in VARIANTS:
         raise ValueError(f"variant is {variant!r}; choose from {', '.join(VARIANTS)}")
@@ -54,11 +61,21 @@ def render_card(
     if folder is not None and variant_of(Path(folder)) is not about:
         held = variant_of(Path(folder)).name
         raise ValueError(f"variant is {variant!r}, but {folder} holds a {held}; give that name")
-    saved = None if folder is None else _Saved.read(Path(folder))
+    if repo_id is not None:
+        check_repo_id(repo_id)
+    saved = None if folder is None else _Saved.read(Path(folder), about)
     measured = None if results is None else _Measured.read(Path(results), tuple(c.name for c in about.contestants))
     auto = "AutoModelForCausalLM" if saved is None else saved.auto
-    name = repo_id.split("/")[-1] if repo_id else about.config.model_type if folder is None else Path(folder).name
-    scores = measured.scores() if measured and not saved else saved.scores() if saved else []
+    name = (
+        repo_id.split("/")[-1]
+        if repo_id
+        else about.config.model_type
+        if folder is None
+        else Path(folder).resolve().name
+    )
+    scores = [] if saved is None else saved.scores()
+    if measured is not None and saved is None:
+        scores = _told(Path(str(results)), measured.scores)
     metadata = ModelCardData(
         model_name=name,
         license="apache-2.0" if saved is None else None,  # of weights only their author can say
@@ -70,7 +87,7 @@ def render_card(
     if not scores:
         del metadata.model_name  # it is the model-index's
     sections = [
-        f"# {about.title}" if saved is None else f"# {name}",
+        f"# {about.title if saved is None else _plain(name)}",
         about.about,
         f"The architecture is that of [{about.paper_title}]({about.paper}) ({about.authors}), written from scratch in "
         "hf-gallery. What it carries from one call to the next lives in its cache, and goes on in `generate`.",
@@ -95,9 +112,17 @@ def render_card(
             )
         ),
     ]
-    sections += [] if measured is None else [measured.text(own=saved is None)]
+    sections += [] if measured is None else [_told(Path(str(results)), lambda: measured.text(own=saved is None))]
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     return str(card)
+
+
+def check_repo_id(repo_id: str):
+    """Raises ValueError unless repo_id is USER/NAME or NAME, as the Hub has them."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"repo_id is {repo_id!r}; it must be USER/NAME. {one_line(error, 300)}") from error
 
 
 def variant_of(folder: Path) -> Variant:
@@ -169,14 +194,19 @@ class _Saved:
     """What a folder tells of the model in it."""
 
     config: dict[str, Any]
+    head: str  # the class that it was saved as; "" if the config names none of its variant's
+    auto: str  # the Auto class that opens it under that head
     parameters: int
     dtypes: list[str]
     tokenizes: bool
     evaluation: dict[str, float]  # of Trainer.save_metrics("eval", ...)
 
     @classmethod
-    def read(cls, folder: Path) -> _Saved:
+    def read(cls, folder: Path, variant: Variant) -> _Saved:
         config = read_json(folder / "config.json")
+        named = config.get("architectures")
+        named = named if isinstance(named, list) else []
+        auto, head = next(((auto, kind) for auto, kind in variant.heads.items() if kind in named), ("AutoModel", ""))
         parameters, dtypes = 0, set()
         for path in weight_files(folder):
             try:
@@ -187,18 +217,9 @@ class _Saved:
             parameters += sum(math.prod(tensor.get_shape()) for tensor in tensors)
             dtypes |= {tensor.get_dtype() for tensor in tensors}
         scores = read_json(folder / "eval_results.json")
-        scores = {k: x for k, x in scores.items() if isinstance(x, (int, float))} if isinstance(scores, dict) else {}
+        scores = {k: x for k, x in scores.items() if _is_number(x)} if isinstance(scores, dict) else {}
         tokenizes = (folder / "tokenizer_config.json").is_file()
-        return cls(config, parameters, sorted(dtypes), tokenizes, scores)
-
-    @property
-    def auto(self) -> str:
-        """The Auto class that opens the model under the head that it was saved with."""
-        names = self.config.get("architectures") or []
-        mapped = self.config.get("auto_map") or {}
-        mapped = mapped if isinstance(mapped, dict) else {}
-        found = (auto for auto, place in mapped.items() if str(place).split(".")[-1] in names)
-        return next(found, "AutoModel")
+        return cls(config, head, auto, parameters, sorted(dtypes), tokenizes, scores)
 
     def scores(self) -> list[EvalResult]:
         """The evaluation's scores; speeds and counts are not among them."""
@@ -220,19 +241,18 @@ class _Saved:
     def text(self) -> str:
         hidden = {"auto_map", "architectures", "model_type", "transformers_version", "dtype", "use_cache", "id2label"}
         hidden |= {"label2id"}
-        rows = [(name, value) for name, value in sorted(self.config.items()) if name not in hidden]
+        rows = [(name, json.dumps(value)) for name, value in sorted(self.config.items()) if name not in hidden]
         lines = [
             "## This model",
             "",
-            f"`{(self.config.get('architectures') or ['?'])[0]}`, {self.parameters:,} parameters, saved as "
-            f"{', '.join(self.dtypes)}.",
+            f"`{self.head or '?'}`, {self.parameters:,} parameters, saved as {', '.join(self.dtypes)}.",
             "",
         ]
         for score in self.scores():
-            lines += [f"- {score.metric_name} on {score.dataset_name}: {score.metric_value}"]
+            lines += [f"- {_plain(score.metric_name)} on {score.dataset_name}: {score.metric_value}"]
         lines += [""] if self.scores() else []
         lines += ["| setting | value |", "|---|---|"]
-        lines += [f"| {name} | `{json.dumps(value)}` |" for name, value in rows]
+        lines += [f"| {_plain(name)} | {_code_span(value)} |" for name, value in rows]
         return "\n".join(lines)
 
 
@@ -325,10 +345,15 @@ class _Measured:
         labels = next((list(scores) for scores in by.values() if scores), [])
         if not labels:
             return ""
-        lines = [title, "", f"| model | {' | '.join(head(x) for x in labels)} |", "|---|" + "---:|" * len(labels)]
+        lines = [
+            " ".join(title.split()),
+            "",
+            f"| model | {' | '.join(head(x) for x in labels)} |",
+            "|---|" + "---:|" * len(labels),
+        ]
         for name, scores in by.items():
             shares = [f"{scores[x]['correct'] / scores[x]['asked']:.1%}" if x in scores else "-" for x in labels]
-            lines += [f"| {self.entries[name]['label']} | {' | '.join(shares)} |"]
+            lines += [f"| {_plain(self.entries[name]['label'])} | {' | '.join(shares)} |"]
         return "\n".join(lines)
 
     def _text_and_cost(self) -> str:
@@ -341,7 +366,11 @@ class _Measured:
         for entry in self.entries.values():
             cost, bits = entry.get("cost"), entry.get("bits_per_byte")
             parameters = entry.get("parameters") or (cost or {}).get("parameters")
-            row = [entry["label"], f"{parameters:,}" if parameters else "-", f"{_mean(bits):.3f}" if bits else "-"]
+            row = [
+                _plain(entry["label"]),
+                f"{parameters:,}" if parameters else "-",
+                f"{_mean(bits):.3f}" if bits else "-",
+            ]
             if cost:
                 row += [f"{cost['training_tokens_per_second']:,.0f}", f"{cost['training_peak_bytes'] / 2**20:.0f}"]
                 row += [f"{cost['decode_ms_per_token'][x]:.2f}" for x in contexts]
@@ -392,12 +421,41 @@ class _Measured:
         lines.append(f"- Seeds: {', '.join(map(str, seeds))}.")
         origins = {json.dumps(_origin(c["provenance"]), sort_keys=True) for c in cells}
         for origin in (json.loads(x) for x in sorted(origins)):
+            command = _code_span(str(origin.pop("command")))
+            origin = {name: _plain(value) for name, value in origin.items()}
             lines.append(
                 f"- Machine: {origin['processor']}, {origin['cores']} cores, {origin['device']}; torch "
                 f"{origin['torch']}, transformers {origin['transformers']}, Python {origin['python']}; commit "
-                f"{origin['commit']}, {origin['day']}, by `{origin['command']}`."
+                f"{origin['commit']}, {origin['day']}, by {command}."
             )
         return "\n".join(lines)
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+
+
+def _plain(text: Any) -> str:
+    """Text for one line or table cell of Markdown, whatever it holds."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(str(text).split()))
+
+
+def _code_span(text: str) -> str:
+    """Text as code in a table cell: between backticks, more of them than stand in it together."""
+    text = " ".join(text.split())
+    ticks = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " * text.startswith("`") or " " * text.endswith("`")
+    return f"{ticks}{pad}{text}{pad}{ticks}".replace("|", "\\|")
+
+
+def _told(path: Path, work: Callable[[], Found]) -> Found:
+    """The work's result. Raises ValueError where the results file at `path` is not as `python -m eval` writes it."""
+    try:
+        return work()
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(
+            f"{path} is not as `python -m eval` writes it: {one_line(error)}; measure again, or undo what was changed"
+        ) from error
 
 
 def _share(dataset: str, name: str, part: str, of: str, score: dict[str, Any]) -> EvalResult:

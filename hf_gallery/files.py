@@ -34,5 +34,5 @@ def read_json(path: Path) -> Any:
     """The value in a JSON file; None if the file is missing or is not JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):  # the last: brackets without end
         return None

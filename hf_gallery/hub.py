@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
 from transformers.dynamic_module_utils import get_relative_imports
@@ -21,7 +20,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_
 
 import hf_gallery
 
-from .cards import render_card, variant_of, weight_files, write_cards
+from .cards import check_repo_id, render_card, variant_of, weight_files, write_cards
 from .errors import one_line
 from .files import read_json
 from .variants import Variant
@@ -69,10 +68,7 @@ def push(
     """
     folder = Path(folder)
     variant = check_checkpoint(folder)
-    try:
-        validate_repo_id(repo_id)
-    except HFValidationError as error:
-        raise ValueError(f"repo_id is {repo_id!r}; it must be USER/NAME. {one_line(error, LONGEST)}") from error
+    check_repo_id(repo_id)
     token = token or get_token()
     if not token:
         raise ValueError("no token for the Hub was found; run `hf auth login`, set HF_TOKEN, or give token")

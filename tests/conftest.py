@@ -15,6 +15,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from deprecations import errors  # noqa: E402
 from variants import COLUMNS  # noqa: E402
 from works import Works  # noqa: E402
 
@@ -51,3 +52,9 @@ def _uninitialised_memory_is_nan():
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+@pytest.fixture(autouse=True)
+def _deprecated_calls_are_errors():
+    with errors():
+        yield

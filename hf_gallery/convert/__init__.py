@@ -16,7 +16,7 @@ from huggingface_hub import snapshot_download
 
 from . import transformer_xl
 from .bert import Bert
-from .checkpoint import Format, Source, carry_out, check, quiet
+from .checkpoint import Format, Source, carry_out, check, check_sizes, quiet
 from .gpt2 import GPT2
 from .longformer import Longformer
 from .marian import Marian
@@ -56,6 +56,7 @@ def convert(
             f"{opened.config.get('model_type')!r}; there are {', '.join(form.name for form in FORMATS)}"
         )
     _check_arguments(form, to, options)
+    check_sizes(opened)
     plan = form.plan(opened, to or form.targets[0], **options)
     check(plan, opened)
     model = carry_out(plan, opened)

@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 from transformers.utils import logging
 
 from ..errors import first_line, lines
+from ..models.configuration_base import MOST
 
 WEIGHT_FILES = (  # in order of preference
     "model.safetensors",
@@ -35,6 +36,15 @@ WEIGHT_FILES = (  # in order of preference
 )
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "source.spm", "sentencepiece.bpe.model")
 AGAIN = "fetch the source's files again"
+LONGEST_JSON = 2**27  # bytes
+# Fields of the sources' configs that count something there are tensors of.
+LAYERS = ("n_layer", "num_hidden_layers", "encoder_layers", "decoder_layers")
+SIZES = (
+    *("vocab_size", "decoder_vocab_size", "n_positions", "n_ctx", "max_position_embeddings", "type_vocab_size"),
+    *("n_embd", "hidden_size", "d_model", "d_embed", "d_head", "n_inner", "d_inner", "intermediate_size"),
+    *("encoder_ffn_dim", "decoder_ffn_dim", "n_head", "num_attention_heads", "encoder_attention_heads"),
+    *("decoder_attention_heads", "num_labels", "div_val"),
+)
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -88,6 +98,11 @@ class Tensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._places)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """A tensor's shape; nothing is read."""
+        _, content, own = self._places[name]
+        return tuple(content[own].shape if isinstance(content, dict) else content.get_slice(own).get_shape())
+
     def meta(self, name: str) -> Tensor:
         """A tensor of the same shape and type on the meta device; nothing is read."""
         _, content, own = self._places[name]
@@ -118,7 +133,9 @@ def _open(path: Path):
     ):
         raise ValueError(f"{path} holds no state_dict, a dictionary of names to tensors; save model.state_dict()")
     for name, x in content.items():
-        if x.layout != torch.strided or x.is_nested or x.is_quantized or x.device.type != "cpu":
+        plain = x.layout == torch.strided and not x.is_nested and not x.is_quantized and x.device.type == "cpu"
+        # One number may be told to stand in a million places; copied, it would.
+        if not plain or x.numel() * x.element_size() > x.untyped_storage().nbytes():
             raise ValueError(
                 f"{path} holds {name}, which is no plain tensor; save it dense, as floating-point numbers"
             )
@@ -203,6 +220,8 @@ class Format(Protocol):
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file. Raises ValueError, with the path, if it is none."""
+    if path.stat().st_size > LONGEST_JSON:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a JSON file of a model has a few million")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # the latter for brackets without end
@@ -263,6 +282,21 @@ def copy_tokenizer(source: Source):
 
 
 # ------------------------------------------------------------------------------------------------------ the engine
+
+
+def check_sizes(source: Source):
+    """Raises ValueError for a size in the source's config that its tensors rule out, with the field's name, before
+    anything is built by it."""
+    shapes = [shape for shape in map(source.tensors.shape, source.tensors) if 0 not in shape]
+    widest = max((size for shape in shapes for size in shape), default=0)
+    for fields, most, why in (
+        (LAYERS, len(shapes), f"there are {len(shapes)} tensors, and a layer has one at least"),
+        (SIZES, max(widest, MOST), f"the largest of the tensors is {widest} long"),
+    ):
+        for name in fields:
+            value = source.config.get(name)
+            if isinstance(value, (int, float)) and not value <= most:
+                raise ValueError(f"{source.folder} is damaged: its config says {name} {value!r}, but {why}; {AGAIN}")
 
 
 def check(plan: Plan, source: Source):

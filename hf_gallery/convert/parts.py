@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.configuration_base import MOST
 from .checkpoint import Source, Take, copy_tokenizer
 
 
@@ -54,16 +55,13 @@ def repeated(own: int, length: int, offset: int = 0) -> Callable[[Tensor], Tenso
     return make
 
 
-LONGEST = 2**24  # positions of a table: more is a slip of the hand
-
-
 def longer(wanted: int | None, default: int, own: int) -> int:
     """The length of the longer table of positions. Raises ValueError if it is shorter than the source's own, or no
     such number."""
     length = max(default, own) if wanted is None else wanted
-    if not isinstance(length, int) or isinstance(length, bool) or length > LONGEST:
+    if not isinstance(length, int) or isinstance(length, bool) or length > MOST:
         raise ValueError(
-            f"max_position_embeddings is {length!r}; it must be a whole number of at least {own} and at most {LONGEST}"
+            f"max_position_embeddings is {length!r}; it must be a whole number of at least {own} and at most {MOST}"
         )
     if length < own:
         raise ValueError(

@@ -27,6 +27,7 @@ from .checkpoint import Source, only, read_json
 
 FILES = ("vocab.pkl", "vocab.bin", "vocab.txt")  # in transformers' order
 SPECIAL = ("<eos>", "<unk>", "<UNK>", "<formula>", "<S>")  # those of them that a vocabulary has are never split
+LONGEST = 2**28  # bytes of a vocabulary: more is none
 
 # Modules whose classes old vocabularies mention: the tokenizer was pickled with all that it held.
 KNOWN_MODULES = ("transformers", "tokenizers", "sacremoses", "re", "regex", "vocabulary", "utils")
@@ -84,6 +85,8 @@ def read_vocabulary(path: Path) -> tuple[list[str], dict[str, Any]]:
 
     vocab.txt holds a symbol a line; the others a pickled tokenizer or its attributes, read without its classes.
     """
+    if path.stat().st_size > LONGEST:
+        raise ValueError(f"{path} has {path.stat().st_size:,} bytes; a vocabulary has a few million")
     if path.suffix == ".txt":
         try:
             lines = path.read_text(encoding="utf-8").split("\n")  # and nowhere else: splitlines() knows ten more ends
@@ -126,8 +129,11 @@ class _Foreign(pickle.UnpicklingError):
     """The name of something that no vocabulary is made of."""
 
 
-class _Unpickler(pickle.Unpickler):
-    """Knows containers, and for classes of the tokenizer's time an empty bag of attributes. It imports nothing."""
+class _Unpickler(pickle._Unpickler):
+    """Knows containers, and for classes of the tokenizer's time an empty bag of attributes. It imports nothing.
+
+    The one written in Python: that in C makes room for as many objects as a few bytes of a pickle ask for.
+    """
 
     def __init__(self, file):
         super().__init__(file)

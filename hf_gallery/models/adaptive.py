@@ -6,6 +6,7 @@ Letters: see spans.py. N tokens.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,16 @@ from torch import nn
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 
 
-class Projections(nn.ParameterList):
+class Parameters(nn.ParameterList):
+    """A list of parameters that gives them in a forward: tools that offload or shard them bring them in for it."""
+
+    __call__ = nn.Module.__call__  # a ParameterList refuses to be called
+
+    def forward(self) -> list[torch.Tensor]:
+        return list(self)
+
+
+class Projections(Parameters):
     """Maps between a cluster's width and E, (E, width) each. A type of its own, initialised in its own way."""
 
 
@@ -27,7 +37,7 @@ class AdaptiveEmbedding(nn.Module):
 
     def __init__(self, config: GalleryTransformerXLConfig):
         super().__init__()
-        self.scale = math.sqrt(config.hidden_size)
+        self.embed_scale = math.sqrt(config.hidden_size)
         self.ends = cluster_ends(config)
         if config.div_val == 1:
             self.ends = [0, config.vocab_size]
@@ -40,19 +50,17 @@ class AdaptiveEmbedding(nn.Module):
         self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if has_projections(config))
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        ids = input_ids.flatten()
+        ids, projs = input_ids.flatten(), self.projs()
         if len(self.tables) == 1:
-            x = self._project(self.tables[0](ids), 0)
+            x = self.tables[0](ids)
+            x = F.linear(x, projs[0]) if projs else x
         else:
-            x = torch.zeros(len(ids), self.width, dtype=self.projs[0].dtype, device=ids.device)
+            x = torch.zeros(len(ids), self.width, dtype=projs[0].dtype, device=ids.device)
             for i, (start, end) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):
                 at = ((ids >= start) & (ids < end)).nonzero().squeeze(1)
-                part = self._project(self.tables[i](ids[at] - start), i)
+                part = F.linear(self.tables[i](ids[at] - start), projs[i])
                 x = x.to(part.dtype).index_copy(0, at, part)
-        return x.view(*input_ids.shape, self.width) * self.scale
-
-    def _project(self, x, i):
-        return F.linear(x, self.projs[i]) if len(self.projs) else x
+        return x.view(*input_ids.shape, self.width) * self.embed_scale
 
 
 class AdaptiveSoftmax(nn.Module):
@@ -70,52 +78,54 @@ class AdaptiveSoftmax(nn.Module):
         ends = [0, config.vocab_size] if self.one_table else self.ends
         widths = [config.embedding_size // config.div_val**i for i in range(count)]
         sizes = list(zip(ends[:-1], ends[1:], widths, strict=False))
-        self.weights = nn.ParameterList(torch.empty(end - start, width) for start, end, width in sizes)
-        self.biases = nn.ParameterList(torch.zeros(end - start) for start, end, _ in sizes)
+        self.weights = Parameters(torch.empty(end - start, width) for start, end, width in sizes)
+        self.biases = Parameters(torch.zeros(end - start) for start, end, _ in sizes)
         self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if has_projections(config))
         if count > 1:
             self.cluster_weight = nn.Parameter(torch.zeros(count - 1, config.embedding_size))
             self.cluster_bias = nn.Parameter(torch.zeros(count - 1))
 
-    def _scores(self, hidden, i):
-        """Scores (N, words of cluster i, and for the first one each tail cluster) of hidden (N, E)."""
-        start, end = self.ends[i], self.ends[i + 1]
-        weight = self.weights[0][start:end] if self.one_table else self.weights[i]
-        bias = self.biases[0][start:end] if self.one_table else self.biases[i]
-        if i == 0 and len(self.ends) > 2:
-            weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
-        if len(self.projs):
-            hidden = F.linear(hidden, self.projs[i].t())
-        scores = F.linear(hidden, weight, bias)
-        return scores if scores.dtype == torch.float64 else scores.float()  # half types lose too much in log_softmax
-
-    def _column(self, i):
-        """The head's column of tail cluster i."""
-        return self.ends[1] + i - 1 if self.order == "forward" else self.ends[1] + len(self.ends) - 2 - i
-
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden (B, T, E) to log-probabilities (B, T, V)."""
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, num_items_in_batch=None):
+        """hidden (B, T, E) to log-probabilities (B, T, V). With labels (B, T) to their mean negative log-likelihood,
+        -100 left out, without scoring clusters that do not occur."""
+        scores = partial(self._scores, self.weights(), self.biases(), self.projs())
+        if labels is not None:
+            return self._loss(scores, hidden, labels, num_items_in_batch)
         flat = hidden.flatten(0, 1)
-        head = self._scores(flat, 0).log_softmax(-1)
+        head = scores(flat, 0).log_softmax(-1)
         parts = [head[:, : self.ends[1]]]
         for i in range(1, len(self.ends) - 1):
-            parts.append(self._scores(flat, i).log_softmax(-1) + head[:, self._column(i), None])
+            parts.append(scores(flat, i).log_softmax(-1) + head[:, self._column(i), None])
         return torch.cat(parts, dim=-1).view(*hidden.shape[:2], -1)
 
-    def loss(self, hidden: torch.Tensor, labels: torch.Tensor, num_items_in_batch=None) -> torch.Tensor:
-        """Mean negative log-likelihood of labels (B, T), -100 left out, without scoring clusters that do not occur."""
+    def _loss(self, scores, hidden, labels, num_items_in_batch):
         wanted = labels.flatten() != -100
         flat, labels = hidden.flatten(0, 1)[wanted], labels.flatten()[wanted]
-        head = self._scores(flat, 0).log_softmax(-1)
+        head = scores(flat, 0).log_softmax(-1)
         cluster = torch.bucketize(labels, torch.tensor(self.ends[1:-1], device=labels.device), right=True)
         column = torch.tensor([0] + [self._column(i) for i in range(1, len(self.ends) - 1)], device=labels.device)
         total = head.gather(1, torch.where(cluster == 0, labels, column[cluster])[:, None]).sum()
         for i in range(1, len(self.ends) - 1):
             # Also where it is empty: a weight without a gradient stops DistributedDataParallel.
             at = (cluster == i).nonzero().squeeze(1)
-            tail = self._scores(flat[at], i).log_softmax(-1)
+            tail = scores(flat[at], i).log_softmax(-1)
             total = total + tail.gather(1, (labels[at] - self.ends[i])[:, None]).sum()
         return -total / (max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch)
+
+    def _scores(self, weights, biases, projs, hidden, i):
+        """Scores (N, words of cluster i, and for the first one each tail cluster) of hidden (N, E)."""
+        start, end = self.ends[i], self.ends[i + 1]
+        weight, bias = (x[0][start:end] if self.one_table else x[i] for x in (weights, biases))
+        if i == 0 and len(self.ends) > 2:
+            weight, bias = torch.cat([weight, self.cluster_weight]), torch.cat([bias, self.cluster_bias])
+        if projs:
+            hidden = F.linear(hidden, projs[i].t())
+        scores = F.linear(hidden, weight, bias)
+        return scores if scores.dtype == torch.float64 else scores.float()  # half types lose too much in log_softmax
+
+    def _column(self, i):
+        """The head's column of tail cluster i."""
+        return self.ends[1] + i - 1 if self.order == "forward" else self.ends[1] + len(self.ends) - 2 - i
 
 
 def cluster_ends(config: GalleryTransformerXLConfig) -> list[int]:

@@ -61,22 +61,35 @@ def merge_heads(x: torch.Tensor) -> torch.Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+class AttentionDropout(nn.Dropout):
+    """Dropout on the probabilities of attention. They never stand in one tensor, so `attend` draws it, at `rate`."""
+
+    @property
+    def rate(self) -> float:
+        return self.p if self.training else 0.0
+
+
 class ScaledEmbedding(nn.Embedding):
     """Token embeddings times a constant, sqrt(E) in Vaswani et al. 2017, section 3.4. (B, T) to (B, T, E).
 
-    The scale is inside, so that `inputs_embeds` are what this module returns.
+    The scale is inside, so that `inputs_embeds` are what this module returns. PEFT scales what its adapters add by
+    an attribute of the name `embed_scale`.
     """
 
     def __init__(self, tokens: int, width: int, scale: float = 1.0):
         super().__init__(tokens, width)
-        self.scale = scale
+        self.embed_scale = scale
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids) * self.scale
+        return super().forward(input_ids) * self.embed_scale
 
 
 class Heads(nn.Module):
-    """Linear maps to heads; the queries carry the scale, 1 / sqrt(D) (Vaswani et al. 2017, section 3.2.1)."""
+    """Linear maps to heads; the queries carry the scale, 1 / sqrt(D) (Vaswani et al. 2017, section 3.2.1).
+
+    A module's own parameters are read in its forward only, here and in all models: tools that offload or shard them
+    bring them in for it. `keys_values` has none but those of the maps that it calls.
+    """
 
     def __init__(self, config, bias: bool = False):
         super().__init__()
@@ -86,21 +99,15 @@ class Heads(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=bias)
 
-    def forward(self, x: torch.Tensor):
-        """(B, T, E) to query, key, value (B, H, T, D)."""
-        return self.queries(x), *self.keys_values(x)
-
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, E) to the query (B, H, T, D), and the scale in each head's (H,)."""
         query = split_heads(self.q_proj(x), self.heads)
-        return query * query.shape[-1] ** -0.5
+        scale = query.new_full((self.heads,), query.shape[-1] ** -0.5)
+        return query * query.shape[-1] ** -0.5, scale
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, S, E) to key and value (B, H, S, D)."""
         return split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
-
-    def scales(self) -> torch.Tensor:
-        """The scale of each head (H,)."""
-        weight = self.q_proj.weight
-        return weight.new_full((self.heads,), (weight.shape[0] // self.heads) ** -0.5)
 
 
 class ScaledHeads(Heads):
@@ -115,15 +122,12 @@ class ScaledHeads(Heads):
         super().__init__(config, bias)
         self.scale = nn.Parameter(torch.ones(self.heads))
 
-    def queries(self, x: torch.Tensor) -> torch.Tensor:
-        return scaled_unit(split_heads(self.q_proj(x), self.heads), self.scale)
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return scaled_unit(split_heads(self.q_proj(x), self.heads), self.scale), self.scale.abs()
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = super().keys_values(x)
         return unit(key), value
-
-    def scales(self) -> torch.Tensor:
-        return self.scale.abs()
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:

@@ -100,10 +100,13 @@ class GalleryCache(Cache):
         self.shared = shared or []  # a forward with gradients makes none: weights that change would leave it stale
         self.rows.update(facts or {})
         self.columns += rows.columns
+        if rows.fresh is not None and bool(rows.fresh.any()):
+            self.history = []  # what came before a new document cannot be taken back
         if rows.mask is None and self.history and self.history[-1][1] is None:
             self.history[-1] = (self.history[-1][0] + rows.columns, None)
         else:
-            self.history.append((rows.columns, None if rows.mask is None else rows.mask.cpu()))
+            recent = rows.recent
+            self.history.append((recent, None if rows.mask is None else rows.mask[:, -recent:].cpu()))
         if self.capacity is not None and not self.recording:
             while sum(count for count, _ in self.history[1:]) > self.capacity:
                 self.history.pop(0)

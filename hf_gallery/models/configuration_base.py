@@ -11,7 +11,10 @@ from transformers.activations import ACT2FN
 
 logger = logging.getLogger(__name__)
 
-MOST = 2**20  # tokens of a window, block, segment or memory of a layer: more is a slip of the hand
+# More than this is a slip of the hand or a damaged file, and building it would take hours or all memory.
+MOST = 2**20  # tokens of a window, block, segment or memory of a layer; labels
+DEEPEST = 2**10  # layers
+WIDEST = 2**24  # any other count
 
 
 class GalleryConfig(PreTrainedConfig):
@@ -53,6 +56,11 @@ class GalleryConfig(PreTrainedConfig):
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self.check_count("head_dim", 1)
+        if self.num_attention_heads * self.head_dim > WIDEST:
+            raise ValueError(
+                f"num_attention_heads is {self.num_attention_heads} and head_dim {self.head_dim}, together "
+                f"{self.num_attention_heads * self.head_dim} wide; {WIDEST} at most"
+            )
         self.check_choice("hidden_act", sorted(ACT2FN))
         for name in ("hidden_dropout", "attention_dropout"):
             self.check_probability(name)
@@ -64,6 +72,9 @@ class GalleryConfig(PreTrainedConfig):
             self.check_flag(name)
         # The gallery's own attention is the default; transformers would choose sdpa where a model supports it.
         kwargs.setdefault("attn_implementation", "eager")
+        labels = kwargs.get("num_labels")
+        if labels is not None and (not isinstance(labels, int) or not 1 <= labels <= MOST):  # each gets a name
+            raise ValueError(f"num_labels is {labels!r}; it must be a whole number of at least 1 and at most {MOST}")
         super().__post_init__(**kwargs)
         if self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; it must be 1 or more")
@@ -74,11 +85,12 @@ class GalleryConfig(PreTrainedConfig):
         return None
 
     def check_count(self, name: str, least: int, most: int | None = None):
-        """Raises ValueError unless the field is a whole number of at least `least`, at most `most`."""
+        """Raises ValueError unless the field is a whole number of at least `least`, at most `most` (default: what such
+        a count can be)."""
         value = getattr(self, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least or (most and value > most):
-            limit = f"a whole number of at least {least}" + (f" and at most {most}" if most else "")
-            raise ValueError(f"{name} is {value!r}; it must be {limit}")
+        most = most or (DEEPEST if name.endswith("_layers") else WIDEST)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least} and at most {most}")
 
     def check_flag(self, name: str):
         """Raises ValueError unless the field is True or False."""

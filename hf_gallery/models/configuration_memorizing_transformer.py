@@ -50,7 +50,7 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         self.check_count("num_hidden_layers", 1)
         self.check_count("segment_length", 1, MOST)
         self.check_count("mem_len", 0, MOST)
-        self.check_count("memory_size", 1)
+        self.check_count("memory_size", 1, 2**40)  # it is filled as tokens come
         self.check_count("memory_topk", 1)
         self.check_positive("initial_scale")
         self.check_choice("memory_backend", list(BACKENDS))

@@ -4,33 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .columns import append_columns, next_columns
 from .rows import Rows
 
+Wider = TypeVar("Wider", bound="ForwardContext")
+
 
 @dataclass(kw_only=True)
 class ForwardContext:
     """One forward, as every layer sees it.
 
-    cached: columns of time that the cache holds, C. keep: a cache wants the new state, `limit` columns of it (None =
-    all). infers: no gradients are recorded. shared: per layer, what the cache keeps that follows from the weights
-    alone; facts: what it keeps for the whole model. known: see `once`.
+    device: of the input; parameters may be elsewhere, offloaded. cached: columns of time that the cache holds,
+    C. keep: a cache wants the new state, `limit` columns of it (None = all). infers: no gradients are recorded.
+    shared: per layer, what the cache keeps that follows from the weights alone; facts: what it keeps for the whole
+    model. known: see `once`.
     """
 
     rows: Rows
+    device: torch.device | None = None
     cached: int = 0
     keep: bool = False
     limit: int | None = None
     infers: bool = False
     output_attentions: bool = False
+    output_hidden_states: bool = False
     implementation: str = "eager"
     shared: list | None = None
     facts: dict = field(default_factory=dict)
     known: dict = field(default_factory=dict)
+
+    def widened(self, kind: type[Wider], **own) -> Wider:
+        """The same as a variant's Context, with its own fields."""
+        return kind(**(vars(self) | own))
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
         """What several layers need alike, worked out by the first that asks for it."""

@@ -20,6 +20,8 @@ configs/base_htrans.gin as of commit fc4b036, of 2022. The gallery departs from 
 
 The absolute value of the scales, as here, is taken in the code of 2025 only; the two agree while scales are positive.
 
+The same by loops over blocks and tokens, to read beside the paper: tests/plain/block_recurrent_transformer.py.
+
 Blocks start at each row's own first token. All but the state runs over all blocks at once. Gradients flow through all
 blocks of one forward, and not between forwards. Letters: see spans.py. W block_length, S num_state_vectors, J blocks.
 """
@@ -27,14 +29,15 @@ blocks of one forward, and not between forwards. Letters: see spans.py. W block_
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
-from .backbone import Backbone
+from .backbone import Backbone, LayerResults
 from .blocks import (
+    AttentionDropout,
     FeedForward,
     MeliadLayer,
     ScaledEmbedding,
@@ -47,6 +50,7 @@ from .blocks import (
 )
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
+from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
@@ -67,10 +71,8 @@ class Context(ForwardContext):
 
     def everything(self, queries: int, columns: int) -> Spans:
         """All columns, for every query."""
-        ends = (0, columns - 1)
-        return self.once(
-            ("everything", queries, columns), lambda: Spans(*(torch.full((1, queries), end) for end in ends))
-        )
+        place, ends = ("everything", queries, columns), (0, columns - 1)
+        return self.once(place, lambda: Spans(*(torch.full((1, queries), end) for end in ends)))
 
     def blocks(self, cached: int) -> Blocks:
         return self.once(("blocks", cached), lambda: Blocks(self.rows, cached, self.block_length))
@@ -158,7 +160,7 @@ class RecurrentState(nn.Module):
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__()
-        self.heads = config.num_attention_heads
+        self.heads, self.block_length = config.num_attention_heads, config.block_length
         inner = self.heads * config.head_dim
         self.initial = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
         self.ids = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
@@ -174,25 +176,77 @@ class RecurrentState(nn.Module):
             self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.feed_forward_gate = StateGate(config, config.intermediate_size)
 
-    def keys_values(self, state):
+    def forward(self, state: dict, context: Context, tokens=None):
+        """The keys and values (B, H, S, D) of the state that the next token's block enters with. With tokens, which
+        are queries (B, H, T, D), and keys and values (B, H, C + T, D): what the queries read (B, H, T, D), and the
+        layer's next state. The only loop over blocks is here."""
+        rows = context.rows
+        current = self._entering(state, rows)
+        pair = context.fed
+        if pair is None:
+            # Kept ones, unless a row was emptied after they were made.
+            kept = context.infers and "state_keys" in state and bool((rows.seen > 0).all())
+            pair = (state["state_keys"], state["state_values"]) if kept else self._keys_values(current)
+        if tokens is None:
+            return pair
+        query, keys, values = tokens
+        # A text that ends within a block moves no state that is read; one that goes on starts from no initial state.
+        query = with_gradients_for(query, self)
+        blocks = context.blocks(keys.shape[2] - query.shape[2])
+        pairs, windows = [], None
+        for j in range(blocks.count):
+            pairs.append(pair)
+            done = blocks.complete[:, j]
+            read = context.keep or j + 1 < blocks.count  # somebody will read the next state
+            if read and bool(done.any()):
+                windows = windows or (blocks.windows(keys), blocks.windows(values))
+                spans = blocks.window_spans(j, current.shape[1])
+                ahead = self._advance(current, pair, (windows[0][j], windows[1][j]), spans, context)
+                current = (
+                    ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
+                )
+                if j + 1 < blocks.count or context.infers:
+                    pair = self._keys_values(current)
+        key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
+        new = {"state": current}
+        if context.infers:  # a token of the same block reads them again
+            new |= {"state_keys": pair[0], "state_values": pair[1]}
+        return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keep else {}
+
+    def _entering(self, state, rows) -> torch.Tensor:
+        """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
+        initial = self.initial.expand(len(rows.seen), -1, -1)
+        if "state" not in state:
+            return initial
+        fresh = rows.seen < self.block_length
+        if not bool(fresh.any()):
+            return state["state"]
+        return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
+
+    def _keys_values(self, state):
         """The keys and values (B, H, S, D) of a state (B, S, E), which tokens and the state itself read."""
         return self.project.keys_values(self.norm(state) + self.ids)
 
-    def advance(self, state, own, tokens, everything, spans, implementation):
-        """The state (B, S, E) after a block; its own keys and values are (B, H, S, D), the tokens' are (B, H, 2 W, D).
-        It sees all of its own, and of the tokens those in spans."""
+    def _advance(self, state, pair, tokens, spans, context):
+        """The state (B, S, E) after a block. pair: its keys and values (B, H, S, D); tokens: theirs (B, H, 2 W, D)."""
         z = self.norm(state) + self.ids
-        options = dict(scale=1.0, implementation=implementation)
-        query = self.project.queries(z)
+        query, _ = self.project(z)
         cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.heads), self.cross_scale)
-        itself, cross = attend(query, *own, everything, **options), attend(cross_query, *tokens, spans, **options)
-        hidden = torch.cat([merge_heads(itself), merge_heads(cross)], dim=-1)  # (B, S, 2 H D)
+        own = read_state(query, *pair, context)
+        cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
+        hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, S, 2 H D)
         state = self.gate(state, self.o_proj(hidden), hidden)
         if self.dual:
             ffn = self.feed_forward
             hidden = ffn.act(ffn.up_proj(self.feed_forward_norm(state)))
             state = self.feed_forward_gate(state, ffn.down_proj(hidden), hidden)
         return state
+
+
+def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    """What queries (B, H, any, D), their scale in them, read of a state's keys and values (B, H, S, D), all of it."""
+    everything = context.everything(query.shape[2], key.shape[2])
+    return attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
 
 
 class GalleryBlockRecurrentTransformerAttention(nn.Module):
@@ -212,19 +266,19 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         self.o_proj = nn.Linear((2 if self.reads_state else 1) * inner, config.hidden_size, bias=False)
         if self.recurrent:
             self.recurrence = RecurrentState(config)
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
-        query, key, value = self.project(x)  # (B, H, T, D)
+        query, scale = self.project(x)  # (B, H, T, D), (H,)
+        key, value = self.project.keys_values(x)  # (B, H, T, D)
         limit = None if self.recurrent else self.block_length
         keys, values, new = context.extend(state, limit, keys=key, values=value)  # (B, H, C + T, D)
         cached = keys.shape[2] - key.shape[2]
         spans = context.window(cached)
         # One distance only where the window is still empty: a table needs a row all the same.
-        position = self.relative_bias(max(1, spans.distances(cached)[1]), self.project.scales())
-        dropout = self.dropout if self.training else 0.0
-        options = dict(dropout=dropout, implementation=context.implementation)
+        position = self.relative_bias(max(1, spans.distances(cached)[1]), scale)
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         out = attend(query, keys, values, spans, position=position, scale=1.0, **options)
         probabilities = None
         if context.output_attentions:
@@ -232,61 +286,12 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         if self.reads_state:
             cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.heads), self.cross_scale)
             if self.recurrent:
-                cross, new_state = self._through_blocks(cross_query, keys, values, context, cached, state)
-                if context.keep:
-                    new |= new_state
+                cross, new_state = self.recurrence(state, context, (cross_query, keys, values))
+                new |= new_state
             else:
-                cross = self._read_state(cross_query, *context.fed, context)
+                cross = read_state(cross_query, *context.fed, context)
             out = torch.cat([out, cross], dim=1)  # (B, 2 H, T, D)
         return self.o_proj(merge_heads(out)), new, probabilities
-
-    @staticmethod
-    def _read_state(query, key, value, context):
-        everything = context.everything(query.shape[2], key.shape[2])
-        return attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
-
-    def _through_blocks(self, cross_query, keys, values, context, cached, state):
-        """The only loop over blocks: the state. Returns what the tokens read (B, H, T, D), and the next state."""
-        recurrence, rows, blocks = self.recurrence, context.rows, context.blocks(cached)
-        current = self.entering(state, rows)
-        pair = self.entering_keys_values(state, context) if context.fed is None else context.fed
-        pairs, windows = [], None
-        for j in range(blocks.count):
-            pairs.append(pair)
-            done = blocks.complete[:, j]
-            read = context.keep or j + 1 < blocks.count  # somebody will read the next state
-            if read and bool(done.any()):
-                windows = windows or (blocks.windows(keys), blocks.windows(values))
-                size = current.shape[1]
-                everything, spans = context.everything(size, size), blocks.window_spans(j, size)
-                tokens = windows[0][j], windows[1][j]
-                ahead = recurrence.advance(current, pair, tokens, everything, spans, context.implementation)
-                current = (
-                    ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
-                )
-                if j + 1 < blocks.count or context.infers:
-                    pair = recurrence.keys_values(current)
-        key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
-        new = {"state": current}
-        if context.infers:  # a token of the same block reads them again
-            new |= {"state_keys": pair[0], "state_values": pair[1]}
-        return blocks.back(self._read_state(blocks.tokens(cross_query), key, value, context)), new
-
-    def entering(self, state, rows) -> torch.Tensor:
-        """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
-        initial = self.recurrence.initial.expand(len(rows.seen), -1, -1)
-        if "state" not in state:
-            return initial
-        fresh = rows.seen < self.block_length
-        if not bool(fresh.any()):
-            return state["state"]
-        return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
-
-    def entering_keys_values(self, state, context):
-        """The keys and values (B, H, S, D) of that state: kept ones, unless a row was emptied after they were made."""
-        if context.infers and "state_keys" in state and bool((context.rows.seen > 0).all()):
-            return state["state_keys"], state["state_values"]
-        return self.recurrence.keys_values(self.entering(state, context.rows))
 
 
 class GalleryBlockRecurrentTransformerLayer(MeliadLayer):
@@ -300,6 +305,10 @@ class GalleryBlockRecurrentTransformerLayer(MeliadLayer):
         self.feed_forward = FeedForward(config, bias=False)
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
+
+    def forward(self, x, context: Context, state: dict):
+        """As MeliadLayer's. Without x, of a recurrent layer: what its RecurrentState gives without tokens."""
+        return self.self_attn.recurrence(state, context) if x is None else super().forward(x, context, state)
 
 
 class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
@@ -341,23 +350,25 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
-    def plan(self, common, cache, **inputs) -> Context:
-        return Context(**common, block_length=self.config.block_length)
+    def plan(self, common, past, **inputs) -> Context:
+        return common.widened(Context, block_length=self.config.block_length)
 
     def finish(self, x):
         return self.dropout(self.norm(x))
 
-    def run_layers(self, *arguments):
-        return self._run_block_by_block(*arguments) if self.config.feedback else super().run_layers(*arguments)
+    def run_layers(self, x, context, states, *more):
+        if self.config.feedback:
+            return self._run_block_by_block(x, context, states)
+        return super().run_layers(x, context, states, *more)
 
-    def _run_block_by_block(self, layers, x, context, cache, output_hidden_states=False, output_attentions=False):
+    def _run_block_by_block(self, x, context, states) -> LayerResults:
         """As run_layers, with feedback: a layer of block j reads the state that block j - 1 left in a layer above."""
-        if output_attentions:
+        if context.output_attentions:
             raise ValueError(
                 "output_attentions is True and config.feedback is True: blocks run one by one, so there is no one "
                 "map; leave output_attentions out"
             )
-        for layer in layers:
+        for layer in self.layers:
             checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
             if self.training and layer.gradient_checkpointing and checkpoint.keywords.get("use_reentrant"):
                 raise ValueError(
@@ -367,8 +378,6 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         rows, w = context.rows, self.config.block_length
         blocks = Blocks(rows, 0, w)
         recurrent = self.config.recurrent_layers[0]
-        attention = layers[recurrent].self_attn
-        states = cache.states if cache is not None and cache.states else [{}] * len(layers)
         outs, seen = [], rows.seen
         # Of each block, the packed tokens (B, width) of the rows' own; picked once and split, for a pick from all of x
         # for each block would cost its whole gradient each time.
@@ -386,10 +395,12 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 keep=True,
                 limit=self.config.cache_capacity,
                 infers=context.infers,
+                implementation=context.implementation,
             )
-            part.fed = attention.entering_keys_values(states[recurrent], part)
+            # In a context of its own: a checkpointed layer computes it again, from what it was computed from.
+            part = replace(part, fed=self.layers[recurrent](None, part, states[recurrent]))
             hidden, new = [y], []
-            for layer, state in zip(layers, states, strict=True):
+            for layer, state in zip(self.layers, states, strict=True):
                 y, state, _ = layer(y, part, state)
                 hidden.append(y)
                 new.append(state)
@@ -405,9 +416,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
             joined.append(
                 torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
             )
-        if cache is not None:
-            cache.write(states, rows)
-        return joined[-1], joined if output_hidden_states else None, None
+        return LayerResults(joined[-1], states, joined if context.output_hidden_states else None, None)
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):

@@ -26,6 +26,8 @@ The paper's k is 32, the default; the published external_memory_8k.gin has 128.
 The config can take back unit length, T5 bias and the rest of what sets the layers apart from GPT-2's, so that a
 trained GPT-2 can be given a memory: with its gates closed it is GPT-2, on pieces as long as its table of positions.
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/memorizing_transformer.py.
+
 Letters: see spans.py. L segment_length, M memory_size, k memory_topk.
 """
 
@@ -46,6 +48,7 @@ from transformers.modeling_outputs import (
 from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone
 from .blocks import (
+    AttentionDropout,
     FeedForward,
     Heads,
     MeliadLayer,
@@ -171,13 +174,15 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             require_backend(config.memory_backend)
             self.gate_bias = nn.Parameter(torch.zeros(config.num_attention_heads))
             self.topk, self.backend = config.memory_topk, config.memory_backend
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and local probabilities (B, H, T, C + T) or None."""
-        query, key, value = self.project(x)  # (B, H, T, D)
+        query, scale = self.project(x)  # (B, H, T, D), (H,)
+        key, value = self.project.keys_values(x)  # (B, H, T, D)
         keys, values, new = without_gradients(context, state, key, value)  # (B, H, C + T, D)
-        out, probabilities = self._local(query, key, value, keys, values, state, context)
+        position = self.relative_bias(context.far, scale) if hasattr(self, "relative_bias") else None
+        out, probabilities = self._local(query, key, value, keys, values, position, state, context)
         if self.remembers:
             retrieved, new_memory = self._remember(query, keys, values, context, state)
             gate = torch.sigmoid(self.gate_bias)[:, None, None].to(out.dtype)
@@ -185,12 +190,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             new |= new_memory
         return self.o_proj(merge_heads(out)), new, probabilities
 
-    def _local(self, query, key, value, keys, values, state, context):
-        position = None
-        if hasattr(self, "relative_bias"):
-            position = self.relative_bias(context.far, self.project.scales())
-        dropout = self.dropout if self.training else 0.0
-        options = dict(scale=1.0, dropout=dropout, implementation=context.implementation)
+    def _local(self, query, key, value, keys, values, position, state, context):
+        options = dict(scale=1.0, dropout=self.dropout.rate, implementation=context.implementation)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)[2]
@@ -294,6 +295,7 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     """The bare Memorizing Transformer."""
 
     output_type = MemorizingOutput
+    own_arguments = ("output_retrievals",)
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):
         super().__init__(config)
@@ -308,10 +310,33 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
-    def forward(self, *arguments, output_retrievals: bool = False, **inputs):
-        """As Backbone's. output_retrievals: also return what each memory layer retrieved, over the packed tokens of
-        each row (equal to the input's columns where there is no padding)."""
-        return super().forward(*arguments, output_retrievals=output_retrievals, **inputs)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+        output_retrievals: bool = False,
+        **inputs,
+    ):
+        """As Backbone's. output_retrievals: also return what each memory layer retrieved, over each row's own tokens
+        (equal to the input's columns where there is no padding)."""
+        return super().forward(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            output_retrievals=output_retrievals,
+            **inputs,
+        )
 
     def embed(self, rows, input_ids, inputs_embeds, **more):
         x = super().embed(rows, input_ids, inputs_embeds)
@@ -321,12 +346,20 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     def finish(self, x):
         return self.dropout(self.norm(x))
 
-    def plan(self, common, cache, output_retrievals=False, **inputs) -> Context:
-        config, cached = self.config, common["cached"]
+    def check_packed(self, attends, inputs):
+        super().check_packed(attends, inputs)
+        if inputs.get("output_retrievals"):
+            raise ValueError(
+                "output_retrievals is True, and documents are packed in the rows: what is retrieved is told by rows; "
+                "give each document a row of its own to see it"
+            )
+
+    def plan(self, common, past, output_retrievals=False, **inputs) -> Context:
+        config, cached = self.config, common.cached
         length, period = config.segment_length, config.position_period
-        spans, parts = segment_spans(common["rows"], cached, length, config.mem_len, period=period)
-        return Context(
-            **common,
+        spans, parts = segment_spans(common.rows, cached, length, config.mem_len, period=period)
+        return common.widened(
+            Context,
             spans=spans,
             parts=parts,
             far=max(0, spans.distances(cached)[1]),

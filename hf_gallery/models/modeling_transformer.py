@@ -9,6 +9,8 @@ ForSequenceClassification). Query p sees the keys [0, p] in a decoder and [0, n)
 [seg(p), p]. Switches in the config give what later models changed: GPT-2 (pre-norm, learned positions), BERT
 (embedding norm, token types), Marian (sines first, bias on the logits).
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/transformer.py.
+
 Letters: see spans.py.
 """
 
@@ -31,10 +33,11 @@ from transformers.utils import can_return_tuple
 
 from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone, unpacked
-from .blocks import FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
+from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .context import ForwardContext
+from .gradients import with_gradients_for
 from .heads import (
     CausalLMHead,
     MaskedLMHead,
@@ -44,7 +47,7 @@ from .heads import (
     pooled_rows,
     reads,
 )
-from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, with_config
+from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, check_arguments, with_config
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
@@ -70,7 +73,7 @@ class GalleryTransformerAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, E) to keys and values (B, H, S, D)."""
@@ -79,8 +82,7 @@ class GalleryTransformerAttention(nn.Module):
     def forward(self, x, key, value, spans: Spans, context: Context):
         """x (B, T, E), key and value (B, H, S, D) to (B, T, E) and, if asked for, probabilities (B, H, T, S)."""
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
-        dropout = self.dropout if self.training else 0.0
-        out = attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
+        out = attend(query, key, value, spans, dropout=self.dropout.rate, implementation=context.implementation)
         probabilities = attend_naive(query, key, value, spans)[2] if context.output_attentions else None
         return self.o_proj(merge_heads(out)), probabilities
 
@@ -117,6 +119,7 @@ class GalleryTransformerLayer(ResidualLayer):
             y = self.cross_attn_norm(x) if self.pre else x
             if "cross_keys" in state:
                 key, value = state["cross_keys"], state["cross_values"]
+                y = with_gradients_for(y, self.cross_attn.k_proj, self.cross_attn.v_proj)
             else:
                 key, value = self.cross_attn.keys_values(source)
             y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
@@ -151,6 +154,7 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
     """Embeddings and layers: an encoder, a decoder, or a decoder with cross-attention."""
 
     _auto_class = None
+    own_arguments = ("token_type_ids", "encoder_hidden_states", "encoder_attention_mask")
 
     def __init__(self, config: GalleryTransformerConfig, causal: bool, cross_attention: bool = False, layers=None):
         super().__init__(config)
@@ -164,18 +168,18 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
             self.output_type = BaseModelOutputWithPastAndCrossAttentions
         self.post_init()
 
-    def plan(self, common, cache, encoder_hidden_states=None, encoder_attention_mask=None, **inputs) -> Context:
+    def plan(self, common, past, encoder_hidden_states=None, encoder_attention_mask=None, **inputs) -> Context:
         """The source: encoder_hidden_states (B, S, E), encoder_attention_mask (B, S)."""
-        config, rows = self.config, common["rows"]
-        source, source_spans, facts = self._open_source(rows, cache, encoder_hidden_states, encoder_attention_mask)
+        config, rows = self.config, common.rows
+        source, source_spans, facts = self._open_source(rows, past, encoder_hidden_states, encoder_attention_mask)
         p = rows.positions  # (B or 1, T)
         if self.causal:
             lower = torch.zeros_like(p) if config.segment_length is None else p - p % config.segment_length
             upper = p
         else:
             lower, upper = self._encoder_interval(p, rows.last)
-        spans = rows.spans(lower, upper, common["cached"])
-        return Context(**common, spans=spans, source=source, source_spans=source_spans, facts=facts)
+        spans = rows.spans(lower, upper, common.cached)
+        return common.widened(Context, spans=spans, source=source, source_spans=source_spans, facts=facts)
 
     def layer_inputs(self, context):
         return () if context.source is None else (context.source,)
@@ -197,13 +201,13 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         first = p - p % length
         return first, torch.minimum(first + length - 1, last)
 
-    def _open_source(self, rows, cache, encoder_hidden_states, encoder_attention_mask):
+    def _open_source(self, rows, past, encoder_hidden_states, encoder_attention_mask):
         """The source packed (B, S, E), its intervals, and what the cache must remember of it."""
         if not self.cross_attention:
             return None, None, {}
         b = len(rows.lengths)
-        if cache is not None and "source_length" in cache.rows:
-            source, lengths = encoder_hidden_states, cache.rows["source_length"]
+        if past is not None and "source_length" in past.rows:
+            source, lengths = encoder_hidden_states, past.rows["source_length"]
         elif encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_outputs, or a cache that holds their keys; got neither")
         else:
@@ -248,6 +252,11 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             self.stack = GalleryTransformerStack(config, causal=config.is_decoder)
         self.post_init()
 
+    @staticmethod
+    def arguments() -> set[str]:
+        """The names of all that forward takes by **kwargs."""
+        return Backbone.arguments()
+
     def get_input_embeddings(self):
         return self.shared if self.config.is_encoder_decoder else self.stack.embed_tokens
 
@@ -287,6 +296,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
         """
         flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        check_arguments(self, kwargs, self.arguments())
         if not self.config.is_encoder_decoder:
             return self.stack(
                 input_ids=input_ids,
@@ -297,15 +307,19 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
                 token_type_ids=token_type_ids,
                 use_cache=use_cache,
                 **flags,
+                **kwargs,
             )
-        if position_ids is not None or token_type_ids is not None:
+        single = kwargs | {"position_ids": position_ids, "token_type_ids": token_type_ids}
+        given = [name for name, value in single.items() if value is not None]
+        if given:
             raise ValueError(
-                "position_ids and token_type_ids are for a single stack; the encoder-decoder counts its positions "
-                "itself, so leave them out"
+                f"{', '.join(given)}: for a single stack only; the encoder-decoder counts its positions itself, and "
+                "reads one source and one target in a row, so leave it out"
             )
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("decoder_input_ids are missing: give them, decoder_inputs_embeds, or labels to the head")
-        if encoder_outputs is None and "source_length" not in getattr(past_key_values, "rows", {}):
+        read = encoder_outputs is not None or "source_length" in getattr(past_key_values, "rows", {})
+        if not read:
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **flags
             )
@@ -320,8 +334,11 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             use_cache=use_cache,
             **flags,
         )
+        hidden = decoded.last_hidden_state
+        if read:  # the encoder has run before, or elsewhere
+            hidden = with_gradients_for(hidden, self.encoder)
         return Seq2SeqModelOutput(
-            last_hidden_state=decoded.last_hidden_state,
+            last_hidden_state=hidden,
             **{CACHE_NAME: cache_of(decoded)},
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
@@ -382,12 +399,12 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def pool(self, hidden, attention_mask):
-        x = pooled_rows(hidden, attention_mask, last=self.config.is_decoder)
+    def pool(self, hidden, attention_mask, documents):
+        x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
         return self.dropout(x if self.config.is_decoder else torch.tanh(self.pooler(x)))
 
 
-class GalleryTransformerForConditionalGeneration(GalleryTransformerPreTrainedModel, GalleryGenerationMixin):
+class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, GalleryTransformerPreTrainedModel):
     """The published encoder-decoder; one table for source, target and logits (section 3.4)."""
 
     _auto_class = "AutoModelForSeq2SeqLM"

@@ -15,6 +15,8 @@ gradient, and the keys of what came before, made again from detached states, so 
 memory; one softmax joins both. Without gradients one pass over all keys gives the same numbers, and the cache holds
 keys and values; with gradients it holds the states they are made from.
 
+The same by loops over queries and heads, to read beside the paper: tests/plain/transformer_xl.py.
+
 Letters: see spans.py. L segment_length, M mem_len.
 """
 
@@ -30,7 +32,7 @@ from torch import nn
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Projections, is_adaptive
 from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive
 from .backbone import Backbone
-from .blocks import FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
+from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .columns import append_columns, next_columns
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .context import ForwardContext
@@ -70,7 +72,7 @@ class GalleryTransformerXLAttention(nn.Module):
             self.content_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # u
             self.position_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # v
         self.untie_r = config.untie_r
-        self.dropout = config.attention_dropout
+        self.dropout = AttentionDropout(config.attention_dropout)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, E) to keys and values (B, H, S, D)."""
@@ -95,9 +97,9 @@ class GalleryTransformerXLAttention(nn.Module):
         """
         u, v = (self.content_bias, self.position_bias) if self.untie_r else context.biases
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
-        content, position = query + u[:, None].to(query.dtype), query + v[:, None].to(query.dtype)
+        content, position = query + u[:, None].to(query), query + v[:, None].to(query)
         relative = Position(self.table(context), context.far, position)
-        options = dict(dropout=self.dropout if self.training else 0.0, implementation=context.implementation)
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         out = probabilities = None
         if context.output_attentions:
             out, _, probabilities = attend_naive(content, *joined, context.spans, position=relative)
@@ -243,8 +245,8 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
     def finish(self, x):
         return self.dropout(x)
 
-    def plan(self, common, cache, **inputs) -> Context:
-        config, rows, cached = self.config, common["rows"], common["cached"]
+    def plan(self, common, past, **inputs) -> Context:
+        config, rows, cached = self.config, common.rows, common.cached
         start, least = None, 0
         if config.initial_memory == "zeros":
             start, least = self._start(rows, cached), -config.mem_len
@@ -253,26 +255,26 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             rows, cached, config.segment_length, config.mem_len, config.same_length, least=least
         )
         far, shared = max(0, spans.distances(cached)[1]), None
-        if parts is None and cache is not None:
+        if parts is None and past is not None:
             far = config.cache_capacity  # one table for all forwards to come
-            shared = list(cache.shared) or [{} for _ in self.layers]
+            shared = list(past.shared) or [{} for _ in self.layers]
         relative = None
         if shared is None or not all(shared):
-            distances = torch.arange(far, -1, -1, device=self.device)
+            distances = torch.arange(far, -1, -1, device=common.device)
             if config.clamp_len > 0:
                 distances = distances.clamp(max=config.clamp_len)
             relative = sinusoids(distances, config.hidden_size, "concatenated", self.dtype)
             if parts is not None:  # not where it becomes a table for later forwards
                 relative = self.dropout(relative)
-        return Context(
-            **common,
+        return common.widened(
+            Context,
             spans=spans,
             far=far,
             relative=relative,
             parts=parts,
             biases=None if config.untie_r else (self.content_bias, self.position_bias),
             shared=shared,
-            start=None if start is None else start.to(self.device),
+            start=None if start is None else start.to(common.device),
         )
 
     def _start(self, rows: Rows, cached: int):
@@ -319,9 +321,7 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
         targets = loss_arguments.get("shift_labels")
         if targets is None and labels is not None:
             targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
-        loss = (
-            None if targets is None else self.lm_head.loss(hidden, targets, loss_arguments.get("num_items_in_batch"))
-        )
+        loss = None if targets is None else self.lm_head(hidden, targets, loss_arguments.get("num_items_in_batch"))
         if loss is not None and self.training:
             return None, loss
         return self.lm_head(keep_logits(hidden, logits_to_keep)), loss

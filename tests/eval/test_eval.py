@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from bs4 import BeautifulSoup
 from datasets import Dataset
 from rich.console import Console
@@ -327,7 +328,9 @@ def test_a_cell_is_measured_once(tmp_path):
     measured = complete(run, [cell(name, calls) for name in "abc"])
     assert calls == ["a", "b", "c"]
     assert [m["result"]["value"] for m in measured] == ["a", "b", "c"]  # in order, not as they were finished
-    assert measured[0]["provenance"]["versions"]["torch"] == torch.__version__
+    versions = measured[0]["provenance"]["versions"]
+    assert versions["torch"] == torch.__version__  # with its build, which the distribution's version lacks
+    assert versions["transformers"] == transformers.__version__
     again = complete(run, [cell(name, calls) for name in "abc"])
     assert again == measured and len(calls) == 3
     run.path(cell("b", calls)).write_text("{ damaged")

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from renamed import checkpoint_activations
 from torch import nn
 from torch.utils._pytree import tree_iter
 from variants import assert_equal, runner, streams, words
@@ -108,7 +109,7 @@ def training_run(variant, head, dropout, checkpointing):
     run = runner(variant, head, dtype=torch.float64, hidden_dropout=dropout, attention_dropout=dropout)
     run.model.train()
     if checkpointing:
-        run.model.gradient_checkpointing_enable(checkpointing)
+        checkpoint_activations(run.model, checkpointing)
     calls = []
     for layer in layers(run.model):
         first = next(m for m in layer.modules() if isinstance(m, nn.Linear))

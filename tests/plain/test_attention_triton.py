@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from variants import over, runner, words
 
+from hf_gallery.models import attention
 from hf_gallery.models.attention import IMPLEMENTATIONS, attend, choose
 from hf_gallery.models.attention_problem import Problem
 from hf_gallery.models.spans import Spans
@@ -136,6 +138,23 @@ def test_an_unknown_implementation_is_refused_with_all_names():
     ends = torch.zeros(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="'flash'.*" + ".*".join(IMPLEMENTATIONS)):
         attend(x, x, x, Spans(ends, ends), implementation="flash")
+
+
+@over()
+@pytest.mark.parametrize("gradients", [True, False], ids=["training", "inference"])
+def test_all_attention_of_a_model_runs_as_it_was_asked_to(variant, head, gradients, monkeypatch):
+    """No call of attend leaves the choice to a default: what attn_implementation says reaches every one."""
+    asked = set()
+
+    def spy(problem, implementation):
+        asked.add(implementation)
+        return "tiles"
+
+    monkeypatch.setattr(attention, "choose", spy)
+    run = runner(variant, head, attn_implementation="triton")
+    with torch.set_grad_enabled(gradients):
+        run(words(2, 23))
+    assert asked == {"triton"}
 
 
 def test_the_file_loads_without_triton(tmp_path):

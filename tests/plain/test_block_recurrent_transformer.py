@@ -1,4 +1,4 @@
-"""The Block-Recurrent Transformer against a plain loop over blocks, as the authors' code runs, and the checks of its
+"""The Block-Recurrent Transformer against its plain twin, block_recurrent_transformer.py, and the checks of its
 paper."""
 
 import math
@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from plain import block_recurrent_transformer as twin
 from transformers import T5Config
 from transformers.models.t5.modeling_t5 import T5Attention
 from variants import SIZES, assert_equal, loud, words
@@ -24,120 +25,7 @@ def make(kind=gallery.GalleryBlockRecurrentTransformerForCausalLM, seed=1, **set
     return loud(kind(config_of(**settings)), seed).double().eval()
 
 
-# -------------------------------------------------------------------------------------------------- a loop over blocks
-
-
-def bucket(distance):
-    return int(T5Attention._relative_position_bucket(torch.tensor(-distance), False, 32, 128))
-
-
-def norm(x, layer):
-    """By the root mean square alone, as meliad's LayerNorm with use_mean=False."""
-    return x / (x.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight
-
-
-def dense(x, layer):
-    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
-
-
-def heads(x, layer, scale=None):
-    """x (N, E) by a map without bias, in heads (H, N, D); with a scale, or True, of unit length."""
-    y = (x @ layer.weight.T).unflatten(-1, (-1, 10)).transpose(0, 1)
-    if scale is None:
-        return y
-    y = y / (y.square().sum(-1, keepdim=True) + 1e-6).sqrt()
-    return y if scale is True else y * scale.abs()[:, None, None]
-
-
-def look(query, key, value):
-    """Softmax attention of query (H, N, D) over all of key and value (H, M, D): (N, H * D)."""
-    return ((query @ key.mT).softmax(-1) @ value).transpose(0, 1).flatten(1)
-
-
-def gated(gate, state, content, hidden):
-    if hasattr(gate, "gate_bias"):
-        g = torch.sigmoid(gate.gate_bias)
-        return state * g + content * (1 - g)
-    forget = torch.sigmoid(dense(hidden, gate.forget_gate) + 1)
-    return state * forget + content * torch.sigmoid(dense(hidden, gate.input_gate) - 1)
-
-
-def next_state(part, state, keys, values):
-    """The state (S, E) after a block; keys, values (H, M, D) are those of the tokens it sees."""
-    z = norm(state, part.norm) + part.ids
-    key, value = heads(z, part.project.k_proj, True), heads(z, part.project.v_proj)
-    own = look(heads(z, part.project.q_proj, part.project.scale), key, value)
-    cross = look(heads(z, part.cross_q_proj, part.cross_scale), keys, values)
-    hidden = torch.cat([own, cross], dim=-1)
-    state = gated(part.gate, state, dense(hidden, part.o_proj), hidden)
-    if hasattr(part, "feed_forward"):
-        inner = dense(norm(state, part.feed_forward_norm), part.feed_forward.up_proj).relu()
-        state = gated(part.feed_forward_gate, state, dense(inner, part.feed_forward.down_proj), inner)
-    return state
-
-
-def by_block(model, ids, starts=(0,)):
-    """Logits (T, V) of one row and, by layer, its states: the first one and one more for each full block.
-
-    All layers of a block, then the next block. starts: where forwards began; what they carry over has no gradient.
-    """
-    c, w, n = model.config, model.config.block_length, len(ids)
-    embedded = model.model.embed_tokens.weight[ids] * math.sqrt(c.hidden_size)
-    states = {i: [model.model.layers[i].self_attn.recurrence.initial] for i in c.recurrent_layers}
-    kept = [None] * c.num_hidden_layers  # keys, values of all tokens so far
-    outs = []
-
-    def start_of(p):
-        return max(s for s in starts if s <= p)
-
-    def since(x, first, last, p):
-        """x (H, any, D) from column first to last, as a forward that holds token p sees it."""
-        border = start_of(p)
-        return torch.cat([x[:, first : max(first, border)].detach(), x[:, max(first, border) : last + 1]], dim=1)
-
-    def entering(states, j, p):
-        state = states[j]
-        return state.detach() if j > 0 and j * w <= start_of(p) else state
-
-    for j in range(-(-n // w)):
-        x, first = embedded[j * w : j * w + w], j * w
-        for i, layer in enumerate(model.model.layers):
-            attn = layer.self_attn
-            y = norm(x, layer.self_attn_norm)
-            query = heads(y, attn.project.q_proj, True)
-            key, value = heads(y, attn.project.k_proj, True), heads(y, attn.project.v_proj)
-            if kept[i] is not None:
-                key, value = (torch.cat(pair, dim=1) for pair in zip(kept[i], (key, value), strict=True))
-            kept[i] = key, value
-            rows = []
-            for t in range(len(x)):
-                p, row = first + t, []
-                low = max(0, p - w)
-                for h in range(c.num_attention_heads):
-                    if p == 0:
-                        row.append(torch.zeros(10, dtype=torch.float64))
-                        continue
-                    bias = attn.relative_bias.table.weight[[bucket(p - s) for s in range(low, p)], h]
-                    scores = since(key, low, p - 1, p)[h] @ query[h, t] + bias
-                    probabilities = (scores * attn.project.scale[h].abs()).softmax(0)
-                    row.append(probabilities @ since(value, low, p - 1, p)[h])
-                if attn.reads_state:
-                    source = i if i in states else c.recurrent_layers[0]
-                    part = model.model.layers[source].self_attn.recurrence
-                    z = norm(entering(states[source], j, p), part.norm) + part.ids
-                    cross = heads(y[t : t + 1], attn.cross_q_proj, attn.cross_scale)
-                    row.append(look(cross, heads(z, part.project.k_proj, True), heads(z, part.project.v_proj))[0])
-                rows.append(torch.cat(row))
-            last = first + w - 1
-            if i in states and last < n:
-                seen = (since(z, max(0, first - w), last, last) for z in (key, value))
-                states[i].append(next_state(attn.recurrence, entering(states[i], j, last), *seen))
-            x = x + dense(torch.stack(rows), attn.o_proj)
-            inner = dense(norm(x, layer.feed_forward_norm), layer.feed_forward.up_proj).relu()
-            x = x + dense(inner, layer.feed_forward.down_proj)
-        outs.append(x)
-    return norm(torch.cat(outs), model.model.norm) @ model.lm_head.weight.T, states
-
+# ------------------------------------------------------------------------------------------- the twin in every setting
 
 SETTINGS = {
     "fixed, skip": dict(),
@@ -170,10 +58,11 @@ def in_parts(model, ids, cuts):
 @pytest.mark.parametrize("cuts", [(18,), (1,) * 18, (7, 11), (5, 5, 8), (3, 1, 14)], ids=lambda x: str(x[:4]))
 @settings_of_all
 @torch.no_grad()
-def test_equals_the_loop(settings, cuts):
+def test_equals_the_twin(settings, cuts):
     """Logits, and the state that is carried on."""
     model, ids = make(**settings), words(1, N)
-    expected, states = by_block(model, ids[0])
+    states = {}
+    expected = twin.hidden_states(model.model, ids[0], states=states) @ model.lm_head.weight.T
     got, cache = in_parts(model, ids, cuts)
     assert_equal(got[0], expected)
     for layer, values in states.items():
@@ -182,11 +71,11 @@ def test_equals_the_loop(settings, cuts):
 
 @pytest.mark.parametrize("cuts", [(18,), (5, 13), (3, 8, 7), (7, 1, 10)], ids=str)
 @settings_of_all
-def test_gradients_equal_the_loop(settings, cuts):
+def test_gradients_equal_the_twin(settings, cuts):
     """Of every weight: through all blocks of a forward, and nothing through what an earlier one left."""
     model, ids = make(**settings), words(1, N)
     starts = [sum(cuts[:i]) for i in range(len(cuts))]
-    expected, _ = by_block(model, ids[0], starts)
+    expected = twin.logits(model, ids[0], starts)
     got = in_parts(model, ids, cuts)[0][0]
     assert_equal(got, expected)
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -432,9 +321,8 @@ def test_what_is_kept_of_a_state_is_that_of_the_state():
     part = recurrence_of(model)
     cache = model(ids).past_key_values
     state = cache.states[1]
-    for got, expected in zip(
-        (state["state_keys"], state["state_values"]), part.keys_values(state["state"]), strict=True
-    ):
+    made_anew = part.project.keys_values(part.norm(state["state"]) + part.ids)
+    for got, expected in zip((state["state_keys"], state["state_values"]), made_anew, strict=True):
         assert_equal(got, expected)
     reads = []
     part.project.k_proj.register_forward_hook(lambda *_: reads.append(1))

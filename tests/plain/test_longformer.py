@@ -1,12 +1,12 @@
-"""Longformer against transformers' own, against a plain loop over queries, and the checks of its paper."""
+"""Longformer against transformers' own, against its plain twin (longformer.py), and the checks of its paper."""
 
-import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from plain import longformer as twin
 from variants import FLOAT32, SEP, SIZES, assert_equal, loud, words
 
 import hf_gallery as gallery
@@ -192,67 +192,7 @@ def test_a_separator_in_padding_ends_no_question():
     assert_equal(got.end_logits[:, 4:], alone.end_logits)
 
 
-# ------------------------------------------------------------------------------------------------ a loop over queries
-
-
-def linear(x, layer):
-    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
-
-
-def norm(x, layer):
-    return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
-
-
-def by_query(model, ids, marked=()):
-    """Hidden states (T, E) of one row, query by query and head by head, `marked` the positions of global tokens."""
-    config, n, d = model.config, len(ids), model.config.head_dim
-    x = model.embed_tokens.weight[ids]
-    if config.position_embedding_type == "learned":
-        x = x + model.embed_positions.weight[config.position_offset + torch.arange(n)]
-    x = norm(x, model.embed_norm)
-    windows, dilations = config.per_layer("attention_window"), config.per_layer("attention_dilation")
-    for layer, w, g in zip(model.layers, windows, dilations, strict=True):
-        attn = layer.self_attn
-        y = norm(x, layer.self_attn_norm) if config.norm_position == "pre" else x
-        q, k, v = (linear(y, f) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
-        out = torch.zeros_like(q)
-        for p in range(n):
-            if config.is_decoder:
-                near = [p - j * g for j in range(w + 1) if p - j * g >= 0]
-                seen = near + [s for s in marked if s < p and s not in near]
-            else:
-                near = [p + j * g for j in range(-(w // 2), w // 2 + 1) if 0 <= p + j * g < n]
-                seen = near + [s for s in marked if s not in near]
-            for h in range(config.num_attention_heads):
-                at = slice(h * d, h * d + d)
-                scores = []
-                for s in seen:
-                    score = q[p, at] @ k[s, at]
-                    if config.position_embedding_type == "relative":
-                        score = (q[p, at] + attn.content_bias[h]) @ k[s, at]
-                        if s in near:
-                            score = score + (q[p, at] + attn.position_bias[h]) @ relative(attn, p - s, at)
-                    scores.append(score / math.sqrt(d))
-                out[p, at] = torch.stack(scores).softmax(0) @ v[seen, at]
-        if marked and not config.is_decoder:
-            q, k, v = (linear(y, f) for f in (attn.q_global_proj, attn.k_global_proj, attn.v_global_proj))
-            for p in marked:
-                for h in range(config.num_attention_heads):
-                    at = slice(h * d, h * d + d)
-                    out[p, at] = (k[:, at] @ q[p, at] / math.sqrt(d)).softmax(0) @ v[:, at]
-        x = x + linear(out, attn.o_proj)
-        x = norm(x, layer.self_attn_norm) if config.norm_position == "post" else x
-        y = norm(x, layer.feed_forward_norm) if config.norm_position == "pre" else x
-        x = x + linear(F.gelu(linear(y, layer.feed_forward.up_proj)), layer.feed_forward.down_proj)
-        x = norm(x, layer.feed_forward_norm) if config.norm_position == "post" else x
-    return norm(x, model.norm) if config.norm_position == "pre" else x
-
-
-def relative(attn, distance, at):
-    angles = [distance / 10000 ** (2 * i / 30) for i in range(15)]
-    sinusoid = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles], dtype=torch.float64)
-    return attn.r_proj.weight[at] @ sinusoid
-
+# ------------------------------------------------------------------------------------------- the twin in every setting
 
 SETTINGS = {
     "window": dict(attention_window=5, **DECODER),
@@ -284,12 +224,12 @@ def assert_same_gradients(model, got, expected, at_least=10):
 
 @pytest.mark.parametrize("marked", [[], [0], [1, 4, 5, 13]], ids=str)
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS.keys())
-def test_a_decoder_equals_the_loop(settings, marked):
+def test_a_decoder_equals_the_twin(settings, marked):
     model = encoder(is_decoder=True, **settings)
     ids = words(1, 19)
     given = torch.zeros_like(ids)
     given[:, marked] = 1
-    expected = by_query(model, ids[0], marked)
+    expected = twin.hidden_states(model, ids[0], marked)
     got = model(ids, global_attention_mask=given).last_hidden_state[0]
     assert_equal(got, expected)
     assert_same_gradients(model, got, expected)
@@ -297,12 +237,12 @@ def test_a_decoder_equals_the_loop(settings, marked):
 
 @pytest.mark.parametrize("marked", [[], [0], [2, 3, 11]], ids=str)
 @pytest.mark.parametrize("settings", ENCODERS.values(), ids=ENCODERS.keys())
-def test_an_encoder_equals_the_loop(settings, marked):
+def test_an_encoder_equals_the_twin(settings, marked):
     model = encoder(**settings)
     ids = words(1, 17)
     given = torch.zeros_like(ids)
     given[:, marked] = 1
-    expected = by_query(model, ids[0], marked)
+    expected = twin.hidden_states(model, ids[0], marked)
     got = model(ids, global_attention_mask=given).last_hidden_state[0]
     assert_equal(got, expected)
     assert_same_gradients(model, got, expected)

@@ -1,4 +1,4 @@
-"""The Memorizing Transformer against a plain loop over positions, and the checks of its paper."""
+"""The Memorizing Transformer against its plain twin (memorizing_transformer.py), and the checks of its paper."""
 
 import itertools
 import math
@@ -7,8 +7,8 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers.activations import ACT2FN
+from plain import memorizing_transformer as twin
+from plain.parts import bucket, unit
 from transformers.models.t5.modeling_t5 import T5Attention
 from variants import GPT2_WITH_MEMORY, SIZES, assert_equal, loud, missing, words
 
@@ -35,79 +35,7 @@ def distinct(b, n):
     return torch.stack([torch.randperm(90, generator=g)[:n] for _ in range(b)])
 
 
-# ----------------------------------------------------------------------------------------------- a loop over positions
-
-
-def bucket(distance):
-    return int(T5Attention._relative_position_bucket(torch.tensor(-distance), False, 32, 128))
-
-
-def norm(x, layer):
-    if isinstance(layer, torch.nn.RMSNorm):  # as meliad's LayerNorm with use_mean=False
-        return x / (x.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight
-    return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
-
-
-def linear(x, layer):
-    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
-
-
-def unit(x):
-    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
-
-
-def by_position(model, ids, starts=(0,)):
-    """Logits (T, V) of one row, and per memory layer the positions (T, H, k) that were retrieved, -1 for none.
-
-    starts: where forwards began. Keys and values from before a segment, or a forward, carry no gradient.
-    """
-    c, n, d = model.config, len(ids), model.config.head_dim
-    learned = c.num_positions is not None
-    x = model.model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)
-    period = n
-    if learned:
-        period = c.num_positions // c.segment_length * c.segment_length
-        x = x + model.model.embed_positions.weight[[p % period for p in range(n)]]
-    chosen = {}
-    for number, layer in enumerate(model.model.layers):
-        attn = layer.self_attn
-        y = norm(x, layer.self_attn_norm)
-        q, k, v = (linear(y, f) for f in (attn.project.q_proj, attn.project.k_proj, attn.project.v_proj))
-        out = torch.zeros_like(q)
-        picks = torch.full((n, c.num_attention_heads, c.memory_topk), -1)
-        for h in range(c.num_attention_heads):
-            at = slice(h * d, h * d + d)
-            qs, ks, scale = q[:, at], k[:, at], 1 / math.sqrt(d)
-            if c.normalize_qk:
-                qs, ks, scale = unit(qs), unit(ks), attn.project.scale[h].abs()
-            for p in range(n):
-                segment = p - p % c.segment_length
-                border = max(segment, max(s for s in starts if s <= p))
-                scores, values = [], []
-                for s in range(max(p - p % period, segment - c.mem_len), p + 1):
-                    key, value = (z if s >= border else z.detach() for z in (ks[s], v[s, at]))
-                    bias = 0 if learned else attn.relative_bias.table.weight[bucket(p - s), h]
-                    scores.append((qs[p] @ key + bias) * scale)
-                    values.append(value)
-                result = torch.stack(scores).softmax(0) @ torch.stack(values)
-                if number in c.memory_layers:
-                    stored = range(max(0, segment - c.memory_size), segment)
-                    best = (ks[list(stored)] @ qs[p]).argsort(descending=True)[: c.memory_topk] + stored.start
-                    retrieved = torch.zeros_like(result)
-                    if len(best):
-                        weights = (ks[best].detach() @ qs[p] * scale).softmax(0)
-                        retrieved = weights @ v[best, at].detach()
-                        picks[p, h, : len(best)] = best
-                    gate = torch.sigmoid(attn.gate_bias[h])
-                    result = result * (1 - gate) + retrieved * gate
-                out[p, at] = result
-        if number in c.memory_layers:
-            chosen[number] = picks
-        x = x + linear(out, attn.o_proj)
-        inner = ACT2FN[c.hidden_act](linear(norm(x, layer.feed_forward_norm), layer.feed_forward.up_proj))
-        x = x + linear(inner, layer.feed_forward.down_proj)
-    return norm(x, model.model.norm) @ model.lm_head.weight.T, chosen
-
+# ------------------------------------------------------------------------------------------- the twin in every setting
 
 SETTINGS = {
     "plain": dict(),
@@ -136,20 +64,20 @@ def in_parts(model, ids, cuts, **options):
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "with gradients"])
 @settings_of_all
-def test_equals_the_loop(settings, gradients):
+def test_equals_the_twin(settings, gradients):
     model, ids = make(**settings), words(1, 24)
     with torch.set_grad_enabled(gradients):
-        expected, _ = by_position(model, ids[0])
+        expected = twin.logits(model, ids[0])
         assert_equal(model(ids).logits[0], expected)
 
 
 @pytest.mark.parametrize("cuts", [(24,), (9, 15), (4, 6, 14)], ids=str)
 @settings_of_all
-def test_gradients_equal_the_loop(settings, cuts):
+def test_gradients_equal_the_twin(settings, cuts):
     """Of every weight, over one forward of many segments, and over forwards that go on from a cache."""
     model, ids = make(**settings), words(1, sum(cuts))
     starts = [sum(cuts[:i]) for i in range(len(cuts))]
-    expected, _ = by_position(model, ids[0], starts)
+    expected = twin.logits(model, ids[0], starts)
     got = torch.cat([output.logits for output in in_parts(model, ids, cuts)[0]], dim=1)[0]
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     parameters = dict(model.named_parameters())
@@ -166,10 +94,11 @@ def test_gradients_equal_the_loop(settings, cuts):
 @pytest.mark.parametrize("cuts", [(24,), (1,) * 24, (9, 15), (3, 11, 10)], ids=lambda x: str(x[:4]))
 @settings_of_all
 @torch.no_grad()
-def test_retrievals_are_those_of_the_loop(settings, cuts):
+def test_retrievals_are_those_of_the_twin(settings, cuts):
     """Positions and weights, wherever the input is cut: among the last memory_size positions before the segment."""
     model, ids = make(**settings), distinct(1, 24)
-    _, chosen = by_position(model, ids[0])
+    chosen = {}
+    twin.hidden_states(model.model, ids[0], retrieved=chosen)
     outputs, _ = in_parts(model, ids, cuts, output_retrievals=True)
     for output in outputs:
         assert output.retrievals.keys() == chosen.keys() == set(model.config.memory_layers)
@@ -218,6 +147,7 @@ def test_buckets_are_those_of_t5():
     distance = torch.arange(3000)
     theirs = T5Attention._relative_position_bucket(-distance, bidirectional=False, num_buckets=32, max_distance=128)
     assert torch.equal(t5_buckets(distance), theirs)
+    assert [bucket(d) for d in range(3000)] == theirs.tolist()
     assert t5_buckets(distance)[[0, 15, 16, 127, 128, 2999]].tolist() == [0, 15, 16, 31, 31, 31]
 
 
@@ -245,7 +175,8 @@ def test_an_open_gate_and_k_of_all_is_full_attention_over_the_store():
     attn.o_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     model(ids)
     y = model.layers[0].self_attn_norm(model.embed_tokens(ids))
-    q, k, v = attn.project(y)
+    q, _ = attn.project(y)
+    k, v = attn.project.keys_values(y)
     for p in (7, 13, 14, 27):
         segment = p - p % 7
         weights = (q[:, :, p : p + 1] @ k[:, :, :segment].mT).softmax(-1)

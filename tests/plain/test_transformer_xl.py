@@ -1,10 +1,11 @@
-"""Transformer-XL against the authors' computation (plain/transformer_xl.py), and the checks of its paper."""
+"""Transformer-XL against the authors' computation (transformer_xl_authors.py), and the checks of its paper."""
 
 import math
 
 import pytest
 import torch
-from plain import transformer_xl as reference
+from plain import transformer_xl as plain_twin
+from plain import transformer_xl_authors as reference
 from torch import nn
 from variants import SIZES, VOCAB, assert_equal, loud, words
 
@@ -127,29 +128,14 @@ def test_gradients_of_hidden_states_in_float64(settings):
 # --------------------------------------------------------------------------------------------------------- the formula
 
 
-def test_attention_equals_the_double_loop():
-    """((q_i + u) . k_j + (q_i + v) . r_(i-j)) / sqrt(D), one pair at a time, over memory and segment."""
-    model = make(num_hidden_layers=1, segment_length=5, mem_len=3)
-    attention = model.model.layers[0].self_attn
-    u, v = model.model.content_bias, model.model.position_bias
-    ids = words(1, 13)
-    probabilities = model(ids, output_attentions=True).attentions[0]  # (1, H, 13, 13)
-    x = model.get_input_embeddings()(ids)[0]
-    for p in range(13):
-        seen = range(max(0, p - p % 5 - 3), p + 1)
-        for h in range(3):
-            rows = slice(10 * h, 10 * h + 10)
-            q = attention.q_proj.weight[rows] @ x[p]
-            scores = []
-            for j in seen:
-                k = attention.k_proj.weight[rows] @ x[j]
-                angles = [(p - j) / 10000 ** (2 * i / 30) for i in range(15)]
-                sinusoid = torch.tensor([math.sin(a) for a in angles] + [math.cos(a) for a in angles]).double()
-                r = attention.r_proj.weight[rows] @ sinusoid
-                scores.append(((q + u[h]) @ k + (q + v[h]) @ r) / math.sqrt(10))
-            expected = torch.zeros(13, dtype=torch.float64)
-            expected[list(seen)] = torch.stack(scores).softmax(0)
-            torch.testing.assert_close(probabilities[0, h, p], expected, rtol=1e-6, atol=1e-7)
+@settings_of_all
+@torch.no_grad()
+def test_the_plain_twin_equals_the_authors(settings):
+    """Two ways to the same numbers: query by query, and by segments with mems and shifted scores."""
+    model, ids = make(**settings), words(1, 17)
+    expected = by_the_authors(model, ids)[0][0]
+    assert_equal(plain_twin.logits(model, ids[0]).log_softmax(-1), expected)
+    assert_equal(model(ids).logits[0].log_softmax(-1), expected)
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "with gradients"])

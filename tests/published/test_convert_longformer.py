@@ -178,7 +178,7 @@ def test_how_long_by_default(tmp_path):
         (dict(max_position_embeddings=0), "max_position_embeddings is 0, fewer than the 40"),
         (dict(max_position_embeddings="big"), "max_position_embeddings is 'big'; it must be a whole number"),
         (dict(max_position_embeddings=1e4), r"max_position_embeddings is 10000\.0; it must be a whole number"),
-        (dict(max_position_embeddings=10**9), "max_position_embeddings is 1000000000; .* at most 16777216"),
+        (dict(max_position_embeddings=10**9), "max_position_embeddings is 1000000000; .* at most 1048576"),
         (dict(attention_window="big"), "attention_window is 'big'"),
         (dict(attention_window=[4, 4]), "attention_window has 2 entries.*num_hidden_layers 3"),
         (dict(window=4), "no option window.*attention_window, max_position_embeddings"),

@@ -1,7 +1,7 @@
 """Published Transformer-XL as gallery checkpoints: what transformers 4.35.2 gave, kept in golden/, comes out again.
 
 golden/make_transformer_xl.py made it, and says what each case is about. So does make_transformer_xl_authors.py of what
-the authors' own code gave, and plain/transformer_xl.py computes what that gives for further models.
+the authors' own code gave, and plain/transformer_xl_authors.py computes what that gives for further models.
 """
 
 import collections
@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from converted import converted, generates, obeys_the_laws, open_without_the_library
-from plain import transformer_xl as reference
+from plain import transformer_xl_authors as reference
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 from variants import VOCAB, assert_equal, words

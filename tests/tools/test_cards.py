@@ -188,6 +188,87 @@ def test_a_folder_brings_its_own_scores(tmp_path):
     assert "are not of the weights here" in card.text and 'name = "me/fine"' in card.text
 
 
+INJECTED = 'me/x"\nimport os\nos.system("id")\n#'
+
+
+@pytest.mark.parametrize(
+    "repo_id", [INJECTED, 'a"b', "a/b/c", "", "user/a b", "user/name\n", "user/x`", "user/{x}", "-me/x", "user/x.git"]
+)
+@each
+def test_a_repo_id_that_is_no_name(name, repo_id):
+    """It would stand in the card's code."""
+    with pytest.raises(ValueError, match="repo_id is .*; it must be USER/NAME"):
+        render_card(name, repo_id=repo_id)
+
+
+def lines_of(card):
+    return [
+        line for line in card.split("\n") if line.startswith(("import ", "evil", "# evil", "| evil", "- evil", "---"))
+    ]
+
+
+@pytest.mark.parametrize(
+    "place", ["folder", "auto_map", "architectures", "setting's name", "setting", "score's name", "score"]
+)
+def test_a_folder_writes_no_lines_of_its_own(tmp_path, place):
+    """Whatever its name, its config.json and its scores say: a card has the lines that another one has, its code
+    imports the same, and its metadata reads back."""
+    evil = 'x`|"*[a](b)\n---\nevil\n# evil\nimport evil\n| evil |\n- evil'
+    folder, plain = tmp_path / "model", tmp_path / "plain"
+    if place == "folder":
+        folder = tmp_path / evil.replace("/", "")
+    tiny("transformer_xl").save_pretrained(plain)
+    tiny("transformer_xl").save_pretrained(folder)
+    about = json.loads((folder / "config.json").read_text())
+    scores = {"eval_loss": 1.5}
+    if place == "auto_map":
+        about["auto_map"] = {evil: "x.GalleryTransformerXLForCausalLM"}
+    elif place == "architectures":
+        about["architectures"] = [evil]
+    elif place == "setting's name":
+        about[evil] = 1
+    elif place == "setting":
+        about["hidden_act"] = {evil: evil}
+    elif place == "score's name":
+        scores[f"eval_{evil}"] = 0.5
+    elif place == "score":
+        scores["eval_other"] = evil
+    (folder / "config.json").write_text(json.dumps(about))
+    (folder / "eval_results.json").write_text(json.dumps(scores))
+    (plain / "eval_results.json").write_text(json.dumps({"eval_loss": 1.5}))
+    card, other = (render_card("transformer_xl", folder=path) for path in (folder, plain))
+    assert lines_of(card) == lines_of(other)
+    assert ModelCard(card).data.library_name == "transformers"
+    (code,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    compile(code, "card", "exec")
+    cells = [{len(re.findall(r"(?<!\\)\|", line)) for line in x.split("\n") if line[:1] == "|"} for x in (card, other)]
+    assert cells[0] == cells[1]
+
+
+@pytest.mark.parametrize("content", ["[" * 10**5, '{"a":' * 10**5, "", "null", "[]", '{"model_type": {}}', "\0"])
+def test_a_config_that_is_none(tmp_path, content):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(ValueError, match="config.json is .*must be of a gallery model"):
+        render_card("longformer", folder=tmp_path)
+
+
+@pytest.mark.parametrize("path", [("window",), ("summary", "longformer", "recall"), ("cells",), ("settings",)])
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}, {"a": 1}, [1]])
+def test_results_that_were_changed_by_hand(tmp_path, path, value):
+    """A card, or one line that names the file."""
+    changed = json.loads(RESULTS.read_text(encoding="utf-8"))
+    *above, last = path
+    place = changed
+    for key in above:
+        place = place[key]
+    place[last] = value
+    (tmp_path / "results.json").write_text(json.dumps(changed))
+    try:
+        render_card("longformer", results=tmp_path / "results.json")
+    except ValueError as error:
+        assert str(tmp_path / "results.json") in str(error) and "\n" not in str(error)
+
+
 def test_what_cannot_be_rendered(tmp_path):
     with pytest.raises(ValueError, match="variant is 'mamba'; choose from transformer, "):
         render_card("mamba")

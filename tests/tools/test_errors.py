@@ -268,7 +268,7 @@ def test_position_ids_of_models_that_know_distances_only(variant, head):
     assert torch.equal(run(ids, mask, position_ids=right)[0], expected)
     before = snapshot(cache)
     for wrong, message in (
-        (right, r"position_ids differ"),  # the second six tokens stand elsewhere
+        (right + 1, r"position_ids differ"),  # the second six tokens stand elsewhere
         (right[:, :5], r"position_ids.*\(2, 5\).*\(2, 6\)"),
         (right.float(), r"position_ids.*float32"),
     ):

@@ -68,6 +68,8 @@ def imports(path):
 def third_party(path):
     """Top-level packages that a file imports, but for the standard library, this repository and files beside it."""
     beside = [*path.parent.glob("*.py"), *(ROOT / "eval" / "tasks").glob("*.py")]  # lm-eval puts a task's folder there
+    if "tests" in path.parts:  # on pytest's path
+        beside += [p for p in (ROOT / "tests").rglob("*") if p.is_dir() or p.suffix == ".py"]
     own = {"hf_gallery", "eval", *(p.stem for p in beside)}
     names = {module.split(".")[0] for module, level, _, _ in imports(path) if level == 0}
     return names - own - set(sys.stdlib_module_names)
@@ -128,15 +130,25 @@ def test_requirements(setup):
     assert list(needed["transformers"].specifier.filter(versions)) == ["5.17.0", "5.23.0", "5.99.0"]
 
 
-def test_pinned_versions_satisfy_the_requirements(setup):
-    lines = (ROOT / ".ci" / "constraints.txt").read_text(encoding="utf-8").splitlines()
-    pins = requirements(line for line in lines if line and not line.startswith("#"))
-    asked = [*setup["install_requires"], *(line for extra in setup["extras_require"].values() for line in extra)]
-    asked = requirements(asked)
-    assert pins
-    for name, pin in pins.items():
-        (version,) = (s.version for s in pin.specifier)
-        assert name in asked and version in asked[name].specifier, f"{pin} is not what setup.py asks for"
+def test_ci_runs_what_a_newcomer_runs_and_constrains_nothing_but_the_oldest():
+    script = ROOT / ".ci" / "run"
+    subprocess.run(["bash", "-n", script], check=True)
+    newest, oldest = script.read_text(encoding="utf-8").split("fresh oldest")
+    assert [path.name for path in script.parent.iterdir()] == ["run"], "versions are capped in setup.py alone"
+    assert not re.search("--constraint|PIP_CONSTRAINT|==", newest)
+    for command in ('pip install -e ".[test]" && pytest', 'pip install -e ".[eval]" && python -m eval'):
+        assert command in newest and command in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "pytest tests/laws" in oldest and "--constraint" in oldest
+
+
+def test_ci_tests_the_oldest_releases_that_are_allowed(setup):
+    """The lines that .ci/run makes of setup.py are its lower bounds, and all that the library imports has one."""
+    (line,) = re.findall(r"^(grep .*setup\.py.*?) >", (ROOT / ".ci" / "run").read_text(encoding="utf-8"), re.MULTILINE)
+    pins = subprocess.run(["bash", "-c", line], cwd=ROOT, check=True, capture_output=True, text=True).stdout.split()
+    asked = requirements([*setup["install_requires"], *setup["extras_require"]["test"]])
+    floors = {r.name: s.version for r in asked.values() for s in r.specifier if s.operator == ">="}
+    assert dict(pin.split("==") for pin in pins) == floors
+    assert set(requirements(setup["install_requires"])) <= {canonicalize_name(name) for name in floors}
 
 
 @pytest.mark.parametrize(("folder", "extra"), [("hf_gallery", None), ("eval", "eval"), ("tests", "test")])
@@ -280,11 +292,13 @@ def test_no_file_knows_the_machine_it_was_written_on():
 # -------------------------------------------------------------------------------------------------------------- README
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "GUIDE.md").read_text(encoding="utf-8")
+PAGES = {"README": README, "GUIDE": GUIDE}
 
 
-def blocks(language):
+def blocks(language, page="README"):
     """(line number of the first line, text, whether the block before comes first) of each fenced block."""
-    lines = README.splitlines()
+    lines = PAGES[page].splitlines()
     found, start = [], None
     for i, line in enumerate(lines):
         if start is None and line == f"```{language}":
@@ -310,10 +324,10 @@ def run(code, folder):
     return done.stdout
 
 
-def chains():
-    """Blocks that are pasted one after the other into one Python, each on its lines of the README."""
+def chains(page):
+    """Blocks that are pasted one after the other into one Python, each on its lines of the page."""
     found = []
-    for line, code, continues in blocks("python"):
+    for line, code, continues in blocks("python", page):
         if continues:
             start, before = found[-1]
             code = before + "\n" * (line - 1 - before.count("\n")) + code
@@ -324,9 +338,10 @@ def chains():
 
 
 @pytest.mark.parametrize(
-    ("line", "code"), chains(), ids=lambda value: f"line_{value}" if isinstance(value, int) else ""
+    "code",
+    [pytest.param(code, id=f"{page}_line_{line}") for page in PAGES for line, code in chains(page)],
 )
-def test_readme_python_runs_when_pasted(line, code, tmp_path):
+def test_python_of_the_pages_runs_when_pasted(code, tmp_path):
     assert run(code, tmp_path).strip()  # and shows something
 
 
@@ -344,12 +359,12 @@ def test_readme_has_the_two_commands(command):
 
 
 def commands():
-    lines = [line for _, code, _ in blocks("bash") for line in code.splitlines()]
+    lines = [line for page in PAGES for _, code, _ in blocks("bash", page) for line in code.splitlines()]
     return [line for line in lines if line.startswith("python -m eval")]
 
 
 @pytest.mark.parametrize("command", commands())
-def test_readme_commands_exist(command):
+def test_commands_of_the_pages_exist(command):
     arguments = shlex.split(command, comments=True)[3:]
     result = CliRunner().invoke(app, [*arguments, "--help"])
     assert result.exit_code == 0, result.output
@@ -390,8 +405,8 @@ def test_readme_names_files_and_code_that_exist():
             assert (ROOT / folder / name).is_file(), folder + name
     for link in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
-    for name in re.findall(r"`(hf_gallery(?:\.\w+)+)`", README):
+    for name in re.findall(r"`(hf_gallery(?:\.\w+)+)`", README + GUIDE):
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
-    for name in set(re.findall(r"\bGallery\w+\b", README)):
+    for name in set(re.findall(r"\bGallery\w+\b", README + GUIDE)):
         assert name in hf_gallery.__all__, name

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
+from renamed import checkpointing
 from test_trainer import TOKENIZER, examples, five, make, trainer
 from test_training import losses
 from variants import assert_equal
@@ -30,7 +31,7 @@ def test_lora_trains_travels_and_merges(variant, targets, tmp_path):
     model = get_peft_model(base, LoraConfig(task_type=TaskType.CAUSAL_LM, target_modules=targets, **SETTINGS))
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     changes = {"max_steps": 8, "optim": "adamw_torch", "learning_rate": 0.01}
-    own = trainer(model, "causal", tmp_path / "run", gradient_checkpointing=targets == "all-linear", **changes)
+    own = trainer(model, "causal", tmp_path / "run", **checkpointing(targets == "all-linear"), **changes)
     own.train()
     assert losses(own)[-1] < losses(own)[0]
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from renamed import checkpointing
 from test_training import NO_DROPOUT, Stop, arguments, assert_same, dataset, losses, texts, weights
 from transformers import (
     DataCollatorForLanguageModeling,
@@ -136,7 +137,7 @@ def test_checkpointed_activations_give_the_same_training(variant, head, tmp_path
     """With dropout, which falls on the same places when a layer is computed again."""
     plain = trainer(make(variant, head), head, tmp_path)
     plain.train()
-    saving = trainer(make(variant, head), head, tmp_path, gradient_checkpointing=True)
+    saving = trainer(make(variant, head), head, tmp_path, **checkpointing())
     runs = []
     layer = next(module for name, module in saving.model.named_modules() if name.endswith("layers.0"))
     layer.feed_forward.register_forward_hook(lambda *_: runs.append(1))

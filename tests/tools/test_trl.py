@@ -1,4 +1,7 @@
-"""TRL's SFTTrainer on every variant's causal model."""
+"""TRL's trainers on every variant's causal model."""
+
+import copy
+import math
 
 import datasets
 import pytest
@@ -7,8 +10,9 @@ from peft import LoraConfig
 from test_trainer import five, make
 from test_training import losses, weights
 from transformers import AutoModelForCausalLM
-from trl import SFTConfig, SFTTrainer
-from variants import assert_equal
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import disable_dropout_in_model
+from variants import assert_equal, over, runner, words
 
 from hf_gallery.data import byte_tokenizer
 
@@ -60,3 +64,55 @@ def test_with_its_own_defaults_and_lora(variant, tmp_path):
     assert losses(own)[-1] < losses(own)[0]
     after = weights(own.model)
     assert frozen and all(torch.equal(after[name], value) for name, value in frozen.items())
+
+
+@over()
+def test_dropout_that_tools_switch_off_is_off(variant, head):
+    """TRL goes over the modules that are nn.Dropout and sets their p to 0: then nothing else may draw."""
+    run = runner(variant, head, hidden_dropout=0.3, attention_dropout=0.3)
+    inputs = run.inputs(words(2, 23))
+    again = [run.model.train()(**inputs)[0] for _ in range(2)]
+    assert not torch.equal(*again)
+    disable_dropout_in_model(run.model)
+    dropped = run.model.train()(**inputs)[0]
+    assert torch.equal(dropped, run.model(**inputs)[0])
+    assert_equal(dropped, run.model.eval()(**inputs)[0])
+
+
+@over()
+def test_each_dropout_of_attention_is_read_when_it_is_used(variant, head):
+    """A rate that is set on the modules alone is what a model is built with."""
+    built, told = (runner(variant, head, hidden_dropout=0.0, attention_dropout=rate) for rate in (0.4, 0.0))
+    for module in told.model.modules():
+        if type(module).__name__ == "AttentionDropout":
+            module.p = 0.4
+    inputs, results = built.inputs(words(2, 23)), []
+    for run in (built, told):
+        torch.manual_seed(3)
+        results.append(run.model.train()(**inputs)[0])
+    assert torch.equal(*results) and not torch.allclose(results[0], built.model.eval()(**inputs)[0], atol=1e-3)
+
+
+PREFERENCES = [{"prompt": f"{text} ", "chosen": "indeed", "rejected": "no, not so"} for text in TEXTS]
+
+
+@pytest.mark.works("TRL DPOTrainer")
+@five
+def test_a_policy_that_is_its_reference_prefers_nothing(variant, tmp_path):
+    """The first loss is ln 2, since margins are 0; then the chosen answers become likelier than the rejected."""
+    model = make(variant)
+    quiet = {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+    own = DPOTrainer(
+        model,
+        copy.deepcopy(model),
+        DPOConfig(
+            str(tmp_path), max_steps=8, learning_rate=0.003, max_length=48, bf16=False, gradient_checkpointing=False,
+            per_device_train_batch_size=4, **quiet,
+        ),
+        train_dataset=datasets.Dataset.from_list(PREFERENCES),
+        processing_class=byte_tokenizer(),
+    )  # fmt: skip
+    assert model.config.attention_dropout > 0 and model.config.hidden_dropout > 0
+    own.train()
+    assert abs(losses(own)[0] - math.log(2)) < 1e-4
+    assert losses(own)[-1] < 0.8 * math.log(2)

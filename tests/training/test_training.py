@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from renamed import checkpointing
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from variants import VARIANTS, VOCAB, WORDS, causal
@@ -489,11 +490,10 @@ def test_evaluation_leaves_training_alone(variant, tmp_path):
 
 @pytest.mark.works("gradient checkpointing")
 @causal()
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_checkpointed_activations_give_the_same_training(variant, tmp_path):
     plain = trainer(variant.make(), tmp_path, max_steps=6)
     plain.train()
-    saving = trainer(variant.make(), tmp_path, max_steps=6, gradient_checkpointing=True)
+    saving = trainer(variant.make(), tmp_path, max_steps=6, **checkpointing())
     saving.train()
     assert losses(saving) == pytest.approx(losses(plain), rel=1e-5)
     for name, parameter in plain.model.named_parameters():
@@ -662,7 +662,7 @@ def trained_and_resumed(variant, folder, lanes):
     changes = {"gradient_accumulation_steps": 2, "num_train_epochs": 2, "max_grad_norm": 1.0}
     changes |= {"per_device_train_batch_size": lanes, "save_strategy": "steps", "save_steps": 5}
     # Without find_unused_parameters, which Trainer then switches off: a process that is dry must reach every weight.
-    changes |= {"gradient_checkpointing": variant.name == "transformer_xl_adaptive"}
+    changes |= checkpointing(variant.name == "transformer_xl_adaptive")
     whole = trainer(variant.make(**NO_DROPOUT), folder / "whole", evaluate=texts(9, 30, 2, 4, 4), **changes)
     whole.train()
     metrics = whole.evaluate()
@@ -690,7 +690,6 @@ torch.distributed.destroy_process_group()
 
 @pytest.mark.slow
 @pytest.mark.works("SegmentTrainer, 2 processes", *(variant.name for variant in SOME))
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch is built without torch.distributed")
 def test_two_processes_train_as_one_with_all_lanes(tmp_path):
     """torchrun with 2 processes of 1 lane gives the losses, weights and evaluation of 1 process with 2 lanes, and

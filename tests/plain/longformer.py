@@ -1,0 +1,69 @@
+"""Longformer, plainly (Beltagy, Peters, Cohan 2020, arXiv 2004.05150): one query and one head at a time.
+
+The twin of hf_gallery/models/modeling_longformer.py. Section numbers are the paper's.
+"""
+
+import math
+
+import torch
+from plain.parts import feed_forward, head, linear, norm, past, sinusoid, start_of
+
+
+def logits(model, ids, marked=(), starts=(0,)):
+    """Logits (T, V) of a causal language model for one row of tokens."""
+    return linear(hidden_states(model.model, ids, marked, starts), model.lm_head)
+
+
+def hidden_states(model, ids, marked=(), starts=(0,)):
+    """(T, E) of one row of tokens; marked: the positions of its global tokens. starts: where forwards began."""
+    c, n, d = model.config, len(ids), model.config.head_dim
+    pre, relative = c.norm_position == "pre", c.position_embedding_type == "relative"
+
+    def window(p, w, g):
+        """Section 3.1: w / 2 keys on each side, every g-th; in a decoder (section 4) w before. Always itself."""
+        offsets = range(-w, 1) if c.is_decoder else range(-(w // 2), w // 2 + 1)
+        return [p + j * g for j in offsets if 0 <= p + j * g < n]
+
+    def local(attn, y, w, g):
+        """Every query over its window and the global keys outside it, in one softmax."""
+        q, k, v = (linear(y, f) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
+        rows = []
+        for p in range(n):
+            near, border, row = window(p, w, g), start_of(p, starts), []
+            far = [s for s in marked if s not in near and (s < p or not c.is_decoder)]
+            for h in range(c.num_attention_heads):
+                at = head(h, d)
+                keys, values = past(k[:, at], near + far, border), past(v[:, at], near + far, border)
+                scores = keys @ q[p, at]
+                if relative:  # section 4: as Transformer-XL, within the window
+                    r = torch.stack([attn.r_proj.weight[at] @ sinusoid(p - s, c.hidden_size) for s in near])
+                    scores = keys @ (q[p, at] + attn.content_bias[h])
+                    term = r @ (q[p, at] + attn.position_bias[h])
+                    scores = scores + torch.cat([term, term.new_zeros(len(far))])
+                row.append((scores / math.sqrt(d)).softmax(0) @ values)
+            rows.append(torch.cat(row))
+        return rows
+
+    def from_globals(attn, y, rows):
+        """Global queries over all tokens, by maps of their own (section 3.1, linear projections)."""
+        q, k, v = (linear(y, f) for f in (attn.q_global_proj, attn.k_global_proj, attn.v_global_proj))
+        for p in marked:
+            every = [head(h, d) for h in range(c.num_attention_heads)]
+            rows[p] = torch.cat([(k[:, at] @ q[p, at] / math.sqrt(d)).softmax(0) @ v[:, at] for at in every])
+
+    x = model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)
+    if c.position_embedding_type == "learned":
+        x = x + model.embed_positions.weight[c.position_offset + torch.arange(n)]
+    x = norm(x, model.embed_norm) if c.embedding_norm else x
+    windows, dilations = c.per_layer("attention_window"), c.per_layer("attention_dilation")
+    for layer, w, g in zip(model.layers, windows, dilations, strict=True):
+        y = norm(x, layer.self_attn_norm) if pre else x
+        rows = local(layer.self_attn, y, w, g)
+        if marked and not c.is_decoder:
+            from_globals(layer.self_attn, y, rows)
+        x = x + linear(torch.stack(rows), layer.self_attn.o_proj)
+        x = x if pre else norm(x, layer.self_attn_norm)
+        y = norm(x, layer.feed_forward_norm) if pre else x
+        x = x + feed_forward(y, layer.feed_forward, c.hidden_act)
+        x = x if pre else norm(x, layer.feed_forward_norm)
+    return norm(x, model.norm) if pre else x

@@ -1,0 +1,63 @@
+"""Small sums that the plain twins share: maps, norms, sinusoids, buckets, and where gradients stop.
+
+A twin computes one row of tokens, in the precision of the model's weights, as its paper writes it: query by query and
+head by head. It takes the gallery model for its weights and settings alone. T tokens, E wide, D per head.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from transformers.activations import ACT2FN
+
+
+def linear(x, layer):
+    """x (..., any) by a linear layer."""
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def norm(x, layer):
+    """LayerNorm (Ba et al. 2016), or without its mean and shift where the layer is an RMSNorm."""
+    if isinstance(layer, torch.nn.RMSNorm):
+        return x / (x.square().mean(-1, keepdim=True) + layer.eps).sqrt() * layer.weight
+    return F.layer_norm(x, x.shape[-1:], layer.weight, layer.bias, layer.eps)
+
+
+def unit(x):
+    """Vectors (..., D) of length 1."""
+    return x / (x.square().sum(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def feed_forward(x, layer, act):
+    """Two maps with an activation between: (T, E) to (T, E)."""
+    return linear(ACT2FN[act](linear(x, layer.up_proj)), layer.down_proj)
+
+
+def head(h, d):
+    """The columns of head h of d numbers."""
+    return slice(h * d, h * d + d)
+
+
+def sinusoid(position, width, interleaved=False):
+    """(width,): sin and cos of position / 10000^(2i / width), all sines first, or each beside its cosine."""
+    angles = [position / 10000 ** (2 * i / width) for i in range(width // 2)]
+    pairs = [(math.sin(a), math.cos(a)) for a in angles]
+    numbers = sum(pairs, ()) if interleaved else [s for s, _ in pairs] + [c for _, c in pairs]
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def bucket(distance):
+    """T5's bucket of a distance back (Raffel et al. 2019, section 2.1): 16 of one distance, 16 that grow up to 128."""
+    if distance < 16:
+        return distance
+    return min(31, 16 + int(math.log(distance / 16) / math.log(128 / 16) * 16))
+
+
+def start_of(p, starts):
+    """Where the forward that reads position p began; `starts` are those of all forwards."""
+    return max(s for s in starts if s <= p)
+
+
+def past(x, columns, border):
+    """Rows `columns` of x (T, any), those before `border` without gradient."""
+    return torch.stack([x[s] if s >= border else x[s].detach() for s in columns])

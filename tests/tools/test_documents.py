@@ -1,0 +1,119 @@
+"""The documents say what is there: files, functions and drawings of docs/ARCHITECTURE.md, and the links of all."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+import hf_gallery as gallery
+from hf_gallery.variants import VARIANTS
+
+ROOT = Path(__file__).parents[2]
+ARCHITECTURE = (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
+DOCUMENTS = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("eval/**/README.md"), *ROOT.glob("tests/**/*.md")]
+
+
+def names_in(tree):
+    """Names that a module or class defines."""
+    for node in tree.body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name, node
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        for target in targets:
+            if isinstance(target, ast.Name):
+                yield target.id, None
+
+
+def test_the_places_in_the_architecture_are_there():
+    """`path` is a file or folder, `path:Class.method` what it defines."""
+    places = [x for x in re.findall(r"`([\w./]+/[\w./:]*)`", ARCHITECTURE) if "NAME" not in x]
+    assert len(places) > 50
+    for place in places:
+        path, _, name = place.partition(":")
+        assert (ROOT / path).exists(), f"{path} is gone"
+        node = ast.parse((ROOT / path).read_text(encoding="utf-8")) if name else None
+        for part in filter(None, name.split(".")):
+            defined = dict(names_in(node))
+            assert part in defined, f"{path} has no {name}"
+            node = defined[part]
+
+
+def test_the_architecture_names_all():
+    """Every variant with its twin, every law with its number, every file of the models."""
+    for name in VARIANTS:
+        assert f"tests/plain/{name}.py" in ARCHITECTURE
+    for path in (ROOT / "tests" / "laws").glob("test_law_*_*.py"):
+        number = path.name.split("_")[2]
+        assert re.search(rf"^{number}\. \*\*", ARCHITECTURE, re.MULTILINE), path.name
+    for path in (ROOT / "hf_gallery" / "models").glob("*.py"):
+        if not path.name.startswith(("__", "configuration_", "modeling_", "attention_")):
+            assert f"`hf_gallery/models/{path.name}`" in ARCHITECTURE, path.name
+
+
+TOKENS = 12
+ONE_LAYER = dict(
+    vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, pad_token_id=None,
+    bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+DRAWN = {
+    "Transformer": ("Transformer", dict(is_decoder=True)),
+    "Transformer-XL": ("TransformerXL", dict(segment_length=4, mem_len=3)),
+    "Longformer": ("Longformer", dict(is_decoder=True, attention_window=3, sep_token_id=None)),
+    "Memorizing": (
+        "MemorizingTransformer",
+        dict(segment_length=4, mem_len=2, memory_layers=[0], memory_size=6, memory_topk=2),
+    ),
+    "Block-Recurrent": ("BlockRecurrentTransformer", dict(block_length=4, recurrent_layers=[0], num_state_vectors=2)),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def drawing(title):
+    """One layer's attention map in letters, with the extra source by its definition."""
+    name, settings = DRAWN[title]
+    config = getattr(gallery, f"Gallery{name}Config")(**ONE_LAYER | settings)
+    model = getattr(gallery, f"Gallery{name}Model")(config).eval()
+    seen = model(torch.arange(TOKENS)[None], output_attentions=True).attentions[0][0, 0] > 0
+    lines = []
+    for p in range(TOKENS):
+        extra = {
+            "Longformer": ("g", range(0, min(1, p))),  # the first token is global
+            "Memorizing": ("m", range(max(0, p - p % 4 - 6), p - p % 4)),
+            "Block-Recurrent": ("s", range(p - p % 4)),
+        }.get(title, ("", range(0)))
+        lines.append("".join("#" if seen[p, s] else extra[0] if s in extra[1] else "." for s in range(TOKENS)))
+    return lines
+
+
+def drawn():
+    columns = [[title.ljust(16), *(line.ljust(16) for line in drawing(title))] for title in DRAWN]
+    return "\n".join(("    " + "".join(cells)).rstrip() for cells in zip(*columns, strict=True))
+
+
+def test_the_drawing_is_what_models_see():
+    inside = ARCHITECTURE.split("<!-- drawing -->\n")[1].split("\n<!-- /drawing -->")[0]
+    assert inside == drawn(), f"draw it so:\n{drawn()}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+        if "://" not in target:
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_the_citation_has_this_version():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert cited["version"] == gallery.__version__ and cited["license"] == "Apache-2.0"
+    assert [x["url"] for x in cited["references"]] == [variant.paper for variant in VARIANTS.values()]
+    assert [x["title"] for x in cited["references"]] == [variant.paper_title for variant in VARIANTS.values()]
+
+
+def test_hooks_are_tools_of_the_test_extra():
+    (repo,) = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"]
+    assert repo["repo"] == "local"
+    for hook in repo["hooks"]:
+        assert hook["language"] == "system" and f'"{hook["entry"].split()[0]}"' in (ROOT / "setup.py").read_text()
