@@ -101,7 +101,7 @@ def _assembled(ptx: str, arch: int) -> str:
         file.write(ptx)
         file.flush()
         name = "sm_90a" if arch == 90 else f"sm_{arch}"
-        command = [program, "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+        command = [str(program), "-v", "--regAllocOptLevel=2", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
         return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 

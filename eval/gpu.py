@@ -145,7 +145,7 @@ def _within(name: str, errors: dict[str, Any]) -> bool:
 
 def attention(settings: GpuSettings, clock: Callable[[], float], say: Say) -> list[dict[str, Any]]:
     """Milliseconds, rates and peak memory of each kind of attention by each implementation, at each length."""
-    found = []
+    found: list[dict[str, Any]] = []
     for length in settings.lengths:
         for name, form in forms(settings, length).items():
             if clock() > settings.budget * (0.75 if settings.train_steps else 1.0):
@@ -154,7 +154,7 @@ def attention(settings: GpuSettings, clock: Callable[[], float], say: Say) -> li
             entry = {"length": length, "rows": _rows(settings, length), "form": name} | _timed(settings, length, form)
             say(f"{length:6d} {name:38s} {_words(entry)}")
             found.append(entry)
-    yardsticks = {(e["length"], e["form"]): e for e in found}
+    yardsticks: dict[Any, dict[str, Any]] = {(e["length"], e["form"]): e for e in found}
     for entry in found:
         best = yardsticks.get((entry["length"], "flash, window")) or {}
         if "forward_tflops" not in best:
@@ -354,7 +354,9 @@ def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> lis
             entry = {"variant": name, "implementation": implementation}
             try:
                 config = contestant.config(sizes)
-                entry |= _step(contestant.model._from_config(config, attn_implementation=implementation), settings)
+                with _device():
+                    model = contestant.model._from_config(config, attn_implementation=implementation)
+                entry |= _step(model, settings)
                 say(
                     f"{name:30s} {implementation:7s} {entry['tokens_per_second']:12,.0f} tokens/s, "
                     f"{100 * entry.get('mfu', 0.0):5.1f} % of peak, {entry['peak_gib']:6.1f} GiB"
@@ -392,7 +394,7 @@ def _step(model: Any, settings: GpuSettings) -> dict[str, Any]:
     # The tiles take seconds a step: one more tells enough.
     took = milliseconds(step, 1 if first > 5.0 else settings.train_steps) / 1e3
     parameters = sum(x.numel() for x in model.parameters())
-    span = min(t, 2 * settings.window)  # about what a query sees, of the architectures with a window
+    span: float = min(t, 2 * settings.window)  # about what a query sees, of the architectures with a window
     if "GalleryTransformerForCausalLM" in type(model).__name__:
         span = t / 2
     operations = b * t * (6 * parameters + 12 * settings.layers * settings.hidden * span)

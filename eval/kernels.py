@@ -128,7 +128,7 @@ def results(function, case: Case, x: dict[str, torch.Tensor], far: int, spans: S
     )
     total = (out * weight).sum() + (lse.masked_fill(lse == -math.inf, 0.0) * weight_lse).sum()
     leaves = {name: y for name, y in x.items() if y.requires_grad}
-    grads = torch.autograd.grad(total, leaves.values())
+    grads = torch.autograd.grad(total, list(leaves.values()))
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(leaves, grads, strict=True))
 
 
@@ -193,7 +193,7 @@ def errors(case: Case) -> dict[str, float]:
         empty = right == 0.0
         error = (y - right).norm() / right.norm().clamp(min=1e-30) if right.any() else y.norm()
         found[name] = error.item() if bool((y[empty] == 0.0).all()) or name not in ("out", "query") else math.inf
-    if case.dropout:
+    if mask is not None:
         found["share"] = abs(mask.mean().item() - (1 - case.dropout)) / 50
     return found
 

@@ -289,7 +289,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
                 cross, new_state = self.recurrence(state, context, (cross_query, keys, values))
                 new |= new_state
             else:
-                cross = read_state(cross_query, *context.fed, context)
+                key, value = context.fed
+                cross = read_state(cross_query, key, value, context)
             out = torch.cat([out, cross], dim=1)  # (B, 2 H, T, D)
         return self.o_proj(merge_heads(out)), new, probabilities
 
