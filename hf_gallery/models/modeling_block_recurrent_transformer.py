@@ -59,7 +59,7 @@ from .spans import Spans
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     block_length: int
     fed: tuple[torch.Tensor, torch.Tensor] | None = None  # feedback: keys and values (B, H, S, D) of the state
@@ -110,7 +110,7 @@ class Blocks:
         return x if self.whole else _pick(x, self.token_at)
 
     def windows(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What the state sees of x (B, H, C + T, D) in each block: J times (B, H, 2 W, D)."""
+        """The tokens of x (B, H, C + T, D) that the state sees in each block: J times (B, H, 2 W, D)."""
         # Picked once and split: a pick from all of x for each block would cost its whole gradient each time.
         parts = _pick(x, self.column).split(self.length, dim=2)
         return [torch.cat(pair, dim=2) for pair in zip(parts, parts[1:], strict=False)]
@@ -135,7 +135,7 @@ class LSTMGate(nn.Linear):
 
 
 class StateGate(nn.Module):
-    """How new content meets an old state: section 3.2. hidden is what the content was made from."""
+    """The gate between new content and an old state. hidden: what the content was made from."""
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, hidden: int):
         super().__init__()
@@ -182,7 +182,7 @@ class RecurrentState(nn.Module):
         layer's next state. The only loop over blocks is here."""
         rows = context.rows
         current = self._entering(state, rows)
-        pair = context.fed
+        pair = None if tokens is None else context.fed
         if pair is None:
             # Kept ones, unless a row was emptied after they were made.
             kept = context.infers and "state_keys" in state and bool((rows.seen > 0).all())
@@ -244,7 +244,7 @@ class RecurrentState(nn.Module):
 
 
 def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-    """What queries (B, H, any, D), their scale in them, read of a state's keys and values (B, H, S, D), all of it."""
+    """Attention of queries (B, H, any, D), their scale in them, over all of a state's keys and values (B, H, S, D)."""
     everything = context.everything(query.shape[2], key.shape[2])
     return attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
 
