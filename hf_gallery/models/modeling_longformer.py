@@ -30,7 +30,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .attention import Position, attend, attend_naive, join
+from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive, join
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
 from .cache import CACHE_NAME
@@ -51,7 +51,7 @@ from .states import Fixed, Places
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     causal: bool
     everything: Spans | None  # encoder: all tokens, for global queries
@@ -113,22 +113,17 @@ class GalleryLongformerAttention(nn.Module):
         queries, folded_keys, folded_values = folding.queries(query), folding.keys(keys), folding.keys(values)
         if position is not None:
             position = position._replace(query=folding.queries(position.query))
-        dropout = self.dropout.rate
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         if global_pairs is None:
-            out = attend(
-                queries, folded_keys, folded_values, window, position=position, dropout=dropout,
-                implementation=context.implementation,
-            )  # fmt: skip
+            out = attend(queries, folded_keys, folded_values, window, position=position, **options)
             return folding.unfold(out)
         order, outside = context.once(
             (self.left, self.dilation, "outside"), lambda: folding.outside(context.globals, self.left, self.right)
         )
-        result = attend(
-            queries, folded_keys, folded_values, window, position=position, dropout=dropout, return_lse=True
-        )
+        result = attend(queries, folded_keys, folded_values, window, position=position, return_lse=True, **options)
         global_keys, global_values = (in_order(z, order) for z in global_pairs)  # (B * g, H, G, D)
         for spans in outside:
-            far = attend(queries, global_keys, global_values, spans, dropout=dropout, return_lse=True)
+            far = attend(queries, global_keys, global_values, spans, return_lse=True, **options)
             result = join(result, far)
         return folding.unfold(result[0])
 
@@ -144,7 +139,7 @@ class GalleryLongformerAttention(nn.Module):
         return tuple(pairs)
 
     def _from_globals(self, x, context):
-        """What the global tokens themselves see: everything, by maps of their own. (B, H, Gn, D)."""
+        """Attention of the global tokens: over everything, by maps of their own. (B, H, Gn, D)."""
         query = context.globals.take(split_heads(self.q_global_proj(x), self.heads))
         key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
         first = context.everything
@@ -193,7 +188,7 @@ class GalleryLongformerAttention(nn.Module):
         return probabilities
 
     def _visible(self, context, device):
-        """What each query sees (B or 1, T, S), its window of that, and each pair's row of the table of positions
+        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's row of the table of positions
         (1, T, S)."""
         rows, s = context.rows, context.cached + context.rows.width
         p = rows.positions
@@ -239,7 +234,9 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryLongformerConfig
     config_class = GalleryLongformerConfig
     _no_split_modules = ["GalleryLongformerLayer"]
-    implementations = {"eager": "their own tiles, which join the window with the global tokens"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which join the window with the global tokens"
+    }
     heads = {
         "AutoModel": "GalleryLongformerModel",
         "AutoModelForCausalLM": "GalleryLongformerForCausalLM",
