@@ -218,7 +218,7 @@ def peers_command(
 
 
 def _latest_peers(runs: Path) -> dict[str, Any] | None:
-    """What `peers` measured last, for the page of a run; None if it was never asked to."""
+    """The last results of `peers`, for the page of a run; None if there are none."""
     return read_json(runs / "peers" / report.RESULTS)
 
 

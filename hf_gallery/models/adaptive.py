@@ -129,7 +129,7 @@ class AdaptiveSoftmax(nn.Module):
 
 
 def cluster_ends(config: GalleryTransformerXLConfig) -> list[int]:
-    """Where clusters begin and end: [0, first cutoff, ..., vocab_size]."""
+    """Borders of the clusters: [0, first cutoff, ..., vocab_size]."""
     return [0, *config.cutoffs, config.vocab_size]
 
 

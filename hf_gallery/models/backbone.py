@@ -43,7 +43,7 @@ class Part:
 
 @dataclass
 class LayerResults:
-    """What the layers made of a part: x (B, T, E), each layer's next state, and where asked for the hidden states
+    """Output of the layers for a part: x (B, T, E), each layer's next state, and where asked for the hidden states
     before, between and behind the layers and the attentions."""
 
     x: torch.Tensor
@@ -78,11 +78,11 @@ class Backbone(GalleryPreTrainedModel):
         raise NotImplementedError
 
     def layer_inputs(self, context: ForwardContext) -> tuple:
-        """What layers take besides (hidden states, context, state): tensors that gradients must reach."""
+        """Further arguments of layers, after (hidden states, context, state): tensors that gradients must reach."""
         return ()
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        """What stands behind the last layer, (B, T, E)."""
+        """Applies what stands behind the last layer, (B, T, E)."""
         return x
 
     def results(self, context: ForwardContext, attentions: list | None) -> dict[str, Any]:

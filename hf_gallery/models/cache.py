@@ -69,7 +69,7 @@ class GalleryCache(Cache):
     # ---- what models call
 
     def check(self, config, batch: int):
-        """Raises ValueError unless the cache belongs to a model of this configuration and has so many rows."""
+        """Raises ValueError unless the cache belongs to a model of this configuration and has `batch` rows."""
         identity = cache_identity(config)
         if identity != self.identity:
             names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
@@ -248,7 +248,7 @@ class GalleryCache(Cache):
         return next((x.shape[-2] for state in self.states for name, x in state.items() if name in TIMED), 0)
 
     def _needed(self, seen):
-        """Columns of time that rows with so many tokens behind them need, (B,)."""
+        """Columns of time that rows need with `seen` tokens behind them, (B,)."""
         return seen if self.capacity is None else seen.clamp(max=self.capacity)
 
     def _each(self, change):
@@ -411,7 +411,7 @@ INDIFFERENT = {
 
 
 def cache_identity(config) -> dict:
-    """What must agree between a cache and the model that reads it: all of the gallery's own settings but a few."""
+    """Settings that must agree between a cache and the model that reads it: all of the gallery's own but a few."""
     own = next(i for i, kind in enumerate(type(config).__mro__) if kind.__name__ == "GalleryConfig") + 1
     names = [name for kind in type(config).__mro__[:own][::-1] for name in kind.__dict__.get("__annotations__", {})]
     fields = {field.name for field in dataclasses.fields(config)} - INDIFFERENT

@@ -1,4 +1,4 @@
-"""What the configurations of all variants share: the common fields and the checks of their values."""
+"""Base of the configurations of all variants: the common fields and the checks of their values."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from transformers.activations import ACT2FN
 
 logger = logging.getLogger(__name__)
 
+UNLIMITED = 2**48  # tokens; more than any text has, and still what torch takes as the bound of a slice
 # More than this is a slip of the hand or a damaged file, and building it would take hours or all memory.
 MOST = 2**20  # tokens of a window, block, segment or memory of a layer; labels
 DEEPEST = 2**10  # layers
@@ -78,6 +79,13 @@ class GalleryConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; it must be 1 or more")
+
+    @property
+    def n_positions(self) -> int:
+        """Tokens of the longest input, under the first name that lm-eval looks for: as many as learned positions
+        reach, unless they begin anew in each segment; UNLIMITED for models that read on for ever."""
+        limit = getattr(self, "longest_input", None)
+        return UNLIMITED if limit is None or getattr(self, "segment_length", None) is not None else limit
 
     @property
     def cache_capacity(self) -> int | None:

@@ -15,7 +15,7 @@ class GalleryLongformerConfig(GalleryStackConfig):
 
     attention_window: one number, or one per layer. An encoder's window is the total width, half on each side, so it
     must be even: [p - w/2, p + w/2]. A decoder's is the keys before the query: [p - w, p].
-    attention_dilation: one number, or one per layer: every so manieth key of a window that many times as far.
+    attention_dilation: one number, or one per layer: attend to every g-th key; the window then reaches g times as far.
 
     Raises ValueError for values that do not fit, naming the argument.
     """

@@ -24,8 +24,8 @@ class GalleryTransformerConfig(GalleryStackConfig):
     num_decoder_layers: int | None = None
     is_encoder_decoder: bool = False  # set by ForConditionalGeneration
     final_logits_bias: bool = False  # encoder-decoder: a bias on the logits (Marian)
-    # None: a query sees the whole input. A number cuts the input into segments of so many tokens that see only
-    # themselves: the vanilla model that Dai et al. 2019 (figure 1) compare with. Positions count within the segment.
+    # None: a query sees the whole input. A number: segments of that length see only themselves, the vanilla model that
+    # Dai et al. 2019 (figure 1) compare with. Positions count within the segment.
     segment_length: int | None = None
     decoder_start_token_id: int | None = None  # encoder-decoder; default bos_token_id
 

@@ -1,4 +1,4 @@
-"""What all layers of one forward share. Each variant adds the intervals and tables that its own need."""
+"""Inputs shared by all layers of one forward. Each variant adds the intervals and tables that its layers need."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ForwardContext:
         return kind(**(vars(self) | own))
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
-        """What several layers need alike, worked out by the first that asks for it."""
+        """Returns what several layers need alike, worked out by the first that asks for it."""
         if key not in self.known:
             self.known[key] = work()
         return self.known[key]

@@ -69,7 +69,7 @@ def name_causal(kind: type):
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
-    output_type = CausalLMOutputWithPast  # a variant whose backbone returns more names its own
+    output_type = CausalLMOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForCausalLM"
 
     def __init_subclass__(cls, **kwargs):
@@ -190,7 +190,7 @@ class MaskedLMHead:
 class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
-    output_type = SequenceClassifierOutputWithPast  # likewise
+    output_type = SequenceClassifierOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForSequenceClassification"
 
     @can_return_tuple
@@ -238,7 +238,7 @@ class SequenceClassificationHead:
         return self.output_type(**more | {"loss": loss, "logits": logits})
 
     def pool(self, hidden, attention_mask, documents: Documents | None):
-        """What `classifier` sees of hidden (B, T, E): (B, E), or (N, E) where N documents are packed."""
+        """The input of `classifier`, from hidden (B, T, E): (B, E), or (N, E) where N documents are packed."""
         return pooled_rows(hidden, attention_mask, documents, last=True)
 
 

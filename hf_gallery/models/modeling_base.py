@@ -1,4 +1,4 @@
-"""What all gallery models do alike: check their input, keep their cache, save themselves with their code."""
+"""Base of all gallery models: checks their input, keeps their cache, saves them with their code."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ from .spans import Spans
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     block_length: int
     fed: tuple[torch.Tensor, torch.Tensor] | None = None  # feedback: keys and values (B, H, S, D) of the state
@@ -105,7 +105,7 @@ class Blocks:
         return x if self.whole else _pick(x, self.token_at)
 
     def windows(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What the state sees of x (B, H, C + T, D) in each block: J times (B, H, 2 W, D)."""
+        """The tokens of x (B, H, C + T, D) that the state sees in each block: J times (B, H, 2 W, D)."""
         # Picked once and split: a pick from all of x for each block would cost its whole gradient each time.
         parts = _pick(x, self.column).split(self.length, dim=2)
         return [torch.cat(pair, dim=2) for pair in zip(parts, parts[1:], strict=False)]
@@ -130,7 +130,7 @@ class LSTMGate(nn.Linear):
 
 
 class StateGate(nn.Module):
-    """How new content meets an old state: section 3.2. hidden is what the content was made from."""
+    """The gate between new content and an old state. hidden: what the content was made from."""
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, hidden: int):
         super().__init__()
@@ -239,7 +239,7 @@ class RecurrentState(nn.Module):
 
 
 def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What queries (B, H, any, D), their scale in them, read of a state's keys and values (B, H, S, D), all of it."""
+    """Attention of queries (B, H, any, D), their scale in them, over all of a state's keys and values (B, H, S, D)."""
     count = query.shape[2]
     everything = Spans(torch.zeros(1, count).long(), torch.full((1, count), key.shape[2] - 1))
     return attend(query, key, value, everything, scale=1.0)

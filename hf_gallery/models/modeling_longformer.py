@@ -58,7 +58,7 @@ from .stack import TokenStack, init_stack, mark_branches
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     causal: bool
     everything: Spans | None  # encoder: all tokens, for global queries
@@ -150,7 +150,7 @@ class GalleryLongformerAttention(nn.Module):
         return tuple(pairs)
 
     def _from_globals(self, x, context):
-        """What the global tokens themselves see: everything, by maps of their own. (B, H, Gn, D)."""
+        """Attention of the global tokens: over everything, by maps of their own. (B, H, Gn, D)."""
         query = context.globals.take(split_heads(self.q_global_proj(x), self.heads))
         key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
         first = context.everything
@@ -204,7 +204,7 @@ class GalleryLongformerAttention(nn.Module):
         return probabilities
 
     def _visible(self, context, device):
-        """What each query sees (B or 1, T, S), its window of that, and each pair's row of the table of positions
+        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's row of the table of positions
         (1, T, S)."""
         rows, s = context.rows, context.cached + context.rows.width
         p = rows.positions

@@ -68,7 +68,7 @@ from .spans import Spans
 
 
 class Retrieval(NamedTuple):
-    """What one memory layer retrieved. positions (B, H, T, k): in the row, -1 where nothing was found; weights
+    """Pairs retrieved by one memory layer. positions (B, H, T, k): in the row, -1 where nothing was found; weights
     (B, H, T, k): of the softmax over them, before the gate."""
 
     positions: torch.Tensor
@@ -118,7 +118,7 @@ class Appended(NamedTuple):
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans
     parts: Parts | None
@@ -128,10 +128,10 @@ class Context(ForwardContext):
     retrievals: dict | None = None
 
     def memory_intervals(self) -> dict:
-        """Where each query's memory lies, the same in all memory layers.
+        """The places of each query's memory, the same in all memory layers.
 
         stored (B,): positions in the ring before this forward. ring: (B, T) twice, its interval of slots. columns:
-        likewise over [cached | new], for segments that end within this forward; None if none does.
+        the same over [cached | new], for segments that end within this forward; None if none does.
         """
         return self.once("memory", self._intervals)
 
@@ -202,7 +202,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
 
     @torch.compiler.disable  # where the memory's columns lie depends on the rows: see `attend`
     def _remember(self, query, keys, values, context, state):
-        """What the memory gives (B, H, T, D), and the memory's next state."""
+        """The memory's contribution (B, H, T, D), and its next state."""
         where = context.memory_intervals()
         device = query.device
         ring = state.get("memory_keys"), state.get("memory_values")

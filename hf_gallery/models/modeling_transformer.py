@@ -62,7 +62,7 @@ from .stack import TokenStack, init_stack, mark_branches
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans
     source: torch.Tensor | None = None  # cross-attention: the encoder's output, packed (B, S, E)

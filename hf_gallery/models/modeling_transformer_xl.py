@@ -46,7 +46,7 @@ from .spans import Spans
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans  # the [cached | new] columns that each query sees
     far: int  # the greatest distance of the table of positions
@@ -276,8 +276,8 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         )
 
     def _start(self, rows: Rows, cached: int):
-        """Which of the C columns that this forward needs stand before their row's first token, (B or 1, C); None if
-        none do. C is above `cached` where more are needed than the cache holds."""
+        """Marks the columns of this forward that stand before their row's first token, (B or 1, C); None if none do. C
+        is above `cached` where more are needed than the cache holds."""
         config = self.config
         reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
         columns = max(cached, config.mem_len if config.same_length else int(reach.max()))

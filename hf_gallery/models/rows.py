@@ -19,7 +19,7 @@ from .spans import Spans
 
 
 class Rows:
-    """Where the tokens of a batch (B, columns) stand. Bookkeeping is on the CPU; `pack` and `unpack` work anywhere.
+    """The places of the tokens of a batch (B, columns). Bookkeeping is on the CPU; `pack` and `unpack` work anywhere.
 
     mask: (B, columns), True at the tokens of these rows; None = all columns. seen: (B,), tokens that each row has
     behind it. fresh: (B,), True where a row forgets in this forward what it had behind it; None = nowhere.
@@ -142,7 +142,7 @@ class DocumentRows(Rows):
 
 
 def unpack(parts: Sequence[Rows], packed: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What was computed in parts, (B, T, ...) for each, in the columns (batch, columns, ...) of their one input, zeros
+    """Puts results of parts, (B, T, ...) each, into the columns (batch, columns, ...) of their one input, zeros
     at padding."""
     first = parts[0]
     if first.index is None:

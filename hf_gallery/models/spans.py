@@ -1,4 +1,4 @@
-"""Which keys a query may see: an interval of key columns for every query.
+"""Intervals: the key columns that each query may see.
 
 Every variant of the gallery is such an interval (plus at most one extra source), so masks never exist as T x S
 matrices: two integers a query say everything, and tiles of scores outside all intervals are never computed.

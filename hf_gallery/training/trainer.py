@@ -297,7 +297,7 @@ class SegmentTrainer(Trainer):
         _write_json(os.path.join(output_dir, LANES_FILE.format(**names)), state)
 
     def _setup(self, lanes: DocumentLanes) -> dict[str, Any]:
-        """What must be the same for a run to go on, under the names of the arguments that set it."""
+        """Values that must stay the same for a run to be resumed, under the names of the arguments that set them."""
         setup = lanes.setup()
         return {
             "per_device_train_batch_size": setup["lanes"],
@@ -390,7 +390,7 @@ class _SmoothInPlace(LabelSmoother):
 
 @dataclass
 class _Carried:
-    """What goes from one step to the next."""
+    """State carried from one step to the next."""
 
     cache: Any = None
     position: tuple[int, int] = (0, 0)  # (epoch, step) that comes next
