@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForMaskedLMLoss
@@ -31,7 +32,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone, unpacked
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .cache import CACHE_NAME, cache_of
@@ -144,7 +145,7 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryTransformerConfig
     config_class = GalleryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
-    implementations = {"eager": "their own tiles", "sdpa": "torch's fused kernels"}
+    implementations = OWN_IMPLEMENTATIONS | {"sdpa": "torch's fused kernels"}
     heads = {
         "AutoModel": "GalleryTransformerModel",
         "AutoModelForCausalLM": "GalleryTransformerForCausalLM",
@@ -429,6 +430,14 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
 
     def get_encoder(self, modality=None):
         return self.model.get_encoder()
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.config.final_logits_bias:
+            bias = self.final_logits_bias
+            bias.data = F.pad(bias.data, (0, self.config.vocab_size - bias.shape[1]))
+        return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """labels (B, T) moved one to the right behind decoder_start_token_id, -100 replaced by padding."""

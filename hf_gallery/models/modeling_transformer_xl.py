@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Projections, is_adaptive
-from .attention import Position, attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .columns import append_columns, next_columns
@@ -99,15 +99,15 @@ class GalleryTransformerXLAttention(nn.Module):
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
         content, position = query + u[:, None].to(query), query + v[:, None].to(query)
         relative = Position(self.table(context), context.far, position)
-        dropout = self.dropout.rate
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         out = probabilities = None
         if context.output_attentions:
             out, _, probabilities = attend_naive(content, *joined, context.spans, position=relative)
             out = out.to(query.dtype)
         if context.parts is not None:
-            out = attend_segments(content, own, before, context.parts, relative, dropout=dropout)
+            out = attend_segments(content, own, before, context.parts, relative, **options)
         elif out is None:
-            out = attend(content, *joined, context.spans, position=relative, dropout=dropout)
+            out = attend(content, *joined, context.spans, position=relative, **options)
         return self.o_proj(merge_heads(out)), probabilities
 
 
@@ -199,7 +199,9 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         "AutoModelForCausalLM": "GalleryTransformerXLForCausalLM",
         "AutoModelForSequenceClassification": "GalleryTransformerXLForSequenceClassification",
     }
-    implementations = {"eager": "their own tiles, which alone know the position term of Transformer-XL"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which alone know the position term of Transformer-XL"
+    }
 
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -217,6 +219,38 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         elif isinstance(module, nn.ParameterList):  # the adaptive softmax's weights (words, width) and biases (words,)
             for parameter in module:
                 nn.init.normal_(parameter, 0.0, std if parameter.dim() == 2 else 0.0)
+
+    @property
+    def embeddings(self) -> nn.ModuleDict:
+        """PEFT's prompt tuning finds an adaptive embedding by this name, and tables by their size."""
+        if not is_adaptive(self.config):
+            raise AttributeError(f"{type(self).__name__} has no attribute 'embeddings'")
+        return nn.ModuleDict({"word_embeddings": self.base_model.embed_tokens})
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; with adaptive tables the last cluster grows or shrinks."""
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(embedding, AdaptiveEmbedding):
+            return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        size, last = self.new_size(new_num_tokens, pad_to_multiple_of), max([0, *self.config.cutoffs])
+        if size <= last:
+            raise ValueError(
+                f"the new vocabulary has {size} tokens, and the last cluster begins at {last}; more than that must "
+                "stay"
+            )
+        table = embedding.tables[-1]
+        rows = table.num_embeddings + size - embedding.num_embeddings
+        self._resize_rows(table.weight, rows, mean_resizing)
+        table.num_embeddings, embedding.ends[-1] = rows, size
+        if head is not None:
+            self._resize_rows(head.weights[-1], rows, mean_resizing)
+            head.biases[-1].data = F.pad(head.biases[-1].data, (0, rows - len(head.biases[-1])))
+            head.ends[-1] = size
+        return embedding
+
+    def _resize_rows(self, table: nn.Parameter, rows: int, mean_resizing: bool):
+        resized = nn.Embedding(*table.shape, _weight=table.data)
+        table.data = self._get_resized_embeddings(resized, rows, mean_resizing=mean_resizing).weight.data
 
 
 class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
