@@ -26,7 +26,7 @@ from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
 from .documents import PACKING, Documents
 from .gradients import with_gradients_for
-from .modeling_base import GalleryPreTrainedModel, check_arguments, no_cache
+from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
 from .rows import Rows, unpack
 from .states import NextState, State
 from .weights import version_of
@@ -126,6 +126,9 @@ class Backbone(GalleryPreTrainedModel):
             no_cache(past_key_values)
             use_cache = False
         check_arguments(self, inputs, self.arguments())
+        check_tensors(inputs)
+        if "token_type_ids" not in self.own_arguments:
+            no_types(inputs.pop("token_type_ids", None))
         packing = {name: inputs.pop(name, None) for name in PACKING} | {"position_ids": position_ids}
         rows, cache, documents = self.open_input(
             input_ids=input_ids,
@@ -189,7 +192,7 @@ class Backbone(GalleryPreTrainedModel):
     @classmethod
     def arguments(cls) -> set[str]:
         """The names of all that forward takes by **inputs."""
-        return {*PACKING, *cls.own_arguments, "cache_position"}
+        return {*PACKING, *cls.own_arguments, "cache_position", "token_type_ids"}
 
     def check_packed(self, attends: bool, inputs: dict):
         """Raises ValueError for what has no meaning where documents are packed."""
@@ -233,6 +236,13 @@ class Backbone(GalleryPreTrainedModel):
             if attentions is not None:
                 attentions.append(probabilities)
         return LayerResults(x, new, hidden, attentions)
+
+
+def no_types(token_type_ids: torch.Tensor | None):
+    """Raises ValueError if token types that say something are given to a model without any; tokenizers give zeros
+    unasked."""
+    if token_type_ids is not None and bool(token_type_ids.any()):
+        raise ValueError("token_type_ids hold more than zeros, but this model has no token types; leave them out")
 
 
 def unpacked(rows: Rows, attentions: list, keys_too: bool = True) -> tuple:

@@ -40,8 +40,16 @@ from .context import ForwardContext
 from .documents import PACKING, Documents
 from .folding import Folding, GlobalTokens, in_order
 from .gradients import with_gradients_for
-from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows, reads
-from .modeling_base import GalleryPreTrainedModel, with_config
+from .heads import (
+    READ_BY_BACKBONE,
+    CausalLMHead,
+    MaskedLMHead,
+    SequenceClassificationHead,
+    checked_labels,
+    pooled_rows,
+    reads,
+)
+from .modeling_base import GalleryPreTrainedModel, check_arguments, with_config
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
@@ -452,8 +460,9 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
     ) -> TokenClassifierOutput:
         """Arguments as in GalleryLongformerModel. labels (B, T), -100 to leave one out. logits (B, T, num_labels)."""
         num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
         columns = input_ids if inputs_embeds is None else inputs_embeds
-        check_labels("labels", labels, columns, self.num_labels, "num_labels")
+        labels = checked_labels("labels", labels, columns, self.num_labels, "num_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -461,8 +470,7 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels.contiguous(), self.config, **num_items)
@@ -501,6 +509,7 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
         outside the input are left out of the loss. The logits of padding are the least number. Raises ValueError if a
         row has no separator to end its question.
         """
+        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
         own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         packing = {name: kwargs.get(name) for name in PACKING} | {"position_ids": position_ids}
         *_, documents = self.open_input(**own, packing=packing)  # its errors come first
@@ -521,8 +530,7 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
         if attention_mask is not None:  # no answer is there, and the others' probabilities are those of the row alone
