@@ -286,6 +286,11 @@ class GalleryCache(Cache):
         return False
 
     @property
+    def max_cache_len(self) -> int:
+        """-1, as `get_max_length`; PEFT asks for it by this name."""
+        return -1
+
+    @property
     def is_linear(self) -> list[bool]:
         """[False]: generate() gives the new columns only. It would give all of them to a cache without layers."""
         return [False]

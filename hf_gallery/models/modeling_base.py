@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
 from .cache import CACHE_NAME, GalleryCache
@@ -31,6 +31,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
     heads: dict[str, str] = {}
+    no_prefix: str | None = None  # why keys and values alone cannot be its past
     implementations: dict[str, str] = {}  # of attention, with what each is
     embeds_positions = True  # whether position_ids may be anything; a backbone may know distances only
     prefix = ""  # of the input's names, in messages
@@ -154,6 +155,8 @@ class GalleryPreTrainedModel(PreTrainedModel):
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = past_key_values
+        if isinstance(cache, DynamicCache) and cache.get_seq_length():
+            cache = self.cache_of_pairs(cache)
         if cache is not None:
             if not isinstance(cache, GalleryCache) and type(cache).__name__ != "GalleryCache":
                 raise ValueError(
@@ -178,6 +181,15 @@ class GalleryPreTrainedModel(PreTrainedModel):
         given = {name: x for name, x in (packing or {}).items() if x is not None}
         documents = find_documents(rows, counted=not self.embeds_positions, **given) if given else None
         return rows, cache, documents
+
+    def cache_of_pairs(self, past: DynamicCache) -> GalleryCache:
+        """The keys and values that prefix tuning gives, as the past. Raises ValueError where they cannot be one."""
+        if self.no_prefix is not None:
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__} of keys and values, as prefix tuning makes it, which "
+                f"{type(self).__name__} cannot take: {self.no_prefix}; give a GalleryCache, tune prompts or use LoRA"
+            )
+        return GalleryCache.from_pairs(self.config, [(layer.keys, layer.values) for layer in past.layers])
 
     def check_ids(self, name: str, ids: torch.Tensor):
         """Raises ValueError if an id is outside the vocabulary: a GPU would only say that an assertion failed."""

@@ -342,6 +342,8 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
 class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTransformerPreTrainedModel):
     """The bare Block-Recurrent Transformer. An input may be any number of blocks long."""
 
+    no_prefix = "its past is also a recurrent state, which keys and values do not tell"
+
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, math.sqrt(config.hidden_size))

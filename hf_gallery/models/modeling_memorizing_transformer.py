@@ -275,6 +275,7 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     """The bare Memorizing Transformer."""
 
     output_type = MemorizingOutput
+    no_prefix = "no gradient reaches what it saw before a forward, so a prefix would never learn"
     own_arguments = ("output_retrievals",)
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):

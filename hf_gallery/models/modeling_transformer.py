@@ -174,6 +174,7 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         )
         self.prefix = "decoder_" if cross_attention else ""
         if cross_attention:
+            self.no_prefix = "its decoder's past is of one source, which it must have read"
             self.output_type = BaseModelOutputWithPastAndCrossAttentions
         self.post_init()
 
