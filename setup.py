@@ -24,6 +24,10 @@ testing = [
     "trl",
     "sentencepiece",
     "pyyaml",
+    "sentence-transformers",
+    "setfit",
+    "torchao",
+    "bitsandbytes",
 ]
 
 # The lower bounds are the releases that .ci/run tests as the oldest; a release that breaks the gallery gets an upper
