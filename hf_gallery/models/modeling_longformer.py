@@ -30,7 +30,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .attention import Position, attend, attend_naive, join
+from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive, join
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
 from .cache import CACHE_NAME
@@ -111,22 +111,17 @@ class GalleryLongformerAttention(nn.Module):
         queries, folded_keys, folded_values = folding.queries(query), folding.keys(keys), folding.keys(values)
         if position is not None:
             position = position._replace(query=folding.queries(position.query))
-        dropout = self.dropout.rate
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         if global_pairs is None:
-            out = attend(
-                queries, folded_keys, folded_values, window, position=position, dropout=dropout,
-                implementation=context.implementation,
-            )  # fmt: skip
+            out = attend(queries, folded_keys, folded_values, window, position=position, **options)
             return folding.unfold(out)
         order, outside = context.once(
             (self.left, self.dilation, "outside"), lambda: folding.outside(context.globals, self.left, self.right)
         )
-        result = attend(
-            queries, folded_keys, folded_values, window, position=position, dropout=dropout, return_lse=True
-        )
+        result = attend(queries, folded_keys, folded_values, window, position=position, return_lse=True, **options)
         global_keys, global_values = (in_order(z, order) for z in global_pairs)  # (B * g, H, G, D)
         for spans in outside:
-            far = attend(queries, global_keys, global_values, spans, dropout=dropout, return_lse=True)
+            far = attend(queries, global_keys, global_values, spans, return_lse=True, **options)
             result = join(result, far)
         return folding.unfold(result[0])
 
@@ -242,7 +237,9 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryLongformerConfig
     config_class = GalleryLongformerConfig
     _no_split_modules = ["GalleryLongformerLayer"]
-    implementations = {"eager": "their own tiles, which join the window with the global tokens"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which join the window with the global tokens"
+    }
     heads = {
         "AutoModel": "GalleryLongformerModel",
         "AutoModelForCausalLM": "GalleryLongformerForCausalLM",

@@ -45,7 +45,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone
 from .blocks import (
     AttentionDropout,
@@ -191,7 +191,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         return self.o_proj(merge_heads(out)), new, probabilities
 
     def _local(self, query, key, value, keys, values, position, state, context):
-        options = dict(scale=1.0, dropout=self.dropout.rate)
+        options = dict(scale=1.0, dropout=self.dropout.rate, implementation=context.implementation)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)[2]
@@ -276,7 +276,9 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryMemorizingTransformerConfig
     config_class = GalleryMemorizingTransformerConfig
     _no_split_modules = ["GalleryMemorizingTransformerLayer"]
-    implementations = {"eager": "their own tiles, which join local attention and cache"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which join local attention and cache"
+    }
     heads = {
         "AutoModel": "GalleryMemorizingTransformerModel",
         "AutoModelForCausalLM": "GalleryMemorizingTransformerForCausalLM",

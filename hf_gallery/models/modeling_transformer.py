@@ -32,7 +32,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone, unpacked
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .cache import CACHE_NAME, cache_of
@@ -138,7 +138,7 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryTransformerConfig
     config_class = GalleryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
-    implementations = {"eager": "their own tiles", "sdpa": "torch's fused kernels"}
+    implementations = OWN_IMPLEMENTATIONS | {"sdpa": "torch's fused kernels"}
     heads = {
         "AutoModel": "GalleryTransformerModel",
         "AutoModelForCausalLM": "GalleryTransformerForCausalLM",

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Projections, is_adaptive
-from .attention import Position, attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .columns import append_columns, next_columns
@@ -99,15 +99,15 @@ class GalleryTransformerXLAttention(nn.Module):
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
         content, position = query + u[:, None].to(query), query + v[:, None].to(query)
         relative = Position(self.table(context), context.far, position)
-        dropout = self.dropout.rate
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         out = probabilities = None
         if context.output_attentions:
             out, _, probabilities = attend_naive(content, *joined, context.spans, position=relative)
             out = out.to(query.dtype)
         if context.parts is not None:
-            out = attend_segments(content, own, before, context.parts, relative, dropout=dropout)
+            out = attend_segments(content, own, before, context.parts, relative, **options)
         elif out is None:
-            out = attend(content, *joined, context.spans, position=relative, dropout=dropout)
+            out = attend(content, *joined, context.spans, position=relative, **options)
         return self.o_proj(merge_heads(out)), probabilities
 
 
@@ -199,7 +199,9 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         "AutoModelForCausalLM": "GalleryTransformerXLForCausalLM",
         "AutoModelForSequenceClassification": "GalleryTransformerXLForSequenceClassification",
     }
-    implementations = {"eager": "their own tiles, which alone know the position term of Transformer-XL"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which alone know the position term of Transformer-XL"
+    }
 
     def _init_weights(self, module):
         std = self.config.initializer_range

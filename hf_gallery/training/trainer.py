@@ -347,7 +347,7 @@ class SegmentTrainer(Trainer):
         return newest
 
     def _read_lanes(self, folder: str) -> dict[str, Any]:
-        """What this process wrote, or the last of them if there were fewer then, which the setup says."""
+        """The lanes that this process wrote, or the last process's if there were fewer then, which the setup says."""
         processes = read_lanes(folder, 0)["setup"]["world_size"]
         return read_lanes(folder, min(self.args.process_index, processes - 1))
 
