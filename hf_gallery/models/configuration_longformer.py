@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .configuration_base import MOST, GalleryStackConfig
+from .configuration_base import MOST, ByteTokenizerId, GalleryStackConfig
 
 
 class GalleryLongformerConfig(GalleryStackConfig):
@@ -36,7 +36,7 @@ class GalleryLongformerConfig(GalleryStackConfig):
     position_offset: int = 2
     embedding_norm: bool = True
     initialization: str = "normal"
-    sep_token_id: int | None = 260  # ends the question, for ForQuestionAnswering
+    sep_token_id: int | None = ByteTokenizerId(260)  # ends the question, for ForQuestionAnswering
 
     def __post_init__(self, **kwargs: Any):
         self.check_count("num_hidden_layers", 1)

@@ -46,6 +46,7 @@ class GalleryTransformerConfig(GalleryStackConfig):
                     f"max_position_embeddings {self.max_position_embeddings} reaches; learned positions must cover a "
                     "segment"
                 )
+        self.choose_default_ids()
         if self.decoder_start_token_id is None:
             self.decoder_start_token_id = self.bos_token_id
         for name in ("is_encoder_decoder", "final_logits_bias"):

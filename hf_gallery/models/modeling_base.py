@@ -29,13 +29,17 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
     heads: dict[str, str] = {}
     implementations: dict[str, str] = {}  # of attention, with what each is
     embeds_positions = True  # whether position_ids may be anything; a backbone may know distances only
     prefix = ""  # of the input's names, in messages
     head_loss: str | None = None  # which of transformers' losses; it would go by the class name, also of a subclass
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._supports_sdpa = "sdpa" in cls.implementations
+        cls._supports_flex_attn = "flex_attention" in cls.implementations
 
     def __init__(self, config, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
@@ -45,8 +49,34 @@ class GalleryPreTrainedModel(PreTrainedModel):
         requested = requested_attention or "eager"
         if requested not in self.implementations:
             known = "; ".join(f"{name!r}: {what}" for name, what in self.implementations.items())
-            raise ValueError(f"attn_implementation is {requested!r}; {type(self).__name__} has {known}")
+            raise ValueError(
+                f'Specified `attn_implementation="{requested}"` is not supported. {type(self).__name__} has {known}'
+            )
         return requested
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ):
+        """As in transformers. Raises ValueError if a special id would fall out of the vocabulary: the model would save
+        and not load again."""
+        self._check_special_ids(self.new_size(new_num_tokens, pad_to_multiple_of))
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def new_size(self, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int:
+        """The vocabulary's size that the arguments of resize_token_embeddings ask for."""
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        return size if pad_to_multiple_of is None else -(-size // pad_to_multiple_of) * pad_to_multiple_of
+
+    def _check_special_ids(self, size: int):
+        for owner in ("config", "generation_config"):
+            settings = getattr(self, owner, None)
+            for name, value in () if settings is None else settings.to_dict().items():
+                ids = value if isinstance(value, (list, tuple)) else [value]
+                if name.endswith("_token_id") and any(isinstance(x, int) and x >= size for x in ids):
+                    raise ValueError(
+                        f"the new vocabulary has {size} tokens and {owner}.{name} is {value}; set it to an id below "
+                        f"{size} or to None first"
+                    )
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -201,6 +231,13 @@ class GalleryGenerationMixin(GenerationMixin):
             if hasattr(cache, "deactivate_past_recording"):
                 cache.deactivate_past_recording()
         return result
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # By this name PEFT knows whether its virtual tokens have been read: without, it reads them before every token.
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        name_cache(inputs, "past_key_values")
+        return inputs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         return None  # rows count their own tokens

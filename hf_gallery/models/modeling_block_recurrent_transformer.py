@@ -177,7 +177,7 @@ class RecurrentState(nn.Module):
         layer's next state. The only loop over blocks is here."""
         rows = context.rows
         current = self._entering(state, rows)
-        pair = context.fed
+        pair = None if tokens is None else context.fed
         if pair is None:
             # Kept ones, unless a row was emptied after they were made.
             kept = context.infers and "state_keys" in state and bool((rows.seen > 0).all())

@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForMaskedLMLoss
@@ -420,6 +421,14 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
 
     def get_encoder(self, modality=None):
         return self.model.get_encoder()
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.config.final_logits_bias:
+            bias = self.final_logits_bias
+            bias.data = F.pad(bias.data, (0, self.config.vocab_size - bias.shape[1]))
+        return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """labels (B, T) moved one to the right behind decoder_start_token_id, -100 replaced by padding."""

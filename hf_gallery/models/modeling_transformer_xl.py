@@ -218,6 +218,38 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
             for parameter in module:
                 nn.init.normal_(parameter, 0.0, std if parameter.dim() == 2 else 0.0)
 
+    @property
+    def embeddings(self) -> nn.ModuleDict:
+        """PEFT's prompt tuning finds an adaptive embedding by this name, and tables by their size."""
+        if not is_adaptive(self.config):
+            raise AttributeError(f"{type(self).__name__} has no attribute 'embeddings'")
+        return nn.ModuleDict({"word_embeddings": self.base_model.embed_tokens})
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; with adaptive tables the last cluster grows or shrinks."""
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(embedding, AdaptiveEmbedding):
+            return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        size, last = self.new_size(new_num_tokens, pad_to_multiple_of), max([0, *self.config.cutoffs])
+        if size <= last:
+            raise ValueError(
+                f"the new vocabulary has {size} tokens, and the last cluster begins at {last}; more than that must "
+                "stay"
+            )
+        table = embedding.tables[-1]
+        rows = table.num_embeddings + size - embedding.num_embeddings
+        self._resize_rows(table.weight, rows, mean_resizing)
+        table.num_embeddings, embedding.ends[-1] = rows, size
+        if head is not None:
+            self._resize_rows(head.weights[-1], rows, mean_resizing)
+            head.biases[-1].data = F.pad(head.biases[-1].data, (0, rows - len(head.biases[-1])))
+            head.ends[-1] = size
+        return embedding
+
+    def _resize_rows(self, table: nn.Parameter, rows: int, mean_resizing: bool):
+        resized = nn.Embedding(*table.shape, _weight=table.data)
+        table.data = self._get_resized_embeddings(resized, rows, mean_resizing=mean_resizing).weight.data
+
 
 class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
     """The bare Transformer-XL. An input may be any number of segments long; segments follow each row's own count of
