@@ -223,7 +223,7 @@ def _by_number(rows: Rows, tokens, leads, seq_idx) -> torch.Tensor:
 
 
 def _by_lengths(leads, row, query_ends, key_ends, query_most, key_most) -> torch.Tensor | None:
-    """Where documents begin by cu_seq_lens_q and cu_seq_lens_k, which count tokens and not padding."""
+    """Starts of documents by cu_seq_lens_q and cu_seq_lens_k, which count tokens and not padding."""
     if query_ends is None and key_ends is None:
         for name, given in (("max_length_q", query_most), ("max_length_k", key_most)):
             if given is not None:

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from: the newest that is whole.
+"""The checkpoint that a run resumes from: the newest that is whole.
 
 A kill, or a disk that is full, may cut the writing of a checkpoint off anywhere. It is whole when all files that a run
 needs to go on bit for bit are there and read; what else stands in the folder does not matter.
@@ -74,7 +74,7 @@ def check_whole(folder: str | os.PathLike) -> None:
 
 
 def read_lanes(folder: str | os.PathLike, rank: int) -> dict[str, Any]:
-    """What a process wrote of its lanes. Raises NotWholeError if that is missing or no such thing."""
+    """Reads a process's lanes file. Raises NotWholeError if that is missing or no such thing."""
     path = Path(folder) / LANES_FILE.format(rank=rank)
     lanes = _read(path, _read_json)
     if not isinstance(lanes, dict) or not all(name in lanes for name in LANES_ENTRIES):
@@ -98,7 +98,7 @@ def _one_of(folder: Path, patterns: tuple[str, ...], what: str) -> None:
 
 
 def _read(path: Path, reader: Any) -> Any:
-    """What a reader makes of a file. A reader of broken bytes may raise anything."""
+    """Reads a file by a reader. A reader of broken bytes may raise anything."""
     if not path.is_file():
         raise NotWholeError(f"has no {path.name}")
     try:
