@@ -305,26 +305,35 @@ def test_python_m(tmp_path):
     assert done.returncode == 0 and [v["name"] for v in json.loads(done.stdout)] == list(VARIANTS)
 
 
-# -------------------------------------------------------------------------------------------------------- the README
+# --------------------------------------------------------------------------------------------------------- the guide
 
 
-def readme_commands(name):
-    lines = re.findall(rf"^hf-gallery {name} .+$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+def shown_commands(name):
+    """Those lines of the guide that run `hf-gallery name`."""
+    text = (ROOT / "docs" / "GUIDE.md").read_text(encoding="utf-8")
+    lines = re.findall(rf"^hf-gallery {name} .+$", text, re.MULTILINE)
     assert lines
     return [shlex.split(line, comments=True)[1:] for line in lines]
 
 
-def test_readme_train_generate_card(tmp_path, monkeypatch):
-    """The README's lines in their order, with fewer and smaller steps, on texts as it makes them."""
+def test_the_readmes_lines_are_short_forms_of_the_guides():
+    """What the README shows is the beginning of a line that runs below."""
+    guide = (ROOT / "docs" / "GUIDE.md").read_text(encoding="utf-8").splitlines()
+    for line in re.findall(r"^hf-gallery .+$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE):
+        assert any(full.startswith(line) for full in guide), line
+
+
+def test_train_generate_card_as_shown(tmp_path, monkeypatch):
+    """The guide's lines in their order, with fewer and smaller steps, on texts as it makes them."""
     monkeypatch.chdir(tmp_path)
     Path("my_texts").mkdir()
     for name in ("tale", *map(str, range(20))):
         Path(f"my_texts/{name}.txt").write_text("It was the best of times, it was the worst of times. " * 5)
-    (train,) = readme_commands("train")
+    (train,) = shown_commands("train")
     assert invoke(*train, "--steps", 2, "--lanes", 2, "--length", 32, *SMALL).exit_code == 0
-    said = [invoke(*line, "--max-new-tokens", 3) for line in readme_commands("generate")]
+    said = [invoke(*line, "--max-new-tokens", 3) for line in shown_commands("generate")]
     assert [result.exit_code for result in said] == [0, 0] and Path("tale.cache").exists()
-    (card,) = readme_commands("card")
+    (card,) = shown_commands("card")
     done = invoke(*card)
     assert done.exit_code == 0, done.output
     assert "Transformer-XL" in Path("my_xl/README.md").read_text()
@@ -347,9 +356,9 @@ TINY = dict(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("line", readme_commands("convert"), ids=lambda line: line[1])
-def test_readme_convert(line, tmp_path, monkeypatch):
-    """The README's lines, with a small local checkpoint of the same kind in place of the published one."""
+@pytest.mark.parametrize("line", shown_commands("convert"), ids=lambda line: line[1])
+def test_convert_as_shown(line, tmp_path, monkeypatch):
+    """The guide's lines, with a small local checkpoint of the same kind in place of the published one."""
     monkeypatch.chdir(tmp_path)
     _, source, out, *options = line
     if source in PUBLISHED:

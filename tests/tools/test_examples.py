@@ -40,9 +40,11 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_the_readme_shows_every_example():
+def test_the_guide_shows_every_example():
     shown = set(
-        re.findall(r"^python examples/(\w+\.py) ", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+        re.findall(
+            r"^python examples/(\w+\.py) ", (ROOT / "docs" / "GUIDE.md").read_text(encoding="utf-8"), re.MULTILINE
+        )
     )
     assert shown == {path.name for path in (ROOT / "examples").glob("*.py")}
 

@@ -292,11 +292,13 @@ def test_no_file_knows_the_machine_it_was_written_on():
 # -------------------------------------------------------------------------------------------------------------- README
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUIDE = (ROOT / "docs" / "GUIDE.md").read_text(encoding="utf-8")
+PAGES = {"README": README, "GUIDE": GUIDE}
 
 
-def blocks(language):
+def blocks(language, page="README"):
     """(line number of the first line, text, whether the block before comes first) of each fenced block."""
-    lines = README.splitlines()
+    lines = PAGES[page].splitlines()
     found, start = [], None
     for i, line in enumerate(lines):
         if start is None and line == f"```{language}":
@@ -322,10 +324,10 @@ def run(code, folder):
     return done.stdout
 
 
-def chains():
-    """Blocks that are pasted one after the other into one Python, each on its lines of the README."""
+def chains(page):
+    """Blocks that are pasted one after the other into one Python, each on its lines of the page."""
     found = []
-    for line, code, continues in blocks("python"):
+    for line, code, continues in blocks("python", page):
         if continues:
             start, before = found[-1]
             code = before + "\n" * (line - 1 - before.count("\n")) + code
@@ -336,9 +338,10 @@ def chains():
 
 
 @pytest.mark.parametrize(
-    ("line", "code"), chains(), ids=lambda value: f"line_{value}" if isinstance(value, int) else ""
+    "code",
+    [pytest.param(code, id=f"{page}_line_{line}") for page in PAGES for line, code in chains(page)],
 )
-def test_readme_python_runs_when_pasted(line, code, tmp_path):
+def test_python_of_the_pages_runs_when_pasted(code, tmp_path):
     assert run(code, tmp_path).strip()  # and shows something
 
 
@@ -356,12 +359,12 @@ def test_readme_has_the_two_commands(command):
 
 
 def commands():
-    lines = [line for _, code, _ in blocks("bash") for line in code.splitlines()]
+    lines = [line for page in PAGES for _, code, _ in blocks("bash", page) for line in code.splitlines()]
     return [line for line in lines if line.startswith("python -m eval")]
 
 
 @pytest.mark.parametrize("command", commands())
-def test_readme_commands_exist(command):
+def test_commands_of_the_pages_exist(command):
     arguments = shlex.split(command, comments=True)[3:]
     result = CliRunner().invoke(app, [*arguments, "--help"])
     assert result.exit_code == 0, result.output
@@ -402,8 +405,8 @@ def test_readme_names_files_and_code_that_exist():
             assert (ROOT / folder / name).is_file(), folder + name
     for link in re.findall(r"\]\((?!https?://|#)([^)]+)\)", README):
         assert (ROOT / link).exists(), link
-    for name in re.findall(r"`(hf_gallery(?:\.\w+)+)`", README):
+    for name in re.findall(r"`(hf_gallery(?:\.\w+)+)`", README + GUIDE):
         module, _, attribute = name.rpartition(".")
         assert hasattr(importlib.import_module(module), attribute), name
-    for name in set(re.findall(r"\bGallery\w+\b", README)):
+    for name in set(re.findall(r"\bGallery\w+\b", README + GUIDE)):
         assert name in hf_gallery.__all__, name
