@@ -461,12 +461,18 @@ def test_large_files_with_holes_are_not_read(tmp_path, texts):
 def test_folders_of_any_depth(tmp_path, texts):
     """More levels than Python calls itself in."""
     folder = write(tmp_path, texts)
-    deep = folder
+    deep = [folder / "d"]
     for _ in range(1200):
-        deep = deep / "d"
-        os.mkdir(deep)
-    (deep / "a.txt").write_text("deep")
-    assert any(path.endswith("d/a.txt") for path in documents(load_corpus(folder))[0])
+        deep.append(deep[-1] / "d")
+    try:
+        for level in deep:
+            level.mkdir()
+        (deep[-1] / "a.txt").write_text("deep")
+        assert any(path.endswith("d/a.txt") for path in documents(load_corpus(folder))[0])
+    finally:  # pytest's own cleaning calls itself in every level
+        (deep[-1] / "a.txt").unlink(missing_ok=True)
+        for level in reversed(deep):
+            level.rmdir()
 
 
 @pytest.mark.parametrize("read", [load_corpus, corpus_version])
