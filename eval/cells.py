@@ -143,7 +143,7 @@ class Run:
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         )
-        # Shares are of all cells: what is missing is another thing for a process that starts a moment later.
+        # Split all cells, not the missing ones: a process that starts later would see a different list.
         shared = [cell for cell in cells if cell.contestant != EVERYONE]
         own = [cell for cell in shared[process.rank :: process.of] if cell in missing]
         others = [cell for cell in shared if cell in missing and cell not in own] if process.is_main else []

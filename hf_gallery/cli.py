@@ -137,7 +137,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
     seed: int = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")] = False,
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
 ) -> None:
@@ -146,18 +146,19 @@ def train(
     Example: hf-gallery train transformer_xl my-model --corpus my_texts --steps 2000 --set num_hidden_layers=6
     """
     from transformers import TrainingArguments, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from .data import load_corpus
-    from .training import SegmentTrainer
+    from .training import SegmentTrainer, newest_whole
 
     set_seed(seed)
     net, tokenizer = _model_to_train(model, settings or [], revision)
     checkpoints = out / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if resume and last is None:
+    if resume and not checkpoints.is_dir():
         raise ValueError(f"--resume, but {checkpoints} holds no checkpoint; leave --resume out to start")
-    if last is not None and not resume:
+    last = newest_whole(checkpoints) if resume else None
+    if resume and last is None:
+        typer.echo(f"{checkpoints} holds no whole checkpoint: the training begins anew", err=True)
+    if not resume and any(checkpoints.glob("checkpoint-*")):
         raise ValueError(f"{checkpoints} holds a training that was begun; go on with --resume, or give another folder")
     splits = load_corpus(corpus)
     ids = splits.map(

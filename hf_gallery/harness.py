@@ -14,12 +14,13 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import Dataset, DatasetDict
 from lm_eval import simple_evaluate
 from lm_eval._cli import HarnessCLI
@@ -36,9 +37,12 @@ import hf_gallery  # registers the models with AutoModel...
 
 from .data import TASKS, byte_tokenizer, questions
 from .models.cache import cache_of
+from .models.configuration_base import UNLIMITED
 
 TASK_FOLDER = Path(hf_gallery.__file__).parents[1] / "eval" / "tasks"  # in a checkout, not in an installed package
-UNLIMITED = 2**48  # tokens; more than any text has, and still what torch takes as the bound of a slice
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @register_model("hf-gallery")
@@ -49,21 +53,20 @@ class GalleryLM(HFLM):
         depends on it.
 
     max_length limits nothing unless it is given, or the model has learned positions that end. A text is read on from
-    prefix_token_id, the tokenizer's <bos> unless given. Requests with the same context read it once.
+    prefix_token_id, the tokenizer's <bos> unless given. Requests with the same context read it once. With batch_size
+    "auto", as many rows as max_batch_size are read side by side, half as many from the first time that memory runs
+    out, and so on; no result depends on it either.
 
-    Raises ValueError for a model that is not of the gallery, a batch_size that is no number, a prefill_chunk_size
-    below 1, and a prefix token that the model has no embedding of.
+    Raises ValueError for a model that is not of the gallery, a prefill_chunk_size below 1, and a prefix token that the
+    model has no embedding of.
     """
 
     def __init__(self, pretrained: str | PreTrainedModel, *, prefill_chunk_size: int = 2048, **arguments: Any):
-        if str(arguments.get("batch_size", 1)).startswith("auto"):
-            raise ValueError(
-                "batch_size is 'auto', which tries the longest input there is; give a number to hf-gallery"
-            )
         self.prefill_chunk_size = int(prefill_chunk_size)
         if self.prefill_chunk_size < 1:
             raise ValueError(f"prefill_chunk_size is {prefill_chunk_size}; it counts tokens, so give 1 or more")
         super().__init__(pretrained, **arguments)
+        self._rows = int(self.max_batch_size if self.batch_size == "auto" else self.batch_size)
         kind = self.config.model_type
         if not kind.startswith("gallery_"):
             raise ValueError(f"model_type is {kind!r}; hf-gallery is for models of the gallery: use --model hf")
@@ -76,11 +79,7 @@ class GalleryLM(HFLM):
     @property
     def max_length(self) -> int:
         """Tokens of the longest input; no limit for models that can read on for ever."""
-        if self._max_length:
-            return self._max_length
-        limit = getattr(self.config, "longest_input", None)
-        segments = getattr(self.config, "segment_length", None)  # in which learned positions begin anew
-        return UNLIMITED if limit is None or segments is not None else limit
+        return self._max_length or self.config.n_positions
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each text, every token given all before it, as far as the model remembers.
@@ -94,11 +93,13 @@ class GalleryLM(HFLM):
         tokens = [torch.tensor([self.prefix_token_id, *self.tok_encode(text)]) for text in texts]
         totals = [0.0] * len(texts)
         with self._progress(len(texts), "texts", disable_tqdm) as bar:
-            for batch in self._batches(range(len(texts)), lambda i: len(tokens[i])):
-                for i, total in zip(batch, self._read([tokens[i] for i in batch]), strict=True):
-                    totals[i] = total
-                    self.cache_hook.add_partial("loglikelihood_rolling", (texts[i],), total)
-                    bar.update(1)
+            read = self._in_batches(
+                range(len(texts)), lambda i: len(tokens[i]), lambda batch: self._read([tokens[i] for i in batch])
+            )
+            for i, total in read:
+                totals[i] = total
+                self.cache_hook.add_partial("loglikelihood_rolling", (texts[i],), total)
+                bar.update(1)
         return totals
 
     def _read(self, rows: list[torch.Tensor]) -> list[float]:
@@ -126,27 +127,38 @@ class GalleryLM(HFLM):
         if self.max_length != UNLIMITED:
             return super()._loglikelihood_tokens(requests, disable_tqdm=disable_tqdm, override_bs=override_bs)
         asked: dict[tuple[int, ...], list[int]] = {}  # the requests of each context
-        for i, (_, context, _) in enumerate(requests):
-            asked.setdefault(tuple(context), []).append(i)
+        for i, (_, tokens, _) in enumerate(requests):
+            asked.setdefault(tuple(tokens), []).append(i)
         answers: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
         with self._progress(len(requests), "answers", disable_tqdm) as bar:
-            for contexts in self._batches(asked, len):
-                logits, cache = self._prefill(contexts)
-                pairs = [(row, i) for row, context in enumerate(contexts) for i in asked[context]]
-                for start in range(0, len(pairs), int(self.batch_size)):
-                    rows, part = zip(*pairs[start : start + int(self.batch_size)], strict=True)
-                    continuations = [torch.tensor(requests[i][2]) for i in part]
-                    if len(pairs) == len(contexts):  # one continuation each: none needs the cache again
-                        found = self._answer(logits, cache, continuations)
-                    else:
-                        picked = cache.copy()
-                        picked.batch_select_indices(torch.tensor(rows))
-                        found = self._answer(logits[list(rows)], picked, continuations)
-                    for i, answer in zip(part, found, strict=True):
-                        answers[i] = answer
-                        if requests[i][0] is not None:
-                            self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
-                        bar.update(1)
+            answered = self._in_batches(
+                asked,
+                len,
+                lambda contexts: self._answers(contexts, [[requests[i][2] for i in asked[c]] for c in contexts]),
+            )
+            for context, found in answered:
+                for i, answer in zip(asked[context], found, strict=True):
+                    answers[i] = answer
+                    if requests[i][0] is not None:
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], answer)
+                    bar.update(1)
+        return answers
+
+    def _answers(
+        self, contexts: Sequence[Sequence[int]], continuations: list[list[list[int]]]
+    ) -> list[list[tuple[float, bool]]]:
+        """For each context, log-likelihood and exactness of each of its continuations."""
+        logits, cache = self._prefill(contexts)
+        pairs = [(row, torch.tensor(ids)) for row, several in enumerate(continuations) for ids in several]
+        if len(pairs) == len(contexts):  # one continuation each: none needs the cache again
+            return [[answer] for answer in self._answer(logits, cache, [ids for _, ids in pairs])]
+        answers: list[list[tuple[float, bool]]] = [[] for _ in contexts]
+        for start in range(0, len(pairs), self._rows):
+            rows, part = zip(*pairs[start : start + self._rows], strict=True)
+            picked = cache.copy()
+            picked.batch_select_indices(torch.tensor(rows))
+            for row, answer in zip(rows, self._answer(logits[list(rows)], picked, list(part)), strict=True):
+                answers[row].append(answer)
         return answers
 
     def _prefill(self, contexts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, Any]:
@@ -203,17 +215,45 @@ class GalleryLM(HFLM):
         return -losses.double().cpu().view(targets.shape)
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **arguments: Any):
-        """As lm-eval's, after reading all but the last token of the context in chunks."""
+        """As lm-eval's, after reading all but the last token of the context in chunks, once for all its beams."""
         if context.shape[1] > 1:
             mask = arguments.get("attention_mask", torch.ones_like(context))
-            _, arguments["past_key_values"] = self._in_chunks(context[:, :-1], mask[:, :-1])
+            _, cache = self._in_chunks(context[:, :-1], mask[:, :-1])
+            own = self.model.generation_config  # what the arguments leave open
+            copies = (arguments.get(name) or getattr(own, name) for name in ("num_beams", "num_return_sequences"))
+            cache.batch_repeat_interleave(max(n or 1 for n in copies))
+            arguments["past_key_values"] = cache
         return super()._model_generate(context, max_length, stop, **arguments)
 
-    def _batches(self, items, length: Callable[[Any], int]) -> Iterator[list]:
-        """batch_size items at a time, the longest first, so that little is padded."""
+    def _in_batches(
+        self, items: Iterable[Item], length: Callable[[Item], int], work: Callable[[list[Item]], list[Result]]
+    ) -> Iterator[tuple[Item, Result]]:
+        """Each item with its result, from `work` on several at a time, the longest first, so that little is padded."""
         ordered = sorted(items, key=length, reverse=True)
-        size = int(self.batch_size)
-        return (ordered[start : start + size] for start in range(0, len(ordered), size))
+        while ordered:
+            batch = ordered[: self._rows]
+            try:
+                results = work(batch)
+            except RuntimeError as error:
+                if self.batch_size != "auto" or len(batch) == 1 or not should_reduce_batch_size(error):
+                    raise
+                self._rows = len(batch) // 2
+                continue
+            ordered = ordered[len(batch) :]
+            yield from zip(batch, results, strict=True)
+
+    def _detect_batch_size(self, requests: Sequence | None = None, pos: int = 0) -> int:
+        """The rows of which one forward, prefill_chunk_size tokens, fits into memory: where lm-eval asks for itself,
+        before it generates. It would try max_length tokens, which have no end here."""
+        if self.max_length != UNLIMITED:
+            return super()._detect_batch_size(requests, pos)
+
+        def forward(rows: list[int]) -> list[int]:
+            self._forward(torch.zeros(len(rows), self.prefill_chunk_size, dtype=torch.long), logits_to_keep=1)
+            return rows
+
+        next(self._in_batches(range(self._rows), lambda i: 0, forward))
+        return self._rows
 
     def _progress(self, total: int, what: str, hidden: bool) -> tqdm:
         return tqdm(total=total, desc=f"hf-gallery: {what}", disable=hidden or self.rank != 0)

@@ -1,22 +1,55 @@
-"""The bare model of every variant: rows are packed, the forward is planned, layers run, results are unpacked.
+"""The bare model of every variant: what enters a forward, what runs, what comes out.
 
-    input_ids (B, columns) -> Rows: own tokens first -> plan: Context -> embed (B, T, E) -> layers -> finish -> unpack
+    input_ids (B, columns) -> open_input: checked rows, cache, documents
+                           -> parts: one batch of rows; where documents are packed, batches of documents
+      each part            -> pack -> embed (B, T, E) -> plan: Context -> layers -> finish
+                           -> unpack: the input's columns again; the cache takes the new state, last of all
 
 A variant says how it embeds, what its layers share (`plan`) and what stands behind the last of them (`finish`).
-Padding, the cache and transformers' output classes are known here and nowhere in a variant. Letters: see spans.py.
+Padding, packed documents, the cache and transformers' output classes are known here and nowhere in a variant.
+Letters: see spans.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
+from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .cache import CACHE_NAME
+from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
+from .documents import PACKING, Documents
 from .gradients import with_gradients_for
-from .modeling_base import GalleryPreTrainedModel, no_cache
-from .rows import Rows
+from .modeling_base import GalleryPreTrainedModel, check_arguments, no_cache
+from .rows import Rows, unpack
+
+
+@dataclass
+class Part:
+    """Rows that run through the layers together.
+
+    past: what they go on with, a cache with a row for each, or None. keeps: their new state is the input's cache's.
+    """
+
+    rows: Rows
+    past: GalleryCache | None
+    keeps: bool
+
+
+@dataclass
+class LayerResults:
+    """Output of the layers for a part: x (B, T, E), each layer's next state, and where asked for the hidden states
+    before, between and behind the layers and the attentions."""
+
+    x: torch.Tensor
+    states: list[dict]
+    hidden: list[torch.Tensor] | None
+    attentions: list | None
 
 
 class Backbone(GalleryPreTrainedModel):
@@ -26,26 +59,37 @@ class Backbone(GalleryPreTrainedModel):
     output_type: type = BaseModelOutputWithPast
     gradient_checkpointing = False
     causal = True  # a query sees nothing after it; an encoder keeps no cache
+    embeds_positions = False  # else position_ids must say where the tokens stand anyway
     prefix = ""  # of its arguments' names, in messages
+    own_arguments: tuple[str, ...] = ()  # of forward, besides what every variant takes
 
-    def counted(self, position_ids=None, **inputs):
-        """Positions that must be the tokens' places, since the model embeds none."""
-        return position_ids
+    # ---- what a variant says
 
-    def check(self, rows: Rows, **inputs):
-        """Raises ValueError unless the variant's own inputs fit."""
+    def check(self, rows: Rows, cache: GalleryCache | None, longest: int, **inputs):
+        """Raises ValueError unless the variant's own inputs fit. longest: tokens that the longest document reaches."""
 
     def embed(self, rows: Rows, input_ids, inputs_embeds, **more) -> torch.Tensor:
         """Packed embeddings (B, T, E)."""
         return self.embed_tokens(rows.pack(input_ids)) if inputs_embeds is None else rows.pack(inputs_embeds)
 
-    def plan(self, common: dict, cache, **inputs) -> ForwardContext:
-        """The variant's Context: `common`, the fields that all have, and its own."""
+    def plan(self, common: ForwardContext, past: GalleryCache | None, **inputs) -> ForwardContext:
+        """The variant's Context: `common`, the fields that all have, widened by its own. past: what the rows go on
+        with."""
         raise NotImplementedError
 
+    def layer_inputs(self, context: ForwardContext) -> tuple:
+        """Further arguments of layers, after (hidden states, context, state): tensors that gradients must reach."""
+        return ()
+
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        """What stands behind the last layer, (B, T, E)."""
+        """Applies what stands behind the last layer, (B, T, E)."""
         return x
+
+    def results(self, context: ForwardContext, attentions: list | None) -> dict[str, Any]:
+        """Further fields of the output, of an input whose documents are not packed."""
+        return {"attentions": None if attentions is None else unpacked(context.rows, attentions)}
+
+    # ---- the forward
 
     @can_return_tuple
     def forward(
@@ -57,55 +101,128 @@ class Backbone(GalleryPreTrainedModel):
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
         **inputs,
     ):
         """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them; any T. attention_mask
         (B, T) or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere and gets zeros.
         past_key_values: a GalleryCache, advanced in place.
 
-        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
+        Documents may be packed one behind another in a row: position_ids (B, T) that start again at 0, cu_seq_lens_q
+        and cu_seq_lens_k (documents + 1,), or seq_idx (B, T) say where each begins. Each gives what it gives alone;
+        the first of a row goes on from the row's past if its positions do, and the cache keeps a row's last one.
+
+        Raises ValueError for input that does not fit, TypeError for an argument that there is not, before anything is
+        computed; the cache is then unchanged.
         """
         if not self.causal:
             no_cache(past_key_values)
             use_cache = False
-        rows, cache = self.open_input(
-            input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, self.counted(**inputs), self.prefix
+        check_arguments(self, inputs, self.arguments())
+        packing = {name: inputs.pop(name, None) for name in PACKING} | {"position_ids": position_ids}
+        rows, cache, documents = self.open_input(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            cache_position=inputs.pop("cache_position", None),
+            packing=packing,
         )
-        self.check(rows, **inputs)
-        common = dict(
-            rows=rows,
-            device=(input_ids if inputs_embeds is None else inputs_embeds).device,
-            cached=0 if cache is None else cache.columns_held,
-            keep=cache is not None,
-            limit=None if cache is None else cache.limit,
-            infers=not torch.is_grad_enabled(),
-            output_attentions=bool(output_attentions),
-            implementation=self.config._attn_implementation,
-        )
-        context = self.plan(common, cache, **inputs)
-        x = self.embed(rows, input_ids, inputs_embeds, **inputs)
-        if inputs_embeds is not None:
-            x = with_gradients_for(x, self.embed_tokens)
-        x, hidden, attentions = self.run_layers(
-            self.layers, x, context, cache, output_hidden_states, output_attentions, *self.layer_inputs(context)
-        )
-        x = self.finish(x)
-        if hidden is not None:
-            hidden[-1] = x
-        return self.output_type(
-            last_hidden_state=rows.unpack(x),
+        longest = documents.longest if documents is not None else int((rows.seen + rows.lengths).amax())
+        inputs |= {"position_ids": position_ids}
+        self.check(rows, cache, longest, **inputs)
+        attends = self.config.output_attentions if output_attentions is None else output_attentions
+        shows = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if documents is not None:
+            self.check_packed(attends, inputs)
+        parts = self.parts(rows, cache, documents)
+        done, writes = [], None
+        for part in parts:
+            common = ForwardContext(
+                rows=part.rows,
+                device=(input_ids if inputs_embeds is None else inputs_embeds).device,
+                cached=0 if part.past is None else part.past.columns_held,
+                keep=part.keeps,
+                limit=cache.limit if part.keeps else None,
+                infers=not torch.is_grad_enabled(),
+                output_attentions=bool(attends),
+                output_hidden_states=bool(shows),
+                implementation=self.config._attn_implementation,
+            )
+            context = self.plan(common, part.past, **inputs)
+            x = self.embed(part.rows, input_ids, inputs_embeds, **inputs)
+            if inputs_embeds is not None:
+                x = with_gradients_for(x, self.embed_tokens)
+            states = part.past.states if part.past is not None else []
+            result = self.run_layers(x, context, states or [{}] * len(self.layers), *self.layer_inputs(context))
+            result.x = self.finish(result.x)
+            if result.hidden is not None:
+                result.hidden[-1] = result.x
+            if part.keeps:
+                writes = (result.states, part.rows, context.shared, context.facts)
+            done.append((context, result))
+        placed = [part.rows for part in parts]
+        hidden = None
+        if shows:
+            hidden = tuple(unpack(placed, xs) for xs in zip(*(result.hidden for _, result in done), strict=True))
+        output = self.output_type(
+            last_hidden_state=unpack(placed, [result.x for _, result in done]),
             **{CACHE_NAME: cache},
-            hidden_states=None if hidden is None else tuple(rows.unpack(h) for h in hidden),
-            **self.results(context, attentions),
+            hidden_states=hidden,
+            **(self.results(done[0][0], done[0][1].attentions) if documents is None else {}),
         )
+        if cache is not None:
+            cache.write(*writes)
+        return output
 
-    def layer_inputs(self, context) -> tuple:
-        """What layers take besides (hidden states, context, state): tensors that gradients must reach."""
-        return ()
+    @classmethod
+    def arguments(cls) -> set[str]:
+        """The names of all that forward takes by **inputs."""
+        return {*PACKING, *cls.own_arguments, "cache_position"}
 
-    def results(self, context, attentions) -> dict:
-        """Further fields of the output."""
-        return {"attentions": None if attentions is None else unpacked(context.rows, attentions)}
+    def check_packed(self, attends: bool, inputs: dict):
+        """Raises ValueError for what has no meaning where documents are packed."""
+        if attends:
+            raise ValueError(
+                "output_attentions is True, and documents are packed in the rows: each has a map of its own, of its "
+                "own size; leave output_attentions out, or give each document a row"
+            )
+
+    def parts(self, rows: Rows, cache: GalleryCache | None, documents: Documents | None) -> list[Part]:
+        """The rows that run through the layers together: those of the input, or where documents are packed a row for
+        each, in batches of like length. With a cache each row's last document runs among the input's rows."""
+        if documents is None:
+            return [Part(rows, cache, cache is not None)]
+        together = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)  # all ranks must call layers alike
+        if cache is None:
+            return [Part(documents.rows(some), None, False) for some in documents.alike(documents.seen == 0, together)]
+        parts = []
+        for some in documents.alike(~documents.is_last & (documents.seen > 0), together):
+            past = cache.copy()
+            past.batch_select_indices(documents.row[some])
+            parts.append(Part(documents.rows(some), past, False))
+        for some in documents.alike(~documents.is_last & (documents.seen == 0), together):
+            parts.append(Part(documents.rows(some), None, False))
+        last, past = documents.last_rows(), cache
+        if bool((last.fresh & (rows.seen > 0)).any()):
+            past = cache.copy()
+            past.reset_rows(last.fresh)
+        return [*parts, Part(last, past, True)]
+
+    def run_layers(self, x: torch.Tensor, context: ForwardContext, states: list[dict], *more) -> LayerResults:
+        """Runs the layers on x (B, T, E), each with its state and with `more` besides. Nothing is written."""
+        hidden: list | None = [x] if context.output_hidden_states else None
+        attentions: list | None = [] if context.output_attentions else None
+        new = []
+        for layer, state in zip(self.layers, states, strict=True):
+            x, state, probabilities = layer(x, context, state, *more)
+            new.append(state)
+            if hidden is not None:
+                hidden.append(x)
+            if attentions is not None:
+                attentions.append(probabilities)
+        return LayerResults(x, new, hidden, attentions)
 
 
 def unpacked(rows: Rows, attentions: list, keys_too: bool = True) -> tuple:

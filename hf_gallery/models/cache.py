@@ -69,7 +69,7 @@ class GalleryCache(Cache):
     # ---- what models call
 
     def check(self, config, batch: int):
-        """Raises ValueError unless the cache belongs to a model of this configuration and has so many rows."""
+        """Raises ValueError unless the cache belongs to a model of this configuration and has `batch` rows."""
         identity = cache_identity(config)
         if identity != self.identity:
             names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
@@ -100,10 +100,13 @@ class GalleryCache(Cache):
         self.shared = shared or []  # a forward with gradients makes none: weights that change would leave it stale
         self.rows.update(facts or {})
         self.columns += rows.columns
+        if rows.fresh is not None and bool(rows.fresh.any()):
+            self.history = []  # what came before a new document cannot be taken back
         if rows.mask is None and self.history and self.history[-1][1] is None:
             self.history[-1] = (self.history[-1][0] + rows.columns, None)
         else:
-            self.history.append((rows.columns, None if rows.mask is None else rows.mask.cpu()))
+            recent = rows.recent
+            self.history.append((recent, None if rows.mask is None else rows.mask[:, -recent:].cpu()))
         if self.capacity is not None and not self.recording:
             while sum(count for count, _ in self.history[1:]) > self.capacity:
                 self.history.pop(0)
@@ -245,7 +248,7 @@ class GalleryCache(Cache):
         return next((x.shape[-2] for state in self.states for name, x in state.items() if name in TIMED), 0)
 
     def _needed(self, seen):
-        """Columns of time that rows with so many tokens behind them need, (B,)."""
+        """Columns of time that rows need with `seen` tokens behind them, (B,)."""
         return seen if self.capacity is None else seen.clamp(max=self.capacity)
 
     def _each(self, change):
@@ -408,7 +411,7 @@ INDIFFERENT = {
 
 
 def cache_identity(config) -> dict:
-    """What must agree between a cache and the model that reads it: all of the gallery's own settings but a few."""
+    """Settings that must agree between a cache and the model that reads it: all of the gallery's own but a few."""
     own = next(i for i, kind in enumerate(type(config).__mro__) if kind.__name__ == "GalleryConfig") + 1
     names = [name for kind in type(config).__mro__[:own][::-1] for name in kind.__dict__.get("__annotations__", {})]
     fields = {field.name for field in dataclasses.fields(config)} - INDIFFERENT

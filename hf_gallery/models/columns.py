@@ -28,8 +28,8 @@ class Room:
 def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | None = None) -> torch.Tensor:
     """[past | new] over the columns of time, (..., C + T, D).
 
-    limit: how many of them `next_columns` will keep. If it is given, a decode step does not copy the past: memory for
-    the limit has spare columns at its end, and the new ones are written there, behind what `past` itself holds.
+    limit: columns that `next_columns` will keep. With it, spare columns are allocated, so that a decode step writes in
+    place, behind what `past` itself holds, instead of copying the past.
     """
     if past is None:
         return new
@@ -49,7 +49,7 @@ def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | No
 
 
 def next_columns(x: torch.Tensor, rows: Rows, limit: int | None) -> torch.Tensor:
-    """What a cache keeps of the columns x (B, ..., C + T, D): each row's last token in the last one, at most limit."""
+    """Columns of x (B, ..., C + T, D) that a cache keeps: each row's last token in the last one, at most limit."""
     if limit == 0:
         return x[..., :0, :].clone()
     x = rows.shift(x, x.dim() - 2)
@@ -61,7 +61,7 @@ def next_columns(x: torch.Tensor, rows: Rows, limit: int | None) -> torch.Tensor
 
 
 def _spare(limit: int) -> int:
-    """Spare columns behind `limit`: the past is copied once in so many decode steps. Few, since they cost memory."""
+    """Spare columns behind `limit`: decode steps between two copies of the past. Few, since they cost memory."""
     return max(2, limit // 8)
 
 

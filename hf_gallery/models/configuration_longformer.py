@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .configuration_base import MOST, GalleryStackConfig
+from .configuration_base import MOST, ByteTokenizerId, GalleryStackConfig
 
 
 class GalleryLongformerConfig(GalleryStackConfig):
@@ -15,7 +15,7 @@ class GalleryLongformerConfig(GalleryStackConfig):
 
     attention_window: one number, or one per layer. An encoder's window is the total width, half on each side, so it
     must be even: [p - w/2, p + w/2]. A decoder's is the keys before the query: [p - w, p].
-    attention_dilation: one number, or one per layer: every so manieth key of a window that many times as far.
+    attention_dilation: one number, or one per layer: attend to every g-th key; the window then reaches g times as far.
 
     Raises ValueError for values that do not fit, naming the argument.
     """
@@ -36,7 +36,7 @@ class GalleryLongformerConfig(GalleryStackConfig):
     position_offset: int = 2
     embedding_norm: bool = True
     initialization: str = "normal"
-    sep_token_id: int | None = 260  # ends the question, for ForQuestionAnswering
+    sep_token_id: int | None = ByteTokenizerId(260)  # ends the question, for ForQuestionAnswering
 
     def __post_init__(self, **kwargs: Any):
         self.check_count("num_hidden_layers", 1)

@@ -1,15 +1,17 @@
-"""What all layers of one forward share. Each variant adds the intervals and tables that its own need."""
+"""Inputs shared by all layers of one forward. Each variant adds the intervals and tables that its layers need."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from .columns import append_columns, next_columns
 from .rows import Rows
+
+Wider = TypeVar("Wider", bound="ForwardContext")
 
 
 @dataclass(kw_only=True)
@@ -29,13 +31,18 @@ class ForwardContext:
     limit: int | None = None
     infers: bool = False
     output_attentions: bool = False
+    output_hidden_states: bool = False
     implementation: str = "eager"
     shared: list | None = None
     facts: dict = field(default_factory=dict)
     known: dict = field(default_factory=dict)
 
+    def widened(self, kind: type[Wider], **own) -> Wider:
+        """The same as a variant's Context, with its own fields."""
+        return kind(**(vars(self) | own))
+
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
-        """What several layers need alike, worked out by the first that asks for it."""
+        """Returns what several layers need alike, worked out by the first that asks for it."""
         if key not in self.known:
             self.known[key] = work()
         return self.known[key]

@@ -10,13 +10,24 @@ import functools
 import inspect
 
 import torch
+import torch.nn.functional as F
 from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
-from .modeling_base import GalleryGenerationMixin
+from .documents import PACKING, Documents
+from .modeling_base import GalleryGenerationMixin, check_arguments
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
+
+
+def find_packed(head, input_ids, inputs_embeds, attention_mask, past_key_values=None, **inputs) -> Documents | None:
+    """The documents packed in a head's input, and the checks of all input that come before; None if there are none."""
+    given = {name: inputs.get(name) for name in PACKING if inputs.get(name) is not None}
+    if not given:
+        return None
+    own = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+    return head.open_input(**own, past_key_values=past_key_values, packing=given)[2]
 
 
 def reads(*names: str):
@@ -56,7 +67,7 @@ def name_causal(kind: type):
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
-    output_type = CausalLMOutputWithPast  # a variant whose backbone returns more names its own
+    output_type = CausalLMOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForCausalLM"
 
     def __init_subclass__(cls, **kwargs):
@@ -78,12 +89,17 @@ class CausalLMHead(GalleryGenerationMixin):
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as in the bare model. labels (B, T) are shifted inside, as in transformers; shift_labels (B, T),
-        column t holding the token after column t, are not. -100 is left out. logits (B, T, V).
+        column t holding the token after column t, are not. -100 is left out; so is padding, which neither predicts nor
+        is predicted, and no document predicts the one packed behind it. logits (B, T, V).
         """
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
         columns = input_ids if inputs_embeds is None else inputs_embeds
+        check_arguments(self, kwargs, self.model.arguments() | {"token_type_ids", *LOSS_ARGUMENTS})
         for name, given in (("labels", labels), ("shift_labels", loss_arguments.get("shift_labels"))):
             check_labels(name, given, columns, self.config.vocab_size)
+        documents = None
+        if labels is not None or "shift_labels" in loss_arguments:
+            documents = find_packed(self, input_ids, inputs_embeds, attention_mask, past_key_values, **kwargs)
         if not getattr(self.config, "type_vocab_size", None):
             kwargs.pop("token_type_ids", None)  # tokenizers give them unasked, and causal models leave them aside
         outputs = self.model(
@@ -96,6 +112,13 @@ class CausalLMHead(GalleryGenerationMixin):
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
+        if "shift_labels" in loss_arguments:
+            if documents is not None:
+                loss_arguments["shift_labels"] = documents.within(loss_arguments["shift_labels"])
+        elif labels is not None and documents is not None:
+            loss_arguments["shift_labels"] = documents.next_tokens(labels)
+        elif labels is not None and attention_mask is not None:
+            loss_arguments["shift_labels"] = next_tokens(labels, attention_mask)
         logits, loss = self.score(outputs.last_hidden_state, labels, logits_to_keep, loss_arguments)
         more = {name: outputs[name] for name in outputs if name in self.output_type.__dataclass_fields__}
         return self.output_type(**more | {"loss": loss, "logits": logits})
@@ -132,6 +155,7 @@ class MaskedLMHead:
         (B, T, V)."""
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
         check_labels("labels", labels, input_ids if inputs_embeds is None else inputs_embeds, self.config.vocab_size)
+        check_arguments(self, kwargs, self.model.arguments() | {"past_key_values", "use_cache", *LOSS_ARGUMENTS})
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -158,7 +182,7 @@ class MaskedLMHead:
 class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
-    output_type = SequenceClassifierOutputWithPast  # likewise
+    output_type = SequenceClassifierOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForSequenceClassification"
 
     @can_return_tuple
@@ -175,10 +199,13 @@ class SequenceClassificationHead:
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Arguments as in the bare model. labels (B,), or (B, num_labels) for several at once. num_items_in_batch: the
-        labels of all batches of an update, whose losses then add up to their mean. logits (B, num_labels)."""
+        labels of all batches of an update, whose losses then add up to their mean. logits (B, num_labels). Where N
+        documents are packed in the rows, labels and logits are theirs, in reading order: (N,) and (N, num_labels)."""
         items = kwargs.pop("num_items_in_batch", None)
+        check_arguments(self, kwargs, self.model.arguments() | {"token_type_ids", "num_items_in_batch"})
         if labels is not None and not labels.is_floating_point():
             check_classes(labels, self.config.num_labels)
+        documents = find_packed(self, input_ids, inputs_embeds, attention_mask, past_key_values, **kwargs)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -189,7 +216,7 @@ class SequenceClassificationHead:
             output_hidden_states=output_hidden_states,
             **kwargs,
         )
-        logits = self.classifier(self.pool(outputs.last_hidden_state, attention_mask))
+        logits = self.classifier(self.pool(outputs.last_hidden_state, attention_mask, documents))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
@@ -198,9 +225,19 @@ class SequenceClassificationHead:
         more = {name: outputs[name] for name in outputs if name in self.output_type.__dataclass_fields__}
         return self.output_type(**more | {"loss": loss, "logits": logits})
 
-    def pool(self, hidden, attention_mask):
-        """What `classifier` sees of hidden (B, T, E): (B, E)."""
-        return pooled_rows(hidden, attention_mask, last=True)
+    def pool(self, hidden, attention_mask, documents: Documents | None):
+        """The input of `classifier`, from hidden (B, T, E): (B, E), or (N, E) where N documents are packed."""
+        return pooled_rows(hidden, attention_mask, documents, last=True)
+
+
+def next_tokens(labels: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """labels (B, T) as what each token is to predict, its row's next token; -100 at the last one and at padding."""
+    t = labels.shape[1]
+    mask = attention_mask[:, -t:].to(labels.device) != 0
+    column = torch.arange(t, device=labels.device).masked_fill(~mask, t)  # (B, T)
+    after = column.flip(1).cummin(1).values.flip(1)  # the first token from here on, t where there is none
+    after = F.pad(after, (0, 1), value=t)[:, 1:]
+    return F.pad(labels, (0, 1), value=-100).gather(1, after).masked_fill(~mask, -100)
 
 
 def check_labels(name: str, labels, columns, count: int, counted: str = "vocab_size"):
@@ -230,12 +267,17 @@ def check_classes(labels: torch.Tensor, count: int):
         )
 
 
-def pooled_rows(hidden: torch.Tensor, attention_mask: torch.Tensor | None, last: bool) -> torch.Tensor:
-    """The hidden state (B, E) of each row's first or last token in hidden (B, T, E), padding left out.
+def pooled_rows(
+    hidden: torch.Tensor, attention_mask: torch.Tensor | None, documents: Documents | None, last: bool
+) -> torch.Tensor:
+    """The hidden state (B, E) of each row's first or last token in hidden (B, T, E), padding left out; where documents
+    are packed, of each document's (N, E).
 
     Raises ValueError if a row has no token.
     """
     b, t = hidden.shape[:2]
+    if documents is not None:
+        return documents.pooled(hidden, last)
     if attention_mask is None:
         return hidden[:, -1 if last else 0]
     mask = attention_mask[:, -t:].bool()

@@ -22,7 +22,7 @@ except ImportError:  # only the faiss backends need it
 
 
 class SearchBackend(Protocol):
-    """How the k best keys are found. A new one is an entry in BACKENDS."""
+    """A search for the k best keys. A new one is an entry in BACKENDS."""
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, topk: int
@@ -37,7 +37,7 @@ class SearchBackend(Protocol):
 
 
 def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int, n: int) -> torch.Tensor:
-    """Which of the columns [first, last) of n are in the ring interval [lower, upper): (B, T, last - first)."""
+    """The columns [first, last) of n that are in the ring interval [lower, upper): (B, T, last - first)."""
     column = torch.arange(first, last, device=lower.device)
     lower, upper = lower[..., None], upper[..., None]
     return ((column >= lower) & (column < upper)) | (column < upper - n)
@@ -112,7 +112,7 @@ def _of(upper, which):
 
 
 def _newest(scores, last, turn, count):
-    """Where the `count` largest of scores (R, W) are, whose smallest is last (R, 1), (R, count): of the many that are
+    """Columns (R, count) of the `count` largest of scores (R, W), whose smallest is last (R, 1): of the many that are
     equal to it the most recent, which are the last ones before turn (R, 1), and then those before the row's end."""
     larger, equal = scores > last, scores == last
     room = count - larger.sum(-1, keepdim=True, dtype=torch.int32)
@@ -233,7 +233,7 @@ def require_backend(name: str):
 
 
 def query_tile(batch: int, heads: int, width: int, topk: int, size: int) -> int:
-    """How many queries to serve at once. Each gets k pairs of its own, so all of a long input's would not fit; and as
+    """Number of queries to serve at once. Each gets k pairs of its own, so all of a long input's would not fit; and as
     the memory moves on within it, few at a time keep what they search together not much longer than `size`."""
     return max(16, min(max(64, size), 2**24 // (batch * heads * width * topk)))
 

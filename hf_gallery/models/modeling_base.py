@@ -1,9 +1,11 @@
-"""What all gallery models do alike: check their input, keep their cache, save themselves with their code."""
+"""Base of all gallery models: checks their input, keeps their cache, saves them with their code."""
 
 from __future__ import annotations
 
 import copy
+import difflib
 import functools
+import inspect
 import sys
 from contextlib import nullcontext
 
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
 from .cache import CACHE_NAME, GalleryCache
+from .documents import Documents, find_documents
 from .loading import check_weights
 from .rows import Rows
 
@@ -26,11 +29,17 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
     heads: dict[str, str] = {}
     implementations: dict[str, str] = {}  # of attention, with what each is
+    embeds_positions = True  # whether position_ids may be anything; a backbone may know distances only
+    prefix = ""  # of the input's names, in messages
     head_loss: str | None = None  # which of transformers' losses; it would go by the class name, also of a subclass
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._supports_sdpa = "sdpa" in cls.implementations
+        cls._supports_flex_attn = "flex_attention" in cls.implementations
 
     def __init__(self, config, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
@@ -40,8 +49,34 @@ class GalleryPreTrainedModel(PreTrainedModel):
         requested = requested_attention or "eager"
         if requested not in self.implementations:
             known = "; ".join(f"{name!r}: {what}" for name, what in self.implementations.items())
-            raise ValueError(f"attn_implementation is {requested!r}; {type(self).__name__} has {known}")
+            raise ValueError(
+                f'Specified `attn_implementation="{requested}"` is not supported. {type(self).__name__} has {known}'
+            )
         return requested
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ):
+        """As in transformers. Raises ValueError if a special id would fall out of the vocabulary: the model would save
+        and not load again."""
+        self._check_special_ids(self.new_size(new_num_tokens, pad_to_multiple_of))
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def new_size(self, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int:
+        """The vocabulary's size that the arguments of resize_token_embeddings ask for."""
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        return size if pad_to_multiple_of is None else -(-size // pad_to_multiple_of) * pad_to_multiple_of
+
+    def _check_special_ids(self, size: int):
+        for owner in ("config", "generation_config"):
+            settings = getattr(self, owner, None)
+            for name, value in () if settings is None else settings.to_dict().items():
+                ids = value if isinstance(value, (list, tuple)) else [value]
+                if name.endswith("_token_id") and any(isinstance(x, int) and x >= size for x in ids):
+                    raise ValueError(
+                        f"the new vocabulary has {size} tokens and {owner}.{name} is {value}; set it to an id below "
+                        f"{size} or to None first"
+                    )
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -83,19 +118,29 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
     @torch.compiler.disable  # it asks what the input holds, which no compiled graph can
     def open_input(
-        self, input_ids, inputs_embeds, attention_mask, past_key_values, use_cache, position_ids=None, prefix: str = ""
-    ) -> tuple[Rows, GalleryCache | None]:
+        self,
+        *,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        cache_position: torch.Tensor | None = None,
+        packing: dict | None = None,
+    ) -> tuple[Rows, GalleryCache | None, Documents | None]:
         """Checks the input of a forward, before anything is computed or changed.
 
-        position_ids: given to a model that embeds none. prefix: of the arguments' names in messages, "decoder_" where
-        they have it. Returns the rows, packed by their own tokens, and the cache to advance, None if none is wanted.
+        packing: what tells where documents begin, by name; see find_documents. Returns the rows, the cache to advance
+        (None if none is wanted) and the documents, None where each row goes on from its past with one.
         """
-        ids_name, embeds_name, mask_name = (prefix + x for x in ("input_ids", "inputs_embeds", "attention_mask"))
+        ids_name, embeds_name, mask_name = (self.prefix + x for x in ("input_ids", "inputs_embeds", "attention_mask"))
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"give exactly one of {ids_name} and {embeds_name}")
         x = input_ids if inputs_embeds is None else inputs_embeds
         wanted = 2 if inputs_embeds is None else 3
         name = ids_name if inputs_embeds is None else embeds_name
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} is a {type(x).__name__}; give a tensor, torch.as_tensor({name})")
         if x.dim() != wanted or 0 in x.shape:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; it must be "
@@ -117,26 +162,21 @@ class GalleryPreTrainedModel(PreTrainedModel):
             cache.check(self.config, b)
         elif use_cache:
             cache = GalleryCache(self.config)
+        check_tensors(packing or {})
         mask = self.check_mask(attention_mask, b, t, cache, mask_name)
         rows = Rows(b, t, mask, None if cache is None else cache.seen)
         if input_ids is not None:
             self.check_ids(ids_name, rows.pack(input_ids))
-        if position_ids is not None:
-            self.check_counted(position_ids, rows)
-        return rows, cache
-
-    @staticmethod
-    def check_counted(position_ids: torch.Tensor, rows: Rows):
-        """Raises ValueError unless position_ids (B or 1, T) are the positions that the tokens have anyway."""
-        b, t = len(rows.lengths), rows.columns
-        check_position_shape(position_ids, b, t)
-        given = rows.pack(position_ids.expand(b, -1)).cpu()
-        real = torch.arange(rows.width) < rows.lengths[:, None]
-        if bool(((given != rows.positions) & real).any()):
-            raise ValueError(
-                "position_ids differ from the tokens' places in their rows, and this model knows distances only; "
-                "leave them out, and give each text a row of its own"
-            )
+        if cache_position is not None:
+            past = 0 if cache is None else cache.columns
+            if cache_position.tolist() != list(range(past, past + t)):
+                raise ValueError(
+                    f"cache_position is not {past} to {past + t - 1}, the columns that come after those seen; leave "
+                    "it out"
+                )
+        given = {name: x for name, x in (packing or {}).items() if x is not None}
+        documents = find_documents(rows, counted=not self.embeds_positions, **given) if given else None
+        return rows, cache, documents
 
     def check_ids(self, name: str, ids: torch.Tensor):
         """Raises ValueError if an id is outside the vocabulary: a GPU would only say that an assertion failed."""
@@ -172,28 +212,6 @@ class GalleryPreTrainedModel(PreTrainedModel):
             mask = mask != 0
         return mask
 
-    def run_layers(self, layers, x, context, cache, output_hidden_states=False, output_attentions=False, *more):
-        """Runs the layers on x (B, T, E), each with `more` besides. Only here is the cache written, after the last
-        layer: a forward that fails leaves it as it was.
-
-        Returns x, and lists of the hidden states (before the first and after every layer) and attentions, or None.
-        """
-        rows = context.rows
-        states = cache.states if cache is not None and cache.states else [{}] * len(layers)
-        hidden = [x] if output_hidden_states else None
-        attentions = [] if output_attentions else None
-        new = []
-        for layer, state in zip(layers, states, strict=True):
-            x, state, probabilities = layer(x, context, state, *more)
-            new.append(state)
-            if hidden is not None:
-                hidden.append(x)
-            if attentions is not None:
-                attentions.append(probabilities)
-        if cache is not None:
-            cache.write(new, rows, shared=context.shared, facts=context.facts)
-        return x, hidden, attentions
-
 
 class GalleryGenerationMixin(GenerationMixin):
     """generate() with a GalleryCache in place of transformers' own."""
@@ -213,6 +231,16 @@ class GalleryGenerationMixin(GenerationMixin):
             if hasattr(cache, "deactivate_past_recording"):
                 cache.deactivate_past_recording()
         return result
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # By this name PEFT knows whether its virtual tokens have been read: without, it reads them before every token.
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        name_cache(inputs, "past_key_values")
+        return inputs
+
+    def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
+        return None  # rows count their own tokens
 
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
@@ -259,12 +287,23 @@ def name_cache(kwargs: dict, name: str):
                 kwargs[name] = value
 
 
-def check_position_shape(position_ids: torch.Tensor, b: int, t: int):
-    """Raises ValueError unless position_ids are whole numbers (B or 1, T)."""
-    if position_ids.dtype not in (torch.long, torch.int):
-        raise ValueError(f"position_ids has type {position_ids.dtype}; positions must be torch.long or torch.int")
-    if position_ids.shape not in ((b, t), (1, t)):
-        raise ValueError(f"position_ids has shape {tuple(position_ids.shape)}; {b} rows of {t} tokens need ({b}, {t})")
+def check_tensors(given: dict):
+    """Raises TypeError unless what is given by these names are tensors, None or plain numbers."""
+    for name, x in given.items():
+        if x is not None and not isinstance(x, (torch.Tensor, int)):
+            raise TypeError(f"{name} is a {type(x).__name__}; give a tensor, torch.as_tensor({name})")
+
+
+def check_arguments(model: nn.Module, given: dict, known: set[str]):
+    """Raises TypeError if an argument is given that the model's forward does not take, beside those that it names."""
+    unknown = [name for name, value in given.items() if name not in known and value is not None]
+    if not unknown:
+        return
+    named = inspect.signature(type(model).forward).parameters.values()
+    names = {x.name for x in named if x.kind is not x.VAR_KEYWORD} - {"self"} | known
+    near = difflib.get_close_matches(unknown[0], sorted(names), 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(names))}"
+    raise TypeError(f"{type(model).__name__} takes no argument {unknown[0]!r}; {hint}")
 
 
 def with_config(config, **changes):

@@ -30,13 +30,14 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .attention import Position, attend, attend_naive, join
+from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive, join
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
 from .cache import CACHE_NAME
 from .columns import append_columns
 from .configuration_longformer import GalleryLongformerConfig
 from .context import ForwardContext
+from .documents import PACKING, Documents
 from .folding import Folding, GlobalTokens, in_order
 from .gradients import with_gradients_for
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows, reads
@@ -49,7 +50,7 @@ from .stack import TokenStack, init_stack, mark_branches
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     causal: bool
     everything: Spans | None  # encoder: all tokens, for global queries
@@ -110,22 +111,17 @@ class GalleryLongformerAttention(nn.Module):
         queries, folded_keys, folded_values = folding.queries(query), folding.keys(keys), folding.keys(values)
         if position is not None:
             position = position._replace(query=folding.queries(position.query))
-        dropout = self.dropout.rate
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         if global_pairs is None:
-            out = attend(
-                queries, folded_keys, folded_values, window, position=position, dropout=dropout,
-                implementation=context.implementation,
-            )  # fmt: skip
+            out = attend(queries, folded_keys, folded_values, window, position=position, **options)
             return folding.unfold(out)
         order, outside = context.once(
             (self.left, self.dilation, "outside"), lambda: folding.outside(context.globals, self.left, self.right)
         )
-        result = attend(
-            queries, folded_keys, folded_values, window, position=position, dropout=dropout, return_lse=True
-        )
+        result = attend(queries, folded_keys, folded_values, window, position=position, return_lse=True, **options)
         global_keys, global_values = (in_order(z, order) for z in global_pairs)  # (B * g, H, G, D)
         for spans in outside:
-            far = attend(queries, global_keys, global_values, spans, dropout=dropout, return_lse=True)
+            far = attend(queries, global_keys, global_values, spans, return_lse=True, **options)
             result = join(result, far)
         return folding.unfold(result[0])
 
@@ -141,7 +137,7 @@ class GalleryLongformerAttention(nn.Module):
         return tuple(pairs)
 
     def _from_globals(self, x, context):
-        """What the global tokens themselves see: everything, by maps of their own. (B, H, Gn, D)."""
+        """Attention of the global tokens: over everything, by maps of their own. (B, H, Gn, D)."""
         query = context.globals.take(split_heads(self.q_global_proj(x), self.heads))
         key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
         first = context.everything
@@ -195,7 +191,7 @@ class GalleryLongformerAttention(nn.Module):
         return probabilities
 
     def _visible(self, context, device):
-        """What each query sees (B or 1, T, S), its window of that, and each pair's row of the table of positions
+        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's row of the table of positions
         (1, T, S)."""
         rows, s = context.rows, context.cached + context.rows.width
         p = rows.positions
@@ -241,7 +237,9 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryLongformerConfig
     config_class = GalleryLongformerConfig
     _no_split_modules = ["GalleryLongformerLayer"]
-    implementations = {"eager": "their own tiles, which join the window with the global tokens"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which join the window with the global tokens"
+    }
     heads = {
         "AutoModel": "GalleryLongformerModel",
         "AutoModelForCausalLM": "GalleryLongformerForCausalLM",
@@ -260,6 +258,8 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
 
 class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedModel):
     """The bare Longformer: an encoder, or a decoder if config.is_decoder."""
+
+    own_arguments = ("global_attention_mask", "token_type_ids")
 
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
@@ -287,39 +287,41 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
         own = dict(global_attention_mask=global_attention_mask, position_ids=position_ids)
         return super().forward(input_ids, attention_mask, token_type_ids=token_type_ids, **own, **inputs)
 
-    def plan(self, common, cache, global_attention_mask=None, **inputs) -> Context:
-        rows = common["rows"]
-        globals_, facts = self._global_tokens(rows, cache, global_attention_mask)
+    def check(self, rows, cache, longest, global_attention_mask=None, **inputs):
+        super().check(rows, cache, longest, **inputs)
+        if global_attention_mask is None:
+            return
+        shape, (b, t) = tuple(global_attention_mask.shape), (rows.batch, rows.columns)
+        past = 0 if cache is None else cache.columns
+        if shape not in ((b, t), (b, past + t)):
+            also = f" or ({b}, {past + t})" if past else ""
+            raise ValueError(
+                f"global_attention_mask has shape {shape}; it must be ({b}, {t}){also}, 1 at global tokens"
+            )
+
+    def plan(self, common, past, global_attention_mask=None, **inputs) -> Context:
+        rows = common.rows
+        globals_, facts = self._global_tokens(rows, past, global_attention_mask)
         everything = shared = None
         if not self.causal:
             zeros = torch.zeros_like(rows.positions)
             everything = rows.spans(zeros, zeros + rows.last, 0)
-        elif cache is not None and common["infers"]:
-            shared = list(cache.shared) or [{} for _ in self.layers]
-        return Context(
-            **common, causal=self.causal, everything=everything, globals=globals_, shared=shared, facts=facts
+        elif past is not None and common.infers:
+            shared = list(past.shared) or [{} for _ in self.layers]
+        return common.widened(
+            Context, causal=self.causal, everything=everything, globals=globals_, shared=shared, facts=facts
         )
 
-    def _global_tokens(self, rows: Rows, cache, mask):
+    def _global_tokens(self, rows: Rows, past, mask):
         """The global tokens, None if there are none, and what the cache must remember of them."""
-        b, t = len(rows.lengths), rows.columns
-        past = 0 if cache is None else cache.columns
-        known = None if cache is None else cache.rows.get("global_positions")  # (B, G), one more than the position
+        b = len(rows.lengths)
+        known = None if past is None else past.rows.get("global_positions")  # (B, G), one more than the position
         if mask is None and known is None:
             return None, {}
         if mask is None:
             index = torch.zeros(b, 0, dtype=torch.long)
         else:
-            if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] not in (t, past + t):
-                also = f" or ({b}, {past + t})" if past else ""
-                raise ValueError(
-                    f"global_attention_mask has shape {tuple(mask.shape)}; it must be ({b}, {t}){also}, 1 at global "
-                    "tokens"
-                )
-            mask = mask[:, -t:].cpu() != 0
-            if rows.mask is not None:
-                mask = mask & rows.mask.cpu()
-            packed = rows.pack(mask)  # (B, T)
+            packed = rows.pack(mask[:, -rows.columns :].cpu() != 0)  # (B, T)
             count = packed.sum(1)
             most = int(count.max())
             if most == 0 and known is None:
@@ -414,12 +416,14 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
         """As in SequenceClassificationHead. An encoder's first token is global, unless others are given."""
         own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         if global_attention_mask is None and not self.config.is_decoder:
-            self.open_input(input_ids, inputs_embeds, attention_mask, None, False)  # its errors come first
-            global_attention_mask = first_token(input_ids if inputs_embeds is None else inputs_embeds, attention_mask)
+            packing = {name: inputs.get(name) for name in PACKING}
+            *_, documents = self.open_input(**own, packing=packing)  # its errors come first
+            columns = input_ids if inputs_embeds is None else inputs_embeds
+            global_attention_mask = first_token(columns, attention_mask, documents)
         return super().forward(**own, global_attention_mask=global_attention_mask, **inputs)
 
-    def pool(self, hidden, attention_mask):
-        x = pooled_rows(hidden, attention_mask, last=self.config.is_decoder)
+    def pool(self, hidden, attention_mask, documents):
+        x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
         return self.dropout(torch.tanh(self.pooler(self.dropout(x))))
 
 
@@ -501,11 +505,19 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
         outside the input are left out of the loss. The logits of padding are the least number. Raises ValueError if a
         row has no separator to end its question.
         """
+        own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+        packing = {name: kwargs.get(name) for name in PACKING} | {"position_ids": position_ids}
+        *_, documents = self.open_input(**own, packing=packing)  # its errors come first
+        if documents is not None and (start_positions is not None or end_positions is not None):
+            raise ValueError(
+                "start_positions and end_positions are columns of a row with one text, and documents are packed in "
+                "the rows; give each text a row of its own to train"
+            )
         if global_attention_mask is None:
-            self.open_input(input_ids, inputs_embeds, attention_mask, None, False)  # its errors come first
             if input_ids is None:
                 raise ValueError("with inputs_embeds the question cannot be found; give global_attention_mask")
-            global_attention_mask = question_tokens(input_ids, attention_mask, self.config.sep_token_id)
+            sep = self.config.sep_token_id
+            global_attention_mask = question_tokens(input_ids, attention_mask, documents, sep)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -532,8 +544,10 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
         )
 
 
-def first_token(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """A mask (B, T) of each row's first token."""
+def first_token(x: torch.Tensor, attention_mask: torch.Tensor | None, documents: Documents | None) -> torch.Tensor:
+    """A mask (B, T) of each row's first token; where documents are packed, of each document's."""
+    if documents is not None:
+        return documents.first_tokens(x.device)
     if attention_mask is None:
         mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
     else:
@@ -542,14 +556,20 @@ def first_token(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.T
 
 
 def question_tokens(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, sep_token_id: int | None
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    documents: Documents | None,
+    sep_token_id: int | None,
 ) -> torch.Tensor:
-    """A mask (B, T) of the tokens before each row's first separator, as the released code chooses them."""
+    """A mask (B, T) of the tokens before each row's first separator, as the released code chooses them; where
+    documents are packed, before each document's."""
     if sep_token_id is None:
         raise ValueError(
             "config.sep_token_id is None, so the question's end is unknown; set it, or give global_attention_mask"
         )
     separator = input_ids == sep_token_id
+    if documents is not None:
+        return documents.before(separator, "input_ids", f"sep_token_id {sep_token_id}")
     if attention_mask is not None:
         separator = separator & (attention_mask != 0)
     without = ~separator.any(1)

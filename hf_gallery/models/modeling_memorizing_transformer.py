@@ -45,7 +45,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone
 from .blocks import (
     AttentionDropout,
@@ -68,7 +68,7 @@ from .spans import Spans
 
 
 class Retrieval(NamedTuple):
-    """What one memory layer retrieved. positions (B, H, T, k): in the row, -1 where nothing was found; weights
+    """Pairs retrieved by one memory layer. positions (B, H, T, k): in the row, -1 where nothing was found; weights
     (B, H, T, k): of the softmax over them, before the gate."""
 
     positions: torch.Tensor
@@ -118,7 +118,7 @@ class Appended(NamedTuple):
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans
     parts: Parts | None
@@ -128,10 +128,10 @@ class Context(ForwardContext):
     retrievals: dict | None = None
 
     def memory_intervals(self) -> dict:
-        """Where each query's memory lies, the same in all memory layers.
+        """The places of each query's memory, the same in all memory layers.
 
         stored (B,): positions in the ring before this forward. ring: (B, T) twice, its interval of slots. columns:
-        likewise over [cached | new], for segments that end within this forward; None if none does.
+        the same over [cached | new], for segments that end within this forward; None if none does.
         """
         return self.once("memory", self._intervals)
 
@@ -191,7 +191,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         return self.o_proj(merge_heads(out)), new, probabilities
 
     def _local(self, query, key, value, keys, values, position, state, context):
-        options = dict(scale=1.0, dropout=self.dropout.rate)
+        options = dict(scale=1.0, dropout=self.dropout.rate, implementation=context.implementation)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)[2]
@@ -202,7 +202,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
 
     @torch.compiler.disable  # where the memory's columns lie depends on the rows: see `attend`
     def _remember(self, query, keys, values, context, state):
-        """What the memory gives (B, H, T, D), and the memory's next state."""
+        """The memory's contribution (B, H, T, D), and its next state."""
         where = context.memory_intervals()
         device = query.device
         ring = state.get("memory_keys"), state.get("memory_values")
@@ -276,7 +276,9 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryMemorizingTransformerConfig
     config_class = GalleryMemorizingTransformerConfig
     _no_split_modules = ["GalleryMemorizingTransformerLayer"]
-    implementations = {"eager": "their own tiles, which join local attention and cache"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which join local attention and cache"
+    }
     heads = {
         "AutoModel": "GalleryMemorizingTransformerModel",
         "AutoModelForCausalLM": "GalleryMemorizingTransformerForCausalLM",
@@ -293,6 +295,7 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     """The bare Memorizing Transformer."""
 
     output_type = MemorizingOutput
+    own_arguments = ("output_retrievals",)
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):
         super().__init__(config)
@@ -307,10 +310,33 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
-    def forward(self, *arguments, output_retrievals: bool = False, **inputs):
-        """As Backbone's. output_retrievals: also return what each memory layer retrieved, over the packed tokens of
-        each row (equal to the input's columns where there is no padding)."""
-        return super().forward(*arguments, output_retrievals=output_retrievals, **inputs)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
+        output_retrievals: bool = False,
+        **inputs,
+    ):
+        """As Backbone's. output_retrievals: also return what each memory layer retrieved, over each row's own tokens
+        (equal to the input's columns where there is no padding)."""
+        return super().forward(
+            input_ids,
+            attention_mask,
+            past_key_values,
+            inputs_embeds,
+            use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            output_retrievals=output_retrievals,
+            **inputs,
+        )
 
     def embed(self, rows, input_ids, inputs_embeds, **more):
         x = super().embed(rows, input_ids, inputs_embeds)
@@ -320,12 +346,20 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     def finish(self, x):
         return self.dropout(self.norm(x))
 
-    def plan(self, common, cache, output_retrievals=False, **inputs) -> Context:
-        config, cached = self.config, common["cached"]
+    def check_packed(self, attends, inputs):
+        super().check_packed(attends, inputs)
+        if inputs.get("output_retrievals"):
+            raise ValueError(
+                "output_retrievals is True, and documents are packed in the rows: what is retrieved is told by rows; "
+                "give each document a row of its own to see it"
+            )
+
+    def plan(self, common, past, output_retrievals=False, **inputs) -> Context:
+        config, cached = self.config, common.cached
         length, period = config.segment_length, config.position_period
-        spans, parts = segment_spans(common["rows"], cached, length, config.mem_len, period=period)
-        return Context(
-            **common,
+        spans, parts = segment_spans(common.rows, cached, length, config.mem_len, period=period)
+        return common.widened(
+            Context,
             spans=spans,
             parts=parts,
             far=max(0, spans.distances(cached)[1]),

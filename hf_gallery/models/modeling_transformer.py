@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForMaskedLMLoss
@@ -31,7 +32,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone, unpacked
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .cache import CACHE_NAME, cache_of
@@ -47,7 +48,7 @@ from .heads import (
     pooled_rows,
     reads,
 )
-from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, with_config
+from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, check_arguments, with_config
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
@@ -55,7 +56,7 @@ from .stack import TokenStack, init_stack, mark_branches
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans
     source: torch.Tensor | None = None  # cross-attention: the encoder's output, packed (B, S, E)
@@ -137,7 +138,7 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryTransformerConfig
     config_class = GalleryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
-    implementations = {"eager": "their own tiles", "sdpa": "torch's fused kernels"}
+    implementations = OWN_IMPLEMENTATIONS | {"sdpa": "torch's fused kernels"}
     heads = {
         "AutoModel": "GalleryTransformerModel",
         "AutoModelForCausalLM": "GalleryTransformerForCausalLM",
@@ -154,6 +155,7 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
     """Embeddings and layers: an encoder, a decoder, or a decoder with cross-attention."""
 
     _auto_class = None
+    own_arguments = ("token_type_ids", "encoder_hidden_states", "encoder_attention_mask")
 
     def __init__(self, config: GalleryTransformerConfig, causal: bool, cross_attention: bool = False, layers=None):
         super().__init__(config)
@@ -167,18 +169,18 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
             self.output_type = BaseModelOutputWithPastAndCrossAttentions
         self.post_init()
 
-    def plan(self, common, cache, encoder_hidden_states=None, encoder_attention_mask=None, **inputs) -> Context:
+    def plan(self, common, past, encoder_hidden_states=None, encoder_attention_mask=None, **inputs) -> Context:
         """The source: encoder_hidden_states (B, S, E), encoder_attention_mask (B, S)."""
-        config, rows = self.config, common["rows"]
-        source, source_spans, facts = self._open_source(rows, cache, encoder_hidden_states, encoder_attention_mask)
+        config, rows = self.config, common.rows
+        source, source_spans, facts = self._open_source(rows, past, encoder_hidden_states, encoder_attention_mask)
         p = rows.positions  # (B or 1, T)
         if self.causal:
             lower = torch.zeros_like(p) if config.segment_length is None else p - p % config.segment_length
             upper = p
         else:
             lower, upper = self._encoder_interval(p, rows.last)
-        spans = rows.spans(lower, upper, common["cached"])
-        return Context(**common, spans=spans, source=source, source_spans=source_spans, facts=facts)
+        spans = rows.spans(lower, upper, common.cached)
+        return common.widened(Context, spans=spans, source=source, source_spans=source_spans, facts=facts)
 
     def layer_inputs(self, context):
         return () if context.source is None else (context.source,)
@@ -200,13 +202,13 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         first = p - p % length
         return first, torch.minimum(first + length - 1, last)
 
-    def _open_source(self, rows, cache, encoder_hidden_states, encoder_attention_mask):
+    def _open_source(self, rows, past, encoder_hidden_states, encoder_attention_mask):
         """The source packed (B, S, E), its intervals, and what the cache must remember of it."""
         if not self.cross_attention:
             return None, None, {}
         b = len(rows.lengths)
-        if cache is not None and "source_length" in cache.rows:
-            source, lengths = encoder_hidden_states, cache.rows["source_length"]
+        if past is not None and "source_length" in past.rows:
+            source, lengths = encoder_hidden_states, past.rows["source_length"]
         elif encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_outputs, or a cache that holds their keys; got neither")
         else:
@@ -251,6 +253,11 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             self.stack = GalleryTransformerStack(config, causal=config.is_decoder)
         self.post_init()
 
+    @staticmethod
+    def arguments() -> set[str]:
+        """The names of all that forward takes by **kwargs."""
+        return Backbone.arguments()
+
     def get_input_embeddings(self):
         return self.shared if self.config.is_encoder_decoder else self.stack.embed_tokens
 
@@ -290,6 +297,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
         """
         flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        check_arguments(self, kwargs, self.arguments())
         if not self.config.is_encoder_decoder:
             return self.stack(
                 input_ids=input_ids,
@@ -300,11 +308,14 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
                 token_type_ids=token_type_ids,
                 use_cache=use_cache,
                 **flags,
+                **kwargs,
             )
-        if position_ids is not None or token_type_ids is not None:
+        single = kwargs | {"position_ids": position_ids, "token_type_ids": token_type_ids}
+        given = [name for name, value in single.items() if value is not None]
+        if given:
             raise ValueError(
-                "position_ids and token_type_ids are for a single stack; the encoder-decoder counts its positions "
-                "itself, so leave them out"
+                f"{', '.join(given)}: for a single stack only; the encoder-decoder counts its positions itself, and "
+                "reads one source and one target in a row, so leave it out"
             )
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("decoder_input_ids are missing: give them, decoder_inputs_embeds, or labels to the head")
@@ -389,8 +400,8 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def pool(self, hidden, attention_mask):
-        x = pooled_rows(hidden, attention_mask, last=self.config.is_decoder)
+    def pool(self, hidden, attention_mask, documents):
+        x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
         return self.dropout(x if self.config.is_decoder else torch.tanh(self.pooler(x)))
 
 
@@ -410,6 +421,14 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
 
     def get_encoder(self, modality=None):
         return self.model.get_encoder()
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.config.final_logits_bias:
+            bias = self.final_logits_bias
+            bias.data = F.pad(bias.data, (0, self.config.vocab_size - bias.shape[1]))
+        return embeddings
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """labels (B, T) moved one to the right behind decoder_start_token_id, -100 replaced by padding."""

@@ -11,49 +11,79 @@ intervals differ between them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from .spans import Spans
 
 
 class Rows:
-    """Where the tokens of a batch (B, T) stand. Bookkeeping is on the CPU; `pack` and `unpack` work anywhere.
+    """The places of the tokens of a batch (B, columns). Bookkeeping is on the CPU; `pack` and `unpack` work anywhere.
 
-    mask: (B, T), True at tokens; None = no padding. seen: (B,), tokens that each row has behind it.
+    mask: (B, columns), True at the tokens of these rows; None = all columns. seen: (B,), tokens that each row has
+    behind it. fresh: (B,), True where a row forgets in this forward what it had behind it; None = nowhere.
     """
 
-    def __init__(self, batch: int, columns: int, mask: torch.Tensor | None, seen: torch.Tensor | None):
-        self.columns = columns
-        self.seen = torch.zeros(batch, dtype=torch.long) if seen is None else seen  # (B,)
+    def __init__(
+        self,
+        batch: int,
+        columns: int,
+        mask: torch.Tensor | None,
+        seen: torch.Tensor | None,
+        fresh: torch.Tensor | None = None,
+    ):
+        self.batch, self.columns, self.fresh = batch, columns, fresh
         self.mask = None if mask is None or bool(mask.all()) else mask
+        if seen is None:
+            seen = torch.zeros(batch, dtype=torch.long)
         if self.mask is None:
-            self.lengths = torch.full((batch,), columns)  # (B,)
-            self.width = columns  # T of the packed batch
+            self._lay(None, torch.full((batch,), columns), seen, columns)
         else:
-            self.lengths = self.mask.sum(1).cpu()
-            self.width = max(1, int(self.lengths.max()))
-            self.order = (~self.mask).to(torch.uint8).argsort(dim=1, stable=True)[:, : self.width]  # (B, T)
+            lengths = self.mask.sum(1).cpu()
+            width = max(1, int(lengths.max()))
+            order = (~self.mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]  # (B, T)
+            index = order + columns * torch.arange(batch, device=order.device)[:, None]
+            self._lay(index, lengths, seen, width)
+
+    def _lay(self, index: torch.Tensor | None, lengths: torch.Tensor, seen: torch.Tensor, width: int):
+        """index: (B, T), the column of [0, B * columns) of each packed token, any behind a row's last."""
+        self.index, self.lengths, self.seen, self.width = index, lengths, seen, width
+        self.place: torch.Tensor | None = None  # see `unpack`
+        self.is_full = bool((lengths == width).all())  # all rows end with the last packed column
         # Rows that move together need one interval for all.
-        self.uniform = self.mask is None and bool((self.seen == self.seen[0]).all())
+        self.uniform = self.is_full and bool((seen == seen[0]).all())
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, columns, ...) to (B, T, ...): the row's tokens first, then columns that hold nothing of use."""
-        if self.mask is None:
+        """(batch, columns, ...) to (B, T, ...): each row's tokens first, then zeros."""
+        if self.index is None:
             return x
-        return x.gather(1, _like(self.order.to(x.device), x))
+        packed = _columns(x.flatten(0, 1), self.index)
+        if self.is_full:
+            return packed
+        # Zeros and not what stands there: nobody sees it, but a sum over all columns meets it, and 0 * NaN is NaN.
+        return packed.masked_fill(_like(self.beyond.to(x.device), packed), 0)
+
+    @property
+    def beyond(self) -> torch.Tensor:
+        """Packed columns behind their row's last token, (B, T)."""
+        return torch.arange(self.width) >= self.lengths[:, None]
+
+    @property
+    def recent(self) -> int:
+        """Counts the last columns of the input that hold only what follows after all `fresh` rows began."""
+        if self.fresh is None or self.mask is None:
+            return self.columns
+        first = self.mask.cpu().to(torch.uint8).argmax(dim=1)  # (B,)
+        return self.columns - int(first[self.fresh].amax()) if bool(self.fresh.any()) else self.columns
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, T, ...) back to (B, columns, ...), zeros at padding."""
-        if self.mask is None:
-            return x
-        mask = self.mask.to(x.device)
-        rank = (mask.cumsum(1) - 1).clamp(min=0)  # (B, columns)
-        x = x.gather(1, _like(rank, x))
-        return x.masked_fill(~_like(mask, x), 0)
+        """(B, T, ...) back to (batch, columns, ...), zeros at padding."""
+        return unpack([self], [x])
 
     def unpack_attentions(self, x: torch.Tensor, keys_too: bool) -> torch.Tensor:
         """Probabilities (B, H, T, S) over the input's columns: queries, and with keys_too the new keys as well."""
-        if self.mask is None:
+        if self.index is None:
             return x
         x = self.unpack(x.transpose(1, 2)).transpose(1, 2)  # (B, H, columns, S)
         if not keys_too:
@@ -86,19 +116,59 @@ class Rows:
         first = self.first - cached  # the position in column 0
         lower, upper = lower.clamp(min=least) - first, upper - first
         if not self.uniform:
-            beyond = torch.arange(self.width) >= self.lengths[:, None]
-            upper = torch.where(beyond, lower - 1, upper)
+            upper = torch.where(self.beyond, lower - 1, upper)
         return Spans(lower, upper)
 
     def shift(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """x over [cached | new tokens] in `dim`, with each row moved so that its last token comes last."""
-        if self.mask is None:
+        if self.is_full:
             return x
         late = (self.width - self.lengths).to(x.device)  # (B,)
         column = torch.arange(x.shape[dim], device=x.device) - late[:, None]  # (B, columns)
         shape = [1] * x.dim()
         shape[0], shape[dim] = column.shape
         return x.gather(dim, column.clamp(min=0).view(shape).expand_as(x))
+
+
+class DocumentRows(Rows):
+    """Rows that are documents: several may lie in one row of the input (batch, columns), one behind another.
+
+    index: (N, T), the column of [0, batch * columns) of each token, any behind a document's last. lengths, seen: (N,).
+    """
+
+    def __init__(self, batch: int, columns: int, index: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor):
+        self.batch, self.columns, self.fresh = batch, columns, None
+        self._lay(index, lengths, seen, index.shape[1])
+
+
+def unpack(parts: Sequence[Rows], packed: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Puts results of parts, (B, T, ...) each, into the columns (batch, columns, ...) of their one input, zeros
+    at padding."""
+    first = parts[0]
+    if first.index is None:
+        return packed[0]
+    if first.place is None:  # all layers' hidden states go the same way
+        first.place = _places(parts)
+    flat = torch.cat([x.flatten(0, 1) for x in packed]) if len(packed) > 1 else packed[0].flatten(0, 1)
+    x = _columns(flat, first.place.clamp(min=0))  # (batch, columns, ...)
+    return x.masked_fill(_like(first.place.to(x.device) < 0, x), 0)
+
+
+def _places(parts: Sequence[Rows]) -> torch.Tensor:
+    """Places of the columns (batch, columns) among the packed columns of all parts; -1 at padding."""
+    batch, columns = parts[0].batch, parts[0].columns
+    place, start = torch.full((batch * columns,), -1, dtype=torch.long), 0
+    for rows in parts:
+        here = ~rows.beyond
+        number = start + torch.arange(here.numel()).view_as(here)
+        place[rows.index.cpu()[here]] = number[here]
+        start += here.numel()
+    return place.view(batch, columns)
+
+
+def _columns(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """x (any, ...) at index (B, T): (B, T, ...)."""
+    return x.index_select(0, index.to(x.device).flatten()).unflatten(0, index.shape)
 
 
 def _like(index: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

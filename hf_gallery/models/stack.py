@@ -1,4 +1,4 @@
-"""What stacks with absolute positions share: embeddings, their checks, their initialisation. Letters: see spans.py."""
+"""Parts of stacks with absolute positions: embeddings, their checks, their initialisation. Letters: see spans.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from .blocks import ScaledEmbedding
-from .modeling_base import check_position_shape, init_linear
+from .cache import GalleryCache
+from .modeling_base import init_linear
 from .positions import sinusoids
 from .rows import Rows
 
@@ -38,11 +39,11 @@ class TokenStack:
             x = self.embed_tokens(rows.pack(input_ids))  # (B, T, E)
         else:
             x = rows.pack(inputs_embeds)
-        if config.position_embedding_type in ("sinusoidal", "learned"):
+        if self.embeds_positions:
             if position_ids is None:
                 positions = rows.positions.to(x.device)  # (B or 1, T)
             else:
-                positions = rows.pack(position_ids.expand(len(rows.lengths), -1))
+                positions = rows.pack(position_ids.expand(rows.batch, -1))
             if self.segment_length is not None:
                 positions = positions % self.segment_length
             if config.position_embedding_type == "sinusoidal":
@@ -63,18 +64,17 @@ class TokenStack:
     def finish(self, x):
         return self.norm(x) if self.config.norm_position == "pre" else x
 
-    def counted(self, **inputs):
-        return None  # positions are embedded, and checked below
+    @property
+    def embeds_positions(self) -> bool:
+        return self.config.position_embedding_type in ("sinusoidal", "learned")
 
-    def check(self, rows: Rows, position_ids=None, token_type_ids=None, **inputs):
+    def check(
+        self, rows: Rows, cache: GalleryCache | None, longest: int, position_ids=None, token_type_ids=None, **inputs
+    ):
         """Raises ValueError unless positions and types fit the input and the learned tables."""
-        b, t, config = len(rows.lengths), rows.columns, self.config
-        if position_ids is not None:
-            check_position_shape(position_ids, b, t)
-            if int(position_ids.min()) < 0:
-                raise ValueError(f"position_ids holds {int(position_ids.min())}; positions count from 0")
-            if config.position_embedding_type in ("relative", "none"):
-                self.check_counted(position_ids, rows)
+        b, t, config = rows.batch, rows.columns, self.config
+        if position_ids is not None and int(position_ids.min()) < 0:
+            raise ValueError(f"position_ids holds {int(position_ids.min())}; positions count from 0")
         if token_type_ids is not None:
             if not config.type_vocab_size:
                 raise ValueError("token_type_ids are given, but type_vocab_size is 0; leave them out")
@@ -85,9 +85,7 @@ class TokenStack:
                     f"must be ({b}, {t}), from 0 and below type_vocab_size {config.type_vocab_size}"
                 )
         if config.longest_input is not None and self.segment_length is None:
-            if position_ids is None:
-                longest = int((rows.seen + rows.lengths).max())
-            else:
+            if position_ids is not None:
                 longest = int(position_ids.max()) + 1
             if longest > config.longest_input:
                 raise ValueError(

@@ -159,7 +159,7 @@ class DocumentLanes:
         return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
 
     def setup(self) -> dict[str, Any]:
-        """What decides the content of every step, as plain values. Reads the whole dataset the first time."""
+        """All that decides the content of every step, as plain values. Reads the whole dataset the first time."""
         return {
             "lanes": self.lanes,
             "world_size": self.world_size,

@@ -179,10 +179,65 @@ def test_generation_equals_the_models_own(variant):
         assert text == tokenizer.decode(said, skip_special_tokens=True).split("<eos>")[0]
 
 
+@pytest.mark.works("lm-eval, beams")
+@causal(long_enough)
+def test_beams_equal_the_models_own(variant):
+    """The context is read once, and each beam goes on from what it left."""
+    model = make(variant)
+    arguments = {"until": [], "max_gen_toks": 6, "num_beams": 2}
+    asked = requests("generate_until", [(context, dict(arguments)) for context in CONTEXTS])
+    found = wrapped(model, prefill_chunk_size=11).generate_until(asked, disable_tqdm=True)
+    tokenizer = byte_tokenizer()
+    for context, text in zip(CONTEXTS, found, strict=True):
+        ids = torch.tensor([list(context.encode())])
+        said = model.generate(ids, max_new_tokens=6, do_sample=False, num_beams=2)[0, ids.shape[1] :]
+        assert text == tokenizer.decode(said, skip_special_tokens=True).split("<eos>")[0]
+
+
+def everything(lm):
+    """Texts, answers and continuations that a model gives to all kinds of requests."""
+    rolling = lm.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in TEXTS if t]), True)
+    answers = lm.loglikelihood(requests("loglikelihood", [(c, " x") for c in CONTEXTS + CONTEXTS[:1]]), True)
+    asked = [(context, {"until": [], "max_gen_toks": 3}) for context in CONTEXTS]
+    return rolling, answers, lm.generate_until(requests("generate_until", asked), True)
+
+
+def assert_same_answers(found, expected):
+    np.testing.assert_allclose(found[0], expected[0], rtol=1e-9)
+    np.testing.assert_allclose([score for score, _ in found[1]], [score for score, _ in expected[1]], rtol=1e-9)
+    assert found[2] == expected[2]
+
+
+@pytest.mark.parametrize("kind", [harness.GalleryLM, HFLM])
+@causal(long_enough)
+def test_the_size_of_batches_can_be_left_to_lm_eval(variant, kind):
+    """Also where a text has no longest length that a trial could be made with."""
+    model = make(variant)
+    few = {"max_batch_size": 4, "max_length": None}
+    assert_same_answers(everything(wrapped(model, kind, batch_size="auto", **few)), everything(wrapped(model, kind)))
+
+
+def test_a_batch_that_does_not_fit_is_halved():
+    lm = wrapped(make(VARIANTS[0]), batch_size="auto", max_batch_size=8)
+    forward, sizes = lm._forward, []
+
+    def scarce(ids, *arguments, **more):
+        sizes.append(len(ids))
+        if len(ids) > 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 1 GiB")
+        return forward(ids, *arguments, **more)
+
+    lm._forward = scarce
+    assert_same_answers(everything(lm), everything(wrapped(make(VARIANTS[0]))))
+    assert sizes[:3] == [4, 2, 2] and max(sizes[2:]) == 2
+    broken = wrapped(make(VARIANTS[0]), batch_size=3)
+    broken._forward = scarce
+    with pytest.raises(RuntimeError, match="out of memory"):  # a size that was given is not changed
+        broken.loglikelihood_rolling(requests("loglikelihood_rolling", [(t,) for t in TEXTS]), True)
+
+
 def test_arguments_that_do_not_fit():
     model = make(VARIANTS[0])
-    with pytest.raises(ValueError, match=r"batch_size is 'auto'.*give a number"):
-        wrapped(model, batch_size="auto:4")
     with pytest.raises(ValueError, match=r"prefill_chunk_size is 0; it counts tokens, so give 1 or more"):
         wrapped(model, prefill_chunk_size=0)
     with pytest.raises(ValueError, match=r"prefix_token_id is 257, outside the model's vocabulary of 97; .* 10 "):
@@ -390,19 +445,16 @@ def tiny(name):
     return variant.causal(variant.make_config(**sizes)).eval()
 
 
-def is_limited(config):
-    """Whether the config gives a number of positions: to lm-eval's own model that is the longest input."""
-    return getattr(config, "max_position_embeddings", None) is not None
-
-
 @pytest.mark.parametrize("name", hf_gallery.variants.VARIANTS)
 def test_the_length_that_stock_finds(name):
-    """With the byte tokenizer a model without a number of positions has no longest input."""
-    model = tiny(name)
-    expected = model.config.max_position_embeddings if is_limited(model.config) else byte_tokenizer().model_max_length
-    assert wrapped(model, HFLM).max_length == expected
-    assert is_limited(model.config) or expected > 2**60
-    assert wrapped(model).max_length == harness.UNLIMITED
+    """A model whose positions have no end has no longest input there either."""
+    assert wrapped(tiny(name), HFLM).max_length == wrapped(tiny(name)).max_length == harness.UNLIMITED
+
+
+def test_the_length_that_stock_finds_where_positions_end():
+    """Positions that no token takes, as RoBERTa's first two, are not counted."""
+    config = hf_gallery.GalleryLongformerConfig(max_position_embeddings=50, position_offset=2, is_decoder=True)
+    assert config.n_positions == config.longest_input == 48
 
 
 def samples(folder):
@@ -451,8 +503,6 @@ def test_stock_command_line(learned, name, tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "model")
     groups = ["gallery_memory", "gallery_reasoning", "gallery_lm"]
     arguments = f"pretrained={tmp_path / 'model'},trust_remote_code=True"
-    if is_limited(model.config):
-        arguments += ",max_length=20000"
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "--model", "hf", "--include_path", str(FOLDER), "--tasks", ",".join(groups),
          "--model_args", arguments, "--limit", "2", "--device", "cpu", "--output_path", str(tmp_path / "out"),

@@ -1,11 +1,13 @@
 """Law 2. A row in a left- or right-padded batch gives the logits that it gives alone. Its segments, blocks and memory
-start at its own first token, not at the batch's first column."""
+start at its own first token, not at the batch's first column. The same holds for documents packed in a row."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import assert_equal, causal, over, runner, streams, words
+from variants import WORDS, ask, assert_equal, causal, over, result_of, runner, streams, words
 
 LENGTHS = (23, 9, 1, 16)
 
@@ -168,3 +170,207 @@ def test_any_padding_in_any_chunks(variant, data):
     expected = alone(run, [rows[i] for i in filled])
     for i, want in zip(filled, expected, strict=True):
         assert_equal(result[i, mask[i].bool()], want, f"row {i}")
+
+
+# ---- packing: documents one behind another in a row give what they give alone
+
+FORMS = ("position_ids", "cu_seq_lens", "seq_idx", "all of them")
+
+
+@dataclass
+class Packed:
+    """Documents laid into rows (B, columns): `texts` by document, `row` of each, `at` the columns of its tokens."""
+
+    texts: list
+    row: list
+    at: list
+    ids: torch.Tensor
+    mask: torch.Tensor | None
+    arguments: dict
+
+    def of(self, x):
+        """x (B, columns, ...) by document."""
+        return [x[row, at] for row, at in zip(self.row, self.at, strict=True)]
+
+    def lay(self, pieces, fill):
+        """What the documents' tokens hold, (tokens,) each, laid into (B, columns)."""
+        x = torch.full(self.ids.shape, fill, dtype=pieces[0].dtype)
+        for row, at, piece in zip(self.row, self.at, pieces, strict=True):
+            x[row, at] = piece
+        return x
+
+
+def pack(rows, form="position_ids", kind="right", extra=0, question=False):
+    """rows: lengths of the documents of each row. extra: columns of padding in the longest row."""
+    lengths = [sum(row) for row in rows]
+    width = max(lengths) + extra
+    mask = padded(lengths, kind, width)
+    texts, row_of, at, places, numbers = [], [], [], [], []
+    for i, row in enumerate(rows):
+        columns, start = mask[i].nonzero().squeeze(1), 0
+        for length in row:
+            text = words(length, seed=100 + len(texts))
+            texts.append(ask(text[None])[0] if question else text)
+            row_of.append(i)
+            at.append(columns[start : start + length])
+            places.append(torch.arange(length))
+            numbers.append(torch.full((length,), len(texts)))
+            start += length
+    whole = Packed(texts, row_of, at, words(len(rows), width, seed=5), None if mask.all() else mask, {})
+    whole.ids = torch.where(mask == 1, whole.lay(texts, 0), whole.ids)
+    cu = torch.tensor([0, *[len(text) for text in texts]], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    longest = max(len(text) for text in texts)
+    by_form = {
+        "position_ids": dict(position_ids=whole.lay(places, 3)),
+        "cu_seq_lens": dict(cu_seq_lens_q=cu, cu_seq_lens_k=cu, max_length_q=longest, max_length_k=longest),
+        "seq_idx": dict(seq_idx=whole.lay(numbers, 0).int()),
+    }
+    forms = by_form if form == "all of them" else {form: by_form[form]}
+    whole.arguments = {name: value for some in forms.values() for name, value in some.items()}
+    return whole
+
+
+def labels_for(run, whole, g):
+    """Labels of each document, and how many of them its loss is a mean of; None where the head has no loss."""
+    kind = run.head.auto
+    if kind == "AutoModelForSequenceClassification":
+        labels = [torch.randint(run.model.config.num_labels, (1,), generator=g) for _ in whole.texts]
+        return labels, [1] * len(labels)
+    if kind not in ("AutoModelForCausalLM", "AutoModelForMaskedLM", "AutoModelForTokenClassification"):
+        return None
+    most = run.model.config.num_labels if "Token" in kind else WORDS
+    labels = [torch.randint(most, text.shape, generator=g) for text in whole.texts]
+    labels = [x.masked_fill(torch.rand(x.shape, generator=g) < 0.2, -100) for x in labels]
+    first = 1 if kind == "AutoModelForCausalLM" else 0
+    return labels, [int((x[first:] != -100).sum()) for x in labels]
+
+
+def assert_packed(run, whole, seed=0):
+    """Results, loss and gradients of packed documents are those of the documents alone."""
+    parameters = [p for p in run.model.parameters() if p.requires_grad]
+    labelled = labels_for(run, whole, torch.Generator().manual_seed(seed))
+
+    def gradients(total):
+        return torch.autograd.grad(total, parameters, retain_graph=True, allow_unused=True, materialize_grads=True)
+
+    def call(ids, **arguments):
+        given = dict(input_ids=ids, **arguments) | (dict(use_cache=False) if run.head.stream else {})
+        output = run.model(**given)
+        return result_of(output), output.get("loss")
+
+    more, counts, losses = {}, None, []
+    if labelled is not None:
+        labels, counts = labelled
+        more = dict(labels=torch.cat(labels) if run.head.pooled else whole.lay(labels, -100))
+    result, loss = call(whole.ids, attention_mask=whole.mask, **whole.arguments, **more)
+    alone_results = []
+    for i, text in enumerate(whole.texts):
+        one = {} if labelled is None else dict(labels=labels[i] if run.head.pooled else labels[i][None])
+        own, own_loss = call(text[None], **one)
+        alone_results.append(own[0])
+        if counts and counts[i]:
+            losses.append(own_loss * counts[i])
+    results = result if run.head.pooled else whole.of(result)
+    for i, (got, want) in enumerate(zip(results, alone_results, strict=True)):
+        assert_equal(got, want, f"document {i}")
+    got = gradients(sum(x.square().sum() for x in results))
+    expected = gradients(sum(x.square().sum() for x in alone_results))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8 * float(b.abs().max() + 1))
+    if losses:
+        own_loss = sum(losses) / sum(counts)
+        torch.testing.assert_close(loss, own_loss, rtol=1e-6, atol=1e-6)  # transformers' loss is in float32
+        for a, b in zip(gradients(loss), gradients(own_loss), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6 * float(b.abs().max() + 1))
+
+
+@pytest.mark.works("packing")
+@pytest.mark.parametrize("form", FORMS)
+@over(lambda variant, head: not head.source)
+def test_packed_documents(variant, head, form):
+    """A document packed among others gives the result, the loss and the gradients that it gives alone."""
+    run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
+    assert_packed(run, pack([[9, 1, 16, 5], [31], [3, 3, 25]], form, question=run.head.question))
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "middle", "holes"])
+@over(lambda variant, head: not head.source)
+def test_packed_documents_with_padding(variant, head, kind):
+    run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
+    assert_packed(run, pack([[9, 2, 12], [8], [1, 7]], kind=kind, extra=3, question=run.head.question))
+
+
+@given(data=st.data())
+@over(lambda variant, head: not head.source)
+def test_packed_anyhow(variant, head, data):
+    """Documents packed anyhow: any lengths, any rows, any padding, told in any way."""
+    run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
+    some = st.lists(st.integers(1, 17), min_size=1, max_size=5).filter(lambda row: sum(row) <= 40)
+    rows = data.draw(st.lists(some, min_size=1, max_size=3), label="lengths")
+    form = data.draw(st.sampled_from(FORMS), label="told by")
+    kind = data.draw(st.sampled_from(["left", "right", "holes"]), label="padding")
+    extra = data.draw(st.integers(0, 3), label="columns of padding")
+    assert_packed(run, pack(rows, form, kind, extra, question=run.head.question))
+
+
+@pytest.mark.works("packing")
+@streams(of_head=lambda head: not head.source)
+def test_packed_documents_go_on_in_a_cache(variant, head):
+    """The first document of a row goes on from the row's past, a restart begins anew, and the cache keeps each row's
+    last document, whether it began before or not."""
+    run = runner(variant, head, dtype=torch.float64)
+    texts = [words(n, seed=n) for n in (21, 9, 18, 30, 26)]
+    a, b, c, d, e = texts
+    first = torch.stack([a[:12], torch.cat([b, c[:3]]), d[:12]])
+    second = torch.stack([torch.cat([a[12:], e[:4]]), c[3:16], e[:13]])
+    places = [
+        torch.stack([torch.arange(12), torch.cat([torch.arange(9), torch.arange(3)]), torch.arange(12)]),
+        torch.stack([torch.cat([torch.arange(12, 21), torch.arange(4)]), torch.arange(3, 16), torch.arange(13)]),
+    ]
+    third = torch.stack([e[4:10], torch.cat([c[16:], a[:4]]), e[13:19]])
+    wanted = [run(text[None])[0][0] for text in texts]
+    for gradients in (False, True):
+        with torch.set_grad_enabled(gradients):
+            result, cache = run(first, position_ids=places[0])
+            assert cache.seen.tolist() == [12, 3, 12]
+            assert_equal(result[1], torch.cat([wanted[1], wanted[2][:3]]))
+            result, cache = run(second, None, cache, position_ids=places[1])
+            assert cache.seen.tolist() == [4, 16, 13] and cache.get_seq_length() == 25
+            assert_equal(result[0], torch.cat([wanted[0][12:], wanted[4][:4]]))
+            assert_equal(result[1], wanted[2][3:16])
+            assert_equal(result[2], wanted[4][:13])
+            seq_idx = torch.tensor([[0] * 6, [0, 0, 1, 1, 1, 1], [7] * 6])
+            result, cache = run(third, None, cache, seq_idx=seq_idx)
+            assert cache.seen.tolist() == [10, 4, 19]
+            assert_equal(result[0], wanted[4][4:10])
+            assert_equal(result[1], torch.cat([wanted[2][16:], wanted[0][:4]]))
+            assert_equal(result[2], wanted[4][13:19])
+            rest = torch.stack([e[10:14], a[4:8], e[19:23]])
+            result, cache = run(rest, None, cache)
+            assert_equal(result[1], wanted[0][4:8])
+
+
+@given(data=st.data())
+@causal()
+def test_packed_in_any_chunks(variant, data):
+    """Documents that follow one another in lanes, cut into chunks anywhere, with padding in every chunk."""
+    run = runner(variant, "causal", dtype=torch.float64)
+    b = data.draw(st.integers(1, 3), label="rows")
+    lengths = [data.draw(st.lists(st.integers(1, 14), min_size=1, max_size=4), label="documents") for _ in range(b)]
+    lanes = [[words(n, seed=10 * i + j) for j, n in enumerate(row)] for i, row in enumerate(lengths)]
+    width = max(sum(row) for row in lengths)
+    mask = padded([sum(row) for row in lengths], data.draw(st.sampled_from(["left", "right", "holes"])), width)
+    ids, places = scatter([torch.cat(row) for row in lanes], mask), torch.zeros_like(mask)
+    for i, row in enumerate(lengths):
+        places[i, mask[i] == 1] = torch.cat([torch.arange(n) for n in row])
+    results, cache, done = [], None, 0
+    while done < width:
+        end = min(width, done + data.draw(st.integers(1, 15), label="chunk"))
+        with torch.set_grad_enabled(data.draw(st.booleans(), label="gradients")):
+            part = slice(done, end)
+            result, cache = run(ids[:, part], mask[:, part], cache, position_ids=places[:, part])
+        results.append(result.detach())
+        done = end
+    result = torch.cat(results, dim=1)
+    for i, row in enumerate(lanes):
+        assert_equal(result[i, mask[i] == 1], torch.cat(alone(run, row)), f"row {i}")

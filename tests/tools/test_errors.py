@@ -268,7 +268,7 @@ def test_position_ids_of_models_that_know_distances_only(variant, head):
     assert torch.equal(run(ids, mask, position_ids=right)[0], expected)
     before = snapshot(cache)
     for wrong, message in (
-        (right, r"position_ids differ"),  # the second six tokens stand elsewhere
+        (right + 1, r"position_ids differ"),  # the second six tokens stand elsewhere
         (right[:, :5], r"position_ids.*\(2, 5\).*\(2, 6\)"),
         (right.float(), r"position_ids.*float32"),
     ):
@@ -374,7 +374,7 @@ CONFIGS = [
     (GalleryTransformerXLConfig, dict(cutoffs=[1.5]), r"cutoffs.*1\.5"),
     (GalleryTransformerXLConfig, dict(cutoffs=[50], tie_projs=True), "tie_projs.*True.*list"),
     *[(kind, dict(eos_token_id=[3, -1]), r"eos_token_id.*-1") for kind in KINDS],
-    *[(kind, dict(vocab_size=100), r"pad_token_id.*\b256\b.*\b100\b") for kind in KINDS],
+    *[(kind, dict(vocab_size=100, pad_token_id=256), r"pad_token_id.*\b256\b.*\b100\b") for kind in KINDS],
     (GalleryTransformerConfig, dict(norm_position="middle"), "norm_position.*middle.*post"),
     (GalleryTransformerConfig, dict(position_embedding_type="rotary"), "position_embedding_type.*rotary.*sinusoidal"),
     (GalleryTransformerConfig, dict(max_position_embeddings=0), "max_position_embeddings.*0"),
