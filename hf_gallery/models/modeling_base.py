@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
+from .adapters import name_targets
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .loading import check_weights
@@ -44,6 +45,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
         self.loss_type = self.head_loss or self.loss_type
+        name_targets(config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested = requested_attention or "eager"
@@ -160,6 +162,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
                     f"past_key_values is a {type(cache).__name__}; give a GalleryCache, or None to start with one"
                 )
             cache.check(self.config, b)
+            cache.check_weights(self)
         elif use_cache:
             cache = GalleryCache(self.config)
         check_tensors(packing or {})
@@ -195,6 +198,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """The mask of the new columns, (B, T) of booleans; None where all are tokens."""
         if mask is None:
             return None
+        check_tensors({name: mask})
         past = 0 if cache is None else cache.columns
         if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] not in (t, past + t):
             also = f" or ({b}, {past + t})" if past else ""
@@ -253,7 +257,7 @@ class GalleryGenerationMixin(GenerationMixin):
             )
         cache = model_kwargs.get(CACHE_NAME)
         assisted = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
-        if assisted and generation_config.use_cache is not False and GalleryCache(self.config).folds:
+        if assisted and generation_config.use_cache is not False and self.config.cache_folds:
             raise ValueError(
                 f"{type(self).__name__} cannot take back the tokens of assisted decoding: they are in its memory or "
                 "recurrent state. Leave out assistant_model and prompt_lookup_num_tokens"
@@ -288,9 +292,9 @@ def name_cache(kwargs: dict, name: str):
 
 
 def check_tensors(given: dict):
-    """Raises TypeError unless what is given by these names are tensors, None or plain numbers."""
+    """Raises TypeError if one of these is a list or an array where a tensor belongs."""
     for name, x in given.items():
-        if x is not None and not isinstance(x, (torch.Tensor, int)):
+        if isinstance(x, (list, tuple)) or type(x).__module__ == "numpy":
             raise TypeError(f"{name} is a {type(x).__name__}; give a tensor, torch.as_tensor({name})")
 
 
@@ -299,8 +303,9 @@ def check_arguments(model: nn.Module, given: dict, known: set[str]):
     unknown = [name for name, value in given.items() if name not in known and value is not None]
     if not unknown:
         return
-    named = inspect.signature(type(model).forward).parameters.values()
-    names = {x.name for x in named if x.kind is not x.VAR_KEYWORD} - {"self"} | known
+    forwards = [vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)]
+    named = [x for forward in forwards for x in inspect.signature(forward).parameters.values()]
+    names = {x.name for x in named if x.kind is x.POSITIONAL_OR_KEYWORD} - {"self", "input"} | known
     near = difflib.get_close_matches(unknown[0], sorted(names), 1)
     hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(names))}"
     raise TypeError(f"{type(model).__name__} takes no argument {unknown[0]!r}; {hint}")

@@ -40,12 +40,21 @@ from .context import ForwardContext
 from .documents import PACKING, Documents
 from .folding import Folding, GlobalTokens, in_order
 from .gradients import with_gradients_for
-from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows, reads
-from .modeling_base import GalleryPreTrainedModel, with_config
+from .heads import (
+    READ_BY_BACKBONE,
+    CausalLMHead,
+    MaskedLMHead,
+    SequenceClassificationHead,
+    checked_labels,
+    pooled_rows,
+    reads,
+)
+from .modeling_base import GalleryPreTrainedModel, check_arguments, with_config
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
+from .states import Fixed, Places
 
 
 @dataclass(kw_only=True)
@@ -92,7 +101,8 @@ class GalleryLongformerAttention(nn.Module):
         if context.globals is not None:
             global_pairs = self._global_pairs(key, value, context.globals, state)
             if context.keep:
-                new |= {"global_keys": global_pairs[0], "global_values": global_pairs[1]}
+                names = ("global_keys", "global_values")
+                new |= {name: Fixed(x) for name, x in zip(names, global_pairs, strict=True)}
         position = None
         if self.relative:
             query, position = self._relative(query, context)
@@ -149,12 +159,7 @@ class GalleryLongformerAttention(nn.Module):
         return attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
 
     def _relative(self, query, context):
-        if context.shared is None:
-            table = self._table(query)
-        else:
-            if not context.shared[self.layer]:
-                context.shared[self.layer] = {"table": self._table(query)}
-            table = context.shared[self.layer]["table"]
+        table = context.table(self.layer, lambda: self._table(query))
         content = query + self.content_bias[:, None].to(query.dtype)
         return content, Position(table, self.left, query + self.position_bias[:, None].to(query.dtype))
 
@@ -299,18 +304,17 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
                 f"global_attention_mask has shape {shape}; it must be ({b}, {t}){also}, 1 at global tokens"
             )
 
+    def tables_follow(self):
+        return [layer.self_attn.r_proj for layer in self.layers if layer.self_attn.relative]
+
     def plan(self, common, past, global_attention_mask=None, **inputs) -> Context:
         rows = common.rows
         globals_, facts = self._global_tokens(rows, past, global_attention_mask)
-        everything = shared = None
+        everything = None
         if not self.causal:
             zeros = torch.zeros_like(rows.positions)
             everything = rows.spans(zeros, zeros + rows.last, 0)
-        elif past is not None and common.infers:
-            shared = list(past.shared) or [{} for _ in self.layers]
-        return common.widened(
-            Context, causal=self.causal, everything=everything, globals=globals_, shared=shared, facts=facts
-        )
+        return common.widened(Context, causal=self.causal, everything=everything, globals=globals_, facts=facts)
 
     def _global_tokens(self, rows: Rows, past, mask):
         """The global tokens, None if there are none, and what the cache must remember of them."""
@@ -336,7 +340,7 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
         order = (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
         pick = order[:, : max(1, int((positions >= 0).sum(1).max()))]
         positions = positions.gather(1, pick)
-        return GlobalTokens(positions, index, pick, causal=True), {"global_positions": positions + 1}
+        return GlobalTokens(positions, index, pick, causal=True), {"global_positions": Places(positions + 1)}
 
 
 @reads("global_attention_mask", "position_ids", "token_type_ids")
@@ -456,8 +460,9 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
     ) -> TokenClassifierOutput:
         """Arguments as in GalleryLongformerModel. labels (B, T), -100 to leave one out. logits (B, T, num_labels)."""
         num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
         columns = input_ids if inputs_embeds is None else inputs_embeds
-        check_labels("labels", labels, columns, self.num_labels, "num_labels")
+        labels = checked_labels("labels", labels, columns, self.num_labels, "num_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -465,8 +470,7 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels.contiguous(), self.config, **num_items)
@@ -505,6 +509,7 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
         outside the input are left out of the loss. The logits of padding are the least number. Raises ValueError if a
         row has no separator to end its question.
         """
+        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
         own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         packing = {name: kwargs.get(name) for name in PACKING} | {"position_ids": position_ids}
         *_, documents = self.open_input(**own, packing=packing)  # its errors come first
@@ -525,8 +530,7 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
         if attention_mask is not None:  # no answer is there, and the others' probabilities are those of the row alone

@@ -43,15 +43,23 @@ from .heads import (
     CausalLMHead,
     MaskedLMHead,
     SequenceClassificationHead,
-    check_labels,
+    check_kept,
+    checked_labels,
     keep_logits,
     pooled_rows,
     reads,
 )
-from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, check_arguments, with_config
+from .modeling_base import (
+    GalleryGenerationMixin,
+    GalleryPreTrainedModel,
+    check_arguments,
+    check_tensors,
+    with_config,
+)
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
+from .states import Fixed
 
 
 @dataclass(kw_only=True)
@@ -119,14 +127,14 @@ class GalleryTransformerLayer(ResidualLayer):
         if self.cross_attention:
             y = self.cross_attn_norm(x) if self.pre else x
             if "cross_keys" in state:
-                key, value = state["cross_keys"], state["cross_values"]
+                key, value = state["cross_keys"].to(y.dtype), state["cross_values"].to(y.dtype)
                 y = with_gradients_for(y, self.cross_attn.k_proj, self.cross_attn.v_proj)
             else:
                 key, value = self.cross_attn.keys_values(source)
             y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
             x = self.add(x, y, self.cross_attn_norm)
             if context.keep:
-                new |= {"cross_keys": key, "cross_values": value}
+                new |= {"cross_keys": Fixed(key), "cross_values": Fixed(value)}
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         x = self.add(x, y, self.feed_forward_norm)
         return x, new, (probabilities, cross_probabilities)
@@ -228,7 +236,7 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         upper = (lengths[:, None] - 1).expand(b, rows.width)
         if bool((lengths == lengths[0]).all()):
             upper = upper[:1]
-        return source, Spans(torch.zeros_like(upper), upper), {"source_length": lengths}
+        return source, Spans(torch.zeros_like(upper), upper), {"source_length": Fixed(lengths)}
 
 
 class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
@@ -310,6 +318,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
                 **flags,
                 **kwargs,
             )
+        cache_position = kwargs.pop("cache_position", None)
         single = kwargs | {"position_ids": position_ids, "token_type_ids": token_type_ids}
         given = [name for name, value in single.items() if value is not None]
         if given:
@@ -333,6 +342,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             encoder_hidden_states=source,
             encoder_attention_mask=attention_mask,
             use_cache=use_cache,
+            cache_position=cache_position,
             **flags,
         )
         hidden = decoded.last_hidden_state
@@ -462,10 +472,14 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
         """Arguments as in GalleryTransformerModel. labels (B, T): the target, -100 left out of the loss; without
         decoder_input_ids the decoder reads the labels moved one to the right. logits (B, T, V).
         """
+        items = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        check_arguments(self, kwargs, self.model.arguments() | {"num_items_in_batch"})
+        check_tensors({"labels": labels})
         if decoder_input_ids is None and decoder_inputs_embeds is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         decoded = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        check_labels("labels", labels, decoded, self.config.vocab_size)
+        labels = checked_labels("labels", labels, decoded, self.config.vocab_size)
+        check_kept(logits_to_keep, decoded)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -478,6 +492,7 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
             use_cache=False if labels is not None and use_cache is None else use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **kwargs,
         )
         logits = self.lm_head(keep_logits(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
         if self.config.final_logits_bias:
@@ -485,7 +500,7 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
         loss = None
         if labels is not None:
             loss = ForMaskedLMLoss(
-                logits, labels.contiguous(), self.config.vocab_size, **kwargs
+                logits, labels.contiguous(), self.config.vocab_size, **items
             )  # labels stand where they belong
         return Seq2SeqLMOutput(
             loss=loss,
