@@ -24,6 +24,7 @@ testing = [
     "trl",
     "sentencepiece",
     "pyyaml",
+    'triton; sys_platform == "linux"',  # torch brings it for CUDA; without a GPU its interpreter tests the kernels
 ]
 
 # The lower bounds are the releases that .ci/run tests as the oldest; a release that breaks the gallery gets an upper

@@ -25,7 +25,7 @@ from .winners import blind, leaders, total
 
 @dataclasses.dataclass(frozen=True)
 class AbilitySettings:
-    """How abilities are learned and asked for: `steps` of about `tokens` tokens, `examples` at each level."""
+    """Training and testing of abilities: `steps` of about `tokens` tokens, `examples` at each level."""
 
     sizes: Sizes
     steps: int

@@ -123,7 +123,7 @@ def forms(settings: AttentionSettings) -> dict[str, Callable[..., torch.Tensor]]
 
 
 def _output(out: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """What attend() returns where nobody asks it for the log-sum-exp, for the type checker."""
+    """The single tensor that attend() returns without return_lse, narrowed for the type checker."""
     assert isinstance(out, torch.Tensor)
     return out
 

@@ -51,7 +51,7 @@ def measured(run: Run, preset: Preset, corpus: str, device: torch.device) -> lis
 def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """All of a run in one value: the cells as measured, and by contestant what the table and the page show.
 
-    recall: distance -> asked and correct, added up over seeds; abilities likewise by name and level, and
+    recall: distance -> asked and correct, added up over seeds; the same for abilities, by name and level, and
     recall_by_memory_size by size. bits_per_byte, by_stretch and training_curve: by seed, and by_stretch_of_memory_size
     by size and seed; by_position, by_last_use and text_by_memory_size: bits and bytes, added up over seeds. cost: as
     measured.

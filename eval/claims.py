@@ -1,4 +1,4 @@
-"""What the papers claim, held against what a run measured: reproduced, contradicted, or not decided.
+"""Claims of the papers, held against what a run measured: reproduced, contradicted, or not decided.
 
 A claim is decided where chance alone would give the difference more rarely than 1 in 20. Answers are compared as
 shares (statistics.two_proportions), text by stretches of the same bytes (statistics.same_text).
@@ -117,7 +117,7 @@ def _text_at_equal_cost(results: dict[str, Any]) -> Judged:
 
 
 def _cost_is_linear(results: dict[str, Any]) -> Judged:
-    """How the time of a training step grows with its length, Longformer beside the upper line."""
+    """Growth of a training step's time with its length, Longformer beside the upper line."""
     slopes = {
         name: results["summary"].get(name, {}).get("cost", {}).get("slopes", {}).get("training_seconds")
         for name in ("longformer", "transformer_full")
@@ -175,13 +175,13 @@ def _at_the_far_end(results: dict[str, Any], names: tuple[str, str], labels: tup
 
 
 def _recall_at(results: dict[str, Any], name: str, windows: float) -> tuple[int, int]:
-    """Right answers and questions of a contestant at a distance of so many windows."""
+    """Right answers and questions of a contestant at a distance of `windows` windows."""
     recall = results["summary"].get(name, {}).get("recall", {})
     return pooled({d: score for d, score in recall.items() if int(d) == windows * results["window"]["recall"]})
 
 
 def _recall_from(results: dict[str, Any], name: str, windows: float) -> tuple[int, int]:
-    """Right answers and questions of a contestant at distances of so many windows or more."""
+    """Right answers and questions of a contestant at distances of `windows` windows or more."""
     recall = results["summary"].get(name, {}).get("recall", {})
     return pooled({d: score for d, score in recall.items() if int(d) >= windows * results["window"]["recall"]})
 

@@ -41,7 +41,7 @@ HELD_OUT = 5  # a source's last 1 / HELD_OUT is asked about, the rest is for tra
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """What has one label: texts for training and texts to be asked about, (bytes,) uint8 each."""
+    """The texts of one label, for training and for testing, (bytes,) uint8 each."""
 
     train: list[np.ndarray]
     test: list[np.ndarray]
@@ -77,8 +77,8 @@ def _labelled(corpus: DatasetDict, least: int) -> dict[str, Source]:
 
 
 def _places(rows: Dataset, settings: ClassificationSettings) -> dict[str, Source]:
-    """What stands in one place of the corpus, a file or a folder at its top, is one source: its documents in a row.
-    Of those that are long enough, the largest."""
+    """One source for each file or folder at the corpus's top: its documents in a row. Of those that are long enough,
+    the largest."""
     texts: dict[str, list[str]] = {}
     for document, text in zip(rows["document"], rows["text"], strict=True):
         parts = document.split("/")
@@ -185,7 +185,7 @@ def measure(
 def ask(
     model: PreTrainedModel, asked: list[tuple[np.ndarray, int]], rows: int, device: torch.device
 ) -> dict[str, int]:
-    """{asked, correct} over stretches with their labels, so many at a time."""
+    """{asked, correct} over stretches with their labels, `rows` at a time."""
     correct = 0
     for group in (asked[i : i + rows] for i in range(0, len(asked), rows)):
         batch = _batch([stretch for stretch, _ in group])

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from hf_gallery.files import read_json, write_json
 
-from . import attention, benchmark, compare, long, memory, peers, pictures, report
+from . import attention, benchmark, compare, gpu, long, memory, peers, pictures, report
 from .cells import Run
 from .machine import provenance
 from .presets import PRESETS
@@ -178,6 +178,22 @@ def long_command(
     _measure("long", long, settings, _device(device), runs)
 
 
+@app.command("gpu")
+def gpu_command(
+    runs: RunsOption = Path("runs"),
+    quick: Annotated[bool, typer.Option("--quick", help="Under four minutes on an H100.")] = False,
+) -> None:
+    """Check every kernel on this machine's GPU, then time attention and training steps beside torch's own.
+
+    Example: python -m eval gpu --quick
+    """
+    device = _device("cuda")
+    path, where = runs / "gpu" / "results.json", provenance(device, _command())
+    settings = gpu.QUICK if quick else gpu.GpuSettings()
+    gpu.run(settings, console.print, lambda found: write_json(path, found | {"provenance": where}))
+    console.print(f"\nresults  {path}")
+
+
 @app.command("memory")
 def memory_command(
     runs: RunsOption = Path("runs"),
@@ -218,7 +234,7 @@ def peers_command(
 
 
 def _latest_peers(runs: Path) -> dict[str, Any] | None:
-    """What `peers` measured last, for the page of a run; None if it was never asked to."""
+    """The last results of `peers`, for the page of a run; None if there are none."""
     return read_json(runs / "peers" / report.RESULTS)
 
 

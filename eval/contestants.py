@@ -1,4 +1,4 @@
-"""Who is compared, and how they are made alike: same width, depth, heads, window and number of parameters."""
+"""The contestants, made alike: same width, depth, heads, window and number of parameters."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MATCH = 0.03  # parameter counts of one run differ by no more than this share
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """What all contestants of one task share. window: tokens of local attention. context: tokens that the upper line
-    sees. memory_size, memory_topk, memory_layers: of the Memorizing Transformer. states, recurrent_layers: state
+    """Sizes shared by all contestants of a task. window: tokens of local attention. context: tokens that the upper
+    line sees. memory_size, memory_topk, memory_layers: of the Memorizing Transformer. states, recurrent_layers: state
     vectors of the Block-Recurrent Transformer, and the layers that have them."""
 
     hidden: int
@@ -80,7 +80,7 @@ CONTESTANTS = {c.name: _contestant(v, c) for v in VARIANTS.values() for c in v.c
 
 
 def build(contestant: Contestant, sizes: Sizes, seed: int = 0, labels: int | None = None) -> PreTrainedModel:
-    """A fresh model with weights drawn from `seed`: the causal one, or a classifier of so many `labels`. Its
+    """A fresh model with weights drawn from `seed`: the causal one, or with `labels` a classifier of them. Its
     feed-forward is narrowed or widened until it has as many parameters as the windowed Transformer of the same sizes
     under the same head, to the nearest unit.
 

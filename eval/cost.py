@@ -1,4 +1,4 @@
-"""What each contestant costs, by length: all of them in turns, so that what slows the machine for a while slows all.
+"""Cost of each contestant by length, measured in turns, so that a slow spell of the machine slows all of them.
 
 A cost that grows as length to the power of s is a line of slope s where both axes are logarithmic. That slope says
 more than the points: 0 is constant, 1 linear, 2 quadratic.

@@ -315,7 +315,7 @@ COSTS = (
 
 
 def _costs(entries: Entries) -> list[Plot]:
-    """What training, reading and decoding cost by length."""
+    """Plots of the cost of training, reading and decoding by length."""
     costs = [(i, e["label"], e["cost"]) for i, _, e in entries if "cost" in e]
     plots = []
     for about in COSTS if costs else ():

@@ -1,4 +1,4 @@
-"""Where and with what a number was measured."""
+"""Provenance of a number: machine, versions, command."""
 
 from __future__ import annotations
 

@@ -18,13 +18,13 @@ Name = TypeVar("Name", bound=Hashable)
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits until the device has done what was asked of it; the CPU has by then."""
+    """Blocks until queued device work finishes (no-op on CPU)."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds(function: Callable[[], object], device: torch.device) -> float:
-    """Of one call: by the clock, or on a GPU by events in its stream."""
+    """Seconds of one call, by the clock, or on a GPU by events in its stream."""
     synchronize(device)
     if device.type == "cuda":
         before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))

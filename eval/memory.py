@@ -1,4 +1,4 @@
-"""What a memory costs in training: `python -m eval memory`. One training step of the Memorizing Transformer with its
+"""Cost of a memory in training: `python -m eval memory`. One training step of the Memorizing Transformer with its
 memory full, against the same model without memory layers, in turns."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What each preset measures, and with how much work."""
+"""The presets: the measurements of each, and their amount of work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .contestants import Sizes
 class TextSettings:
     """Language modelling on a corpus: `steps` of `lanes` documents side by side, `length` tokens each.
 
-    test_bytes: of the held-out documents, from the first on. document_bytes: at most so many of each of them. bf16:
+    test_bytes: of the held-out documents, from the first on. document_bytes: of each of them at most. bf16:
     train in mixed precision. compile: train the model compiled by torch.compile. Scores are taken in float32 as built.
     """
 
@@ -93,7 +93,7 @@ class CostSettings:
         return max(1, self.tokens // length)
 
     def repeats_at(self, length: int) -> int:
-        """How often a training step of that length is timed."""
+        """The number of times that a training step of that length is timed."""
         return max(min(3, self.repeats), self.repeats * self.tokens // (length * self.batch_at(length)))
 
 

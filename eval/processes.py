@@ -46,7 +46,7 @@ class Process:
 
 
 def this_process() -> Process:
-    """Which process this is, of those that accelerate or torchrun launched. From then on it is alone, with one GPU of
+    """Finds this process among those that accelerate or torchrun launched. From then on it is alone, with one GPU of
     its own if there are any, shared where processes are more: call this before anything asks torch for one."""
     found = {name: os.environ.pop(name, None) for name in LAUNCHED}
     told = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith(ACCELERATE)}

@@ -1,4 +1,4 @@
-"""Recall against distance: what was put into a slot, asked for so many tokens later (hf_gallery.data.slot_recall)."""
+"""Recall against distance: the value of a slot, asked for a distance later (hf_gallery.data.slot_recall)."""
 
 from __future__ import annotations
 

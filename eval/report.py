@@ -1,4 +1,4 @@
-"""What a run shows: a table in the terminal, results.json, and one page that opens without a network."""
+"""Output of a run: a table in the terminal, results.json, and one page that opens without a network."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]
 
 
 def conclusions(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """What follows from the numbers, in words: title, headings and rows of each table that has something to say."""
+    """Conclusions in words: title, headings and rows of each table that has something to say."""
     found = []
     claims = [[v.claim, v.paper, v.outcome, v.evidence] for v in verdicts(results)]
     if claims:
@@ -91,7 +91,7 @@ def conclusions(results: dict[str, Any]) -> list[tuple[str, list[str], list[list
     if results.get("peers"):
         s = results["peers"]["settings"]
         title = (
-            f"Times as fast as what else there is: {s['layers']} layers, width {s['hidden']}, one machine, in turns"
+            f"Speed-up over existing implementations: {s['layers']} layers, width {s['hidden']}, one machine, in turns"
         )
         found.append((title, *peers.table(results["peers"])))
     return found
@@ -173,7 +173,7 @@ def _introduction(results: dict[str, Any]) -> str:
 
 
 def _provenance(results: dict[str, Any]) -> str:
-    """Where each number comes from: settings, and for every cell its file, seconds, machine, versions and command."""
+    """Provenance of each number: settings, and for every cell its file, seconds, machine, versions and command."""
     rows = []
     measured = [(f"cells/{c['task']}.{c['contestant']}.{c['seed']}.json", c) for c in results["cells"]]
     if results.get("peers"):

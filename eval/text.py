@@ -189,7 +189,7 @@ def frequent_words(training: Dataset) -> set[bytes]:
 
 
 def by_last_use(bits: list[np.ndarray], found: list[np.ndarray], frequent: set[bytes]) -> dict[str, dict[str, float]]:
-    """What rare words cost, by how many bytes ago the document used the same word last: {least distance: {bits, bytes,
+    """Cost of rare words by the distance in bytes to their last use in the document: {least distance: {bits, bytes,
     words}}, in steps of four from 16 on, and "first use". Who remembers the names of a book pays less for a later use
     than for the first. A word stands from its first to its last byte; the byte after it, which ends it, is not
     counted."""

@@ -1,4 +1,4 @@
-"""What the training tasks share: transformers' own Trainer, quiet, with a bar of ours."""
+"""Training, as the tasks share it: transformers' own Trainer, quiet, with a progress bar of ours."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def learn(
     bf16: bool = False,
 ) -> PreTrainedModel:
     """A fresh model that has trained on `batches`, which yields settings.steps whole batches, ready to be asked: a
-    causal one, or a classifier of so many `labels`. bf16: train in mixed precision."""
+    causal one, or with `labels` a classifier of them. bf16: train in mixed precision."""
     model = build(contestant, settings.sizes, seed, labels)
     with training_arguments(
         device,

@@ -1,4 +1,4 @@
-"""Who does best at what. Whoever might be as good as the first, by chance of 1 in 20 or more, shares its place."""
+"""Winners of each measurement. Whoever might be as good as the first, by chance of 1 in 20 or more, is one too."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def total(entry: dict[str, Any], ability: str) -> tuple[int, int]:
 
 
 def blind(results: dict[str, Any], ability: str) -> float:
-    """How often guesses are right over all levels."""
+    """The share of guesses that are right over all levels."""
     entry = next(e for e in results["summary"].values() if ability in e.get("abilities", {}))
     levels = entry["abilities"][ability].values()
     return sum(s["chance"] * s["asked"] for s in levels) / max(1, sum(s["asked"] for s in levels))
@@ -82,7 +82,7 @@ def _most(what: str, scores: dict[str, tuple[int, int]], chance: float) -> Best:
 
 
 def _least(costs: dict[str, dict[str, Any]]) -> list[Best]:
-    """Who is cheapest; where two measurements are equal, both."""
+    """The cheapest contestants; where two measurements are equal, both."""
     context = max(next(iter(costs.values()))["decode_ms_per_token"], key=int)
     measures: list[tuple[str, Callable[[dict[str, Any]], float], str, float]] = [
         ("training speed", lambda c: -c["training_tokens_per_second"], "{:,.0f} tokens/s", -1),

@@ -35,7 +35,7 @@ def hash_of(model, ids):
 
 
 def go_on(model, tokenizer, cache, prompt, tokens):
-    """What the model says after the text in the cache and the prompt."""
+    """The model's continuation of the text in the cache and the prompt."""
     asked = tokenizer(prompt, return_tensors="pt").input_ids
     # generate() counts columns: those of the text are in the cache, so what stands in them here is not looked at.
     ids = torch.cat([asked.new_zeros(1, cache.get_seq_length()), asked], dim=1)

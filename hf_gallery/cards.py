@@ -191,7 +191,7 @@ def _code(auto: str, place: str, saved: _Saved | None) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """What a folder tells of the model in it."""
+    """Facts about the model in a saved folder."""
 
     config: dict[str, Any]
     head: str  # the class that it was saved as; "" if the config names none of its variant's
@@ -258,7 +258,7 @@ class _Saved:
 
 @dataclasses.dataclass(frozen=True)
 class _Measured:
-    """Of a results file of `python -m eval`: all of it, and the entries of some contestants."""
+    """A results file of `python -m eval`, and its entries of some contestants."""
 
     results: dict[str, Any]
     entries: dict[str, dict[str, Any]]

@@ -104,7 +104,7 @@ def train(
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
     seed: int = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")] = False,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a model on long documents, its memory carried along, and print its bits per token on held-out ones.
@@ -112,18 +112,19 @@ def train(
     Example: hf-gallery train transformer_xl my-model --corpus my_texts --steps 2000 --set num_hidden_layers=6
     """
     from transformers import TrainingArguments, set_seed
-    from transformers.trainer_utils import get_last_checkpoint
 
     from .data import byte_tokenizer, load_corpus
-    from .training import SegmentTrainer
+    from .training import SegmentTrainer, newest_whole
 
     set_seed(seed)
     net, tokenizer = _model_to_train(model, settings or [], byte_tokenizer)
     checkpoints = out / "checkpoints"
-    last = get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if resume and last is None:
+    if resume and not checkpoints.is_dir():
         raise ValueError(f"--resume, but {checkpoints} holds no checkpoint; leave --resume out to start")
-    if last is not None and not resume:
+    last = newest_whole(checkpoints) if resume else None
+    if resume and last is None:
+        typer.echo(f"{checkpoints} holds no whole checkpoint: the training begins anew", err=True)
+    if not resume and any(checkpoints.glob("checkpoint-*")):
         raise ValueError(f"{checkpoints} holds a training that was begun; go on with --resume, or give another folder")
     splits = load_corpus(corpus)
     ids = splits.map(
@@ -202,6 +203,9 @@ def generate(
     save_cache: Annotated[
         Path | None, typer.Option(help="Keep what --file left in memory, for other prompts.")
     ] = None,
+    any_weights: Annotated[
+        bool, typer.Option("--any-weights", help="Take a --cache though other weights than the model's made it.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
@@ -229,7 +233,7 @@ def generate(
             raise ValueError(
                 f"--save-cache is {save_cache}, which cannot be written; give a file in a folder of yours"
             )
-    read = None if cache is None else _cache(cache)
+    read = None if cache is None else _cache(cache, any_weights)
     if prompt == "-":
         prompt = sys.stdin.read()
     where = _device(device)
@@ -263,12 +267,12 @@ def generate(
     )
 
 
-def _cache(path: Path) -> Any:
+def _cache(path: Path, any_weights: bool) -> Any:
     """The cache that --save-cache wrote."""
     from . import GalleryCache
 
     try:
-        return GalleryCache.load(path)
+        return GalleryCache.load(path, any_weights=any_weights)
     except Exception as error:  # what is no cache may fail anywhere
         raise ValueError(f"--cache is {path}, which --save-cache did not write: {one_line(error)}") from error
 

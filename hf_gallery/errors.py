@@ -1,4 +1,4 @@
-"""What errors say, in one line."""
+"""Messages of errors, in one line."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def first_line(error: BaseException) -> str:
 
 
 def lines(error: BaseException) -> list[str]:
-    """What an error says, line by line; its type where it says nothing."""
+    """The lines of an error's message; its type where it has none."""
     return str(error).strip().splitlines() or [type(error).__name__]

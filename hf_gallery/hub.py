@@ -208,7 +208,7 @@ def _has_own_code(folder: Path) -> bool:
 
 
 def _tensor_problems(variant: Variant, config: dict[str, Any], found: dict[str, tuple[int, ...]]) -> Iterator[str]:
-    """How tensors of these names and shapes differ from those of the model that config describes."""
+    """Differences of tensors of these names and shapes from those of the model that config describes."""
     named = config.get("architectures")
     if not isinstance(named, list) or len(named) != 1 or named[0] not in variant.heads.values():
         known = ", ".join(variant.heads.values())
@@ -284,7 +284,7 @@ def _belonging(folder: Path) -> list[str]:
 
 
 def _operations(folder: Path, paths: list[str], variant: Variant, repo_id: str, there: list[str]) -> Iterator[Any]:
-    """What makes the repository hold these files of the folder; `there` is what it holds."""
+    """The operations after which the repository holds these files of the folder; `there`: what it holds now."""
     for path in paths:
         yield CommitOperationAdd(path_in_repo=path, path_or_fileobj=folder / path)
     if "README.md" not in paths:

@@ -113,8 +113,8 @@ SHARED = dict(hidden_size=128, num_hidden_layers=4, num_attention_heads=4, inter
 
 
 def unit_scale(sizes: Any) -> float:
-    """Where the scale of unit queries and keys starts so that their scores spread as everybody else's, which are
-    divided by sqrt(D): at sqrt(D). At 1, where the authors start, they are almost alike, and a training as short as
+    """The initial scale of unit queries and keys with which their scores spread as all others', which are divided by
+    sqrt(D): sqrt(D). At 1, where the authors start, they are almost alike, and a training as short as
     the benchmark's cannot raise it."""
     return (sizes.hidden / sizes.heads) ** 0.5
 
@@ -240,7 +240,7 @@ TABLE = (
         idea="the nearest of a large memory of keys and values, by a gate",
         sees="its segment and a local cache; the `memory_topk` nearest of `memory_size` stored keys",
         carries="the local cache and the memory",
-        about="Some layers store the keys and values of what was read, up to `memory_size` pairs a head, and each "
+        about="Some layers store the keys and values of what was read, up to `memory_size` pairs per head, and each "
         "query also attends to the `memory_topk` stored pairs nearest to it. A learned gate joins that to local "
         "attention.",
         limits=(

@@ -67,7 +67,7 @@ class Peer:
 
     @property
     def label(self) -> str:
-        """What tables call it."""
+        """Its name in tables."""
         return VARIANTS[self.variant].title + (f" {self.setting}" if self.setting else "")
 
 

@@ -26,7 +26,7 @@ def documents(length: int, **metadata: Any) -> DatasetDict:
     """The first `length` bytes of each held-out document that has as many as the longest of these tasks reads, so that
     all of them read the same documents.
 
-    metadata: examples (at most so many documents), corpus ("stdlib", or what hf_gallery.data.load_corpus reads), and
+    metadata: examples (documents at most), corpus ("stdlib", or what hf_gallery.data.load_corpus reads), and
     what lm-eval adds.
     """
     longest = int(metadata.get("longest", length))

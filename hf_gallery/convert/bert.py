@@ -50,10 +50,9 @@ class Bert:
     ) -> Plan:
         """to="transformer": the same model.
 
-        to="longformer": position embeddings copied again and again until there are
-        max_position_embeddings (by default enough for 4096 tokens), global maps that start as the local ones, and an
-        attention_window (default 512) of so many keys, half of them on each side. With a window over everything, it
-        gives what the source gives.
+        to="longformer": position embeddings copied again and again until there are max_position_embeddings (by default
+        enough for 4096 tokens), global maps that start as the local ones, and an attention_window (keys, half on each
+        side; default 512). With a window over everything, it gives what the source gives.
         """
         roberta = source.config["model_type"] == "roberta"
         family = "Roberta" if roberta else "Bert"

@@ -1,4 +1,4 @@
-"""What every conversion shares: a published checkpoint, the plan of where its tensors go, and the carrying out.
+"""Parts of every conversion: a published checkpoint, the plan of where its tensors go, and its execution.
 
 A `Source` is read lazily, so nothing of it is in memory before it is needed. A format's `plan` says for every
 parameter of the gallery's model which source tensors make it. `check` compares plan and source without loading a
@@ -177,7 +177,7 @@ class Take:
 
 @dataclass
 class Plan:
-    """Where the tensors of a source go.
+    """The places that the tensors of a source go to.
 
     model, config: a gallery class and its configuration. take: for every parameter and buffer that the model saves,
     but for those tied to another, what makes it. fresh: parameters that the source has no counterpart of; they keep
@@ -196,15 +196,15 @@ class Plan:
 
 
 class Format(Protocol):
-    """What this package knows of one family of checkpoints."""
+    """One family of checkpoints: how it is recognised and converted."""
 
     @property
     def name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """What it can become; the first is what it becomes unless told otherwise."""
+        """The architectures that it can become, the default first."""
 
     def recognises(self, source: Source) -> bool:
         """Whether the source is of this format, from its config or its files' names."""

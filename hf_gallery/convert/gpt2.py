@@ -170,13 +170,14 @@ def decoder(source: Source, theirs: Any, to: str, heads: str) -> tuple[dict[str,
 
 
 def query_scale(theirs: Any, layer: int) -> float:
-    """What makes scores over sqrt(D) the source's, which may not divide by it, or also by the layer's number."""
+    """The factor that turns scores over sqrt(D) into the source's, which may not divide by it, or also by the layer's
+    number."""
     scale = 1.0 if theirs.scale_attn_weights else math.sqrt(theirs.n_embd // theirs.n_head)
     return scale / (layer + 1) if theirs.scale_attn_by_inverse_layer_idx else scale
 
 
 def third(part: int, scale: float) -> Callable[[Tensor], Tensor]:
-    """Queries, keys or values of the map that makes all three, which holds inputs by outputs; of its bias likewise."""
+    """Queries, keys or values of the map that makes all three, which holds inputs by outputs; the same of its bias."""
 
     def make(tensor: Tensor) -> Tensor:
         x = turned(tensor.chunk(3, dim=-1)[part])

@@ -1,4 +1,4 @@
-"""What the conversions of transformers' own models share."""
+"""Helpers shared by the conversions of transformers' own models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def architecture(source: Source, known: Mapping[str, str]) -> str:
 
 
 def prefix(source: Source, name: str) -> str:
-    """What stands before the backbone's tensors: its name and a dot, or nothing, as in files of the bare model."""
+    """The prefix of the backbone's tensors: its name and a dot, or nothing, as in files of the bare model."""
     return f"{name}." if any(tensor.startswith(f"{name}.") for tensor in source.tensors) else ""
 
 

@@ -208,7 +208,7 @@ TABLE = "word_emb.emb_layers.{}.weight"
 
 
 def _count(tensors, pattern: str) -> int:
-    """How many there are of names numbered from 0."""
+    """Counts names that are numbered from 0."""
     i = 0
     while pattern.format(i) in tensors:
         i += 1
@@ -231,7 +231,7 @@ def _is_tied(tensors, i: int, several: bool) -> bool:
 
 
 def plan_tensors(config: GalleryTransformerXLConfig, source: Source) -> Plan:
-    """Where the tensors go, under the head that they have: a language model's, a classifier's or none."""
+    """The tensors' places, under the head that they have: a language model's, a classifier's or none."""
     tensors = source.tensors
     base = "transformer." if any(name.startswith("transformer.") for name in tensors) else ""
     model: type[PreTrainedModel]
@@ -308,7 +308,7 @@ def _backbone(config, base: str) -> dict[str, Take]:
 
 
 def _softmax(config, base: str) -> tuple[dict[str, Take], dict[str, str]]:
-    """What makes the map to the vocabulary, and the source's names of what it shares with the embedding."""
+    """The sources of the map to the vocabulary, and the source's names for what it shares with the embedding."""
     tables = range(len(config.cutoffs) + 1 if config.div_val > 1 else 1)
     table = {f"crit.out_layers.{i}.weight": f"{base}word_emb.emb_layers.{i}.weight" for i in tables}
     projections = {}

@@ -42,7 +42,7 @@ _CHANCE: dict[str, Callable[[dict[str, Any]], float]] = {
 
 
 def chance(task: str, **arguments: Any) -> float:
-    """How often the best answer is right that is given without reading: a whole answer, as hf_gallery.data.questions
+    """The share of right answers of the best guess made without reading: a whole answer, as hf_gallery.data.questions
     has them, of the task with that name and these arguments (the task's own defaults where left out).
 
     It is one over the number of answers, which all tasks but listops draw evenly; for listops the share of the most

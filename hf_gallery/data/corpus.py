@@ -84,8 +84,8 @@ def _split(files: dict[str, str]) -> dict[str, dict[str, str]]:
 
 
 def _hold_out(files: dict[str, str], split: str) -> tuple[dict[str, str], dict[str, str]]:
-    """What remains of the files and what becomes the split: the files that it would get from a whole corpus, or the
-    last 5 % of each if that leaves one side empty."""
+    """The remaining files and those of the split: the files that it would get from a whole corpus, or the last 5 % of
+    each if that leaves one side empty."""
     held_out = {path: text for path, text in files.items() if split_of(path) == split}
     remaining = {path: text for path, text in files.items() if path not in held_out}
     if not held_out or not remaining:
@@ -227,8 +227,8 @@ PUBLISHED: dict[str, tuple[tuple[str, str | None], dict[str, str], Callable[[Dat
 
 
 def corpus_version(name: str | os.PathLike) -> str:
-    """What to write beside a result measured on a corpus: for "stdlib" also the Python that it is the library of, for
-    a folder or file also a hash of its texts, so that a change of either shows. Raises ValueError as load_corpus does.
+    """The name of a corpus to write beside a result: for "stdlib" with the Python that it is the library of, for a
+    folder or file with a hash of its texts, so that a change of either shows. Raises ValueError as load_corpus does.
     """
     name = os.fspath(name)
     if name == "stdlib":

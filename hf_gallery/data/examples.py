@@ -1,4 +1,4 @@
-"""What all synthetic tasks share: how an example is drawn, kept, and read as a text with a question.
+"""Parts of all synthetic tasks: how an example is drawn, kept, and read as a text with a question.
 
 An example is a row of a datasets.Dataset with the columns input_ids, labels and distance, each a list of `length` int.
 As in transformers, labels[t] is what column t - 1 is to predict where it is scored and -100 elsewhere; distance[t]

@@ -22,7 +22,7 @@ OPERATORS: dict[str, Callable[[list[int]], int]] = {
 
 
 def _median(ordered: list[int]) -> int:
-    """Of an even number the mean of the middle two, rounded down, as int(numpy.median(...)) has it."""
+    """The median; of an even number the mean of the middle two, rounded down, as int(numpy.median(...)) has it."""
     return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) // 2
 
 

@@ -1,4 +1,4 @@
-"""Who is where: short stories to be followed among sentences that say nothing about them."""
+"""State tracking: short stories to be followed among sentences that say nothing about them."""
 
 from __future__ import annotations
 
@@ -138,15 +138,15 @@ class _Story:
         self.tells[thing] = [max(now, self.moved[person]), before]
 
     def people(self) -> list[tuple[str, str, int]]:
-        """Where each person is who was heard of."""
+        """The place of each person mentioned so far."""
         return [(f" Now {person} is in the", f" {room}", self.moved[person]) for person, room in self.room.items()]
 
     def things(self) -> list[tuple[str, str, int]]:
-        """Where each thing is that was heard of."""
+        """The place of each thing mentioned so far."""
         return [(f" Now the {t} is in the", f" {path[-1]}", self.tells[t][0]) for t, path in self.path.items()]
 
     def brought(self) -> list[tuple[str, str, int]]:
-        """Where each thing came from that was brought to where it is, a room in which it was never before."""
+        """The origin of each thing that was brought to a room in which it was never before."""
         return [
             (f" Before the {path[-1]} the {thing} was in the", f" {path[-2]}", self.tells[thing][1])
             for thing, path in self.path.items()

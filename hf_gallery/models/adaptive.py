@@ -46,8 +46,20 @@ class AdaptiveEmbedding(nn.Module):
             nn.Embedding(end - start, width)
             for start, end, width in zip(self.ends[:-1], self.ends[1:], widths, strict=True)
         )
-        self.width = config.hidden_size
+        self.embedding_dim = config.hidden_size
         self.projs = Projections(torch.empty(config.hidden_size, width) for width in widths if has_projections(config))
+
+    @property
+    def num_embeddings(self) -> int:
+        return self.ends[-1]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The one table (V, E) that stands for all, as nn.Embedding has it, made anew each time it is asked for."""
+        tables = [table.weight for table in self.tables]
+        if self.projs:
+            tables = [F.linear(table, proj) for table, proj in zip(tables, self.projs, strict=True)]
+        return torch.cat(tables)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         ids, projs = input_ids.flatten(), self.projs()
@@ -55,19 +67,20 @@ class AdaptiveEmbedding(nn.Module):
             x = self.tables[0](ids)
             x = F.linear(x, projs[0]) if projs else x
         else:
-            x = torch.zeros(len(ids), self.width, dtype=projs[0].dtype, device=ids.device)
+            x = torch.zeros(len(ids), self.embedding_dim, dtype=projs[0].dtype, device=ids.device)
             for i, (start, end) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):
                 at = ((ids >= start) & (ids < end)).nonzero().squeeze(1)
                 part = F.linear(self.tables[i](ids[at] - start), projs[i])
                 x = x.to(part.dtype).index_copy(0, at, part)
-        return x.view(*input_ids.shape, self.width) * self.embed_scale
+        return x.view(*input_ids.shape, self.embedding_dim) * self.embed_scale
 
 
 class AdaptiveSoftmax(nn.Module):
     """The output side of AdaptiveEmbedding (Grave et al. 2017), as the authors' ProjectedAdaptiveLogSoftmax.
 
     The head scores the first cluster's words and each tail cluster as one word; a tail word's log-probability is its
-    cluster's plus its own within the cluster. config.cluster_order says which head column is which tail's.
+    cluster's plus its own within the cluster. config.cluster_order says which head column is which tail's. Without
+    cutoffs it is one linear map, whose `weight` (V, E) and `bias` (V,) may be read as nn.Linear's.
     """
 
     def __init__(self, config: GalleryTransformerXLConfig):
@@ -84,6 +97,20 @@ class AdaptiveSoftmax(nn.Module):
         if count > 1:
             self.cluster_weight = nn.Parameter(torch.zeros(count - 1, config.embedding_size))
             self.cluster_bias = nn.Parameter(torch.zeros(count - 1))
+
+    def __getattr__(self, name: str):
+        if name not in ("weight", "bias"):
+            return super().__getattr__(name)
+        if len(self.ends) > 2:
+            raise AttributeError(
+                f"the adaptive softmax with clusters that end at {self.ends[1:]} has no one {name}: a word's "
+                f"probability is its cluster's times its own in it. A tool that reads lm_head.{name}, as TRL's "
+                "trainers do, cannot train it; use transformers' Trainer or SegmentTrainer, which call the model, or "
+                "a config without cutoffs"
+            )
+        if name == "bias":
+            return self.biases[0]
+        return F.linear(self.weights[0], self.projs[0]) if self.projs else self.weights[0]
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None, num_items_in_batch=None):
         """hidden (B, T, E) to log-probabilities (B, T, V). With labels (B, T) to their mean negative log-likelihood,
@@ -129,7 +156,7 @@ class AdaptiveSoftmax(nn.Module):
 
 
 def cluster_ends(config: GalleryTransformerXLConfig) -> list[int]:
-    """Where clusters begin and end: [0, first cutoff, ..., vocab_size]."""
+    """Borders of the clusters: [0, first cutoff, ..., vocab_size]."""
     return [0, *config.cutoffs, config.vocab_size]
 
 

@@ -20,6 +20,7 @@ import torch
 from .attention_fused import attend_sdpa
 from .attention_problem import Position, Problem, compute_dtype
 from .attention_tiles import attend_tiles
+from .attention_triton import attend_triton, why_not
 from .spans import Spans
 
 
@@ -84,28 +85,42 @@ def attend(
     do what is asked.
     """
     problem = Problem(query, key, value, spans, position, query.shape[-1] ** -0.5 if scale is None else scale, dropout)
-    if choose(implementation) == "sdpa":
+    chosen = choose(problem, implementation)
+    if chosen == "sdpa":
         if return_lse:
             raise ValueError('implementation="sdpa" has no log-sum-exp to return; use implementation="eager"')
         return attend_sdpa(problem.check())
-    out, lse = attend_tiles(problem.check())
+    out, lse = attend_triton(problem) if chosen == "triton" else attend_tiles(problem.check())
     return (out, lse) if return_lse else out
 
 
 IMPLEMENTATIONS = {
-    "auto": "chosen by `choose`",
-    "eager": "another name of auto, as transformers calls a model's own attention",
-    "tiles": "the gallery's own, in torch",
+    "auto": "triton on a GPU, else tiles; see `choose`",
+    "eager": "as auto: transformers' name for a model's own attention",
+    "tiles": "in torch alone, on every device and in every type",
+    "triton": "kernels for GPUs, in float32 and half types, heads of at most 256",
     "sdpa": "torch's fused kernels on the same intervals, without lse and without a position term of the query",
+}
+# Names of attn_implementation that every model takes, with what each is.
+OWN_IMPLEMENTATIONS = {
+    "eager": "their own kernels on a GPU, else their own tiles",
+    "tiles": "their own tiles, on every device",
+    "triton": "their own kernels, for GPUs",
 }
 
 
-def choose(implementation: str) -> str:
-    """The implementation that `attend` runs. Raises ValueError for a name that is unknown."""
+def choose(problem: Problem, implementation: str) -> str:
+    """The implementation that `attend` runs: "tiles", "triton" or "sdpa". Decides by device, type and sizes, and reads
+    no tensor. Raises ValueError for an unknown name, or a problem that the named one cannot solve."""
     if implementation not in IMPLEMENTATIONS:
-        known = ", ".join(f'"{name}"' for name in IMPLEMENTATIONS)
-        raise ValueError(f"implementation is {implementation!r}; it must be one of {known}")
-    return "tiles" if implementation in ("auto", "eager") else implementation
+        known = "; ".join(f'"{name}": {what}' for name, what in IMPLEMENTATIONS.items())
+        raise ValueError(f"implementation is {implementation!r}; attend has {known}")
+    if implementation in ("auto", "eager"):
+        suits = problem.query.device.type == "cuda" and why_not(problem) is None
+        return "triton" if suits else "tiles"
+    if implementation == "triton" and (reason := why_not(problem)) is not None:
+        raise ValueError(f'implementation="triton" {reason}; use implementation="auto"')
+    return implementation
 
 
 def join(

@@ -1,4 +1,4 @@
-"""What is asked of the attention function, checked once: every implementation takes a `Problem`.
+"""The input of the attention function, checked once: every implementation takes a `Problem`.
 
 Letters: see spans.py.
 """
@@ -43,7 +43,7 @@ class Problem(NamedTuple):
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """What may want a gradient: query, key, value, the position's query and its table."""
+        """The tensors that may want a gradient: query, key, value, the position's query and its table."""
         table, _, asked = self.position or (None, 0, None)
         return self.query, self.key, self.value, asked, table
 

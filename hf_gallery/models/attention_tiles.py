@@ -36,7 +36,7 @@ def attend_tiles(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _attend_one(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """One query a row, as in decoding: there is nothing to tile, and keys and values are read where they lie."""
+    """One query per row, as in decoding: there is nothing to tile, and keys and values are read where they lie."""
     query, key, value, spans, position, scale, _ = problem
     b, h, _, d = query.shape
     dtype = compute_dtype(query)
@@ -151,7 +151,7 @@ class _Gradients(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """What the backward of a batch group starts from, heads-major."""
+    """Input of the backward of a batch group, heads-major."""
 
     value: torch.Tensor  # (H * rows, S, Dv)
     grad_out: torch.Tensor  # (H * rows, T, Dv)
@@ -237,7 +237,7 @@ class _Tile(NamedTuple):
 
 
 class _Tiling:
-    """How the problem is cut: batch rows into groups, queries and keys into tiles.
+    """Cuts the problem: batch rows into groups, queries and keys into tiles.
 
     A tile of scores should stay in the cores' caches and be large enough that the calls cost nothing: about
     `budget` scores in all heads of a group.

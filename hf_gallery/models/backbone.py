@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -25,8 +26,10 @@ from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
 from .documents import PACKING, Documents
 from .gradients import with_gradients_for
-from .modeling_base import GalleryPreTrainedModel, check_arguments, no_cache
+from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
 from .rows import Rows, unpack
+from .states import NextState, State
+from .weights import version_of
 
 
 @dataclass
@@ -43,11 +46,11 @@ class Part:
 
 @dataclass
 class LayerResults:
-    """What the layers made of a part: x (B, T, E), each layer's next state, and where asked for the hidden states
+    """Output of the layers for a part: x (B, T, E), each layer's next state, and where asked for the hidden states
     before, between and behind the layers and the attentions."""
 
     x: torch.Tensor
-    states: list[dict]
+    states: list[NextState]
     hidden: list[torch.Tensor] | None
     attentions: list | None
 
@@ -77,12 +80,16 @@ class Backbone(GalleryPreTrainedModel):
         with."""
         raise NotImplementedError
 
+    def tables_follow(self) -> list[nn.Module]:
+        """The modules whose weights decide what a cache keeps besides the past: tables, and `Derived` state."""
+        return []
+
     def layer_inputs(self, context: ForwardContext) -> tuple:
-        """What layers take besides (hidden states, context, state): tensors that gradients must reach."""
+        """Further arguments of layers, after (hidden states, context, state): tensors that gradients must reach."""
         return ()
 
     def finish(self, x: torch.Tensor) -> torch.Tensor:
-        """What stands behind the last layer, (B, T, E)."""
+        """Applies what stands behind the last layer, (B, T, E)."""
         return x
 
     def results(self, context: ForwardContext, attentions: list | None) -> dict[str, Any]:
@@ -119,6 +126,9 @@ class Backbone(GalleryPreTrainedModel):
             no_cache(past_key_values)
             use_cache = False
         check_arguments(self, inputs, self.arguments())
+        check_tensors(inputs)
+        if "token_type_ids" not in self.own_arguments:
+            no_types(inputs.pop("token_type_ids", None))
         packing = {name: inputs.pop(name, None) for name in PACKING} | {"position_ids": position_ids}
         rows, cache, documents = self.open_input(
             input_ids=input_ids,
@@ -138,6 +148,8 @@ class Backbone(GalleryPreTrainedModel):
             self.check_packed(attends, inputs)
         parts = self.parts(rows, cache, documents)
         done, writes = [], None
+        infers = not torch.is_grad_enabled()
+        version = version_of(self.tables_follow()) if cache is not None and infers else None
         for part in parts:
             common = ForwardContext(
                 rows=part.rows,
@@ -145,22 +157,23 @@ class Backbone(GalleryPreTrainedModel):
                 cached=0 if part.past is None else part.past.columns_held,
                 keep=part.keeps,
                 limit=cache.limit if part.keeps else None,
-                infers=not torch.is_grad_enabled(),
+                infers=infers,
                 output_attentions=bool(attends),
                 output_hidden_states=bool(shows),
                 implementation=self.config._attn_implementation,
+                tables=None if part.past is None else part.past.read_tables(version),
             )
             context = self.plan(common, part.past, **inputs)
             x = self.embed(part.rows, input_ids, inputs_embeds, **inputs)
             if inputs_embeds is not None:
                 x = with_gradients_for(x, self.embed_tokens)
-            states = part.past.states if part.past is not None else []
+            states = part.past.read_states(version) if part.past is not None else []
             result = self.run_layers(x, context, states or [{}] * len(self.layers), *self.layer_inputs(context))
             result.x = self.finish(result.x)
             if result.hidden is not None:
                 result.hidden[-1] = result.x
             if part.keeps:
-                writes = (result.states, part.rows, context.shared, context.facts)
+                writes = (result.states, part.rows, context.facts, context.tables, version, self)
             done.append((context, result))
         placed = [part.rows for part in parts]
         hidden = None
@@ -179,7 +192,7 @@ class Backbone(GalleryPreTrainedModel):
     @classmethod
     def arguments(cls) -> set[str]:
         """The names of all that forward takes by **inputs."""
-        return {*PACKING, *cls.own_arguments, "cache_position"}
+        return {*PACKING, *cls.own_arguments, "cache_position", "token_type_ids"}
 
     def check_packed(self, attends: bool, inputs: dict):
         """Raises ValueError for what has no meaning where documents are packed."""
@@ -210,19 +223,26 @@ class Backbone(GalleryPreTrainedModel):
             past.reset_rows(last.fresh)
         return [*parts, Part(last, past, True)]
 
-    def run_layers(self, x: torch.Tensor, context: ForwardContext, states: list[dict], *more) -> LayerResults:
+    def run_layers(self, x: torch.Tensor, context: ForwardContext, states: list[State], *more) -> LayerResults:
         """Runs the layers on x (B, T, E), each with its state and with `more` besides. Nothing is written."""
         hidden: list | None = [x] if context.output_hidden_states else None
         attentions: list | None = [] if context.output_attentions else None
         new = []
         for layer, state in zip(self.layers, states, strict=True):
-            x, state, probabilities = layer(x, context, state, *more)
-            new.append(state)
+            x, next_state, probabilities = layer(x, context, state, *more)
+            new.append(next_state)
             if hidden is not None:
                 hidden.append(x)
             if attentions is not None:
                 attentions.append(probabilities)
         return LayerResults(x, new, hidden, attentions)
+
+
+def no_types(token_type_ids: torch.Tensor | None):
+    """Raises ValueError if token types that say something are given to a model without any; tokenizers give zeros
+    unasked."""
+    if token_type_ids is not None and bool(token_type_ids.any()):
+        raise ValueError("token_type_ids hold more than zeros, but this model has no token types; leave them out")
 
 
 def unpacked(rows: Rows, attentions: list, keys_too: bool = True) -> tuple:

@@ -28,11 +28,12 @@ class Room:
 def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | None = None) -> torch.Tensor:
     """[past | new] over the columns of time, (..., C + T, D).
 
-    limit: how many of them `next_columns` will keep. If it is given, a decode step does not copy the past: memory for
-    the limit has spare columns at its end, and the new ones are written there, behind what `past` itself holds.
+    limit: columns that `next_columns` will keep. With it, spare columns are allocated, so that a decode step writes in
+    place, behind what `past` itself holds, instead of copying the past.
     """
     if past is None:
         return new
+    past = past.to(new.dtype)  # of a model that was then in another precision
     columns, width = past.shape[-2:]
     end = columns + new.shape[-2]
     if not limit or columns > limit or end > columns + _spare(limit) or not _may_share(past, new):
@@ -49,7 +50,7 @@ def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | No
 
 
 def next_columns(x: torch.Tensor, rows: Rows, limit: int | None) -> torch.Tensor:
-    """What a cache keeps of the columns x (B, ..., C + T, D): each row's last token in the last one, at most limit."""
+    """Columns of x (B, ..., C + T, D) that a cache keeps: each row's last token in the last one, at most limit."""
     if limit == 0:
         return x[..., :0, :].clone()
     x = rows.shift(x, x.dim() - 2)
@@ -61,7 +62,7 @@ def next_columns(x: torch.Tensor, rows: Rows, limit: int | None) -> torch.Tensor
 
 
 def _spare(limit: int) -> int:
-    """Spare columns behind `limit`: the past is copied once in so many decode steps. Few, since they cost memory."""
+    """Spare columns behind `limit`: decode steps between two copies of the past. Few, since they cost memory."""
     return max(2, limit // 8)
 
 

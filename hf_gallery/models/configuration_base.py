@@ -1,4 +1,4 @@
-"""What the configurations of all variants share: the common fields and the checks of their values."""
+"""Base of the configurations of all variants: the common fields and the checks of their values."""
 
 from __future__ import annotations
 
@@ -11,11 +11,16 @@ from transformers.activations import ACT2FN
 
 logger = logging.getLogger(__name__)
 
+BYTES = 262  # ids of the byte tokenizer: 256 bytes and 6 special tokens
 UNLIMITED = 2**48  # tokens; more than any text has, and still what torch takes as the bound of a slice
 # More than this is a slip of the hand or a damaged file, and building it would take hours or all memory.
 MOST = 2**20  # tokens of a window, block, segment or memory of a layer; labels
 DEEPEST = 2**10  # layers
 WIDEST = 2**24  # any other count
+
+
+class ByteTokenizerId(int):
+    """The default of a special id: the byte tokenizer's with its vocabulary, None with another."""
 
 
 class GalleryConfig(PreTrainedConfig):
@@ -28,7 +33,7 @@ class GalleryConfig(PreTrainedConfig):
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     _auto_class: ClassVar[str] = "AutoConfig"
 
-    vocab_size: int = 262  # the byte tokenizer: 256 bytes and 6 special tokens
+    vocab_size: int = BYTES
     hidden_size: int = 512  # E
     num_hidden_layers: int = 6
     num_attention_heads: int = 8  # H
@@ -41,9 +46,9 @@ class GalleryConfig(PreTrainedConfig):
     initializer_range: float = 0.02
     tie_word_embeddings: bool = True
     use_cache: bool = True
-    pad_token_id: int | None = 256
-    bos_token_id: int | None = 257
-    eos_token_id: int | None = 258
+    pad_token_id: int | None = ByteTokenizerId(256)
+    bos_token_id: int | None = ByteTokenizerId(257)
+    eos_token_id: int | None = ByteTokenizerId(258)
 
     def __post_init__(self, **kwargs: Any):
         self._warn_of_near_misses(kwargs)
@@ -67,6 +72,7 @@ class GalleryConfig(PreTrainedConfig):
             self.check_probability(name)
         for name in ("layer_norm_eps", "initializer_range"):
             self.check_positive(name)
+        self.choose_default_ids()
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             self.check_ids(name)
         for name in ("tie_word_embeddings", "use_cache"):
@@ -92,6 +98,31 @@ class GalleryConfig(PreTrainedConfig):
         """Keys that a layer must keep for the tokens to come; None where every key may be seen again."""
         return None
 
+    # ---- what a cache holds for a model of this configuration; `check_content` in cache.py compares
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that keep state."""
+        return self.num_hidden_layers
+
+    def columns_kept(self, layer: int) -> int | None:
+        """Columns of time that a layer keeps; None for all."""
+        return self.cache_capacity
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        """The states that a layer may leave: names, and shapes behind the rows, in which None is any number."""
+        return [{name: (self.num_attention_heads, None, self.head_dim) for name in ("keys", "values")}]
+
+    @property
+    def cache_facts(self) -> dict[str, str]:
+        """Facts of each row that the cache keeps, each with the state of the first layer that it counts in."""
+        return {}
+
+    @property
+    def cache_folds(self) -> bool:
+        """Whether tokens go into a memory or a recurrent state, from which they cannot be taken back."""
+        return False
+
     def check_count(self, name: str, least: int, most: int | None = None):
         """Raises ValueError unless the field is a whole number of at least `least`, at most `most` (default: what such
         a count can be)."""
@@ -99,6 +130,12 @@ class GalleryConfig(PreTrainedConfig):
         most = most or (DEEPEST if name.endswith("_layers") else WIDEST)
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
             raise ValueError(f"{name} is {value!r}; it must be a whole number of at least {least} and at most {most}")
+
+    def choose_default_ids(self):
+        """Special ids that were not given become plain numbers or None, see ByteTokenizerId."""
+        for name, value in vars(self).items():
+            if isinstance(value, ByteTokenizerId):
+                setattr(self, name, int(value) if self.vocab_size == BYTES else None)
 
     def check_flag(self, name: str):
         """Raises ValueError unless the field is True or False."""
@@ -132,6 +169,20 @@ class GalleryConfig(PreTrainedConfig):
         if getattr(self, name) not in choices:
             raise ValueError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
 
+    def check_layers(self, name: str):
+        """Makes the field a list. Raises ValueError unless it holds different numbers of the model's layers."""
+        layers, count = getattr(self, name), self.num_hidden_layers
+        if not isinstance(layers, (list, tuple)):
+            raise ValueError(f"{name} is {layers!r}; it must be a list of layer numbers")
+        for layer in layers:
+            if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
+                raise ValueError(
+                    f"{name} holds {layer!r}; layers are numbered 0 to {count - 1} (num_hidden_layers {count})"
+                )
+        if len(set(layers)) != len(layers):
+            raise ValueError(f"{name} is {layers!r}; its layer numbers must be different")
+        setattr(self, name, list(layers))
+
     def _warn_of_near_misses(self, unknown: dict[str, Any]):
         known = [name for name in type(self).__dataclass_fields__ if not name.startswith("_")]
         for name in unknown:
@@ -147,7 +198,8 @@ class GalleryStackConfig(GalleryConfig):
     norm_position: str = "post"  # post: norm(x + f(x)), as published; pre: x + f(norm(x)), and a norm at the end
     position_embedding_type: str = "sinusoidal"
     position_offset: int = 0  # added to positions that are learned; RoBERTa and the released Longformer: 2
-    # Length of the learned table, offset included. None where positions have no end: tools take it for a limit.
+    # Length of the learned table, offset included. Other positions have no end, and no input is refused for it: it is
+    # then what tools take for the longest input that they should make, as sentence-transformers does.
     max_position_embeddings: int | None = 2048
     sinusoid_layout: str = "interleaved"  # interleaved: sin, cos, sin, cos, as published; concatenated: sines first
     scale_embedding: bool = False  # times sqrt(hidden_size)
@@ -175,8 +227,6 @@ class GalleryStackConfig(GalleryConfig):
             self.check_flag(name)
         if self.classifier_dropout is not None:
             self.check_probability("classifier_dropout")
-        if self.position_embedding_type != "learned":
-            self.max_position_embeddings = None
         if self.longest_input is not None and self.longest_input < 1:
             raise ValueError(
                 f"position_offset is {self.position_offset}, which leaves no learned position of "

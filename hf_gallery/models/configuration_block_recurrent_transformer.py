@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from .configuration_base import MOST, GalleryConfig
-from .configuration_memorizing_transformer import check_layers
 
 
 class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
@@ -45,7 +44,7 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
         self.check_choice("recurrence_type", ["skip", "dual"])
         if self.recurrent_layers is None:
             self.recurrent_layers = [max(0, self.num_hidden_layers - 3)]
-        self.recurrent_layers = check_layers("recurrent_layers", self.recurrent_layers, self.num_hidden_layers)
+        self.check_layers("recurrent_layers")
         if self.feedback and len(self.recurrent_layers) != 1:
             raise ValueError(
                 f"feedback is True and recurrent_layers is {self.recurrent_layers}; with feedback all layers read one "
@@ -57,3 +56,16 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     def cache_capacity(self) -> int:
         """Keys kept for the tokens to come: a window; with a state, all of its block and of the block before."""
         return 2 * self.block_length - 1 if self.recurrent_layers else self.block_length
+
+    def columns_kept(self, layer: int) -> int:
+        return self.cache_capacity if layer in self.recurrent_layers else self.block_length
+
+    @property
+    def cache_folds(self) -> bool:
+        return bool(self.recurrent_layers)
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        (layout,) = super().cache_layout(layer)
+        if layer in self.recurrent_layers:
+            layout["state"] = (self.num_state_vectors, self.hidden_size)
+        return [layout]

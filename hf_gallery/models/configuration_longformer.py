@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .configuration_base import MOST, GalleryStackConfig
+from .configuration_base import MOST, ByteTokenizerId, GalleryStackConfig
 
 
 class GalleryLongformerConfig(GalleryStackConfig):
@@ -15,7 +15,7 @@ class GalleryLongformerConfig(GalleryStackConfig):
 
     attention_window: one number, or one per layer. An encoder's window is the total width, half on each side, so it
     must be even: [p - w/2, p + w/2]. A decoder's is the keys before the query: [p - w, p].
-    attention_dilation: one number, or one per layer: every so manieth key of a window that many times as far.
+    attention_dilation: one number, or one per layer: attend to every g-th key; the window then reaches g times as far.
 
     Raises ValueError for values that do not fit, naming the argument.
     """
@@ -36,7 +36,7 @@ class GalleryLongformerConfig(GalleryStackConfig):
     position_offset: int = 2
     embedding_norm: bool = True
     initialization: str = "normal"
-    sep_token_id: int | None = 260  # ends the question, for ForQuestionAnswering
+    sep_token_id: int | None = ByteTokenizerId(260)  # ends the question, for ForQuestionAnswering
 
     def __post_init__(self, **kwargs: Any):
         self.check_count("num_hidden_layers", 1)
@@ -70,3 +70,12 @@ class GalleryLongformerConfig(GalleryStackConfig):
         """Keys kept for the tokens to come: the farthest that any layer looks back."""
         windows, dilations = self.per_layer("attention_window"), self.per_layer("attention_dilation")
         return max(w * g for w, g in zip(windows, dilations, strict=True))
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        (layout,) = super().cache_layout(layer)
+        pair = (self.num_attention_heads, None, self.head_dim)
+        return [layout, layout | {"global_keys": pair, "global_values": pair}]
+
+    @property
+    def cache_facts(self) -> dict[str, str]:
+        return {"global_positions": "global_keys"}

@@ -61,7 +61,7 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
             )
         if self.memory_layers is None:
             self.memory_layers = [max(0, self.num_hidden_layers - 4)]
-        self.memory_layers = check_layers("memory_layers", self.memory_layers, self.num_hidden_layers)
+        self.check_layers("memory_layers")
         for name in ("normalize_qk", "scale_embedding", "attention_bias", "mlp_bias"):
             self.check_flag(name)
         self.check_choice("norm_type", ["rms", "layer"])
@@ -94,16 +94,13 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         """Keys kept for local attention; the next token may be anywhere in its segment."""
         return self.mem_len + self.segment_length - 1
 
+    @property
+    def cache_folds(self) -> bool:
+        return bool(self.memory_layers)
 
-def check_layers(name: str, layers: Any, count: int) -> list[int]:
-    """The layers in a list. Raises ValueError unless they are different layer numbers of a model of `count` layers."""
-    if not isinstance(layers, (list, tuple)):
-        raise ValueError(f"{name} is {layers!r}; it must be a list of layer numbers")
-    for layer in layers:
-        if not isinstance(layer, int) or isinstance(layer, bool) or not 0 <= layer < count:
-            raise ValueError(
-                f"{name} holds {layer!r}; layers are numbered 0 to {count - 1} (num_hidden_layers {count})"
-            )
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"{name} is {layers!r}; its layer numbers must be different")
-    return list(layers)
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        layouts = super().cache_layout(layer)
+        if layer in self.memory_layers:  # empty until a segment ends
+            pair = (self.num_attention_heads, None, self.head_dim)
+            layouts.append(layouts[0] | {"memory_keys": pair, "memory_values": pair})
+        return layouts

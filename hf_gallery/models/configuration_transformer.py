@@ -24,8 +24,8 @@ class GalleryTransformerConfig(GalleryStackConfig):
     num_decoder_layers: int | None = None
     is_encoder_decoder: bool = False  # set by ForConditionalGeneration
     final_logits_bias: bool = False  # encoder-decoder: a bias on the logits (Marian)
-    # None: a query sees the whole input. A number cuts the input into segments of so many tokens that see only
-    # themselves: the vanilla model that Dai et al. 2019 (figure 1) compare with. Positions count within the segment.
+    # None: a query sees the whole input. A number: segments of that length see only themselves, the vanilla model that
+    # Dai et al. 2019 (figure 1) compare with. Positions count within the segment.
     segment_length: int | None = None
     decoder_start_token_id: int | None = None  # encoder-decoder; default bos_token_id
 
@@ -46,6 +46,7 @@ class GalleryTransformerConfig(GalleryStackConfig):
                     f"max_position_embeddings {self.max_position_embeddings} reaches; learned positions must cover a "
                     "segment"
                 )
+        self.choose_default_ids()
         if self.decoder_start_token_id is None:
             self.decoder_start_token_id = self.bos_token_id
         for name in ("is_encoder_decoder", "final_logits_bias"):
@@ -56,3 +57,18 @@ class GalleryTransformerConfig(GalleryStackConfig):
     @property
     def cache_capacity(self) -> int | None:
         return None if self.segment_length is None else self.segment_length - 1
+
+    @property
+    def cache_layers(self) -> int:
+        own = self.num_decoder_layers if self.is_encoder_decoder else None
+        return self.num_hidden_layers if own is None else own
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        (layout,) = super().cache_layout(layer)
+        if self.is_encoder_decoder:
+            layout |= {f"cross_{name}": shape for name, shape in layout.items()}
+        return [layout]
+
+    @property
+    def cache_facts(self) -> dict[str, str]:
+        return {"source_length": "cross_keys"} if self.is_encoder_decoder else {}

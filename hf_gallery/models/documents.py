@@ -202,7 +202,7 @@ def _of_tokens(name: str, x: torch.Tensor, rows: Rows, tokens: torch.Tensor) -> 
 
 
 def _by_position(positions: torch.Tensor, leads: torch.Tensor) -> torch.Tensor:
-    """Where documents begin by positions (M,): where they start again. They do so at 0, or all at one other number
+    """Starts of documents by positions (M,): where they start again. They do so at 0, or all at one other number
     with which the rows begin too; positions that jump in any other way tell of no documents."""
     jumps = ~leads
     jumps[1:] &= positions[1:] != positions[:-1] + 1
@@ -215,7 +215,7 @@ def _by_position(positions: torch.Tensor, leads: torch.Tensor) -> torch.Tensor:
 
 
 def _by_number(rows: Rows, tokens, leads, seq_idx) -> torch.Tensor:
-    """Where documents begin by seq_idx (B or 1, columns): where the number changes."""
+    """Starts of documents by seq_idx (B or 1, columns): where the number changes."""
     number = _of_tokens("seq_idx", seq_idx, rows, tokens)
     starts = leads.clone()
     starts[1:] |= number[1:] != number[:-1]
@@ -223,7 +223,7 @@ def _by_number(rows: Rows, tokens, leads, seq_idx) -> torch.Tensor:
 
 
 def _by_lengths(leads, row, query_ends, key_ends, query_most, key_most) -> torch.Tensor | None:
-    """Where documents begin by cu_seq_lens_q and cu_seq_lens_k, which count tokens and not padding."""
+    """Starts of documents by cu_seq_lens_q and cu_seq_lens_k, which count tokens and not padding."""
     if query_ends is None and key_ends is None:
         for name, given in (("max_length_q", query_most), ("max_length_k", key_most)):
             if given is not None:

@@ -24,7 +24,7 @@ from .spans import Spans
 class Folding:
     """Columns [cached | new] cut into g rows of every g-th column, for a window dilated by g. g = 1 moves nothing.
 
-    Columns are padded in front so that they end together; queries likewise, to whole rows of g.
+    Columns are padded in front so that they end together; queries too, to whole rows of g.
     """
 
     def __init__(self, rows: Rows, cached: int, dilation: int):
@@ -111,7 +111,7 @@ def _sorted(position, chosen):
 
 
 def _count_below(positions, limit):
-    """How many of the sorted positions (B, g, G) lie below limit (B, g, T')."""
+    """Counts the sorted positions (B, g, G) below limit (B, g, T')."""
     return torch.searchsorted(positions, limit.contiguous())
 
 

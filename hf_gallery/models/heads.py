@@ -16,9 +16,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import can_return_tuple
 
 from .documents import PACKING, Documents
-from .modeling_base import GalleryGenerationMixin, check_arguments
+from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
+READ_BY_BACKBONE = {"past_key_values", "use_cache", "output_attentions", "output_hidden_states"}
 
 
 def find_packed(head, input_ids, inputs_embeds, attention_mask, past_key_values=None, **inputs) -> Documents | None:
@@ -40,6 +41,7 @@ def reads(*names: str):
         shared = next(vars(base)["forward"] for base in head.__mro__[1:] if "forward" in vars(base))
         signature = inspect.signature(shared)
         own = list(signature.parameters.values())
+        own = [parameter for parameter in own if parameter.name not in names]
         own[3:3] = [own[1].replace(name=name, annotation=torch.Tensor | None) for name in names]  # after the mask
         order = [parameter.name for parameter in own[1:]]
 
@@ -67,7 +69,7 @@ def name_causal(kind: type):
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
-    output_type = CausalLMOutputWithPast  # a variant whose backbone returns more names its own
+    output_type = CausalLMOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForCausalLM"
 
     def __init_subclass__(cls, **kwargs):
@@ -86,6 +88,7 @@ class CausalLMHead(GalleryGenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as in the bare model. labels (B, T) are shifted inside, as in transformers; shift_labels (B, T),
@@ -95,8 +98,12 @@ class CausalLMHead(GalleryGenerationMixin):
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
         columns = input_ids if inputs_embeds is None else inputs_embeds
         check_arguments(self, kwargs, self.model.arguments() | {"token_type_ids", *LOSS_ARGUMENTS})
-        for name, given in (("labels", labels), ("shift_labels", loss_arguments.get("shift_labels"))):
-            check_labels(name, given, columns, self.config.vocab_size)
+        kwargs |= {"position_ids": position_ids}
+        labels = checked_labels("labels", labels, columns, self.config.vocab_size)
+        if "shift_labels" in loss_arguments:
+            targets = checked_labels("shift_labels", loss_arguments["shift_labels"], columns, self.config.vocab_size)
+            loss_arguments["shift_labels"] = targets
+        check_kept(logits_to_keep, columns)
         documents = None
         if labels is not None or "shift_labels" in loss_arguments:
             documents = find_packed(self, input_ids, inputs_embeds, attention_mask, past_key_values, **kwargs)
@@ -153,9 +160,10 @@ class MaskedLMHead:
     ) -> MaskedLMOutput:
         """Arguments as in the bare model. labels (B, T): the token that belongs there, -100 to leave it out. logits
         (B, T, V)."""
-        loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
-        check_labels("labels", labels, input_ids if inputs_embeds is None else inputs_embeds, self.config.vocab_size)
-        check_arguments(self, kwargs, self.model.arguments() | {"past_key_values", "use_cache", *LOSS_ARGUMENTS})
+        loss_arguments = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
+        columns = input_ids if inputs_embeds is None else inputs_embeds
+        labels = checked_labels("labels", labels, columns, self.config.vocab_size)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -182,7 +190,7 @@ class MaskedLMHead:
 class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
-    output_type = SequenceClassifierOutputWithPast  # likewise
+    output_type = SequenceClassifierOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForSequenceClassification"
 
     @can_return_tuple
@@ -196,6 +204,7 @@ class SequenceClassificationHead:
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        position_ids: torch.LongTensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Arguments as in the bare model. labels (B,), or (B, num_labels) for several at once. num_items_in_batch: the
@@ -203,9 +212,12 @@ class SequenceClassificationHead:
         documents are packed in the rows, labels and logits are theirs, in reading order: (N,) and (N, num_labels)."""
         items = kwargs.pop("num_items_in_batch", None)
         check_arguments(self, kwargs, self.model.arguments() | {"token_type_ids", "num_items_in_batch"})
-        if labels is not None and not labels.is_floating_point():
-            check_classes(labels, self.config.num_labels)
+        kwargs |= {"position_ids": position_ids}
+        labels = checked_classes(labels, self.config.num_labels)
         documents = find_packed(self, input_ids, inputs_embeds, attention_mask, past_key_values, **kwargs)
+        columns = input_ids if inputs_embeds is None else inputs_embeds
+        if labels is not None and columns is not None:
+            check_count(labels, len(columns) if documents is None else len(documents), self.config)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -226,7 +238,7 @@ class SequenceClassificationHead:
         return self.output_type(**more | {"loss": loss, "logits": logits})
 
     def pool(self, hidden, attention_mask, documents: Documents | None):
-        """What `classifier` sees of hidden (B, T, E): (B, E), or (N, E) where N documents are packed."""
+        """The input of `classifier`, from hidden (B, T, E): (B, E), or (N, E) where N documents are packed."""
         return pooled_rows(hidden, attention_mask, documents, last=True)
 
 
@@ -240,10 +252,16 @@ def next_tokens(labels: torch.Tensor, attention_mask: torch.Tensor) -> torch.Ten
     return F.pad(labels, (0, 1), value=-100).gather(1, after).masked_fill(~mask, -100)
 
 
-def check_labels(name: str, labels, columns, count: int, counted: str = "vocab_size"):
-    """Raises ValueError unless labels (B, T), if given, are below count or -100 under the columns (B, T, ...)."""
-    if labels is None or columns is None:
-        return
+def checked_labels(name: str, labels, columns, count: int, counted: str = "vocab_size") -> torch.Tensor | None:
+    """labels (B, T), if given, as torch.long.
+
+    Raises ValueError or TypeError unless they are whole numbers below count, or -100, under the columns (B, T, ...).
+    """
+    check_tensors({name: labels})
+    if labels is None or not isinstance(columns, torch.Tensor):
+        return None  # what is wrong with the columns is said elsewhere
+    if labels.dtype not in WHOLE:
+        raise ValueError(f"{name} has type {labels.dtype}; it must be torch.long or torch.int")
     if labels.shape != columns.shape[:2]:
         raise ValueError(
             f"{name} has shape {tuple(labels.shape)}; the input's columns need {tuple(columns.shape[:2])}"
@@ -254,16 +272,45 @@ def check_labels(name: str, labels, columns, count: int, counted: str = "vocab_s
             f"{name} holds {int(wrong[0])}; labels are numbers from 0 and below {counted} {count}, or -100 to leave a "
             "column out"
         )
+    return labels.long()
 
 
-def check_classes(labels: torch.Tensor, count: int):
-    """Raises ValueError unless whole-numbered labels name classes below count, or are -100; one number a row, or with
-    one class alone, a value to be met."""
+WHOLE = (torch.long, torch.int)
+
+
+def checked_classes(labels: torch.Tensor | None, count: int) -> torch.Tensor | None:
+    """The labels of a classification into `count` classes: whole numbers as torch.long, others as they are.
+
+    Raises ValueError or TypeError unless whole numbers name classes below count, or are -100 (with one class alone
+    they are values to be met).
+    """
+    check_tensors({"labels": labels})
+    if labels is None or labels.is_floating_point():
+        return labels
+    if labels.dtype not in WHOLE:
+        raise ValueError(
+            f"labels has type {labels.dtype}; give classes as torch.long or torch.int, and several at once, or values "
+            "to be met, as a floating type"
+        )
     if count > 1 and bool(((labels != -100) & ((labels < 0) | (labels >= count))).any()):
         low, high = (int(x) for x in labels.aminmax())
         raise ValueError(
             f"labels hold values from {low} to {high}; they must be numbers of classes, from 0 and below num_labels "
             f"{count}, or -100 to leave a row out"
+        )
+    return labels.long()
+
+
+def check_count(labels: torch.Tensor, count: int, config):
+    """Raises ValueError unless labels fit so many texts: whole numbers (count,), or floating ones, for several classes
+    at once (count, num_labels) and for one value to be met (count,)."""
+    floating, one = labels.is_floating_point(), config.num_labels == 1
+    fits = labels.shape == (count, config.num_labels) or (labels.shape == (count,) and (one or not floating))
+    if not fits or (floating and config.problem_type == "single_label_classification"):
+        raise ValueError(
+            f"labels has type {labels.dtype} and shape {tuple(labels.shape)}; {count} texts need whole numbers "
+            f"({count},) or, with several classes at once, a floating type ({count}, {config.num_labels}) and "
+            f"config.problem_type 'multi_label_classification' (it is {config.problem_type!r})"
         )
 
 
@@ -299,6 +346,30 @@ def vocabulary_scores(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.T
     if adapter is None or adapter.get_base_layer().bias is None:
         return scores
     return scores + (adapter.get_base_layer().bias - lm_head(torch.zeros_like(hidden[:1, :1])))
+
+
+def check_kept(logits_to_keep, columns: torch.Tensor | None):
+    """Raises ValueError or TypeError unless logits_to_keep says which of the input's columns (B, T, ...) to keep."""
+    if not isinstance(columns, torch.Tensor) or columns.dim() < 2:
+        return  # what is wrong with them is said elsewhere
+    t = columns.shape[1]
+    if isinstance(logits_to_keep, int):
+        if not 0 <= logits_to_keep <= t:
+            raise ValueError(f"logits_to_keep is {logits_to_keep}; give 0 for all of the {t} columns, or 1 to {t}")
+        return
+    if not isinstance(logits_to_keep, (torch.Tensor, slice)):
+        raise TypeError(f"logits_to_keep is a {type(logits_to_keep).__name__}; give a number, or a tensor of columns")
+    if isinstance(logits_to_keep, torch.Tensor):
+        wanted = logits_to_keep
+        mask = wanted.dtype == torch.bool and wanted.shape == (t,)
+        if not mask and (wanted.dtype not in WHOLE or wanted.dim() > 1):
+            raise ValueError(
+                f"logits_to_keep has type {wanted.dtype} and shape {tuple(wanted.shape)}; give column numbers (any,), "
+                f"or a mask ({t},) of booleans"
+            )
+        low, high = (int(x) for x in wanted.aminmax()) if wanted.numel() else (0, 0)
+        if not mask and not (-t <= low and high < t):
+            raise ValueError(f"logits_to_keep holds columns from {low} to {high}; the input has 0 to {t - 1}")
 
 
 def keep_logits(hidden: torch.Tensor, logits_to_keep) -> torch.Tensor:

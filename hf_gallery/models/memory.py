@@ -8,12 +8,14 @@ nothing. Letters: see spans.py; N slots in use, k pairs retrieved.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from .attention_problem import compute_dtype
+from .states import Folded
 
 try:
     import faiss
@@ -22,7 +24,7 @@ except ImportError:  # only the faiss backends need it
 
 
 class SearchBackend(Protocol):
-    """How the k best keys are found. A new one is an entry in BACKENDS."""
+    """A search for the k best keys. A new one is an entry in BACKENDS."""
 
     def __call__(
         self, query: torch.Tensor, keys: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, topk: int
@@ -37,7 +39,7 @@ class SearchBackend(Protocol):
 
 
 def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int, n: int) -> torch.Tensor:
-    """Which of the columns [first, last) of n are in the ring interval [lower, upper): (B, T, last - first)."""
+    """The columns [first, last) of n that are in the ring interval [lower, upper): (B, T, last - first)."""
     column = torch.arange(first, last, device=lower.device)
     lower, upper = lower[..., None], upper[..., None]
     return ((column >= lower) & (column < upper)) | (column < upper - n)
@@ -112,7 +114,7 @@ def _of(upper, which):
 
 
 def _newest(scores, last, turn, count):
-    """Where the `count` largest of scores (R, W) are, whose smallest is last (R, 1), (R, count): of the many that are
+    """Columns (R, count) of the `count` largest of scores (R, W), whose smallest is last (R, 1): of the many that are
     equal to it the most recent, which are the last ones before turn (R, 1), and then those before the row's end."""
     larger, equal = scores > last, scores == last
     room = count - larger.sum(-1, keepdim=True, dtype=torch.int32)
@@ -233,7 +235,7 @@ def require_backend(name: str):
 
 
 def query_tile(batch: int, heads: int, width: int, topk: int, size: int) -> int:
-    """How many queries to serve at once. Each gets k pairs of its own, so all of a long input's would not fit; and as
+    """Number of queries to serve at once. Each gets k pairs of its own, so all of a long input's would not fit; and as
     the memory moves on within it, few at a time keep what they search together not much longer than `size`."""
     return max(16, min(max(64, size), 2**24 // (batch * heads * width * topk)))
 
@@ -317,9 +319,11 @@ def attend_retrieved(
 def ring_with_room(
     ring: torch.Tensor | None, new: torch.Tensor, first: torch.Tensor, count: torch.Tensor, size: int, in_place: bool
 ) -> torch.Tensor | None:
-    """A ring that `append_to_ring` may write into: the ring (B, H, N, D) itself with in_place, if it has the slots.
+    """A ring that `append_to_ring` may write into. It grows by doubling up to `size` slots.
 
-    It grows by doubling up to `size` slots. Arguments as in `append_to_ring`.
+    With in_place it may be the ring (B, H, N, D) itself, if the new pairs go to slots that no row has filled yet: who
+    goes on from the old count never looks there. Where the oldest would be overwritten it is a copy. Arguments as in
+    `append_to_ring`.
     """
     if int(count.max()) == 0:
         return ring
@@ -331,10 +335,31 @@ def ring_with_room(
         if ring is not None:
             grown[:, :, :have] = ring
         return grown
+    unfilled = int((first + count).max()) <= have
     # A tensor of inference mode may not be written outside of it.
-    if in_place and ring.is_inference() == torch.is_inference_mode_enabled():
+    if in_place and unfilled and ring.is_inference() == torch.is_inference_mode_enabled():
         return ring
     return ring.clone()
+
+
+@dataclass(frozen=True)
+class Appended(Folded):
+    """A ring (B, H, N, D), None if it is still empty, with pairs that its cache writes once all layers are done.
+
+    new (B, H, A, D): keys or values; first, count, size: as in `append_to_ring`.
+    """
+
+    tensor: torch.Tensor | None  # type: ignore[assignment]
+    new: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+    size: int
+    in_place: bool
+
+    def ready(self) -> Folded | None:
+        ring = ring_with_room(self.tensor, self.new, self.first, self.count, self.size, self.in_place)
+        ring = append_to_ring(ring, self.new, self.first, self.count, self.size)
+        return None if ring is None else Folded(ring.detach())
 
 
 def append_to_ring(

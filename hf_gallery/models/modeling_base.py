@@ -1,4 +1,4 @@
-"""What all gallery models do alike: check their input, keep their cache, save themselves with their code."""
+"""Base of all gallery models: checks their input, keeps their cache, saves them with their code."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
+from .adapters import name_targets
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .loading import check_weights
@@ -29,7 +30,6 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _supports_sdpa = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
     heads: dict[str, str] = {}
     implementations: dict[str, str] = {}  # of attention, with what each is
@@ -37,16 +37,48 @@ class GalleryPreTrainedModel(PreTrainedModel):
     prefix = ""  # of the input's names, in messages
     head_loss: str | None = None  # which of transformers' losses; it would go by the class name, also of a subclass
 
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        cls._supports_sdpa = "sdpa" in cls.implementations
+        cls._supports_flex_attn = "flex_attention" in cls.implementations
+
     def __init__(self, config, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
         self.loss_type = self.head_loss or self.loss_type
+        name_targets(config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested = requested_attention or "eager"
         if requested not in self.implementations:
             known = "; ".join(f"{name!r}: {what}" for name, what in self.implementations.items())
-            raise ValueError(f"attn_implementation is {requested!r}; {type(self).__name__} has {known}")
+            raise ValueError(
+                f'Specified `attn_implementation="{requested}"` is not supported. {type(self).__name__} has {known}'
+            )
         return requested
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ):
+        """As in transformers. Raises ValueError if a special id would fall out of the vocabulary: the model would save
+        and not load again."""
+        self._check_special_ids(self.new_size(new_num_tokens, pad_to_multiple_of))
+        return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+
+    def new_size(self, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int:
+        """The vocabulary's size that the arguments of resize_token_embeddings ask for."""
+        size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
+        return size if pad_to_multiple_of is None else -(-size // pad_to_multiple_of) * pad_to_multiple_of
+
+    def _check_special_ids(self, size: int):
+        for owner in ("config", "generation_config"):
+            settings = getattr(self, owner, None)
+            for name, value in () if settings is None else settings.to_dict().items():
+                ids = value if isinstance(value, (list, tuple)) else [value]
+                if name.endswith("_token_id") and any(isinstance(x, int) and x >= size for x in ids):
+                    raise ValueError(
+                        f"the new vocabulary has {size} tokens and {owner}.{name} is {value}; set it to an id below "
+                        f"{size} or to None first"
+                    )
 
     @classmethod
     def _can_set_attn_implementation(cls) -> bool:
@@ -130,6 +162,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
                     f"past_key_values is a {type(cache).__name__}; give a GalleryCache, or None to start with one"
                 )
             cache.check(self.config, b)
+            cache.check_weights(self)
         elif use_cache:
             cache = GalleryCache(self.config)
         check_tensors(packing or {})
@@ -165,6 +198,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """The mask of the new columns, (B, T) of booleans; None where all are tokens."""
         if mask is None:
             return None
+        check_tensors({name: mask})
         past = 0 if cache is None else cache.columns
         if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] not in (t, past + t):
             also = f" or ({b}, {past + t})" if past else ""
@@ -202,6 +236,13 @@ class GalleryGenerationMixin(GenerationMixin):
                 cache.deactivate_past_recording()
         return result
 
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        # By this name PEFT knows whether its virtual tokens have been read: without, it reads them before every token.
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        name_cache(inputs, "past_key_values")
+        return inputs
+
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         return None  # rows count their own tokens
 
@@ -216,7 +257,7 @@ class GalleryGenerationMixin(GenerationMixin):
             )
         cache = model_kwargs.get(CACHE_NAME)
         assisted = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
-        if assisted and generation_config.use_cache is not False and GalleryCache(self.config).folds:
+        if assisted and generation_config.use_cache is not False and self.config.cache_folds:
             raise ValueError(
                 f"{type(self).__name__} cannot take back the tokens of assisted decoding: they are in its memory or "
                 "recurrent state. Leave out assistant_model and prompt_lookup_num_tokens"
@@ -251,9 +292,9 @@ def name_cache(kwargs: dict, name: str):
 
 
 def check_tensors(given: dict):
-    """Raises TypeError unless what is given by these names are tensors, None or plain numbers."""
+    """Raises TypeError if one of these is a list or an array where a tensor belongs."""
     for name, x in given.items():
-        if x is not None and not isinstance(x, (torch.Tensor, int)):
+        if isinstance(x, (list, tuple)) or type(x).__module__ == "numpy":
             raise TypeError(f"{name} is a {type(x).__name__}; give a tensor, torch.as_tensor({name})")
 
 
@@ -262,8 +303,9 @@ def check_arguments(model: nn.Module, given: dict, known: set[str]):
     unknown = [name for name, value in given.items() if name not in known and value is not None]
     if not unknown:
         return
-    named = inspect.signature(type(model).forward).parameters.values()
-    names = {x.name for x in named if x.kind is not x.VAR_KEYWORD} - {"self"} | known
+    forwards = [vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)]
+    named = [x for forward in forwards for x in inspect.signature(forward).parameters.values()]
+    names = {x.name for x in named if x.kind is x.POSITIONAL_OR_KEYWORD} - {"self", "input"} | known
     near = difflib.get_close_matches(unknown[0], sorted(names), 1)
     hint = f"did you mean {near[0]!r}?" if near else f"it takes {', '.join(sorted(names))}"
     raise TypeError(f"{type(model).__name__} takes no argument {unknown[0]!r}; {hint}")

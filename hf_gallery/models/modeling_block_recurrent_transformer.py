@@ -34,7 +34,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone, LayerResults
 from .blocks import (
     AttentionDropout,
@@ -55,11 +55,12 @@ from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .spans import Spans
+from .states import Derived, Folded, NextState, tensors_of
 
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     block_length: int
     fed: tuple[torch.Tensor, torch.Tensor] | None = None  # feedback: keys and values (B, H, S, D) of the state
@@ -68,6 +69,11 @@ class Context(ForwardContext):
         """[p - W, p - 1] in the columns [cached | new]."""
         p = self.rows.positions
         return self.once(("window", cached), lambda: self.rows.spans(p - self.block_length, p - 1, cached))
+
+    def everything(self, queries: int, columns: int) -> Spans:
+        """All columns, for every query."""
+        place, ends = ("everything", queries, columns), (0, columns - 1)
+        return self.once(place, lambda: Spans(*(torch.full((1, queries), end) for end in ends)))
 
     def blocks(self, cached: int) -> Blocks:
         return self.once(("blocks", cached), lambda: Blocks(self.rows, cached, self.block_length))
@@ -105,7 +111,7 @@ class Blocks:
         return x if self.whole else _pick(x, self.token_at)
 
     def windows(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """What the state sees of x (B, H, C + T, D) in each block: J times (B, H, 2 W, D)."""
+        """The tokens of x (B, H, C + T, D) that the state sees in each block: J times (B, H, 2 W, D)."""
         # Picked once and split: a pick from all of x for each block would cost its whole gradient each time.
         parts = _pick(x, self.column).split(self.length, dim=2)
         return [torch.cat(pair, dim=2) for pair in zip(parts, parts[1:], strict=False)]
@@ -130,7 +136,7 @@ class LSTMGate(nn.Linear):
 
 
 class StateGate(nn.Module):
-    """How new content meets an old state: section 3.2. hidden is what the content was made from."""
+    """The gate between new content and an old state. hidden: what the content was made from."""
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, hidden: int):
         super().__init__()
@@ -177,10 +183,10 @@ class RecurrentState(nn.Module):
         layer's next state. The only loop over blocks is here."""
         rows = context.rows
         current = self._entering(state, rows)
-        pair = context.fed
+        pair = None if tokens is None else context.fed
         if pair is None:
-            # Kept ones, unless a row was emptied after they were made.
-            kept = context.infers and "state_keys" in state and bool((rows.seen > 0).all())
+            # Kept ones, while the state and the weights stay as they were.
+            kept = "state_keys" in state
             pair = (state["state_keys"], state["state_values"]) if kept else self._keys_values(current)
         if tokens is None:
             return pair
@@ -196,17 +202,17 @@ class RecurrentState(nn.Module):
             if read and bool(done.any()):
                 windows = windows or (blocks.windows(keys), blocks.windows(values))
                 spans = blocks.window_spans(j, current.shape[1])
-                ahead = self._advance(current, *pair, windows[0][j], windows[1][j], spans)
+                ahead = self._advance(current, pair, (windows[0][j], windows[1][j]), spans, context)
                 current = (
                     ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
                 )
                 if j + 1 < blocks.count or context.infers:
                     pair = self._keys_values(current)
         key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
-        new = {"state": current}
+        new: NextState = {"state": Folded(current)}
         if context.infers:  # a token of the same block reads them again
-            new |= {"state_keys": pair[0], "state_values": pair[1]}
-        return blocks.back(read_state(blocks.tokens(query), key, value)), new if context.keep else {}
+            new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
+        return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keep else {}
 
     def _entering(self, state, rows) -> torch.Tensor:
         """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
@@ -215,20 +221,20 @@ class RecurrentState(nn.Module):
             return initial
         fresh = rows.seen < self.block_length
         if not bool(fresh.any()):
-            return state["state"]
+            return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
     def _keys_values(self, state):
         """The keys and values (B, H, S, D) of a state (B, S, E), which tokens and the state itself read."""
         return self.project.keys_values(self.norm(state) + self.ids)
 
-    def _advance(self, state, key, value, keys, values, spans):
-        """The state (B, S, E) after a block; its keys and values are (B, H, S, D), the tokens' are (B, H, 2 W, D)."""
+    def _advance(self, state, pair, tokens, spans, context):
+        """The state (B, S, E) after a block. pair: its keys and values (B, H, S, D); tokens: theirs (B, H, 2 W, D)."""
         z = self.norm(state) + self.ids
         query, _ = self.project(z)
         cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.heads), self.cross_scale)
-        own = read_state(query, key, value)
-        cross = attend(cross_query, keys, values, spans, scale=1.0)
+        own = read_state(query, *pair, context)
+        cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
         hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, S, 2 H D)
         state = self.gate(state, self.o_proj(hidden), hidden)
         if self.dual:
@@ -238,11 +244,10 @@ class RecurrentState(nn.Module):
         return state
 
 
-def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """What queries (B, H, any, D), their scale in them, read of a state's keys and values (B, H, S, D), all of it."""
-    count = query.shape[2]
-    everything = Spans(torch.zeros(1, count).long(), torch.full((1, count), key.shape[2] - 1))
-    return attend(query, key, value, everything, scale=1.0)
+def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
+    """Attention of queries (B, H, any, D), their scale in them, over all of a state's keys and values (B, H, S, D)."""
+    everything = context.everything(query.shape[2], key.shape[2])
+    return attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
 
 
 class GalleryBlockRecurrentTransformerAttention(nn.Module):
@@ -274,7 +279,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         spans = context.window(cached)
         # One distance only where the window is still empty: a table needs a row all the same.
         position = self.relative_bias(max(1, spans.distances(cached)[1]), scale)
-        out = attend(query, keys, values, spans, position=position, scale=1.0, dropout=self.dropout.rate)
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
+        out = attend(query, keys, values, spans, position=position, scale=1.0, **options)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)[2]
@@ -284,7 +290,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
                 cross, new_state = self.recurrence(state, context, (cross_query, keys, values))
                 new |= new_state
             else:
-                cross = read_state(cross_query, *context.fed)
+                key, value = context.fed
+                cross = read_state(cross_query, key, value, context)
             out = torch.cat([out, cross], dim=1)  # (B, 2 H, T, D)
         return self.o_proj(merge_heads(out)), new, probabilities
 
@@ -312,7 +319,7 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryBlockRecurrentTransformerConfig
     config_class = GalleryBlockRecurrentTransformerConfig
     _no_split_modules = ["GalleryBlockRecurrentTransformerLayer"]
-    implementations = {"eager": "their own tiles"}
+    implementations = OWN_IMPLEMENTATIONS
     heads = {
         "AutoModel": "GalleryBlockRecurrentTransformerModel",
         "AutoModelForCausalLM": "GalleryBlockRecurrentTransformerForCausalLM",
@@ -344,6 +351,10 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
+
+    def tables_follow(self):
+        layers = [self.layers[i].self_attn for i in self.config.recurrent_layers]
+        return [layer.recurrence for layer in layers]  # the state's keys and values do
 
     def plan(self, common, past, **inputs) -> Context:
         return common.widened(Context, block_length=self.config.block_length)
@@ -390,6 +401,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 keep=True,
                 limit=self.config.cache_capacity,
                 infers=context.infers,
+                implementation=context.implementation,
             )
             # In a context of its own: a checkpointed layer computes it again, from what it was computed from.
             part = replace(part, fed=self.layers[recurrent](None, part, states[recurrent]))
@@ -398,7 +410,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 y, state, _ = layer(y, part, state)
                 hidden.append(y)
                 new.append(state)
-            states, seen = new, part_rows.seen + part_rows.lengths
+            states, seen = [tensors_of(state) for state in new], part_rows.seen + part_rows.lengths
             outs.append(hidden)
         joined = []
         token = blocks.token_at.to(x.device)  # (B, T) place of each packed token in the row's blocks
@@ -410,7 +422,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
             joined.append(
                 torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
             )
-        return LayerResults(joined[-1], states, joined if context.output_hidden_states else None, None)
+        return LayerResults(joined[-1], new, joined if context.output_hidden_states else None, None)
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):

@@ -30,7 +30,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
 from transformers.utils import can_return_tuple
 
-from .attention import Position, attend, attend_naive, join
+from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive, join
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
 from .cache import CACHE_NAME
@@ -40,17 +40,26 @@ from .context import ForwardContext
 from .documents import PACKING, Documents
 from .folding import Folding, GlobalTokens, in_order
 from .gradients import with_gradients_for
-from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, check_labels, pooled_rows, reads
-from .modeling_base import GalleryPreTrainedModel, with_config
+from .heads import (
+    READ_BY_BACKBONE,
+    CausalLMHead,
+    MaskedLMHead,
+    SequenceClassificationHead,
+    checked_labels,
+    pooled_rows,
+    reads,
+)
+from .modeling_base import GalleryPreTrainedModel, check_arguments, with_config
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
+from .states import Fixed, Places
 
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     causal: bool
     everything: Spans | None  # encoder: all tokens, for global queries
@@ -92,7 +101,8 @@ class GalleryLongformerAttention(nn.Module):
         if context.globals is not None:
             global_pairs = self._global_pairs(key, value, context.globals, state)
             if context.keep:
-                new |= {"global_keys": global_pairs[0], "global_values": global_pairs[1]}
+                names = ("global_keys", "global_values")
+                new |= {name: Fixed(x) for name, x in zip(names, global_pairs, strict=True)}
         position = None
         if self.relative:
             query, position = self._relative(query, context)
@@ -111,22 +121,17 @@ class GalleryLongformerAttention(nn.Module):
         queries, folded_keys, folded_values = folding.queries(query), folding.keys(keys), folding.keys(values)
         if position is not None:
             position = position._replace(query=folding.queries(position.query))
-        dropout = self.dropout.rate
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         if global_pairs is None:
-            out = attend(
-                queries, folded_keys, folded_values, window, position=position, dropout=dropout,
-                implementation=context.implementation,
-            )  # fmt: skip
+            out = attend(queries, folded_keys, folded_values, window, position=position, **options)
             return folding.unfold(out)
         order, outside = context.once(
             (self.left, self.dilation, "outside"), lambda: folding.outside(context.globals, self.left, self.right)
         )
-        result = attend(
-            queries, folded_keys, folded_values, window, position=position, dropout=dropout, return_lse=True
-        )
+        result = attend(queries, folded_keys, folded_values, window, position=position, return_lse=True, **options)
         global_keys, global_values = (in_order(z, order) for z in global_pairs)  # (B * g, H, G, D)
         for spans in outside:
-            far = attend(queries, global_keys, global_values, spans, dropout=dropout, return_lse=True)
+            far = attend(queries, global_keys, global_values, spans, return_lse=True, **options)
             result = join(result, far)
         return folding.unfold(result[0])
 
@@ -142,7 +147,7 @@ class GalleryLongformerAttention(nn.Module):
         return tuple(pairs)
 
     def _from_globals(self, x, context):
-        """What the global tokens themselves see: everything, by maps of their own. (B, H, Gn, D)."""
+        """Attention of the global tokens: over everything, by maps of their own. (B, H, Gn, D)."""
         query = context.globals.take(split_heads(self.q_global_proj(x), self.heads))
         key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
         first = context.everything
@@ -154,12 +159,7 @@ class GalleryLongformerAttention(nn.Module):
         return attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
 
     def _relative(self, query, context):
-        if context.shared is None:
-            table = self._table(query)
-        else:
-            if not context.shared[self.layer]:
-                context.shared[self.layer] = {"table": self._table(query)}
-            table = context.shared[self.layer]["table"]
+        table = context.table(self.layer, lambda: self._table(query))
         content = query + self.content_bias[:, None].to(query.dtype)
         return content, Position(table, self.left, query + self.position_bias[:, None].to(query.dtype))
 
@@ -196,7 +196,7 @@ class GalleryLongformerAttention(nn.Module):
         return probabilities
 
     def _visible(self, context, device):
-        """What each query sees (B or 1, T, S), its window of that, and each pair's row of the table of positions
+        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's row of the table of positions
         (1, T, S)."""
         rows, s = context.rows, context.cached + context.rows.width
         p = rows.positions
@@ -242,7 +242,9 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryLongformerConfig
     config_class = GalleryLongformerConfig
     _no_split_modules = ["GalleryLongformerLayer"]
-    implementations = {"eager": "their own tiles, which join the window with the global tokens"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which join the window with the global tokens"
+    }
     heads = {
         "AutoModel": "GalleryLongformerModel",
         "AutoModelForCausalLM": "GalleryLongformerForCausalLM",
@@ -302,18 +304,17 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
                 f"global_attention_mask has shape {shape}; it must be ({b}, {t}){also}, 1 at global tokens"
             )
 
+    def tables_follow(self):
+        return [layer.self_attn.r_proj for layer in self.layers if layer.self_attn.relative]
+
     def plan(self, common, past, global_attention_mask=None, **inputs) -> Context:
         rows = common.rows
         globals_, facts = self._global_tokens(rows, past, global_attention_mask)
-        everything = shared = None
+        everything = None
         if not self.causal:
             zeros = torch.zeros_like(rows.positions)
             everything = rows.spans(zeros, zeros + rows.last, 0)
-        elif past is not None and common.infers:
-            shared = list(past.shared) or [{} for _ in self.layers]
-        return common.widened(
-            Context, causal=self.causal, everything=everything, globals=globals_, shared=shared, facts=facts
-        )
+        return common.widened(Context, causal=self.causal, everything=everything, globals=globals_, facts=facts)
 
     def _global_tokens(self, rows: Rows, past, mask):
         """The global tokens, None if there are none, and what the cache must remember of them."""
@@ -339,7 +340,7 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
         order = (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
         pick = order[:, : max(1, int((positions >= 0).sum(1).max()))]
         positions = positions.gather(1, pick)
-        return GlobalTokens(positions, index, pick, causal=True), {"global_positions": positions + 1}
+        return GlobalTokens(positions, index, pick, causal=True), {"global_positions": Places(positions + 1)}
 
 
 @reads("global_attention_mask", "position_ids", "token_type_ids")
@@ -459,8 +460,9 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
     ) -> TokenClassifierOutput:
         """Arguments as in GalleryLongformerModel. labels (B, T), -100 to leave one out. logits (B, T, num_labels)."""
         num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
         columns = input_ids if inputs_embeds is None else inputs_embeds
-        check_labels("labels", labels, columns, self.num_labels, "num_labels")
+        labels = checked_labels("labels", labels, columns, self.num_labels, "num_labels")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -468,8 +470,7 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.classifier(self.dropout(outputs.last_hidden_state))
         loss = None if labels is None else self.loss_function(logits, labels.contiguous(), self.config, **num_items)
@@ -508,6 +509,7 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
         outside the input are left out of the loss. The logits of padding are the least number. Raises ValueError if a
         row has no separator to end its question.
         """
+        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
         own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         packing = {name: kwargs.get(name) for name in PACKING} | {"position_ids": position_ids}
         *_, documents = self.open_input(**own, packing=packing)  # its errors come first
@@ -528,8 +530,7 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
             token_type_ids=token_type_ids,
             position_ids=position_ids,
             inputs_embeds=inputs_embeds,
-            use_cache=False,
-            **kwargs,
+            **kwargs | {"use_cache": False},
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
         if attention_mask is not None:  # no answer is there, and the others' probabilities are those of the row alone

@@ -45,7 +45,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone
 from .blocks import (
     AttentionDropout,
@@ -61,14 +61,14 @@ from .blocks import (
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
 from .heads import CausalLMHead, SequenceClassificationHead
-from .memory import append_to_ring, attend_retrieved, query_tile, require_backend, retrieve, ring_with_room
+from .memory import Appended, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
 from .segments import Parts, attend_segments, segment_spans
 from .spans import Spans
 
 
 class Retrieval(NamedTuple):
-    """What one memory layer retrieved. positions (B, H, T, k): in the row, -1 where nothing was found; weights
+    """Pairs retrieved by one memory layer. positions (B, H, T, k): in the row, -1 where nothing was found; weights
     (B, H, T, k): of the softmax over them, before the gate."""
 
     positions: torch.Tensor
@@ -96,29 +96,9 @@ class MemorizingSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     retrievals: dict[int, Retrieval] | None = None
 
 
-class Appended(NamedTuple):
-    """A ring with pairs still to be written: the cache does so once all layers are done, and all rings have room."""
-
-    ring: torch.Tensor | None
-    new: torch.Tensor  # (B, H, A, D)
-    first: torch.Tensor  # (B,) position of the first one
-    count: torch.Tensor  # (B,)
-    size: int
-    in_place: bool
-
-    def with_room(self) -> Appended:
-        """The same with a ring that may be written into, and has the slots."""
-        ring = ring_with_room(self.ring, self.new, self.first, self.count, self.size, self.in_place)
-        return self._replace(ring=ring)
-
-    def commit(self) -> torch.Tensor | None:
-        """The ring with the pairs in it."""
-        return append_to_ring(self.ring, self.new, self.first, self.count, self.size)
-
-
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans
     parts: Parts | None
@@ -128,10 +108,10 @@ class Context(ForwardContext):
     retrievals: dict | None = None
 
     def memory_intervals(self) -> dict:
-        """Where each query's memory lies, the same in all memory layers.
+        """The places of each query's memory, the same in all memory layers.
 
         stored (B,): positions in the ring before this forward. ring: (B, T) twice, its interval of slots. columns:
-        likewise over [cached | new], for segments that end within this forward; None if none does.
+        the same over [cached | new], for segments that end within this forward; None if none does.
         """
         return self.once("memory", self._intervals)
 
@@ -191,7 +171,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         return self.o_proj(merge_heads(out)), new, probabilities
 
     def _local(self, query, key, value, keys, values, position, state, context):
-        options = dict(scale=1.0, dropout=self.dropout.rate)
+        options = dict(scale=1.0, dropout=self.dropout.rate, implementation=context.implementation)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)[2]
@@ -202,7 +182,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
 
     @torch.compiler.disable  # where the memory's columns lie depends on the rows: see `attend`
     def _remember(self, query, keys, values, context, state):
-        """What the memory gives (B, H, T, D), and the memory's next state."""
+        """The memory's contribution (B, H, T, D), and its next state."""
         where = context.memory_intervals()
         device = query.device
         ring = state.get("memory_keys"), state.get("memory_values")
@@ -276,7 +256,9 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryMemorizingTransformerConfig
     config_class = GalleryMemorizingTransformerConfig
     _no_split_modules = ["GalleryMemorizingTransformerLayer"]
-    implementations = {"eager": "their own tiles, which join local attention and cache"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which join local attention and cache"
+    }
     heads = {
         "AutoModel": "GalleryMemorizingTransformerModel",
         "AutoModelForCausalLM": "GalleryMemorizingTransformerForCausalLM",

@@ -20,6 +20,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForMaskedLMLoss
@@ -31,7 +32,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .attention import attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
 from .backbone import Backbone, unpacked
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .cache import CACHE_NAME, cache_of
@@ -42,20 +43,28 @@ from .heads import (
     CausalLMHead,
     MaskedLMHead,
     SequenceClassificationHead,
-    check_labels,
+    check_kept,
+    checked_labels,
     keep_logits,
     pooled_rows,
     reads,
 )
-from .modeling_base import GalleryGenerationMixin, GalleryPreTrainedModel, check_arguments, with_config
+from .modeling_base import (
+    GalleryGenerationMixin,
+    GalleryPreTrainedModel,
+    check_arguments,
+    check_tensors,
+    with_config,
+)
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
+from .states import Fixed
 
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans
     source: torch.Tensor | None = None  # cross-attention: the encoder's output, packed (B, S, E)
@@ -118,14 +127,14 @@ class GalleryTransformerLayer(ResidualLayer):
         if self.cross_attention:
             y = self.cross_attn_norm(x) if self.pre else x
             if "cross_keys" in state:
-                key, value = state["cross_keys"], state["cross_values"]
+                key, value = state["cross_keys"].to(y.dtype), state["cross_values"].to(y.dtype)
                 y = with_gradients_for(y, self.cross_attn.k_proj, self.cross_attn.v_proj)
             else:
                 key, value = self.cross_attn.keys_values(source)
             y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
             x = self.add(x, y, self.cross_attn_norm)
             if context.keep:
-                new |= {"cross_keys": key, "cross_values": value}
+                new |= {"cross_keys": Fixed(key), "cross_values": Fixed(value)}
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         x = self.add(x, y, self.feed_forward_norm)
         return x, new, (probabilities, cross_probabilities)
@@ -137,7 +146,7 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryTransformerConfig
     config_class = GalleryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
-    implementations = {"eager": "their own tiles", "sdpa": "torch's fused kernels"}
+    implementations = OWN_IMPLEMENTATIONS | {"sdpa": "torch's fused kernels"}
     heads = {
         "AutoModel": "GalleryTransformerModel",
         "AutoModelForCausalLM": "GalleryTransformerForCausalLM",
@@ -227,7 +236,7 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         upper = (lengths[:, None] - 1).expand(b, rows.width)
         if bool((lengths == lengths[0]).all()):
             upper = upper[:1]
-        return source, Spans(torch.zeros_like(upper), upper), {"source_length": lengths}
+        return source, Spans(torch.zeros_like(upper), upper), {"source_length": Fixed(lengths)}
 
 
 class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
@@ -309,6 +318,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
                 **flags,
                 **kwargs,
             )
+        cache_position = kwargs.pop("cache_position", None)
         single = kwargs | {"position_ids": position_ids, "token_type_ids": token_type_ids}
         given = [name for name, value in single.items() if value is not None]
         if given:
@@ -332,6 +342,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             encoder_hidden_states=source,
             encoder_attention_mask=attention_mask,
             use_cache=use_cache,
+            cache_position=cache_position,
             **flags,
         )
         hidden = decoded.last_hidden_state
@@ -421,6 +432,14 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
     def get_encoder(self, modality=None):
         return self.model.get_encoder()
 
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.config.final_logits_bias:
+            bias = self.final_logits_bias
+            bias.data = F.pad(bias.data, (0, self.config.vocab_size - bias.shape[1]))
+        return embeddings
+
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """labels (B, T) moved one to the right behind decoder_start_token_id, -100 replaced by padding."""
         start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
@@ -453,10 +472,14 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
         """Arguments as in GalleryTransformerModel. labels (B, T): the target, -100 left out of the loss; without
         decoder_input_ids the decoder reads the labels moved one to the right. logits (B, T, V).
         """
+        items = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        check_arguments(self, kwargs, self.model.arguments() | {"num_items_in_batch"})
+        check_tensors({"labels": labels})
         if decoder_input_ids is None and decoder_inputs_embeds is None and labels is not None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         decoded = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        check_labels("labels", labels, decoded, self.config.vocab_size)
+        labels = checked_labels("labels", labels, decoded, self.config.vocab_size)
+        check_kept(logits_to_keep, decoded)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -469,6 +492,7 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
             use_cache=False if labels is not None and use_cache is None else use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
+            **kwargs,
         )
         logits = self.lm_head(keep_logits(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
         if self.config.final_logits_bias:
@@ -476,7 +500,7 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
         loss = None
         if labels is not None:
             loss = ForMaskedLMLoss(
-                logits, labels.contiguous(), self.config.vocab_size, **kwargs
+                logits, labels.contiguous(), self.config.vocab_size, **items
             )  # labels stand where they belong
         return Seq2SeqLMOutput(
             loss=loss,

@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Projections, is_adaptive
-from .attention import Position, attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
-from .columns import append_columns, next_columns
+from .columns import append_columns
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .context import ForwardContext
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
@@ -46,7 +46,7 @@ from .spans import Spans
 
 @dataclass(kw_only=True)
 class Context(ForwardContext):
-    """What all layers of one forward share: besides what every variant's do, the following."""
+    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans  # the [cached | new] columns that each query sees
     far: int  # the greatest distance of the table of positions
@@ -80,14 +80,7 @@ class GalleryTransformerXLAttention(nn.Module):
 
     def table(self, context: Context) -> torch.Tensor:
         """r of the distances far, ..., 0: (H, R, D)."""
-        if context.shared is None:
-            return self._project_table(context)
-        if not context.shared[self.layer]:
-            context.shared[self.layer] = {"table": self._project_table(context)}
-        return context.shared[self.layer]["table"]
-
-    def _project_table(self, context):
-        return split_heads(self.r_proj(context.relative)[None], self.heads)[0]
+        return context.table(self.layer, lambda: split_heads(self.r_proj(context.relative)[None], self.heads)[0])
 
     def forward(self, x, own, joined, before, context: Context):
         """x (B, T, E). Pairs of keys and values (B, H, ., D): own (T), joined with the past before them (C + T), and
@@ -99,15 +92,15 @@ class GalleryTransformerXLAttention(nn.Module):
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
         content, position = query + u[:, None].to(query), query + v[:, None].to(query)
         relative = Position(self.table(context), context.far, position)
-        dropout = self.dropout.rate
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         out = probabilities = None
         if context.output_attentions:
             out, _, probabilities = attend_naive(content, *joined, context.spans, position=relative)
             out = out.to(query.dtype)
         if context.parts is not None:
-            out = attend_segments(content, own, before, context.parts, relative, dropout=dropout)
+            out = attend_segments(content, own, before, context.parts, relative, **options)
         elif out is None:
-            out = attend(content, *joined, context.spans, position=relative, dropout=dropout)
+            out = attend(content, *joined, context.spans, position=relative, **options)
         return self.o_proj(merge_heads(out)), probabilities
 
 
@@ -135,10 +128,10 @@ class GalleryTransformerXLLayer(ResidualLayer):
         if context.parts is not None:
             before = self._before(x, past, context.parts)
         y, probabilities = self.self_attn(y, own, joined, before, context)
-        state = self._next_state(x, joined, state, context) if context.keep else {}
+        new = self._next_state(x, joined, state, context) if context.keep else {}
         x = self.add(x, y, self.self_attn_norm)
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
-        return self.add(x, y, self.feed_forward_norm), state, probabilities
+        return self.add(x, y, self.feed_forward_norm), new, probabilities
 
     def _past(self, state, context, x):
         """Keys and values (B, H, C, D) of the cached columns; made anew from hidden states, so that W_k, W_v learn."""
@@ -165,14 +158,9 @@ class GalleryTransformerXLLayer(ResidualLayer):
 
     def _next_state(self, x, joined, state, context):
         if context.parts is not None and "keys" not in state:
-            return {
-                "hidden": next_columns(append_columns(state.get("hidden"), x.detach()), context.rows, context.limit)
-            }
+            return context.columns(context.limit, hidden=append_columns(state.get("hidden"), x.detach()))
         keys, values = joined
-        return {
-            "keys": next_columns(keys.detach(), context.rows, context.limit),
-            "values": next_columns(values.detach(), context.rows, context.limit),
-        }
+        return context.columns(context.limit, keys=keys.detach(), values=values.detach())
 
     def _attention_input(self, x):
         return self.self_attn_norm(x) if self.pre else x
@@ -199,7 +187,9 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         "AutoModelForCausalLM": "GalleryTransformerXLForCausalLM",
         "AutoModelForSequenceClassification": "GalleryTransformerXLForSequenceClassification",
     }
-    implementations = {"eager": "their own tiles, which alone know the position term of Transformer-XL"}
+    implementations = OWN_IMPLEMENTATIONS | {
+        "eager": "their own tiles or kernels, which alone know the position term of Transformer-XL"
+    }
 
     def _init_weights(self, module):
         std = self.config.initializer_range
@@ -217,6 +207,38 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         elif isinstance(module, nn.ParameterList):  # the adaptive softmax's weights (words, width) and biases (words,)
             for parameter in module:
                 nn.init.normal_(parameter, 0.0, std if parameter.dim() == 2 else 0.0)
+
+    @property
+    def embeddings(self) -> nn.ModuleDict:
+        """PEFT's prompt tuning finds an adaptive embedding by this name, and tables by their size."""
+        if not is_adaptive(self.config):
+            raise AttributeError(f"{type(self).__name__} has no attribute 'embeddings'")
+        return nn.ModuleDict({"word_embeddings": self.base_model.embed_tokens})
+
+    def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
+        """As in transformers; with adaptive tables the last cluster grows or shrinks."""
+        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        if not isinstance(embedding, AdaptiveEmbedding):
+            return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        size, last = self.new_size(new_num_tokens, pad_to_multiple_of), max([0, *self.config.cutoffs])
+        if size <= last:
+            raise ValueError(
+                f"the new vocabulary has {size} tokens, and the last cluster begins at {last}; more than that must "
+                "stay"
+            )
+        table = embedding.tables[-1]
+        rows = table.num_embeddings + size - embedding.num_embeddings
+        self._resize_rows(table.weight, rows, mean_resizing)
+        table.num_embeddings, embedding.ends[-1] = rows, size
+        if head is not None:
+            self._resize_rows(head.weights[-1], rows, mean_resizing)
+            head.biases[-1].data = F.pad(head.biases[-1].data, (0, rows - len(head.biases[-1])))
+            head.ends[-1] = size
+        return embedding
+
+    def _resize_rows(self, table: nn.Parameter, rows: int, mean_resizing: bool):
+        resized = nn.Embedding(*table.shape, _weight=table.data)
+        table.data = self._get_resized_embeddings(resized, rows, mean_resizing=mean_resizing).weight.data
 
 
 class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
@@ -243,6 +265,9 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
     def finish(self, x):
         return self.dropout(x)
 
+    def tables_follow(self):
+        return [layer.self_attn.r_proj for layer in self.layers]
+
     def plan(self, common, past, **inputs) -> Context:
         config, rows, cached = self.config, common.rows, common.cached
         start, least = None, 0
@@ -252,12 +277,11 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         spans, parts = segment_spans(
             rows, cached, config.segment_length, config.mem_len, config.same_length, least=least
         )
-        far, shared = max(0, spans.distances(cached)[1]), None
-        if parts is None and past is not None:
+        far, tables = max(0, spans.distances(cached)[1]), common.tables
+        if tables is not None:
             far = config.cache_capacity  # one table for all forwards to come
-            shared = list(past.shared) or [{} for _ in self.layers]
         relative = None
-        if shared is None or not all(shared):
+        if tables is None or len(tables) < len(self.layers):
             distances = torch.arange(far, -1, -1, device=common.device)
             if config.clamp_len > 0:
                 distances = distances.clamp(max=config.clamp_len)
@@ -271,13 +295,12 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             relative=relative,
             parts=parts,
             biases=None if config.untie_r else (self.content_bias, self.position_bias),
-            shared=shared,
             start=None if start is None else start.to(common.device),
         )
 
     def _start(self, rows: Rows, cached: int):
-        """Which of the C columns that this forward needs stand before their row's first token, (B or 1, C); None if
-        none do. C is above `cached` where more are needed than the cache holds."""
+        """Marks the columns of this forward that stand before their row's first token, (B or 1, C); None if none do. C
+        is above `cached` where more are needed than the cache holds."""
         config = self.config
         reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
         columns = max(cached, config.mem_len if config.same_length else int(reach.max()))

@@ -19,7 +19,7 @@ from .spans import Spans
 
 
 class Rows:
-    """Where the tokens of a batch (B, columns) stand. Bookkeeping is on the CPU; `pack` and `unpack` work anywhere.
+    """The places of the tokens of a batch (B, columns). Bookkeeping is on the CPU; `pack` and `unpack` work anywhere.
 
     mask: (B, columns), True at the tokens of these rows; None = all columns. seen: (B,), tokens that each row has
     behind it. fresh: (B,), True where a row forgets in this forward what it had behind it; None = nowhere.
@@ -66,12 +66,12 @@ class Rows:
 
     @property
     def beyond(self) -> torch.Tensor:
-        """Which packed columns lie behind their row's last token, (B, T)."""
+        """Packed columns behind their row's last token, (B, T)."""
         return torch.arange(self.width) >= self.lengths[:, None]
 
     @property
     def recent(self) -> int:
-        """How many of the input's last columns hold nothing but what follows after all rows that are `fresh` began."""
+        """Counts the last columns of the input that hold only what follows after all `fresh` rows began."""
         if self.fresh is None or self.mask is None:
             return self.columns
         first = self.mask.cpu().to(torch.uint8).argmax(dim=1)  # (B,)
@@ -142,7 +142,7 @@ class DocumentRows(Rows):
 
 
 def unpack(parts: Sequence[Rows], packed: Sequence[torch.Tensor]) -> torch.Tensor:
-    """What was computed in parts, (B, T, ...) for each, in the columns (batch, columns, ...) of their one input, zeros
+    """Puts results of parts, (B, T, ...) each, into the columns (batch, columns, ...) of their one input, zeros
     at padding."""
     first = parts[0]
     if first.index is None:
@@ -155,7 +155,7 @@ def unpack(parts: Sequence[Rows], packed: Sequence[torch.Tensor]) -> torch.Tenso
 
 
 def _places(parts: Sequence[Rows]) -> torch.Tensor:
-    """Where each of the columns (batch, columns) stands among the packed columns of all parts; -1 at padding."""
+    """Places of the columns (batch, columns) among the packed columns of all parts; -1 at padding."""
     batch, columns = parts[0].batch, parts[0].columns
     place, start = torch.full((batch * columns,), -1, dtype=torch.long), 0
     for rows in parts:

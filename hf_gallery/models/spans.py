@@ -1,4 +1,4 @@
-"""Which keys a query may see: an interval of key columns for every query.
+"""Intervals: the key columns that each query may see.
 
 Every variant of the gallery is such an interval (plus at most one extra source), so masks never exist as T x S
 matrices: two integers a query say everything, and tiles of scores outside all intervals are never computed.
@@ -47,7 +47,7 @@ class Spans:
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(lower, upper) on a device. The planning above stays where the intervals were made, mostly the CPU."""
-        return self._once(("on", device), lambda: (self.lower.to(device), self.upper.to(device)))
+        return self._once(("on", device), lambda: (_moved(self.lower, device), _moved(self.upper, device)))
 
     @property
     def widest(self) -> int:
@@ -121,6 +121,13 @@ class Spans:
         """The dense mask (B or 1, T, columns), True where the query sees the column. For small cases and tests."""
         column = torch.arange(columns, device=self.lower.device)
         return (column >= self.lower[..., None]) & (column <= self.upper[..., None])
+
+
+def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on a device, without waiting for what a GPU has still to do."""
+    if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 _FAR = 2**40  # beyond every column, for intervals that are empty

@@ -1,4 +1,4 @@
-"""What stacks with absolute positions share: embeddings, their checks, their initialisation. Letters: see spans.py."""
+"""Parts of stacks with absolute positions: embeddings, their checks, their initialisation. Letters: see spans.py."""
 
 from __future__ import annotations
 

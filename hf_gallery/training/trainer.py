@@ -16,22 +16,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
-from transformers.trainer_utils import sort_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files import write_json
 from ..models.cache import GalleryCache, cache_of
+from .checkpoints import CACHE_FILE, LANES_FILE, TRAINER_STATE, NotWholeError, check_whole, newest_whole, read_lanes
 from .lanes import IGNORED, DocumentLanes
-
-TRAINER_STATE = "trainer_state.json"  # transformers writes it last: a checkpoint without it was cut off
-LANES_FILE = "lanes_{rank}.json"
-CACHE_FILE = "lanes_{rank}.safetensors"
 
 # Entries of a model's config that do not decide what its weights and its cache mean, or that Trainer itself changes.
 VOLATILE = {
@@ -263,9 +261,10 @@ class SegmentTrainer(Trainer):
         """As Trainer's. First lanes are planned, and a checkpoint is compared with this setup, while nothing has been
         loaded yet.
 
-        resume_from_checkpoint: a folder, or True for the newest whole checkpoint in args.output_dir (one whose writing
-        was cut off is passed over). Raises ValueError if it was written in another setup: other lanes, processes,
-        segment_length, gradient_accumulation_steps, seed, order, predict_eos, documents or model config.
+        resume_from_checkpoint: a folder, or True for the newest whole checkpoint in args.output_dir (a warning names
+        what is passed over, see checkpoints.py). Raises ValueError if it is not whole, or was written in another
+        setup: other lanes, processes, segment_length, gradient_accumulation_steps, seed, order, predict_eos, documents
+        or model config.
         """
         if self.train_dataset is not None:  # else Trainer says what is missing
             folder = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -279,6 +278,14 @@ class SegmentTrainer(Trainer):
             if folder is not None:
                 resume_from_checkpoint = folder
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _save_checkpoint(self, model, trial):
+        """As Trainer's. What an earlier run left of a checkpoint of this step is not whole from now on: a kill would
+        leave files of both."""
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE).unlink(missing_ok=True)
+        super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):
         """Also writes this process's lanes and cache. Here, because Trainer calls it on every process, after the
@@ -294,10 +301,10 @@ class SegmentTrainer(Trainer):
             "config": _comparable(self.model.config),
             "cache": cache is not None,
         }
-        _write_json(os.path.join(output_dir, LANES_FILE.format(**names)), state)
+        write_json(Path(output_dir) / LANES_FILE.format(**names), state)
 
     def _setup(self, lanes: DocumentLanes) -> dict[str, Any]:
-        """What must be the same for a run to go on, under the names of the arguments that set it."""
+        """Values that must stay the same for a run to be resumed, under the names of the arguments that set them."""
         setup = lanes.setup()
         return {
             "per_device_train_batch_size": setup["lanes"],
@@ -319,32 +326,30 @@ class SegmentTrainer(Trainer):
                 "ignore_data_skip is True, which begins the epoch anew; the cache in a checkpoint belongs to its "
                 "step, so leave ignore_data_skip False to resume"
             )
+        output_dir = str(self.args.output_dir)
         if resume_from_checkpoint is not True:
             folder = os.fspath(resume_from_checkpoint)
-            if not os.path.isfile(os.path.join(folder, TRAINER_STATE)):
+            try:
+                check_whole(folder)
+            except NotWholeError as error:
                 raise ValueError(
-                    f"resume_from_checkpoint is {folder!r}, which is no whole checkpoint: it has no {TRAINER_STATE}; "
-                    "give an earlier one, or True for the newest whole one in output_dir"
-                )
+                    f"resume_from_checkpoint is {folder!r}, which is no whole checkpoint of a SegmentTrainer: it "
+                    f"{error}; give an earlier one, or True for the newest whole one in {output_dir!r}, or load its "
+                    "weights with from_pretrained and begin anew"
+                ) from error
             return folder
-        for folder in reversed(sort_checkpoints(str(self.args.output_dir))):
-            if _is_whole(folder):
-                return folder
-        raise ValueError(
-            f"resume_from_checkpoint is True, but {self.args.output_dir!r} holds no whole checkpoint; give a "
-            "folder, or False to begin anew"
-        )
+        newest = newest_whole(output_dir)
+        if newest is None:
+            raise ValueError(
+                f"resume_from_checkpoint is True, but {output_dir!r} holds no whole checkpoint; give a folder, or "
+                "False to begin anew"
+            )
+        return newest
 
     def _read_lanes(self, folder: str) -> dict[str, Any]:
-        path = os.path.join(folder, LANES_FILE.format(rank=self.args.process_index))
-        if not os.path.isfile(path):
-            raise ValueError(
-                f"resume_from_checkpoint is {folder!r}, which has no {os.path.basename(path)}: it was not written by "
-                f"a SegmentTrainer, or with save_only_model, or by fewer processes than the {self.args.world_size} of "
-                "now; resume with what wrote it, or load its weights with from_pretrained and begin anew"
-            )
-        with open(path, encoding="utf-8") as file:
-            return json.load(file)
+        """The lanes that this process wrote, or the last process's if there were fewer then, which the setup says."""
+        processes = read_lanes(folder, 0)["setup"]["world_size"]
+        return read_lanes(folder, min(self.args.process_index, processes - 1))
 
     def _resumed(self, folder: str, state: dict[str, Any], lanes: DocumentLanes) -> _Carried:
         """Position and cache of a checkpoint, once its setup has been found to be this one."""
@@ -372,12 +377,8 @@ class SegmentTrainer(Trainer):
         cache = None
         if state["cache"]:
             path = os.path.join(folder, CACHE_FILE.format(rank=self.args.process_index))
-            if not os.path.isfile(path):
-                raise ValueError(
-                    f"resume_from_checkpoint is {folder!r}, which lacks {os.path.basename(path)}; resume from another "
-                    f"checkpoint, {anew}"
-                )
-            cache = GalleryCache.load(path).to(self.args.device)  # safetensors knows no "cpu:0"
+            # Of the checkpoint's own weights, which may lie sharded over processes. safetensors knows no "cpu:0".
+            cache = GalleryCache.load(path, any_weights=True).to(self.args.device)
         return _Carried(cache, tuple(state["position"]))
 
 
@@ -390,7 +391,7 @@ class _SmoothInPlace(LabelSmoother):
 
 @dataclass
 class _Carried:
-    """What goes from one step to the next."""
+    """State carried from one step to the next."""
 
     cache: Any = None
     position: tuple[int, int] = (0, 0)  # (epoch, step) that comes next
@@ -464,16 +465,6 @@ def _only(batches: list[Any]) -> Any:
     return batch
 
 
-def _is_whole(folder: str) -> bool:
-    """Whether all processes wrote their part of a checkpoint to the end."""
-    path = os.path.join(folder, LANES_FILE.format(rank=0))
-    if not os.path.isfile(path) or not os.path.isfile(os.path.join(folder, TRAINER_STATE)):
-        return False
-    with open(path, encoding="utf-8") as file:
-        ranks = range(json.load(file)["setup"]["world_size"])
-    return all(os.path.isfile(os.path.join(folder, LANES_FILE.format(rank=rank))) for rank in ranks)
-
-
 def _comparable(config: Any) -> dict[str, Any]:
     """A model config as plain values, without what says nothing about weights and cache."""
     values = json.loads(config.to_json_string(use_diff=False))
@@ -487,15 +478,3 @@ def _is_byte_level(tokenizer: Any) -> bool:
     sample = "aé€😀"  # 1 + 2 + 3 + 4 bytes in utf-8
     plain = len(tokenizer) - len(set(tokenizer.all_special_ids))
     return plain == 256 and len(tokenizer(sample, add_special_tokens=False)["input_ids"]) == len(sample.encode())
-
-
-def _write_json(path: str, content: Any):
-    """All or nothing: a file beside it takes its place once it is written."""
-    handle, beside = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".partial")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from renamed import checkpoint_activations
 from variants import FLOAT32, VOCAB, over, runner, streams, words
 
 from hf_gallery.models.gradients import with_gradients_for
@@ -86,7 +87,7 @@ def test_with_checkpointed_activations(variant, head, reentrant):
     if reentrant and not variant.reentrant:
         pytest.skip("refused, in test_errors.py")
     plain, run = training(variant, head), training(variant, head)
-    run.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    checkpoint_activations(run.model, {"use_reentrant": reentrant})
     run.model.enable_input_require_grads()
     times = {}
     for name, parameter in run.model.named_parameters():

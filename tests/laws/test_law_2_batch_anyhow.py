@@ -374,3 +374,43 @@ def test_packed_in_any_chunks(variant, data):
     result = torch.cat(results, dim=1)
     for i, row in enumerate(lanes):
         assert_equal(result[i, mask[i] == 1], torch.cat(alone(run, row)), f"row {i}")
+
+
+# ---- what stands in padding is nobody's
+
+
+@over(lambda variant, head: not head.source and not head.question)
+def test_padding_may_hold_anything(variant, head):
+    """NaN and infinity in the embeddings of padding change no result, no loss and no gradient."""
+    run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
+    rows = [words(n, seed=n) for n in (19, 8, 1, 13)]
+    parameters = list(run.model.parameters())
+    for kind in ("left", "right", "holes"):
+        mask = padded((19, 8, 1, 13), kind, 22)
+        embeds = run.model.get_input_embeddings()(scatter(rows, mask)).detach()
+        outcomes = []
+        for value in (0.0, torch.nan, torch.inf):
+            given = embeds.masked_fill((mask == 0)[..., None], value).requires_grad_()
+            result = run.model(inputs_embeds=given, attention_mask=mask)
+            result = result_of(result)
+            total = result.square().sum()
+            outcomes.append((result, *torch.autograd.grad(total, [given, *parameters], allow_unused=True)))
+        for other in outcomes[1:]:
+            assert all(torch.equal(x, y) for x, y in zip(other, outcomes[0], strict=True) if x is not None)
+
+
+@streams(of_head=lambda head: not head.source)
+def test_padding_may_hold_anything_in_every_chunk(variant, head):
+    run = runner(variant, head, dtype=torch.float64)
+    mask = padded((19, 8, 1, 13), "holes", 22)
+    embeds = run.model.get_input_embeddings()(scatter([words(n, seed=n) for n in (19, 8, 1, 13)], mask)).detach()
+    outcomes = []
+    for value in (0.0, torch.nan):
+        cache, results = None, []
+        for part in embeds.masked_fill((mask == 0)[..., None], value).split(5, dim=1):
+            some = mask[:, cache.get_seq_length() if cache else 0 :][:, : part.shape[1]]
+            with torch.no_grad():
+                result, cache = run(None, some, cache, embeds=part)
+            results.append(result)
+        outcomes.append(torch.cat(results, dim=1))
+    assert torch.equal(*outcomes)

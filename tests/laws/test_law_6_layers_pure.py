@@ -154,7 +154,7 @@ def test_a_layer_called_twice_gives_the_same(variant, head, gradients):
     checked = []
 
     def call_again(layer, arguments, keywords, result):
-        if getattr(layer, "busy", False):
+        if getattr(layer, "busy", False) or arguments[0] is None:  # with feedback it is also asked for its state alone
             return
         layer.busy = True
         before = copy.deepcopy(detached(contents((arguments, keywords))))
@@ -181,7 +181,7 @@ def test_two_continuations_of_one_state_do_not_disturb_each_other(variant, head)
     checked = []
 
     def continue_otherwise(layer, arguments, keywords, result):
-        if getattr(layer, "busy", False):
+        if getattr(layer, "busy", False) or arguments[0] is None:  # with feedback it is also asked for its state alone
             return
         layer.busy = True
         before = copy.deepcopy(contents(result))

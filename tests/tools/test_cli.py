@@ -1,11 +1,14 @@
 """`hf-gallery` on the command line: what it prints where, and with which exit code it ends."""
 
+import io
 import json
+import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 from shutil import copytree
 
@@ -112,6 +115,73 @@ def test_train_generate_and_go_on(texts, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(out)
     expected = model.generate(**ids, max_new_tokens=7, do_sample=False)[0, ids.input_ids.shape[1] :]
     assert said.stdout == tokenizer.decode(expected) + "\n"
+
+
+KILLED = """
+import os, signal, sys
+import transformers
+from hf_gallery.cli import app
+
+def state(self, path):
+    if self.global_step == step:
+        open(path, "w").write('{"global_step": ')
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_state(self, path)
+
+def optimizer(self, folder):
+    if self.state.global_step == step:
+        open(os.path.join(folder, "optimizer.pt"), "wb").write(b"PK")
+        os.kill(os.getpid(), signal.SIGKILL)
+    save_optimizer(self, folder)
+
+where, step = sys.argv[1], int(sys.argv[2])
+save_state, save_optimizer = transformers.TrainerState.save_to_json, transformers.Trainer._save_optimizer_and_scheduler
+if where == "state":
+    transformers.TrainerState.save_to_json = state
+else:
+    transformers.Trainer._save_optimizer_and_scheduler = optimizer
+app(sys.argv[3:])
+"""
+
+
+@pytest.mark.works("resume", "transformer_xl")
+@pytest.mark.parametrize(
+    ("where", "step", "said"),
+    [
+        ("state", 8, "checkpoint-8 is passed over: it has a trainer_state.json that does not read"),
+        pytest.param("optimizer", 4, "holds no whole checkpoint: the training begins anew", marks=pytest.mark.slow),
+    ],
+)
+def test_a_training_killed_while_it_saves_goes_on(texts, tmp_path, where, step, said):
+    """With --resume, from the last whole checkpoint or from the start, and ends as if nothing had been."""
+    common = ["--corpus", texts, "--lanes", 2, "--length", 32, "--device", "cpu", "--steps", 9, "--save-steps", 4]
+    common += ["--set", "num_hidden_layers=1", *SMALL]
+    out = tmp_path / "out"
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED, where, str(step), *map(str, ["train", "transformer_xl", out, *common])],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert killed.returncode == -9, killed.stderr
+    assert not (out / "model.safetensors").exists()
+    refused = invoke("train", "transformer_xl", out, *common)
+    assert refused.exit_code == 1 and "go on with --resume" in refused.stderr
+    with told() as warnings:
+        resumed = invoke("train", "transformer_xl", out, *common, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert said in " ".join((resumed.stderr + warnings.getvalue()).split())
+    whole = invoke("train", "transformer_xl", tmp_path / "whole", *common)
+    assert json.loads(resumed.stdout) | {"folder": ""} == json.loads(whole.stdout) | {"folder": ""}
+    assert (out / "model.safetensors").read_bytes() == (tmp_path / "whole" / "model.safetensors").read_bytes()
+
+
+@contextmanager
+def told():
+    """What the package warns of, in a string."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    logging.getLogger("hf_gallery").addHandler(handler)
+    yield written
+    logging.getLogger("hf_gallery").removeHandler(handler)
 
 
 def test_generate_after_a_document_and_from_its_cache(saved, tmp_path):

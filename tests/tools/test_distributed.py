@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed
+from renamed import checkpointing
 from test_trainer import COLLATORS, FIVE, examples, make, trainer
 from test_training import NO_DROPOUT, arguments, dataset, losses, texts, weights
 from torch.distributed.device_mesh import init_device_mesh
@@ -80,33 +81,29 @@ DOCUMENTS = [17, 3, 40, 8, 21, 1, 33, 5, 16, 29]  # tokens; some end within a bl
 
 
 def some_parts_idle(folder):
-    """Names of runs in which not every batch uses every parameter, by what makes a trainer of each."""
+    """What makes the trainers of runs in which not every batch uses every parameter, by names of the runs."""
     model = {v.name: v for v in VARIANTS}
-    short = {"block_length": 64, "max_steps": 4}
 
-    def plain(head, variant="block_recurrent", checkpointing=False, block_length=None, **changes):
-        settings = NO_DROPOUT | ({} if block_length is None else {"block_length": block_length})
-        own = make(model[variant], head, **settings)
-        return trainer(
-            own, head, folder, per_device_train_batch_size=2, gradient_checkpointing=checkpointing, **changes
-        )
+    def plain(head, variant, again, **settings):
+        changes = {"per_device_train_batch_size": 2, "max_steps": 4} | checkpointing(again)
+        return trainer(make(model[variant], head, **NO_DROPOUT | settings), head, folder, **changes)
 
-    def segments(length, variant="block_recurrent", **changes):
-        changes = {"max_steps": 6, "gradient_checkpointing": True, "per_device_train_batch_size": 1} | changes
+    def segments(length, variant="block_recurrent", again=True):
+        changes = {"max_steps": 6, "per_device_train_batch_size": 1} | checkpointing(again)
         own = model[variant].make(block_length=BLOCK, **NO_DROPOUT)
-        return SegmentTrainer(
-            own, arguments(folder, **changes), segment_length=length, train_dataset=dataset(texts(*DOCUMENTS))
-        )
+        documents = dataset(texts(*DOCUMENTS))
+        return SegmentTrainer(own, arguments(folder, **changes), segment_length=length, train_dataset=documents)
 
     runs = {f"segments of {n}": partial(segments, n) for n in (BLOCK, 2 * BLOCK, 20, 3)}
-    runs["segments, not checkpointed"] = partial(segments, 20, gradient_checkpointing=False)
+    runs["segments, activations kept"] = partial(segments, 20, again=False)
     runs["segments, an LSTM gate"] = partial(segments, 20, "block_recurrent_lstm_dual")
     runs["segments, feedback"] = partial(segments, 20, "block_recurrent_feedback")
-    runs["texts shorter than a block"] = partial(plain, "causal", **short)
-    runs["texts shorter than a block, checkpointed"] = partial(plain, "causal", checkpointing=True, **short)
-    for checkpointing in (False, True):
-        name = f"no global tokens, {'checkpointed' if checkpointing else 'plain'}"
-        runs[name] = partial(plain, "masked", "longformer", checkpointing)
+    for again in (False, True):
+        activations = "computed again" if again else "kept"
+        runs[f"short texts, activations {activations}"] = partial(
+            plain, "causal", "block_recurrent", again, block_length=64
+        )
+        runs[f"no global tokens, activations {activations}"] = partial(plain, "masked", "longformer", again)
     return runs
 
 

@@ -117,3 +117,17 @@ def test_hooks_are_tools_of_the_test_extra():
     assert repo["repo"] == "local"
     for hook in repo["hooks"]:
         assert hook["language"] == "system" and f'"{hook["entry"].split()[0]}"' in (ROOT / "setup.py").read_text()
+
+
+HEADLESS = re.compile(r"(What|Which|How|Who|Where|Whose)\b")
+HARD_GOING = re.compile(r"\bso many\b|\bmanieth\b|\b[Ll]ikewise\b|\b(scale|pairs?|bias|gate) a head\b")
+SOURCES = [path for folder in ("hf_gallery", "eval", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_begin_with_a_verb_or_a_noun(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            said = ast.get_docstring(node) or ""
+            assert not HEADLESS.match(said), f"{getattr(node, 'name', path.name)}: {said[:80]}"
+            assert not HARD_GOING.search(said), f"{getattr(node, 'name', path.name)}: {HARD_GOING.search(said)}"

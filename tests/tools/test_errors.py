@@ -1,13 +1,14 @@
 """Bad input gets a ValueError that names the argument and its value, before anything is computed; a cache that was
 given stays as it was and goes on."""
 
+import inspect
 import logging
 
 import pytest
 import torch
 from test_law_6_layers_pure import assert_unchanged, snapshot
 from transformers import AutoModel, DynamicCache
-from variants import VARIANTS, VOCAB, causal, over, runner, streams, words
+from variants import VARIANTS, VOCAB, assert_equal, causal, over, result_of, runner, streams, words
 
 import hf_gallery as gallery
 from hf_gallery import GalleryCache, GalleryTransformerConfig, GalleryTransformerXLConfig
@@ -374,7 +375,7 @@ CONFIGS = [
     (GalleryTransformerXLConfig, dict(cutoffs=[1.5]), r"cutoffs.*1\.5"),
     (GalleryTransformerXLConfig, dict(cutoffs=[50], tie_projs=True), "tie_projs.*True.*list"),
     *[(kind, dict(eos_token_id=[3, -1]), r"eos_token_id.*-1") for kind in KINDS],
-    *[(kind, dict(vocab_size=100), r"pad_token_id.*\b256\b.*\b100\b") for kind in KINDS],
+    *[(kind, dict(vocab_size=100, pad_token_id=256), r"pad_token_id.*\b256\b.*\b100\b") for kind in KINDS],
     (GalleryTransformerConfig, dict(norm_position="middle"), "norm_position.*middle.*post"),
     (GalleryTransformerConfig, dict(position_embedding_type="rotary"), "position_embedding_type.*rotary.*sinusoidal"),
     (GalleryTransformerConfig, dict(max_position_embeddings=0), "max_position_embeddings.*0"),
@@ -451,3 +452,176 @@ def test_sdpa_is_for_plain_attention_only(variant, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="sdpa.*eager"):
         AutoModel.from_pretrained(tmp_path, attn_implementation="sdpa")
+
+
+@over()
+def test_an_argument_that_there_is_not(variant, head):
+    """A misspelt argument is refused by name, and the right name is given; what would be lost in silence is worst."""
+    run = runner(variant, head)
+    ids = words(2, 6)
+    arguments = run.inputs(ids)
+    for model in dict.fromkeys([run.model, getattr(run.model, "model", run.model)]):
+        for wrong, right in (("atention_mask", "attention_mask"), ("input_embeds", "inputs_embeds")):
+            with pytest.raises(TypeError, match=rf"{type(model).__name__}.*'{wrong}'.*did you mean '{right}'"):
+                model(**arguments, **{wrong: torch.ones(2, 6)})
+        with pytest.raises(TypeError, match="'num_logits_kept'"):
+            model(**arguments, num_logits_kept=1)
+    if not run.head.question and "labels" in inspect.signature(run.model.forward).parameters:
+        with pytest.raises(TypeError, match="'lables'.*did you mean 'labels'"):
+            run.model(**arguments, lables=ids)
+
+
+@over()
+def test_what_tools_give_unasked(variant, head):
+    """return_dict of PEFT, None for what is not there, zeros for the types of a tokenizer, num_items_in_batch of the
+    Trainer, cache_position of older transformers."""
+    run = runner(variant, head)
+    arguments = run.inputs(words(2, 6))
+    expected = result_of(run.model(**arguments))
+    plain = {"return_dict": True, "use_cache": False} | dict.fromkeys(("head_mask", "position_ids", "seq_idx"))
+    assert torch.equal(result_of(run.model(**arguments, **plain)), expected)
+    assert torch.equal(run.model(**arguments, return_dict=False, use_cache=False)[0], run.model(**arguments)[0])
+    if run.head.stream:
+        assert torch.equal(result_of(run.model(**arguments, cache_position=torch.arange(6))), expected)
+        with pytest.raises(ValueError, match="cache_position is not 0 to 5"):
+            run.model(**arguments, cache_position=torch.arange(1, 7))
+    if not run.head.source and not getattr(run.model.config, "type_vocab_size", None):
+        types = torch.zeros(2, 6, dtype=torch.long)
+        kind = variant.config.model_type
+        if run.head.auto == "AutoModelForCausalLM" or kind not in ("gallery_transformer", "gallery_longformer"):
+            assert torch.equal(result_of(run.model(**arguments, token_type_ids=types)), expected)
+
+
+TOKEN_LABELS = tuple(f"AutoModelFor{x}" for x in ("CausalLM", "MaskedLM", "TokenClassification", "Seq2SeqLM"))
+
+
+@over(lambda variant, head: head.auto in TOKEN_LABELS)
+def test_types_of_labels(variant, head):
+    """int32 is taken as int64; anything that is no whole number, a list or an array is refused by name."""
+    run = runner(variant, head)
+    arguments = run.inputs(words(2, 6))
+    labels = torch.randint(0, 2, (2, 6))
+    expected = run.model(**arguments, labels=labels).loss
+    assert torch.equal(run.model(**arguments, labels=labels.int()).loss, expected)
+    for wrong, error, message in (
+        (labels.float(), ValueError, "labels.*float32"),
+        (labels == 1, ValueError, "labels.*bool"),
+        (labels.tolist(), TypeError, "labels is a list"),
+        (labels.numpy(), TypeError, "labels is a ndarray"),
+    ):
+        with pytest.raises(error, match=message):
+            run.model(**arguments, labels=wrong)
+        if run.head.auto == "AutoModelForCausalLM":
+            with pytest.raises(error, match=f"shift_{message}"):
+                run.model(**arguments, shift_labels=wrong)
+
+
+@over(lambda variant, head: head.pooled)
+def test_types_of_classes(variant, head):
+    run = runner(variant, head, num_labels=3)
+    ids, labels = words(2, 6), torch.tensor([2, 0])
+    assert torch.equal(run.model(ids, labels=labels.int()).loss, run.model(ids, labels=labels).loss)
+    for wrong, error, message in (
+        (labels == 2, ValueError, "labels.*bool"),
+        (labels.tolist(), TypeError, "labels is a list"),
+        (labels[:1], ValueError, r"labels.*\(1,\).*\(2,\)"),
+        (labels.float(), ValueError, r"labels.*float32.*\(2,\).*\(2, 3\)"),
+    ):
+        with pytest.raises(error, match=message):
+            run.model(ids, labels=wrong)
+
+
+@over()
+def test_lists_and_arrays(variant, head):
+    """Models read tensors; what is none is named."""
+    run = runner(variant, head)
+    arguments = run.inputs(words(2, 6), torch.ones(2, 6, dtype=torch.long))
+    for name, value in arguments.items():
+        for wrong, kind in ((value.tolist(), "list"), (value.numpy(), "ndarray")):
+            with pytest.raises(TypeError, match=f"{name} is a {kind}"):
+                run.model(**arguments | {name: wrong})
+
+
+@over(lambda variant, head: head.auto in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"))
+def test_logits_to_keep(variant, head):
+    run = runner(variant, head)
+    arguments = run.inputs(words(2, 6))
+    whole = run.model(**arguments).logits
+    for given, columns in (
+        (0, range(6)), (1, [5]), (6, range(6)), (torch.tensor([4, 1]), [4, 1]), (torch.tensor([-1]), [5]),
+        (torch.tensor([True, False, False, True, False, False]), [0, 3]),
+    ):  # fmt: skip
+        assert_equal(run.model(**arguments, logits_to_keep=given).logits, whole[:, list(columns)])
+    for wrong, error, message in (
+        (7, ValueError, "logits_to_keep is 7"),
+        (-1, ValueError, "logits_to_keep is -1"),
+        (torch.tensor([6]), ValueError, "logits_to_keep.*6"),
+        (torch.tensor([0.5]), ValueError, "logits_to_keep.*float32"),
+        (torch.tensor([True]), ValueError, "logits_to_keep.*bool"),
+        ([1], TypeError, "logits_to_keep is a list"),
+    ):
+        with pytest.raises(error, match=message):
+            run.model(**arguments, logits_to_keep=wrong)
+
+
+LAYING = {
+    "positions that jump": (dict(position_ids=torch.tensor([[0, 1, 2, 4, 5, 6]])), r"position_ids differ"),
+    "a document in two rows": (dict(cu_seq_lens_q=[0, 8, 12], cu_seq_lens_k=[0, 8, 12]), r"cu_seq_lens_q.*row 0.*1"),
+    "too few tokens": (dict(cu_seq_lens_q=[0, 6], cu_seq_lens_k=[0, 6]), r"cu_seq_lens_q is \[0, 6\].*12"),
+    "falling": (dict(cu_seq_lens_q=[0, 7, 6, 12], cu_seq_lens_k=[0, 7, 6, 12]), r"cu_seq_lens_q.*rise"),
+    "other keys": (dict(cu_seq_lens_q=[0, 6, 12], cu_seq_lens_k=[0, 5, 12]), r"cu_seq_lens_q and cu_seq_lens_k"),
+    "no keys": (dict(cu_seq_lens_q=[0, 6, 12]), r"cu_seq_lens_k is missing"),
+    "floats": (dict(cu_seq_lens_q=torch.zeros(2), cu_seq_lens_k=torch.zeros(2)), r"cu_seq_lens_q.*float32"),
+    "too short": (
+        dict(cu_seq_lens_q=[0, 6, 12], cu_seq_lens_k=[0, 6, 12], max_length_q=5), r"max_length_q is 5.*\b6\b",
+    ),
+    "a length alone": (dict(max_length_q=6), r"max_length_q.*cu_seq_lens_q"),
+    "numbers of another shape": (dict(seq_idx=torch.zeros(2, 5).long()), r"seq_idx.*\(2, 5\).*\(2, 6\)"),
+    "in disagreement": (
+        dict(seq_idx=torch.tensor([[0, 0, 1, 1, 1, 1]]), cu_seq_lens_q=[0, 6, 12], cu_seq_lens_k=[0, 6, 12]),
+        r"seq_idx and cu_seq_lens_q differ",
+    ),
+    "positions in disagreement": (
+        dict(seq_idx=torch.zeros(2, 6).long(), position_ids=torch.arange(3).repeat(2)[None]),
+        r"position_ids.*seq_idx",
+    ),
+}  # fmt: skip
+
+
+@over(lambda variant, head: not head.source)
+def test_documents_laid_wrongly(variant, head):
+    run = runner(variant, head)
+    embeds = getattr(run.model.config, "position_embedding_type", "relative") in ("sinusoidal", "learned")
+    ids = words(2, 6)
+    for what, (arguments, message) in LAYING.items():
+        if what == "positions that jump" and embeds:
+            continue
+        given = {n: torch.tensor(x) if isinstance(x, list) else x for n, x in arguments.items()}
+        with pytest.raises(ValueError, match=message):
+            run.model(**run.inputs(ids), **given)
+    with pytest.raises(ValueError, match="output_attentions.*packed"):
+        run.model(**run.inputs(torch.cat([ids, ids], dim=1)), output_attentions=True, **packing_of_two(run))
+    with pytest.raises(TypeError, match="seq_idx is a list"):
+        run.model(**run.inputs(ids), seq_idx=[[0] * 6] * 2)
+
+
+def packing_of_two(run):
+    if run.head.question:  # each document needs a question
+        return dict(position_ids=torch.arange(6).repeat(2)[None], global_attention_mask=torch.zeros(2, 12).long())
+    return dict(position_ids=torch.arange(6).repeat(2)[None])
+
+
+def test_an_encoder_decoder_takes_no_packed_documents():
+    model = next(v for v in VARIANTS if "seq2seq" in v.heads).make("seq2seq")
+    for name, value in (("seq_idx", torch.zeros(2, 6).long()), ("position_ids", torch.arange(6)[None])):
+        with pytest.raises(ValueError, match=f"{name}.*encoder-decoder"):
+            model(words(2, 9), decoder_input_ids=words(2, 6), **{name: value})
+
+
+@over(lambda variant, head: head.question)
+def test_packed_answers_and_retrievals_are_refused(variant, head):
+    run = runner(variant, head)
+    ids = torch.cat([run.inputs(words(2, 6))["input_ids"]] * 2, dim=1)
+    with pytest.raises(ValueError, match="start_positions.*packed"):
+        given = dict(start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([2, 3]))
+        run.model(ids, position_ids=torch.arange(6).repeat(2)[None], **given)

@@ -380,13 +380,24 @@ def test_a_command_that_does_not_exist_would_be_found():
         assert CliRunner().invoke(app, [*arguments, "--help"]).exit_code == 2
 
 
-def test_readme_numbers_are_those_of_the_results():
+RESULTS = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
+
+
+def test_the_numbers_shown_are_those_of_the_results():
     """What stands between the command and its end is what the command prints now."""
-    blocks = re.findall(r"<!-- python -m eval (.+?) -->\n(.+?)\n<!-- end -->", README, re.DOTALL)
+    blocks = re.findall(r"<!-- python -m eval (.+?) -->\n(.+?)\n<!-- end -->", RESULTS, re.DOTALL)
     assert blocks
     for command, shown in blocks:
         result = CliRunner().invoke(app, command.split())
         assert result.exit_code == 0 and result.output.strip() == shown.strip(), command
+
+
+def test_the_readme_is_short_and_repeats_the_results():
+    """At most 220 lines, and its tables of results are those of docs/RESULTS.md."""
+    assert len(README.splitlines()) <= 220
+    (shown,) = re.findall(r"<!-- from docs/RESULTS.md -->\n(.+?)\n<!-- end -->", README, re.DOTALL)
+    parts = shown.split("\n\n")
+    assert len(parts) == 4 and all(f"{part}\n" in RESULTS for part in parts)
 
 
 def test_readme_table_of_variants():

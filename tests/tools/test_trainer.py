@@ -12,6 +12,7 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
     DataCollatorWithPadding,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
@@ -298,3 +299,34 @@ def test_seq2seq_trainer_is_measured_by_what_it_generates(bf16, tmp_path):
         for source, predicted in zip(sources, own.predict(rows).predictions, strict=True):
             alone = model.generate(torch.tensor([source]), max_length=8)[0].tolist()
             assert predicted[: len(alone)].tolist() == alone
+
+
+@pytest.mark.works("Trainer, padding-free")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    "told_by",
+    ["position_ids", *(pytest.param(x, marks=pytest.mark.slow) for x in ("flash attention's arguments", "seq_idx"))],
+)
+@five
+def test_flattened_batches_train_as_padded_ones(variant, told_by, smoothing, tmp_path):
+    """DataCollatorWithFlattening lays a batch into one row without padding: the weights become what they become from
+    the same batch, padded."""
+    flatten = DataCollatorWithFlattening(
+        return_position_ids=told_by == "position_ids",
+        return_flash_attn_kwargs=told_by == "flash attention's arguments",
+        return_seq_idx=told_by == "seq_idx",
+    )
+    trained = []
+    for collator in (COLLATORS["causal"], flatten):
+        changes = dict(max_steps=3, gradient_accumulation_steps=2, label_smoothing_factor=smoothing, lr=0.01)
+        own = trainer(
+            make(variant, **NO_DROPOUT), "causal", tmp_path, **{"learning_rate": changes.pop("lr")} | changes
+        )
+        own.data_collator = collator
+        own.train()
+        trained.append((losses(own), weights(own.model)))
+    assert trained[0][0] == pytest.approx(trained[1][0], rel=1e-3)
+    for name, value in trained[0][1].items():
+        torch.testing.assert_close(
+            trained[1][1][name], value, rtol=1e-3, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}"
+        )

@@ -25,6 +25,7 @@ ROWS = {
 
 def settings(folder, **changes):
     plain = {"max_steps": 12, "learning_rate": 0.01, "per_device_train_batch_size": 2, "max_length": 48}
+    plain = {name: value for name, value in plain.items() if name not in changes}
     quiet = {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     return SFTConfig(str(folder), **plain, **quiet, **{"bf16": False, "gradient_checkpointing": False} | changes)
 
@@ -116,3 +117,32 @@ def test_a_policy_that_is_its_reference_prefers_nothing(variant, tmp_path):
     own.train()
     assert abs(losses(own)[0] - math.log(2)) < 1e-4
     assert losses(own)[-1] < 0.8 * math.log(2)
+
+
+@pytest.mark.works("TRL packing")
+@pytest.mark.parametrize(
+    "how",
+    [{"packing": True, "max_length": 96}, {"padding_free": True, "max_length": None}],
+    ids=["packed", "padding-free"],
+)
+@five
+def test_packed_fine_tuning(variant, how, tmp_path, caplog):
+    """TRL packs documents into rows by default once packing is asked for, and lays rows into one; its first loss is
+    that of the documents alone."""
+    own = SFTTrainer(
+        make(variant, hidden_dropout=0.0, attention_dropout=0.0),
+        settings(tmp_path, per_device_train_batch_size=4, **how),
+        train_dataset=datasets.Dataset.from_list(ROWS["text"]),
+        processing_class=byte_tokenizer(),
+    )
+    batch = next(iter(own.get_train_dataloader()))
+    assert int((batch["position_ids"] == 0).sum()) == len(TEXTS) and "attention_mask" not in batch
+    model, total, count = own.model.eval(), 0.0, 0
+    for text in batch["input_ids"][0].split(batch["cu_seq_lens_q"].diff().tolist()):
+        with torch.no_grad():
+            total += float(model(text[None], labels=text[None]).loss) * (len(text) - 1)
+        count += len(text) - 1
+    own.train()
+    assert losses(own)[0] == pytest.approx(total / count, rel=1e-3)  # logged to few places
+    assert losses(own)[-1] < 0.8 * losses(own)[0]
+    assert "attn_implementation" not in caplog.text and "flash" not in caplog.text.lower()

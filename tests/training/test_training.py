@@ -1,7 +1,9 @@
 """Lanes of documents, and SegmentTrainer on every causal variant: what is trained on, resumed and evaluated is what a
 plain loop over the documents says."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +20,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
 from variants import VARIANTS, VOCAB, WORDS, causal
 
-from hf_gallery.training import DocumentLanes, SegmentTrainer
+from hf_gallery.training import DocumentLanes, SegmentTrainer, newest_whole
 
 
 def texts(*lengths, vocabulary=WORDS, seed=0):
@@ -128,24 +130,18 @@ def test_lanes_shuffle_by_seed_and_epoch():
     assert order(0, 0, shuffle=False) == order(1, 1, shuffle=False)
 
 
-def test_lanes_go_on_from_their_state():
-    """The state is plain values; new lanes over another copy of the documents go on from it, into the next epoch."""
+def test_a_batch_depends_on_its_epoch_and_step_alone():
+    """Whatever was read before: lanes over another copy of the documents, asked in another order, give the same."""
     documents = texts(5, 23, 11, 2, 17)
-    whole = DocumentLanes(dataset(documents), lanes=2, segment_length=4)
-    epochs = [list(whole), list(whole)]
-    lanes = DocumentLanes(dataset(documents), lanes=2, segment_length=4)
-    reader = iter(lanes)
-    for _ in range(3):
-        next(reader)
-    other = DocumentLanes(documents, lanes=2, segment_length=4)
-    other.load_state_dict(lanes.state_dict())
-    rest = [*other, *other]
-    expected = [*epochs[0][3:], *epochs[1]]
-    assert len(rest) == len(expected)
-    for got, want in zip(rest, expected, strict=True):
-        for name in want:
-            assert torch.equal(got[name], want[name])
-    assert (other.epoch, other.step) == (2, 0)
+    lanes, other = (DocumentLanes(x, lanes=2, segment_length=4) for x in (dataset(documents), documents))
+    position, order = (0, 0), []
+    while position[0] < 2:
+        order.append((position, lanes.batch(*position)))
+        position = lanes.after(*position)
+    assert [p for p, _ in order] == [(epoch, step) for epoch in (0, 1) for step in range(len(lanes))]
+    for (epoch, step), expected in reversed(order):
+        got = other.batch(epoch, step)
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -160,13 +156,12 @@ def test_lanes_go_on_from_their_state():
         ("documents", {"documents": texts(5, 23, 11, 2, 16)}),
     ],
 )
-def test_lanes_refuse_the_state_of_others(name, change):
-    setup = {"documents": texts(5, 23, 11, 2, 17), "lanes": 2, "segment_length": 4}
-    state = DocumentLanes(**setup).state_dict()
-    other = DocumentLanes(**{**setup, **change})
-    with pytest.raises(ValueError, match=name):
-        other.load_state_dict(state)
-    assert (other.epoch, other.step) == (0, 0)
+def test_the_setup_says_what_decides_the_batches(name, change):
+    """As plain values, by which a checkpoint knows its lanes again."""
+    arguments = {"documents": texts(5, 23, 11, 2, 17), "lanes": 2, "segment_length": 4}
+    setup, other = (DocumentLanes(**arguments | more).setup() for more in ({}, change))
+    assert json.loads(json.dumps(setup)) == setup
+    assert {n for n in setup if setup[n] != other[n]} == {name}
 
 
 def test_the_fingerprint_is_of_content():
@@ -395,27 +390,105 @@ def test_a_checkpoint_of_another_setup_is_refused(checkpoint, message, change, t
     assert own._training is held and own.state.global_step == 0
 
 
-def test_a_checkpoint_that_is_not_whole_is_refused_or_passed_over(tmp_path):
-    """Cut off at any file: by name it is refused, and True takes the one before."""
-    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    whole = trainer(VARIANTS[0].make(), tmp_path, **changes)
-    whole.train()
-    newest = tmp_path / "checkpoint-4"
-    (newest / "trainer_state.json").unlink()
-    with pytest.raises(ValueError, match="no trainer_state.json"):
+FILES = (
+    "trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "lanes_0.json",
+    "lanes_0.safetensors",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_checkpoints(tmp_path_factory):
+    """The folder of a run of four steps, with whole checkpoints of two and four, and its weights in the end."""
+    changes = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "optim": "adamw_torch"}
+    own = trainer(VARIANTS[0].make(), tmp_path_factory.mktemp("run"), **changes)
+    own.train()
+    return Path(own.args.output_dir), weights(own.model)
+
+
+def damaged(run, folder, name, kind):
+    """A copy of the run whose newest checkpoint is damaged in one file, and that checkpoint."""
+    shutil.copytree(run, folder, dirs_exist_ok=True)
+    path = folder / "checkpoint-4" / name
+    content = path.read_bytes()
+    damages = {"empty": b"", "half": content[: len(content) // 2], "zeros": bytes(len(content))}
+    path.unlink() if kind == "missing" else path.write_bytes(damages[kind])
+    return path.parent
+
+
+@pytest.mark.works("resume", "transformer")
+@pytest.mark.parametrize("kind", ["missing", "empty", "half", "zeros"])
+@pytest.mark.parametrize("name", FILES)
+def test_a_checkpoint_that_is_not_whole_is_refused_or_passed_over(two_checkpoints, name, kind, tmp_path, caplog):
+    """As a kill or a full disk leaves it: by name it is refused, by its path, the file and a remedy; True takes the
+    one before, whose training ends as it did, to the last bit, and a warning says what was passed over."""
+    run, ended = two_checkpoints
+    newest = damaged(run, tmp_path, name, kind)
+    with pytest.raises(ValueError) as refused:
         trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=str(newest))
-    resumed = trainer(VARIANTS[0].make(seed=1), tmp_path, max_steps=4)
-    resumed.train(resume_from_checkpoint=True)
-    assert_same(weights(resumed.model), weights(whole.model))
-    for name, message in (
-        ("lanes_0.safetensors", "lacks lanes_0.safetensors"),
-        ("lanes_0.json", "has no lanes_0.json"),
-    ):
-        (tmp_path / "checkpoint-2" / name).unlink()
-        with pytest.raises(ValueError, match=message):
-            trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    said = str(refused.value)
+    missing = {"model.safetensors": "no weights", "optimizer.pt": "no state of the optimizer"}
+    missing["scheduler.pt"] = "no state of the scheduler"
+    why = missing.get(name, f"no {name}") if kind == "missing" else f"a {name} that does not read"
+    assert str(newest) in said and why in said and "give an earlier one" in said
+    resumed = trainer(VARIANTS[0].make(seed=1), tmp_path, max_steps=4, optim="adamw_torch")
+    with caplog.at_level("WARNING", logger="hf_gallery"):
+        resumed.train(resume_from_checkpoint=True)
+    assert f"{newest} is passed over" in caplog.text and why in caplog.text
+    assert_same(weights(resumed.model), ended)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "{}", '{"position": 1, "setup": 2, "config": 3, "cache": 4}'])
+def test_lanes_that_say_something_else_are_not_read(two_checkpoints, content, tmp_path):
+    newest = damaged(two_checkpoints[0], tmp_path, "lanes_0.json", "empty")
+    (newest / "lanes_0.json").write_text(content)
+    with pytest.raises(ValueError, match="lanes_0.json"):
+        trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=str(newest))
+    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
+def test_without_a_whole_checkpoint_there_is_nothing_to_resume(two_checkpoints, tmp_path):
+    newest = damaged(two_checkpoints[0], tmp_path, "trainer_state.json", "missing")
+    (tmp_path / "checkpoint-2" / "optimizer.pt").unlink()
     with pytest.raises(ValueError, match="holds no whole checkpoint"):
         trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=True)
+    shutil.rmtree(newest)
+    assert newest_whole(tmp_path) is None and newest_whole(tmp_path / "nowhere") is None
+
+
+@pytest.mark.parametrize(
+    "settings", [{"save_only_model": True}, {"kind": Trainer}], ids=["weights alone", "Trainer's"]
+)
+def test_checkpoints_without_lanes_are_not_whole(settings, tmp_path):
+    """With save_only_model, or by transformers' own Trainer."""
+    settings = dict(settings)
+    changes = {"max_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    if settings.pop("kind", None):
+        rows = dataset(texts(9, 9)).add_column("labels", texts(9, 9))
+        own = Trainer(VARIANTS[0].make(), arguments(tmp_path, **changes), train_dataset=rows)
+    else:
+        own = trainer(VARIANTS[0].make(), tmp_path, **changes, **settings)
+    own.train()
+    with pytest.raises(ValueError, match="no lanes_0.json; give an earlier one"):
+        trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_checkpoint_is_not_whole_while_it_is_written_again(two_checkpoints, tmp_path, monkeypatch):
+    """A run that went on from an earlier one is cut off at any file of the same step: the folder, which holds files of
+    both runs, is passed over."""
+    for name in ("_save_optimizer_and_scheduler", "_save_rng_state"):
+        folder = tmp_path / name
+        shutil.copytree(two_checkpoints[0], folder)
+        own = trainer(
+            VARIANTS[0].make(), folder, max_steps=4, save_strategy="steps", save_steps=2, optim="adamw_torch"
+        )
+        monkeypatch.setattr(own, name, fail)
+        with pytest.raises(KeyboardInterrupt):
+            own.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        assert newest_whole(folder) == str(folder / "checkpoint-2")
+
+
+def fail(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.works("SegmentTrainer")

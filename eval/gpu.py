@@ -1,0 +1,438 @@
+"""The gallery on a GPU: `python -m eval gpu`, or `python -m eval.gpu` where torch, triton and transformers alone are.
+
+First every kernel is compared with the plain definition on the device; then attention, forward and backward, is timed
+beside torch's FlashAttention and flex_attention; then a training step of every architecture at the size of GPT-2
+small, with the kernels and with the tiles. What was found is written after each part, so that a run that is cut off
+keeps it.
+
+Rates count visible pairs only: 4 D operations a pair and head in the forward, 10 D in the backward; a relative term
+adds 2 D and 4 D. `--dry` tries the whole script on a CPU, in Triton's interpreter and tiny sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+if "--dry" in sys.argv and __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+
+import torch
+import torch.nn.functional as F
+
+from hf_gallery.models.attention import Position, attend
+from hf_gallery.models.spans import Spans
+
+from . import kernels
+
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense products of half types, by the makers
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class GpuSettings:
+    """lengths: of attention; tokens: of all rows of a length together. budget: seconds after which no further
+    measurement begins. workers: processes that compare kernels, most of whose time is compilation."""
+
+    heads: int = 12
+    head_dim: int = 64
+    window: int = 512
+    lengths: tuple[int, ...] = (2048, 4096, 16384, 65536)
+    tokens: int = 32768
+    repeats: int = 10
+    flex: bool = True
+    hidden: int = 768
+    layers: int = 12
+    vocabulary: int = 50304
+    train_length: int = 4096
+    train_batch: int = 8
+    train_steps: int = 5
+    budget: float = 1500.0
+    workers: int = 12
+    dry: bool = False
+
+
+QUICK = GpuSettings(lengths=(4096, 16384), repeats=5, train_batch=4, train_steps=3, budget=200.0)
+DRY = GpuSettings(
+    heads=1, head_dim=16, window=24, lengths=(48,), tokens=48, repeats=1, hidden=32, layers=2, vocabulary=300,
+    train_length=48, train_batch=1, train_steps=1, workers=1, dry=True,
+)  # fmt: skip
+
+
+def run(settings: GpuSettings, say: Say = print, keep: Callable[[dict], None] = lambda found: None) -> dict[str, Any]:
+    """Measures everything; `keep` is given what was found after each part. A part that fails leaves its error."""
+    start = time.perf_counter()
+    found: dict[str, Any] = {"settings": dataclasses.asdict(settings), "machine": machine()}
+
+    def clock() -> float:
+        return time.perf_counter() - start
+
+    for name, part in (("correctness", correctness), ("attention", attention), ("training", training)):
+        say(f"[{clock():5.0f} s] {name}")
+        try:
+            found[name] = part(settings, clock, lambda text: say(f"[{clock():5.0f} s]   {text}"))
+        except Exception as error:
+            found[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
+            say(f"[{clock():5.0f} s] {name} failed: {found[name]['error']}")
+        found["seconds"] = round(clock(), 1)
+        keep(found)
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """The card, and versions of what the numbers depend on."""
+    import triton
+
+    here: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]}
+    if torch.cuda.is_available():
+        card = torch.cuda.get_device_properties(0)
+        here |= {
+            "card": card.name,
+            "memory_gib": round(card.total_memory / 2**30, 1),
+            "capability": f"{card.major}.{card.minor}",
+            "cuda": torch.version.cuda,
+        }
+    return here
+
+
+# --------------------------------------------------------------------------------------------------- correctness
+
+
+def correctness(settings: GpuSettings, clock: Callable[[], float], say: Say) -> dict[str, Any]:
+    """The relative errors of every case, against float64 on the device, and whether all are within their limits."""
+    names = ["window", "relative, any intervals"] if settings.dry else kernels.all_names()
+    found: dict[str, Any] = {}
+    if settings.workers == 1:
+        found = {name: _case(name) for name in names}
+    else:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(settings.workers, mp_context=context) as pool:
+            asked = {pool.submit(_case, name): name for name in names}
+            for done in concurrent.futures.as_completed(asked):
+                found[asked[done]] = done.result()
+    right = {name: _within(name, errors) for name, errors in found.items()}
+    for name in names:
+        if not right[name]:
+            say(f"WRONG {name}: {found[name]}")
+    say(f"{sum(right.values())} of {len(right)} cases are right")
+    return {"all_right": all(right.values()), "wrong": [n for n in names if not right[n]], "errors": found}
+
+
+def _case(name: str) -> dict[str, Any]:
+    try:
+        return dict(kernels.measure([name])[name])
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[-1500:]}
+
+
+def _within(name: str, errors: dict[str, Any]) -> bool:
+    return all(isinstance(x, float) and x < kernels.limit(name) for x in errors.values())
+
+
+# ----------------------------------------------------------------------------------------------------- attention
+
+
+def attention(settings: GpuSettings, clock: Callable[[], float], say: Say) -> list[dict[str, Any]]:
+    """Milliseconds, rates and peak memory of each kind of attention by each implementation, at each length."""
+    found: list[dict[str, Any]] = []
+    for length in settings.lengths:
+        for name, form in forms(settings, length).items():
+            if clock() > settings.budget * (0.75 if settings.train_steps else 1.0):
+                say(f"no time is left for {name} at {length:,}")
+                continue
+            entry = {"length": length, "rows": _rows(settings, length), "form": name} | _timed(settings, length, form)
+            say(f"{length:6d} {name:38s} {_words(entry)}")
+            found.append(entry)
+    yardsticks: dict[Any, dict[str, Any]] = {(e["length"], e["form"]): e for e in found}
+    for entry in found:
+        best = yardsticks.get((entry["length"], "flash, window")) or {}
+        if "forward_tflops" not in best:
+            best = yardsticks.get((entry["length"], "flash, causal")) or {}
+        for way in ("forward_tflops", "both_tflops"):
+            if best.get(way) and entry.get(way):
+                entry[f"{way}_of_flash"] = round(entry[way] / best[way], 3)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Form:
+    """One way to compute one kind of attention. leaves: makes its tensors; call: of them, the output."""
+
+    leaves: Callable[[], list[torch.Tensor]]
+    call: Callable[..., torch.Tensor]
+    pairs: int  # visible, of all rows and heads
+    relative: bool = False
+
+
+def forms(settings: GpuSettings, length: int) -> dict[str, Form]:
+    """Every implementation under test by name."""
+    b, h, d, w = _rows(settings, length), settings.heads, settings.head_dim, settings.window
+    device, kind = _device(), torch.float32 if settings.dry else torch.bfloat16
+    at = torch.arange(length)
+    window = Spans((at - w + 1).clamp(min=0)[None], at[None])
+    segment = Spans((at - at % w - w).clamp(min=0)[None], at[None])  # a segment of w, and a memory of w
+    causal = b * h * length * (length + 1) // 2
+
+    def pairs(spans: Spans) -> int:
+        return b * h * int((spans.upper - spans.lower + 1).sum())
+
+    def normal(*size: int, dtype: torch.dtype = kind) -> torch.Tensor:
+        return torch.randn(*size, device=device, dtype=dtype)
+
+    def qkv() -> list[torch.Tensor]:
+        return [normal(b, length, h, d).transpose(1, 2) for _ in range(3)]
+
+    def with_bias() -> list[torch.Tensor]:
+        return [*qkv(), normal(h, w, dtype=torch.float32)]
+
+    def with_relative() -> list[torch.Tensor]:
+        return [*qkv(), normal(h, 2 * w, d), normal(b, length, h, d).transpose(1, 2)]
+
+    def ours(spans: Spans, far: int = 0) -> Callable[..., torch.Tensor]:
+        def call(q, k, v, table=None, asked=None):
+            position = None if table is None else Position(table, far, asked)
+            return attend(q, k, v, spans, position=position, implementation="triton")
+
+        return call
+
+    found = {
+        "flash, causal": Form(qkv, _flash_causal, causal),
+        "flash, window": Form(qkv, _flash_window(length, b, w), pairs(window)),
+        "ours, window": Form(qkv, ours(window), pairs(window)),
+        "ours, segment": Form(qkv, ours(segment), pairs(segment)),
+        "ours, window and bias": Form(with_bias, ours(window, w - 1), pairs(window)),
+        "ours, segment and relative term": Form(with_relative, ours(segment, 2 * w - 1), pairs(segment), True),
+    }
+    if settings.flex and not settings.dry and length == settings.lengths[0]:
+        found |= {
+            "flex, window": Form(qkv, _flex(length, w), pairs(window)),
+            "flex, window and bias": Form(with_bias, _flex(length, w), pairs(window)),
+        }
+    return found
+
+
+def _flash_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _flash_window(length: int, rows: int, window: int) -> Callable[..., torch.Tensor]:
+    """torch's FlashAttention with a window, on rows laid one behind another."""
+
+    def call(q, k, v):
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends = torch.arange(0, (rows + 1) * length, length, device=q.device, dtype=torch.int32)
+        flat = (x.transpose(1, 2).flatten(0, 1) for x in (q, k, v))  # (B T, H, D)
+        out = varlen_attn(*flat, ends, ends, length, length, window_size=(window - 1, 0))
+        return out.unflatten(0, (rows, length)).transpose(1, 2)
+
+    return call
+
+
+def _flex(length: int, window: int) -> Callable[..., torch.Tensor]:
+    """torch's flex_attention on the window, compiled; with a table, a bias by distance."""
+    made: list[Any] = []
+
+    def call(q, k, v, table=None):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        if not made:
+            made.append(torch.compile(flex_attention, dynamic=False))
+            made.append(
+                create_block_mask(
+                    lambda b, h, i, j: (j <= i) & (j > i - window), None, None, length, length, device=q.device
+                )
+            )
+        score = None
+        if table is not None:
+
+            def score(s, b, h, i, j):
+                return s + table[h, (window - 1 - i + j).clamp(0, window - 1)]
+
+        return made[0](q, k, v, score_mod=score, block_mask=made[1])
+
+    return call
+
+
+def _timed(settings: GpuSettings, length: int, form: Form) -> dict[str, Any]:
+    try:
+        x = [y.detach().requires_grad_() for y in form.leaves()]
+        with torch.no_grad():
+            forward = milliseconds(lambda: form.call(*x), settings.repeats)
+        grad = torch.randn_like(form.call(*x))
+        both = milliseconds(lambda: torch.autograd.grad(form.call(*x), x, grad), settings.repeats)
+        peak = 0.0
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            torch.autograd.grad(form.call(*x), x, grad)
+            peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[-1000:]}
+    d = settings.head_dim
+    ahead, all_ = 4 * d + 2 * d * form.relative, 14 * d + 6 * d * form.relative
+    return {
+        "forward_ms": round(forward, 4),
+        "both_ms": round(both, 4),
+        "forward_tflops": round(form.pairs * ahead / forward / 1e9, 1),
+        "both_tflops": round(form.pairs * all_ / both / 1e9, 1),
+        "peak_extra_gib": round(peak, 3),
+    }
+
+
+def _words(entry: dict[str, Any]) -> str:
+    if "error" in entry:
+        return f"FAILED {entry['error'][:200]}"
+    return (
+        f"forward {entry['forward_ms']:8.3f} ms {entry['forward_tflops']:6.1f} TF/s, with backward "
+        f"{entry['both_ms']:8.3f} ms {entry['both_tflops']:6.1f} TF/s, peak {entry['peak_extra_gib']:.2f} GiB"
+    )
+
+
+def milliseconds(function: Callable[[], object], repeats: int) -> float:
+    """The median of a few calls, by events on the device; by the clock where there is none."""
+    for _ in range(min(2, repeats)):
+        function()
+    times = []
+    for _ in range(repeats):
+        if torch.cuda.is_available():
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before.record()
+            function()
+            after.record()
+            torch.cuda.synchronize()
+            times.append(before.elapsed_time(after))
+        else:
+            start = time.perf_counter()
+            function()
+            times.append(1e3 * (time.perf_counter() - start))
+    return statistics.median(times)
+
+
+def _rows(settings: GpuSettings, length: int) -> int:
+    return max(1, settings.tokens // length)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() and not kernels.attention_triton.INTERPRETED else "cpu")
+
+
+# ------------------------------------------------------------------------------------------------------ training
+
+
+def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> list[dict[str, Any]]:
+    """Tokens/s, share of the card's peak and peak memory of a step of every architecture: forward, backward and
+    AdamW, bfloat16 by autocast; with the kernels first, then with the tiles."""
+    from .contestants import CONTESTANTS, Sizes
+
+    size = settings.hidden
+    sizes = Sizes(
+        hidden=size, layers=settings.layers, heads=settings.heads, window=settings.window,
+        context=settings.train_length, intermediate=4 * size, memory_size=4 * settings.train_length, memory_topk=32,
+        memory_layers=(settings.layers - 1,), states=settings.window, recurrent_layers=(settings.layers - 1,),
+        vocabulary=settings.vocabulary,
+    )  # fmt: skip
+    found = []
+    for implementation in ("triton", "tiles"):
+        for name, contestant in CONTESTANTS.items():
+            if name == "transformer":
+                continue  # the one over the whole length is the harder one
+            if clock() > settings.budget:
+                say(f"no time is left for {name} by {implementation}")
+                continue
+            entry = {"variant": name, "implementation": implementation}
+            try:
+                config = contestant.config(sizes)
+                with _device():
+                    model = contestant.model._from_config(config, attn_implementation=implementation)
+                entry |= _step(model, settings)
+                say(
+                    f"{name:30s} {implementation:7s} {entry['tokens_per_second']:12,.0f} tokens/s, "
+                    f"{100 * entry.get('mfu', 0.0):5.1f} % of peak, {entry['peak_gib']:6.1f} GiB"
+                )
+            except Exception as error:
+                entry["error"] = f"{type(error).__name__}: {error}"[-1500:]
+                say(f"{name:30s} {implementation:7s} FAILED {entry['error'][-300:]}")
+            found.append(entry)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return found
+
+
+def _step(model: Any, settings: GpuSettings) -> dict[str, Any]:
+    device, b, t = _device(), settings.train_batch, settings.train_length
+    torch.manual_seed(0)
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=device.type == "cuda")
+    ids = torch.randint(settings.vocabulary, (b, t), device=device)
+
+    def step() -> None:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=not settings.dry):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    start = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    # The tiles take seconds a step: one more tells enough.
+    took = milliseconds(step, 1 if first > 5.0 else settings.train_steps) / 1e3
+    parameters = sum(x.numel() for x in model.parameters())
+    span: float = min(t, 2 * settings.window)  # about what a query sees, of the architectures with a window
+    if "GalleryTransformerForCausalLM" in type(model).__name__:
+        span = t / 2
+    operations = b * t * (6 * parameters + 12 * settings.layers * settings.hidden * span)
+    entry: dict[str, Any] = {
+        "parameters": parameters,
+        "tokens_per_second": round(b * t / took, 1),
+        "step_ms": round(1e3 * took, 2),
+        "first_step_s": round(first, 2),
+        "peak_gib": 0.0,
+    }
+    if device.type == "cuda":
+        entry["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        peak = next((x for name, x in PEAK.items() if name in torch.cuda.get_device_name()), math.inf)
+        entry["mfu"] = round(operations / took / peak, 4)
+    return entry
+
+
+# ---------------------------------------------------------------------------------------------------- the command
+
+
+def write(found: dict[str, Any], path: Path) -> None:
+    """Writes the results as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="under four minutes on an H100")
+    parser.add_argument("--dry", action="store_true", help="try the script on a CPU")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu/results.json"))
+    chosen = parser.parse_args()
+    if not chosen.dry and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --dry tries the script on a CPU")
+    settings = DRY if chosen.dry else QUICK if chosen.quick else GpuSettings()
+    found = run(settings, lambda text: print(text, flush=True), lambda found: write(found, chosen.out))
+    print(f"results {chosen.out}; {found['seconds']} s")
+
+
+if __name__ == "__main__":
+    main()

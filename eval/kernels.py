@@ -1,0 +1,276 @@
+"""The attention kernels against the plain definition in float64, on a GPU, or on a CPU in Triton's interpreter.
+
+`python -m eval.kernels [case ...]` prints JSON, the relative errors of each case; a process of its own, since whether
+kernels are interpreted (TRITON_INTERPRET=1) is settled when triton is imported. Needs torch and triton only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from typing import NamedTuple
+
+import torch
+
+from hf_gallery.models import attention_triton
+from hf_gallery.models.attention import Position, attend, attend_naive, join
+from hf_gallery.models.attention_triton import jit
+from hf_gallery.models.spans import Spans
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:
+    triton = tl = None
+
+DEVICE = "cuda" if torch.cuda.is_available() and not attention_triton.INTERPRETED else "cpu"
+
+
+class Case(NamedTuple):
+    """One problem. band: queries see about so many keys up to their own; None, any interval, empty ones too."""
+
+    b: int
+    h: int
+    t: int
+    s: int
+    d: int
+    dv: int
+    term: str = "none"
+    band: int | None = None
+    shared: bool = False
+    dropout: float = 0.0
+    kind: torch.dtype = torch.float32
+    frozen: tuple[str, ...] = ()
+
+
+CASES = {
+    "window": Case(2, 2, 50, 50, 16, 16, band=37, shared=True),
+    "one query": Case(3, 1, 1, 70, 24, 24, "bias", band=60, shared=True),
+    "ragged, T < S, odd heads": Case(2, 2, 37, 61, 24, 8, band=40),
+    "T > S": Case(1, 2, 61, 21, 8, 16, "relative"),
+    "any intervals": Case(2, 2, 41, 53, 16, 16),
+    "bias, any intervals": Case(2, 2, 35, 53, 7, 5, "bias"),
+    "bias, a band": Case(2, 2, 50, 66, 16, 16, "bias", band=45, shared=True),
+    "relative, any intervals": Case(2, 2, 35, 53, 20, 20, "relative"),
+    "relative, a band": Case(2, 2, 50, 66, 16, 16, "relative", band=45, shared=True),
+    "relative, frozen keys and values": Case(1, 2, 35, 35, 16, 16, "relative", band=30, frozen=("key", "value")),
+    "dropout": Case(1, 2, 40, 40, 16, 16, "none", band=30, dropout=0.3),
+    "dropout, bias": Case(2, 1, 40, 40, 16, 16, "bias", band=30, dropout=0.3),
+    "dropout, relative": Case(2, 1, 40, 40, 16, 16, "relative", band=30, dropout=0.3),
+    "bf16": Case(2, 2, 50, 50, 16, 16, band=37, kind=torch.bfloat16),
+    "bf16, bias": Case(1, 2, 50, 50, 16, 16, "bias", band=37, kind=torch.bfloat16),
+    "bf16, relative": Case(1, 2, 50, 50, 16, 16, "relative", band=37, kind=torch.bfloat16),
+    "fp16, relative": Case(1, 1, 40, 40, 16, 16, "relative", band=37, kind=torch.float16),
+}
+# On a GPU tiles are larger: problems that cross many of them, and heads of every block size.
+LARGE = {
+    f"large, {term}, heads of {d}, {str(kind).split('.')[1]}": Case(
+        2, 2, 517, 773, d, d, term, band, shared=band is not None, kind=kind
+    )
+    for term in ("none", "bias", "relative")
+    for d in (64, 80, 256)
+    for kind, band in ((torch.float32, None), (torch.bfloat16, 300))
+} | {
+    "large, ragged, bf16": Case(3, 2, 517, 773, 64, 64, "relative", 300, kind=torch.bfloat16),
+    "large, dropout": Case(2, 2, 517, 517, 64, 64, "relative", 300, dropout=0.2, kind=torch.bfloat16),
+    "large, fp16": Case(2, 2, 517, 517, 64, 64, "bias", 300, kind=torch.float16),
+    "large, decoding": Case(4, 2, 1, 2049, 64, 64, "relative", 2049),
+}
+LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def intervals(case: Case, generator: torch.Generator) -> Spans:
+    rows = 1 if case.shared else case.b
+    if case.band is None:  # ends stick out of the keys, and every third interval is empty
+        ends = torch.randint(-3, case.s + 3, (2, rows, case.t), generator=generator)
+        lower, upper = ends.amin(0), ends.amax(0)
+        upper = torch.where(torch.rand(rows, case.t, generator=generator) < 0.3, lower - 1, upper)
+        return Spans(lower, upper)
+    at = case.s - case.t + torch.arange(case.t).expand(rows, -1)
+    if case.shared:
+        return Spans((at - case.band + 1).clamp(min=0), at.clone())
+    late = 3 * torch.arange(rows)[:, None]  # rows end at different places, and a stretch of queries sees nothing
+    lower = (at - case.band + 1 + late).clamp(min=0)
+    upper = torch.where(torch.arange(case.t) < case.t - late, at, lower - 1)
+    upper[:, case.t // 3 : case.t // 3 + 4] = -1
+    return Spans(lower, upper)
+
+
+def inputs_of(case: Case, spans: Spans, generator: torch.Generator) -> tuple[dict[str, torch.Tensor], int]:
+    """The tensors of a problem by name, and the greatest distance that its table holds."""
+
+    def normal(*size):
+        return torch.randn(*size, generator=generator, dtype=torch.float64).to(case.kind)
+
+    x = {
+        "query": normal(case.b, case.t, case.h, case.d).transpose(1, 2),  # laid out as a model's
+        "key": normal(case.b, case.h, case.s, case.d),
+        "value": normal(case.b, case.h, case.s, case.dv),
+    }
+    nearest, farthest = spans.clamp(case.s).distances(case.s - case.t)
+    far = farthest + 2
+    size = (case.h, far - nearest + 4)
+    if case.term != "none":
+        x["table"] = normal(*size, *([case.d] if case.term == "relative" else []))
+    if case.term == "relative":
+        x["asked"] = normal(case.b, case.h, case.t, case.d)
+    return x, far
+
+
+def results(function, case: Case, x: dict[str, torch.Tensor], far: int, spans: Spans) -> dict[str, torch.Tensor]:
+    """out, lse and the gradients of a fixed functional of both."""
+    position = Position(x["table"], far, x.get("asked")) if "table" in x else None
+    out, lse = function(x["query"], x["key"], x["value"], spans, position=position)
+    generator = torch.Generator().manual_seed(5)
+    weight, weight_lse = (
+        torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.device, y.dtype) for y in (out, lse)
+    )
+    total = (out * weight).sum() + (lse.masked_fill(lse == -math.inf, 0.0) * weight_lse).sum()
+    leaves = {name: y for name, y in x.items() if y.requires_grad}
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    return {"out": out.detach(), "lse": lse.detach()} | dict(zip(leaves, grads, strict=True))
+
+
+def kernels(case: Case):
+    """The kernels as `attend` calls them."""
+
+    def function(*arguments, position):
+        return attend(*arguments, position=position, dropout=case.dropout, implementation="triton", return_lse=True)
+
+    return function
+
+
+def definition(case: Case, mask: torch.Tensor | None):
+    def function(query, key, value, spans, position):
+        out, lse, probabilities = attend_naive(query, key, value, spans, position=position)
+        return (out if mask is None else (probabilities * mask / (1 - case.dropout)) @ value), lse
+
+    return function
+
+
+@jit
+def _mask_kernel(seed_ptr, out_ptr, T, S, dropout, M: tl.constexpr):
+    row = tl.program_id(2).to(tl.int64)
+    t = tl.program_id(0) * M + tl.arange(0, M)
+    s = tl.program_id(1) * M + tl.arange(0, M)
+    kept = attention_triton._kept(tl.load(seed_ptr), row, t, s, T, S, dropout, False)
+    place = out_ptr + (row * T + t[:, None]) * S + s[None, :]
+    tl.store(place, kept.to(tl.float32), mask=(t < T)[:, None] & (s < S)[None, :])
+
+
+def mask_of(case: Case, seed: torch.Tensor) -> torch.Tensor:
+    """Which probabilities (B, H, T, S) the kernels keep."""
+    mask = torch.empty(case.b, case.h, case.t, case.s, device=seed.device)
+    grid = triton.cdiv(case.t, 16), triton.cdiv(case.s, 16), case.b * case.h
+    _mask_kernel[grid](seed, mask, case.t, case.s, case.dropout, 16)
+    return mask
+
+
+def errors(case: Case) -> dict[str, float]:
+    """The relative error of each result, in the Euclidean norm; infinite where zeros are due and others came."""
+    generator = torch.Generator().manual_seed(3)
+    spans = intervals(case, generator)
+    x, far = inputs_of(case, spans, generator)
+    ours = {k: y.to(DEVICE).detach().requires_grad_(k not in case.frozen) for k, y in x.items()}
+    exact = {k: y.to(DEVICE, torch.float64).detach().requires_grad_(k not in case.frozen) for k, y in x.items()}
+    mask = None
+    torch.manual_seed(9)
+    if case.dropout:
+        seed = torch.randint(2**31, (1,), device=DEVICE)
+        mask = mask_of(case, seed).double()
+        torch.manual_seed(9)
+    got = results(kernels(case), case, ours, far, spans)
+    expected = results(definition(case, mask), case, exact, far, spans)
+    found = {}
+    for name, right in expected.items():
+        y = got[name].double()
+        if name == "lse":
+            if not torch.equal(y == -math.inf, right == -math.inf):
+                found[name] = math.inf
+                continue
+            y, right = y.masked_fill(y == -math.inf, 0.0), right.masked_fill(right == -math.inf, 0.0)
+        empty = right == 0.0
+        error = (y - right).norm() / right.norm().clamp(min=1e-30) if right.any() else y.norm()
+        found[name] = error.item() if bool((y[empty] == 0.0).all()) or name not in ("out", "query") else math.inf
+    if mask is not None:
+        found["share"] = abs(mask.mean().item() - (1 - case.dropout)) / 50
+    return found
+
+
+def join_errors() -> dict[str, float]:
+    """Attention in two parts, joined through lse, as transformers with segments make it, against the whole."""
+    case = Case(1, 2, 40, 40, 16, 16, band=25, shared=True)
+    generator = torch.Generator().manual_seed(0)
+    whole = intervals(case, generator)
+    border = torch.arange(case.t)[None] // 16 * 16
+    own = Spans(torch.maximum(whole.lower, border), whole.upper)
+    parts = [own, Spans(whole.lower, torch.minimum(whole.upper, border - 1))]
+    x, far = inputs_of(case, whole, generator)
+    ours = {k: y.to(DEVICE).detach().requires_grad_() for k, y in x.items()}
+    exact = {k: y.to(DEVICE, torch.float64).detach().requires_grad_() for k, y in x.items()}
+
+    def joined(query, key, value, spans, position):
+        both = [attend(query, key, value, y, implementation="triton", return_lse=True) for y in parts]
+        return join(*both)
+
+    got, expected = results(joined, case, ours, far, whole), results(definition(case, None), case, exact, far, whole)
+    return {name: ((got[name].double() - y).norm() / y.norm()).item() for name, y in expected.items()}
+
+
+def groups_errors() -> dict[str, float]:
+    """A relative term whose products are held for one row and head at a time."""
+    before = attention_triton.SCRATCH_BYTES
+    attention_triton.SCRATCH_BYTES = 1
+    try:
+        return errors(Case(2, 2, 20, 30, 16, 16, "relative"))
+    finally:
+        attention_triton.SCRATCH_BYTES = before
+
+
+def compiled_errors() -> dict[str, float]:
+    """In one graph without a break: torch.compile(fullgraph=True), forward and backward."""
+    case = CASES["relative, any intervals"]
+    generator = torch.Generator().manual_seed(3)
+    spans = intervals(case, generator)
+    x, far = inputs_of(case, spans, generator)
+    lower, upper = spans.lower.to(DEVICE), spans.upper.to(DEVICE)
+    leaves = {k: y.to(DEVICE).detach().requires_grad_() for k, y in x.items()}
+
+    def model(query, key, value, table, asked):
+        return attend(
+            query, key, value, Spans(lower, upper), position=Position(table, far, asked), implementation="triton",
+            return_lse=True,
+        )  # fmt: skip
+
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+
+    def run(function):
+        return results(lambda q, k, v, spans, position: function(q, k, v, *position[::2]), case, leaves, far, spans)
+
+    got, expected = run(whole), run(model)
+    return {name: 0.0 if torch.equal(got[name], y) else math.inf for name, y in expected.items()}
+
+
+EXTRA = {"joined parts": join_errors, "one head at a time": groups_errors, "a whole graph": compiled_errors}
+
+
+def limit(name: str) -> float:
+    """The greatest relative error that is allowed."""
+    case = (CASES | LARGE).get(name)
+    return LIMITS[torch.float32 if case is None else case.kind]
+
+
+def measure(names: list[str]) -> dict[str, dict[str, float]]:
+    """The errors of the cases with these names. Memory that nobody wrote is NaN, so that reading it shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    return {name: EXTRA[name]() if name in EXTRA else errors((CASES | LARGE)[name]) for name in names}
+
+
+def all_names() -> list[str]:
+    """Every case, on a GPU the large ones too."""
+    return [*CASES, *EXTRA, *(LARGE if DEVICE == "cuda" else {})]
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(sys.argv[1:] or all_names())))
