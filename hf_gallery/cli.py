@@ -203,6 +203,9 @@ def generate(
     save_cache: Annotated[
         Path | None, typer.Option(help="Keep what --file left in memory, for other prompts.")
     ] = None,
+    any_weights: Annotated[
+        bool, typer.Option("--any-weights", help="Take a --cache though other weights than the model's made it.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
@@ -230,7 +233,7 @@ def generate(
             raise ValueError(
                 f"--save-cache is {save_cache}, which cannot be written; give a file in a folder of yours"
             )
-    read = None if cache is None else _cache(cache)
+    read = None if cache is None else _cache(cache, any_weights)
     if prompt == "-":
         prompt = sys.stdin.read()
     where = _device(device)
@@ -264,12 +267,12 @@ def generate(
     )
 
 
-def _cache(path: Path) -> Any:
+def _cache(path: Path, any_weights: bool) -> Any:
     """The cache that --save-cache wrote."""
     from . import GalleryCache
 
     try:
-        return GalleryCache.load(path)
+        return GalleryCache.load(path, any_weights=any_weights)
     except Exception as error:  # what is no cache may fail anywhere
         raise ValueError(f"--cache is {path}, which --save-cache did not write: {one_line(error)}") from error
 

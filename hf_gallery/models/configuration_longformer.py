@@ -70,3 +70,12 @@ class GalleryLongformerConfig(GalleryStackConfig):
         """Keys kept for the tokens to come: the farthest that any layer looks back."""
         windows, dilations = self.per_layer("attention_window"), self.per_layer("attention_dilation")
         return max(w * g for w, g in zip(windows, dilations, strict=True))
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        (layout,) = super().cache_layout(layer)
+        pair = (self.num_attention_heads, None, self.head_dim)
+        return [layout, layout | {"global_keys": pair, "global_values": pair}]
+
+    @property
+    def cache_facts(self) -> dict[str, str]:
+        return {"global_positions": "global_keys"}

@@ -88,3 +88,6 @@ class GalleryTransformerXLConfig(GalleryConfig):
     def cache_capacity(self) -> int:
         """Keys kept for the tokens to come: the next one may be anywhere in its segment."""
         return self.mem_len if self.same_length else self.mem_len + self.segment_length - 1
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        return [*super().cache_layout(layer), {"hidden": (None, self.hidden_size)}]

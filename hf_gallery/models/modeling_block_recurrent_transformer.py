@@ -55,6 +55,7 @@ from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .spans import Spans
+from .states import Derived, Folded, NextState, tensors_of
 
 
 @dataclass(kw_only=True)
@@ -184,8 +185,8 @@ class RecurrentState(nn.Module):
         current = self._entering(state, rows)
         pair = None if tokens is None else context.fed
         if pair is None:
-            # Kept ones, unless a row was emptied after they were made.
-            kept = context.infers and "state_keys" in state and bool((rows.seen > 0).all())
+            # Kept ones, while the state and the weights stay as they were.
+            kept = "state_keys" in state
             pair = (state["state_keys"], state["state_values"]) if kept else self._keys_values(current)
         if tokens is None:
             return pair
@@ -208,9 +209,9 @@ class RecurrentState(nn.Module):
                 if j + 1 < blocks.count or context.infers:
                     pair = self._keys_values(current)
         key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
-        new = {"state": current}
+        new: NextState = {"state": Folded(current)}
         if context.infers:  # a token of the same block reads them again
-            new |= {"state_keys": pair[0], "state_values": pair[1]}
+            new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
         return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keep else {}
 
     def _entering(self, state, rows) -> torch.Tensor:
@@ -220,7 +221,7 @@ class RecurrentState(nn.Module):
             return initial
         fresh = rows.seen < self.block_length
         if not bool(fresh.any()):
-            return state["state"]
+            return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
     def _keys_values(self, state):
@@ -351,6 +352,10 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
+    def tables_follow(self):
+        layers = [self.layers[i].self_attn for i in self.config.recurrent_layers]
+        return [layer.recurrence for layer in layers]  # the state's keys and values do
+
     def plan(self, common, past, **inputs) -> Context:
         return common.widened(Context, block_length=self.config.block_length)
 
@@ -405,7 +410,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 y, state, _ = layer(y, part, state)
                 hidden.append(y)
                 new.append(state)
-            states, seen = new, part_rows.seen + part_rows.lengths
+            states, seen = [tensors_of(state) for state in new], part_rows.seen + part_rows.lengths
             outs.append(hidden)
         joined = []
         token = blocks.token_at.to(x.device)  # (B, T) place of each packed token in the row's blocks
@@ -417,7 +422,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
             joined.append(
                 torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
             )
-        return LayerResults(joined[-1], states, joined if context.output_hidden_states else None, None)
+        return LayerResults(joined[-1], new, joined if context.output_hidden_states else None, None)
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):

@@ -54,6 +54,7 @@ from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
+from .states import Fixed, Places
 
 
 @dataclass(kw_only=True)
@@ -100,7 +101,8 @@ class GalleryLongformerAttention(nn.Module):
         if context.globals is not None:
             global_pairs = self._global_pairs(key, value, context.globals, state)
             if context.keep:
-                new |= {"global_keys": global_pairs[0], "global_values": global_pairs[1]}
+                names = ("global_keys", "global_values")
+                new |= {name: Fixed(x) for name, x in zip(names, global_pairs, strict=True)}
         position = None
         if self.relative:
             query, position = self._relative(query, context)
@@ -157,12 +159,7 @@ class GalleryLongformerAttention(nn.Module):
         return attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
 
     def _relative(self, query, context):
-        if context.shared is None:
-            table = self._table(query)
-        else:
-            if not context.shared[self.layer]:
-                context.shared[self.layer] = {"table": self._table(query)}
-            table = context.shared[self.layer]["table"]
+        table = context.table(self.layer, lambda: self._table(query))
         content = query + self.content_bias[:, None].to(query.dtype)
         return content, Position(table, self.left, query + self.position_bias[:, None].to(query.dtype))
 
@@ -307,18 +304,17 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
                 f"global_attention_mask has shape {shape}; it must be ({b}, {t}){also}, 1 at global tokens"
             )
 
+    def tables_follow(self):
+        return [layer.self_attn.r_proj for layer in self.layers if layer.self_attn.relative]
+
     def plan(self, common, past, global_attention_mask=None, **inputs) -> Context:
         rows = common.rows
         globals_, facts = self._global_tokens(rows, past, global_attention_mask)
-        everything = shared = None
+        everything = None
         if not self.causal:
             zeros = torch.zeros_like(rows.positions)
             everything = rows.spans(zeros, zeros + rows.last, 0)
-        elif past is not None and common.infers:
-            shared = list(past.shared) or [{} for _ in self.layers]
-        return common.widened(
-            Context, causal=self.causal, everything=everything, globals=globals_, shared=shared, facts=facts
-        )
+        return common.widened(Context, causal=self.causal, everything=everything, globals=globals_, facts=facts)
 
     def _global_tokens(self, rows: Rows, past, mask):
         """The global tokens, None if there are none, and what the cache must remember of them."""
@@ -344,7 +340,7 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
         order = (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
         pick = order[:, : max(1, int((positions >= 0).sum(1).max()))]
         positions = positions.gather(1, pick)
-        return GlobalTokens(positions, index, pick, causal=True), {"global_positions": positions + 1}
+        return GlobalTokens(positions, index, pick, causal=True), {"global_positions": Places(positions + 1)}
 
 
 @reads("global_attention_mask", "position_ids", "token_type_ids")

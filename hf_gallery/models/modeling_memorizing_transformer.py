@@ -61,7 +61,7 @@ from .blocks import (
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
 from .heads import CausalLMHead, SequenceClassificationHead
-from .memory import append_to_ring, attend_retrieved, query_tile, require_backend, retrieve, ring_with_room
+from .memory import Appended, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
 from .segments import Parts, attend_segments, segment_spans
 from .spans import Spans
@@ -94,26 +94,6 @@ class MemorizingSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """With output_retrievals: retrievals, one Retrieval for each memory layer, by layer number."""
 
     retrievals: dict[int, Retrieval] | None = None
-
-
-class Appended(NamedTuple):
-    """A ring with pairs still to be written: the cache does so once all layers are done, and all rings have room."""
-
-    ring: torch.Tensor | None
-    new: torch.Tensor  # (B, H, A, D)
-    first: torch.Tensor  # (B,) position of the first one
-    count: torch.Tensor  # (B,)
-    size: int
-    in_place: bool
-
-    def with_room(self) -> Appended:
-        """The same with a ring that may be written into, and has the slots."""
-        ring = ring_with_room(self.ring, self.new, self.first, self.count, self.size, self.in_place)
-        return self._replace(ring=ring)
-
-    def commit(self) -> torch.Tensor | None:
-        """The ring with the pairs in it."""
-        return append_to_ring(self.ring, self.new, self.first, self.count, self.size)
 
 
 @dataclass(kw_only=True)

@@ -59,6 +59,7 @@ from .modeling_base import (
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
+from .states import Fixed
 
 
 @dataclass(kw_only=True)
@@ -126,14 +127,14 @@ class GalleryTransformerLayer(ResidualLayer):
         if self.cross_attention:
             y = self.cross_attn_norm(x) if self.pre else x
             if "cross_keys" in state:
-                key, value = state["cross_keys"], state["cross_values"]
+                key, value = state["cross_keys"].to(y.dtype), state["cross_values"].to(y.dtype)
                 y = with_gradients_for(y, self.cross_attn.k_proj, self.cross_attn.v_proj)
             else:
                 key, value = self.cross_attn.keys_values(source)
             y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
             x = self.add(x, y, self.cross_attn_norm)
             if context.keep:
-                new |= {"cross_keys": key, "cross_values": value}
+                new |= {"cross_keys": Fixed(key), "cross_values": Fixed(value)}
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         x = self.add(x, y, self.feed_forward_norm)
         return x, new, (probabilities, cross_probabilities)
@@ -235,7 +236,7 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         upper = (lengths[:, None] - 1).expand(b, rows.width)
         if bool((lengths == lengths[0]).all()):
             upper = upper[:1]
-        return source, Spans(torch.zeros_like(upper), upper), {"source_length": lengths}
+        return source, Spans(torch.zeros_like(upper), upper), {"source_length": Fixed(lengths)}
 
 
 class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
