@@ -282,6 +282,8 @@ class GalleryCache(Cache):
         """-1: there is no longest input."""
         return -1
 
+    max_cache_len = -1  # the same, as PEFT asks for it
+
     @property
     def batch_size(self) -> int:
         """Rows held; -1 before the first forward."""
@@ -294,11 +296,6 @@ class GalleryCache(Cache):
     @property
     def is_compileable(self) -> bool:
         return False
-
-    @property
-    def max_cache_len(self) -> int:
-        """-1, as `get_max_length`; PEFT asks for it by this name."""
-        return -1
 
     @property
     def is_linear(self) -> list[bool]:

@@ -351,8 +351,6 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
     torch.Size([1, 15, 32])
     """
 
-    no_prefix = "its past is also a recurrent state, which keys and values do not tell"
-
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)
         self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, math.sqrt(config.hidden_size))

@@ -284,7 +284,6 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     """
 
     output_type = MemorizingOutput
-    no_prefix = "no gradient reaches what it saw before a forward, so a prefix would never learn"
     own_arguments = ("output_retrievals",)
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):

@@ -146,6 +146,7 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryTransformerConfig
     config_class = GalleryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
+    takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {"sdpa": "torch's fused kernels"}
     heads = {
         "AutoModel": "GalleryTransformerModel",
@@ -174,7 +175,6 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         )
         self.prefix = "decoder_" if cross_attention else ""
         if cross_attention:
-            self.no_prefix = "its decoder's past is of one source, which it must have read"
             self.output_type = BaseModelOutputWithPastAndCrossAttentions
         self.post_init()
 

@@ -1,119 +1,85 @@
-"""Prefix tuning: keys and values that a tool gives become the past, where keys and values are all that a past is."""
+"""PEFT's prefix tuning: keys and values that are learned stand before a text's own, where a variant keeps such."""
 
 import pytest
 import torch
-from peft import PrefixTuningConfig, get_peft_model
+from peft import PeftModel, PrefixTuningConfig, get_peft_model
+from test_trainer import TOKENIZER, five, make, trainer
+from test_training import NO_DROPOUT, losses
 from transformers import DynamicCache
-from variants import assert_equal, runner, streams, words
+from variants import assert_equal, causal, words
 
-import hf_gallery as gallery
-from hf_gallery import GalleryCache
-
-TAKES = (gallery.GalleryTransformerConfig, gallery.GalleryTransformerXLConfig, gallery.GalleryLongformerConfig)
-of_pairs = streams(lambda v: v.config in TAKES, lambda head: head.auto == "AutoModelForCausalLM")
-refused = streams(lambda v: v.config not in TAKES, lambda head: head.auto == "AutoModelForCausalLM")
+KINDS = ("gallery_transformer", "gallery_transformer_xl", "gallery_longformer")
+with_pairs = causal(lambda v: v.config.model_type in KINDS)
+without_pairs = causal(lambda v: v.config.model_type not in KINDS)
+PREFIX = 3
 
 
-def pairs_of(cache):
-    """The keys and values of four tokens; before them may stand those of an initial memory."""
-    return [(state["keys"][..., -4:, :], state["values"][..., -4:, :]) for state in cache.states]
-
-
-def as_past(pairs):
-    past = DynamicCache()
-    for layer, (key, value) in enumerate(pairs):
-        past.update(key, value, layer)
-    return past
-
-
-@pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "training"])
-@of_pairs
-def test_pairs_are_the_past(variant, head, gradients):
-    """The keys and values of tokens, given as pairs, are what the tokens are: everything after them is the same."""
-    run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
-    prefix, text = words(2, 4), words(2, 13, seed=1)
+def prefixed(model, **settings):
+    """A model with a prefix that is drawn loud."""
+    made = get_peft_model(model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=PREFIX, **settings))
     with torch.no_grad():
-        expected, _ = run(torch.cat([prefix, text], dim=1))
-        _, cache = run(prefix)
+        for name, parameter in made.named_parameters():
+            if "prompt_encoder" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(1))
+    return made.eval()
+
+
+@pytest.mark.works("prefix tuning")
+@pytest.mark.parametrize("gradients", [False, True], ids=["infers", "records"])
+@with_pairs
+def test_keys_and_values_of_tokens_are_those_tokens(variant, gradients):
+    """A text after the keys and values of another is the text after the other, whichever way they came."""
+    model = variant.make()
+    first, ids = words(2, PREFIX), words(2, 17, seed=1)
+    with torch.no_grad():
+        read = model(input_ids=first, use_cache=True).past_key_values
+        expected = model(input_ids=ids, past_key_values=read).logits
+        read = model(input_ids=first, use_cache=True).past_key_values
+    given = DynamicCache()
+    for i, state in enumerate(read.states):
+        given.update(state["keys"][:, :, -PREFIX:].clone(), state["values"][:, :, -PREFIX:].clone(), i)
     with torch.set_grad_enabled(gradients):
-        result, returned = run(text, torch.ones(2, 17), as_past(pairs_of(cache)))
-    assert_equal(result.detach(), expected[:, 4:])
-    assert isinstance(returned, GalleryCache) and returned.get_seq_length() == 17
-    again = run(words(2, 5, seed=2), cache=returned)[0].detach()
-    assert_equal(again, run(torch.cat([prefix, text, words(2, 5, seed=2)], dim=1))[0][:, 17:].detach())
+        logits = model(input_ids=ids, past_key_values=given).logits
+    assert_equal(logits.detach(), expected)
 
 
-@of_pairs
-def test_gradients_reach_the_pairs(variant, head):
-    """As differences say, for all layers' keys and values. Within a segment: at its border Transformer-XL stops all
-    gradients, those that would reach a prefix by way of earlier tokens too."""
-    run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
+@pytest.mark.works("prefix tuning")
+@five
+def test_a_prefix_learns_travels_and_generates(variant, tmp_path):
+    if variant.config.model_type not in KINDS:
+        pytest.skip("keeps more of a token than its key and value: refused, see below")
+    base = make(variant, **NO_DROPOUT)
+    base.save_pretrained(tmp_path / "base")
+    model = prefixed(base)
+    frozen = {name: p.detach().clone() for name, p in base.named_parameters()}
+    own = trainer(model, "causal", tmp_path / "run", max_steps=12, optim="adamw_torch", learning_rate=0.1)
+    own.train()
+    assert losses(own)[-1] < losses(own)[0]
+    assert all(torch.equal(p, frozen[name]) for name, p in base.named_parameters())
+    own.save_model()
+    again = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "run").eval()
+    prompt = torch.tensor([TOKENIZER("the sea is wide")["input_ids"]])
     with torch.no_grad():
-        _, cache = run(words(2, 4))
-    pairs = [tuple(x.clone().requires_grad_() for x in pair) for pair in pairs_of(cache)]
-    text = words(2, 3, seed=1)
-
-    def loss(given):
-        return run(text, None, as_past(given))[0].sin().sum()
-
-    gradients = torch.autograd.grad(loss(pairs), [x for pair in pairs for x in pair])
-    assert all(g.abs().max() > 0 for g in gradients)
-    with torch.no_grad():
-        ways = [tuple(torch.randn_like(x) for x in pair) for pair in pairs]
-        step = 1e-5
-        ahead, behind = (
-            loss([tuple(x + s * w for x, w in zip(*both, strict=True)) for both in zip(pairs, ways, strict=True)])
-            for s in (step, -step)
-        )
-    directional = sum((g * w).sum() for g, w in zip(gradients, [w for pair in ways for w in pair], strict=True))
-    torch.testing.assert_close(directional, (ahead - behind) / (2 * step), rtol=1e-5, atol=1e-6)
+        assert_equal(again(input_ids=prompt).logits, model.eval()(input_ids=prompt).logits)
+        ids = prompt
+        for _ in range(8):
+            ids = torch.cat([ids, again(input_ids=ids).logits[:, -1:].argmax(-1)], dim=1)
+        said = again.generate(input_ids=prompt, max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None)
+    assert said.tolist() == ids.tolist()
 
 
-@of_pairs
-def test_a_prefix_is_tuned(variant, head):
-    """PEFT's prefix learns, and nothing else; generate() goes on from it as the forward does."""
-    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0)
-    model = get_peft_model(run.model, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    learning = [x for x in model.parameters() if x.requires_grad]
-    optimizer, ids = torch.optim.Adam(learning, lr=0.05), words(2, 9)
-    losses = []
-    model.train()
-    for _ in range(30):
-        loss = model(input_ids=ids, labels=ids).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] - 0.1
-    model.eval()
-    text = ids[:1]
-    with torch.no_grad():
-        for _ in range(6):
-            logits = model(input_ids=text).logits[:, -1]
-            text = torch.cat([text, logits.argmax(-1, keepdim=True)], dim=1)
-        mask = torch.ones_like(ids[:1])
-        got = model.generate(
-            input_ids=ids[:1], attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None
-        )
-    assert got.tolist() == text.tolist()
+@without_pairs
+def test_where_there_is_more_to_keep_it_is_refused(variant):
+    model = prefixed(variant.make())
+    with pytest.raises(ValueError, match="keeps more of a token than its key and value: use prompt tuning"):
+        model(input_ids=words(1, 5))
 
 
-@refused
-def test_pairs_that_are_no_past(variant, head):
-    """The reason is told."""
-    run = runner(variant, head)
-    h, d = run.model.config.num_attention_heads, run.model.config.head_dim
-    past = as_past([(torch.zeros(2, h, 4, d),) * 2 for _ in run.model.model.layers])
-    with pytest.raises(ValueError, match=r"past_key_values.*prefix tuning.*(gradient|recurrent state)"):
-        run(words(2, 3), None, past)
-
-
-@of_pairs
-def test_pairs_of_another_shape(variant, head):
-    run = runner(variant, head)
-    n, h, d = run.model.config.num_hidden_layers, run.model.config.num_attention_heads, run.model.config.head_dim
-    for layers, shape in ((n - 1, (2, h, 4, d)), (n, (2, h + 1, 4, d)), (n, (2, h, 4, d + 1))):
-        with pytest.raises(ValueError, match=rf"past_key_values.*\(rows, {h}, columns, {d}\)"):
-            run(words(2, 3), None, as_past([(torch.zeros(shape),) * 2] * layers))
-    with pytest.raises(ValueError, match="2 rows"):
-        run(words(3, 3), None, as_past([(torch.zeros(2, h, 4, d),) * 2] * n))
+@with_pairs
+def test_a_prefix_of_other_shapes_is_refused(variant):
+    model, given = variant.make(), DynamicCache()
+    given.update(torch.zeros(2, 1, PREFIX, 4), torch.zeros(2, 1, PREFIX, 4), 0)
+    with pytest.raises(ValueError, match="keys and values of shape"):
+        model(input_ids=words(2, 5), past_key_values=given)
+    with pytest.raises(ValueError, match="give a GalleryCache"):
+        model(input_ids=words(2, 5), past_key_values=DynamicCache())
