@@ -85,6 +85,15 @@ class GalleryCache(Cache):
     the columns seen, padding included, as generate() needs; `seen` (B,) counts each row's own tokens.
 
     config: the configuration of the model that it will serve. A model refuses the cache of another one.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryCache, GalleryTransformerXLConfig, GalleryTransformerXLModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> model = GalleryTransformerXLModel(GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)).eval()
+    >>> cache = GalleryCache(model.config)
+    >>> _ = model(torch.tensor([list(b"a long time ago")]), past_key_values=cache)
+    >>> cache.get_seq_length(), cache.seen
+    (15, tensor([15]))
     """
 
     def __init__(self, config):
@@ -272,6 +281,8 @@ class GalleryCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no longest input."""
         return -1
+
+    max_cache_len = -1  # the same, as PEFT asks for it
 
     @property
     def batch_size(self) -> int:

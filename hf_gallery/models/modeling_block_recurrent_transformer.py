@@ -340,7 +340,16 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
 
 
 class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTransformerPreTrainedModel):
-    """The bare Block-Recurrent Transformer. An input may be any number of blocks long."""
+    """The bare Block-Recurrent Transformer. An input may be any number of blocks long.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig, GalleryBlockRecurrentTransformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryBlockRecurrentTransformerConfig(**sizes, block_length=8, num_state_vectors=4)
+    >>> model = GalleryBlockRecurrentTransformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)
@@ -426,7 +435,17 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):
-    """The Block-Recurrent Transformer with a map to the vocabulary, tied to the embeddings."""
+    """The Block-Recurrent Transformer with a map to the vocabulary, tied to the embeddings.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig, GalleryBlockRecurrentTransformerForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryBlockRecurrentTransformerConfig(**sizes, block_length=8, num_state_vectors=4)
+    >>> model = GalleryBlockRecurrentTransformerForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -441,7 +460,17 @@ class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecu
 class GalleryBlockRecurrentTransformerForSequenceClassification(
     SequenceClassificationHead, GalleryBlockRecurrentTransformerPreTrainedModel
 ):
-    """A label for each row, from its last token."""
+    """A label for each row, from its last token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryBlockRecurrentTransformerConfig(**sizes, block_length=8, num_state_vectors=4)
+    >>> model = GalleryBlockRecurrentTransformerForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 
