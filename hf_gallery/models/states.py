@@ -26,7 +26,7 @@ class Kept:
     columns: ClassVar[int | None] = None  # of time that it holds; None if it is not made of columns
 
     def ready(self) -> Kept | None:
-        """Returns what the cache keeps of it, None for nothing: cut from its graph. All that may fail is done here, and
+        """Returns what the cache keeps, None for nothing: cut from its graph. All that may fail is done here, and
         nothing that a forward before this one left is changed."""
         return self.map(torch.Tensor.detach)
 

@@ -1,7 +1,7 @@
 """The Memorizing Transformer, plainly (Wu et al. 2022, arXiv 2203.08913): one query and one head at a time.
 
-The twin of hf_gallery/models/modeling_memorizing_transformer.py: section 3 of the paper, and where that is silent (unit
-keys, T5 bias, norms) as google-research/meliad computes it.
+The twin of hf_gallery/models/modeling_memorizing_transformer.py: section 3 of the paper, and where that is silent
+(unit keys, T5 bias, norms) as google-research/meliad computes it.
 """
 
 import math
