@@ -21,7 +21,7 @@ class ForwardContext:
     device: of the input; parameters may be elsewhere, offloaded. cached: columns of time that the cache holds,
     C. keep: a cache wants the new state, `limit` columns of it (None = all). infers: no gradients are recorded.
     shared: per layer, what the cache keeps that follows from the weights alone; facts: what it keeps for the whole
-    model. known: see `once`.
+    model. packed: several documents may lie in a row of the input. known: see `once`.
     """
 
     rows: Rows
@@ -32,6 +32,7 @@ class ForwardContext:
     infers: bool = False
     output_attentions: bool = False
     output_hidden_states: bool = False
+    packed: bool = False
     implementation: str = "eager"
     shared: list | None = None
     facts: dict = field(default_factory=dict)
