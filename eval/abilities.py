@@ -18,7 +18,9 @@ from hf_gallery.data import TASKS, chance
 from hf_gallery.harness import score
 
 from .contestants import Contestant, Sizes
+from .task import Column, Family, Job, OfEach, add_up, plain
 from .training import Tick, learn
+from .winners import blind, leaders, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,147 +55,144 @@ class Ability:
     about: str
     levels: tuple[Level, ...]
 
+    def chance(self, level: Level) -> float:
+        """How often a guess is right there; it stands with the task, in hf_gallery.data."""
+        return chance(self.task, **level.arguments)
 
-def _passkey(window: int) -> Ability:
+
+ABILITIES: dict[str, Callable[[int], Ability]] = {}  # by name, each for a window
+
+
+def _ability(title: str, group: str, task: str, *, axis: str, about: str) -> Callable[..., Callable[[int], Ability]]:
+    """Enters a generator in ABILITIES, under its name: for a window it yields its levels, from easy to hard. axis,
+    about: what a plot says; the window and the first level's arguments may stand in them in braces."""
+
+    def enter(levels: Callable[[int], Iterator[Level]]) -> Callable[[int], Ability]:
+        def make(window: int) -> Ability:
+            found = tuple(levels(window))
+            known = {"window": window, **found[0].arguments}
+            return Ability(title, group, task, axis.format(**known), about.format(**known), found)
+
+        ABILITIES[levels.__name__] = make
+        return make
+
+    return enter
+
+
+@_ability(
+    "Passkey",
+    "memory",
+    "passkey",
+    axis="distance, in windows of {window} tokens",
+    about="A number of three digits in a text without meaning, asked for at its end. Right means all digits.",
+)
+def passkey(window: int) -> Iterator[Level]:
     digits, longest = 3, 64 * window
-    floor = 40 + digits  # the question's own length
-    distances = [d for d in (window * 2**i for i in range(7)) if d >= floor]
-    return Ability(
-        "Passkey",
-        "memory",
-        "passkey",
-        f"distance, in windows of {window} tokens",
-        "A number of three digits in a text without meaning, asked for at its end. Right means all digits.",
-        tuple(
-            Level(
-                f"{d // window}x",
-                {"length": d + digits + 20, "distances": [d], "digits": digits},
-                trained=d <= longest // 4,
-            )
-            for d in distances
-        ),
-    )
+    for distance in (window * 2**i for i in range(7)):
+        if distance >= 40 + digits:  # the question's own length
+            given = {"length": distance + digits + 20, "distances": [distance], "digits": digits}
+            yield Level(f"{distance // window}x", given, trained=distance <= longest // 4)
 
 
-def _associative_recall(window: int) -> Ability:
+@_ability(
+    "Capacity",
+    "memory",
+    "associative_recall",
+    axis="pairs held at once, in {length} tokens",
+    about="Pairs of key and value; when a key comes again, its value is asked for. More pairs, more to hold at once.",
+)
+def capacity(window: int) -> Iterator[Level]:
     length = 8 * window
     near = list(range(2, length - 1, max(1, window // 8)))
-    return Ability(
-        "Capacity",
-        "memory",
-        "associative_recall",
-        f"pairs held at once, in {length} tokens",
-        "Pairs of key and value; when a key comes again, its value is asked for. More pairs, more to hold at once.",
-        tuple(
-            Level(str(n), {"length": length, "distances": near, "num_pairs": n, "printable": True}, trained=n <= 16)
-            for n in (1, 2, 4, 8, 16, 32, 64)
-            if 4 * n <= length
-        ),
-    )
+    for n in (1, 2, 4, 8, 16, 32, 64):
+        if 4 * n <= length:
+            given = {"length": length, "distances": near, "num_pairs": n, "printable": True}
+            yield Level(str(n), given, trained=n <= 16)
 
 
-def _verbatim_copy(window: int) -> Ability:
+@_ability(
+    "Verbatim copy",
+    "memory",
+    "verbatim_copy",
+    axis="distance, in windows of {window} tokens",
+    about="A string of {num_symbols} letters to be repeated word for word after a delay. Right means all letters.",
+)
+def verbatim_copy(window: int) -> Iterator[Level]:
     symbols = max(4, window // 4)
-    distances = [d for d in (window * 2**i // 2 for i in range(8)) if d >= symbols + 2]
-    return Ability(
-        "Verbatim copy",
-        "memory",
-        "verbatim_copy",
-        f"distance, in windows of {window} tokens",
-        f"A string of {symbols} letters to be repeated word for word after a delay. Right means all letters.",
-        tuple(
-            Level(
-                f"{d / window:g}x",
-                {"length": d + symbols + 2, "distances": [d], "num_symbols": symbols, "alphabet": 8},
-                trained=d <= 16 * window,
-            )
-            for d in distances
-        ),
-    )
+    for distance in (window * 2**i // 2 for i in range(8)):
+        if distance >= symbols + 2:
+            length = distance + symbols + 2
+            given = {"length": length, "distances": [distance], "num_symbols": symbols, "alphabet": 8}
+            yield Level(f"{distance / window:g}x", given, trained=distance <= 16 * window)
 
 
-def _selective_copy(window: int) -> Ability:
+@_ability(
+    "Selective copy",
+    "memory",
+    "selective_copy",
+    axis="capitals to be listed, in {length} tokens",
+    about="Capitals among other letters, to be listed in their order at the end. Right means all of them.",
+)
+def selective_copy(window: int) -> Iterator[Level]:
     length = 8 * window
-    return Ability(
-        "Selective copy",
-        "memory",
-        "selective_copy",
-        f"capitals to be listed, in {length} tokens",
-        "Capitals among other letters, to be listed in their order at the end. Right means all of them.",
-        tuple(
-            Level(str(n), {"length": length, "num_symbols": n, "alphabet": 8}, trained=n <= 8)
-            for n in (1, 2, 4, 8, 16)
-            if 2 * n + 1 <= length
-        ),
-    )
+    for n in (1, 2, 4, 8, 16):
+        if 2 * n + 1 <= length:
+            yield Level(str(n), {"length": length, "num_symbols": n, "alphabet": 8}, trained=n <= 8)
 
 
-def _listops(window: int) -> Ability:
-    lengths = [window * 2**i for i in range(5)]
-    return Ability(
-        "ListOps",
-        "reasoning",
-        "listops",
-        "bytes of the expression, at most",
-        "Nested maxima, minima, medians and sums modulo 10, by the rules of Long Range Arena.",
-        tuple(Level(str(n), {"length": n, "max_args": 5}, trained=n <= 8 * window) for n in lengths if n >= 11),
-    )
+@_ability(
+    "ListOps",
+    "reasoning",
+    "listops",
+    axis="bytes of the expression, at most",
+    about="Nested maxima, minima, medians and sums modulo 10, by the rules of Long Range Arena.",
+)
+def listops(window: int) -> Iterator[Level]:
+    for length in (window * 2**i for i in range(5)):
+        if length >= 11:
+            yield Level(str(length), {"length": length, "max_args": 5}, trained=length <= 8 * window)
 
 
-def _variable_tracking(window: int) -> Ability:
+@_ability(
+    "Variable tracking",
+    "reasoning",
+    "variable_tracking",
+    axis="hops, in {length} tokens",
+    about="Assignments among noise, followed from variable to variable to a digit. No hop is plain recall.",
+)
+def variable_tracking(window: int) -> Iterator[Level]:
     length = max(4 * window, 68)  # room for three chains of five and two questions
-    return Ability(
-        "Variable tracking",
-        "reasoning",
-        "variable_tracking",
-        f"hops, in {length} tokens",
-        "Assignments among noise, followed from variable to variable to a digit. No hop is plain recall.",
-        tuple(
-            Level(str(n), {"length": length, "hops": n, "num_chains": 3, "num_questions": 2}, trained=n <= 3)
-            for n in range(5)
-        ),
-    )
+    for hops in range(5):
+        given = {"length": length, "hops": hops, "num_chains": 3, "num_questions": 2}
+        yield Level(str(hops), given, trained=hops <= 3)
 
 
-def _state_tracking(window: int) -> Ability:
+@_ability(
+    "State tracking",
+    "reasoning",
+    "state_tracking",
+    axis="facts that an answer needs, in {length} bytes",
+    about="Short stories of people, things and rooms among other sentences, in bAbI's manner. Right means the room.",
+)
+def state_tracking(window: int) -> Iterator[Level]:
     events = 12
     length = max(16 * window, 26 * events + 49)
-    return Ability(
-        "State tracking",
-        "reasoning",
-        "state_tracking",
-        f"facts that an answer needs, in {length} bytes",
-        "Short stories of people, things and rooms among other sentences, in bAbI's manner. Right means the room.",
-        tuple(Level(str(n), {"length": length, "facts": n, "events": events}) for n in (1, 2, 3)),
-    )
+    for facts in (1, 2, 3):
+        yield Level(str(facts), {"length": length, "facts": facts, "events": events})
 
 
-def _permutation_composition(window: int) -> Ability:
-    lengths = [window * 2**i // 4 for i in range(6)]
-    return Ability(
-        "Permutations",
-        "reasoning",
-        "permutation_composition",
-        "bytes of the sequence",
-        "Five things swap places step by step; where is one of them in the end? Attention alone has no shortcut.",
-        tuple(
-            Level(str(n), {"length": n, "num_questions": max(1, n // 6)}, trained=n <= 4 * window)
-            for n in lengths
-            if n >= 6
-        ),
-    )
-
-
-ABILITIES: dict[str, Callable[[int], Ability]] = {
-    "passkey": _passkey,
-    "capacity": _associative_recall,
-    "verbatim_copy": _verbatim_copy,
-    "selective_copy": _selective_copy,
-    "listops": _listops,
-    "variable_tracking": _variable_tracking,
-    "state_tracking": _state_tracking,
-    "permutations": _permutation_composition,
-}
+@_ability(
+    "Permutations",
+    "reasoning",
+    "permutation_composition",
+    axis="bytes of the sequence",
+    about="Five things swap places step by step; where is one of them in the end? Attention alone has no shortcut.",
+)
+def permutations(window: int) -> Iterator[Level]:
+    for length in (window * 2**i // 4 for i in range(6)):
+        if length >= 6:
+            given = {"length": length, "num_questions": max(1, length // 6)}
+            yield Level(str(length), given, trained=length <= 4 * window)
 
 
 def ability(name: str, settings: AbilitySettings) -> Ability:
@@ -236,7 +235,54 @@ def measure(
     scores = {}
     for level in found.levels:
         asked = score(model, {level.label: (found.task, level.arguments)}, examples=settings.examples, seed=seed)
-        guess = chance(found.task, **level.arguments)
-        scores[level.label] = asked[level.label] | {"chance": guess, "trained": level.trained}
+        scores[level.label] = asked[level.label] | {"chance": found.chance(level), "trained": level.trained}
         tick(1)
     return {"parameters": model.num_parameters(), "levels": scores}
+
+
+FAMILY = Family(
+    "Abilities: right answers over all levels; * the best, and who is not surely behind", "ability", "chance"
+)
+
+
+class OfAbility(OfEach):
+    """A task whose results are right answers by level."""
+
+    def add(self, results: dict[str, Any], cell: dict[str, Any]) -> None:
+        entry = results["summary"][cell["contestant"]]
+        add_up(entry.setdefault("abilities", {}).setdefault(self.name, {}), cell["result"]["levels"])
+
+    def columns(self, results: dict[str, Any]) -> list[Column]:
+        """One, of all levels together."""
+        if self.name not in results["abilities"]:
+            return []
+        totals = {name: total(entry, self.name) for name, entry in results["summary"].items()}
+        guess = blind(results, self.name)
+        best = leaders(totals, guess)
+
+        def right(name: str, entry: dict[str, Any]) -> str:
+            correct, asked = totals[name]
+            return f"{100 * correct / asked:.0f} %{' *' if name in best else ''}" if asked else "-"
+
+        return [Column(FAMILY, results["abilities"][self.name]["title"], right, f"{100 * guess:.0f} %")]
+
+
+class LearnedAbility(OfAbility):
+    """The task of one ability."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def about(self, job: Job) -> dict[str, str]:
+        found = ability(self.name, job.preset.abilities)
+        return {key: getattr(found, key) for key in ("title", "group", "axis", "about")}
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        levels = plain(ability(self.name, job.preset.abilities))["levels"]
+        return plain(job.preset.abilities) | {"device": job.device.type, "levels": levels}
+
+    def units(self, job: Job) -> int:
+        return units(self.name, job.preset.abilities)
+
+    def measure(self, job: Job, contestant: Contestant, seed: int, tick: Tick) -> dict[str, Any]:
+        return measure(self.name, contestant, job.preset.abilities, seed, job.device, tick)

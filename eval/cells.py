@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import enum
 import signal
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
 from hf_gallery.files import read_json, write_json
@@ -73,6 +75,90 @@ class Cell:
         return f"{self.task}.{self.contestant}.{self.seed}"
 
 
+class Step(enum.Enum):
+    """What a process does with a cell: measures it beside the others, waits until another has, or measures it when all
+    others are done."""
+
+    OWN = enum.auto()
+    WAIT = enum.auto()
+    TOGETHER = enum.auto()
+
+
+def schedule(cells: list[Cell], missing: list[Cell], process: Process) -> list[tuple[Step, Cell]]:
+    """What one process does, in its order, so that no cell is measured twice and the main process ends with all.
+
+    Splits all cells, not the missing ones: a process that starts later would see a different list.
+    """
+    shared = [cell for cell in cells if cell.contestant != EVERYONE]
+    own = [cell for cell in shared[process.rank :: process.of] if cell in missing]
+    if not process.is_main:
+        return [(Step.OWN, cell) for cell in own]
+    others = [cell for cell in shared if cell in missing and cell not in own]
+    together = [cell for cell in missing if cell.contestant == EVERYONE]
+    return [
+        *((Step.OWN, cell) for cell in own),
+        *((Step.WAIT, cell) for cell in others),
+        *((Step.TOGETHER, cell) for cell in together),
+    ]
+
+
+class _Bars:
+    """A bar of all cells, and one of the cell in work. check: raises if Ctrl-C came; every tick asks it."""
+
+    def __init__(self, console: Console, check: Callable[[], None]):
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        self.progress, self.check = Progress(*columns, console=console, speed_estimate_period=120), check
+        self.whole = self.progress.add_task("all cells", total=None)
+
+    def __enter__(self) -> _Bars:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def expect(self, units: int) -> None:
+        """Says how many ticks there will be."""
+        self.progress.update(self.whole, total=units)
+
+    def advance(self, units: int) -> None:
+        """Moves the bar of all cells."""
+        self.progress.advance(self.whole, units)
+
+    @contextlib.contextmanager
+    def of(self, cell: Cell) -> Iterator[Tick]:
+        """A bar of one cell; gives what moves both."""
+        part = self.progress.add_task(f"  {cell.task} {cell.contestant}, seed {cell.seed}", total=cell.units)
+        start = time.perf_counter()
+
+        def tick(units: int) -> None:
+            self.check()
+            self.progress.advance(part, units)
+            self.advance(units)
+
+        yield tick
+        self.progress.remove_task(part)
+        done = Text.assemble(("done", "green"), f" {cell.name} ({time.perf_counter() - start:.0f} s)")
+        self.progress.console.print(done)
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
 class Run:
     """The folder of one run."""
 
@@ -121,8 +207,8 @@ class Run:
         process: Process = Process(),  # noqa: B008, it is frozen
     ) -> list[dict[str, Any]]:
         """All cells, measuring those that are missing, in their order, under a progress bar. Of several processes each
-        measures its share, and only the main one waits for all; cells that measure everyone are its own, and come
-        last, when the others are done. Processes of one machine share its cores until then.
+        measures its share (see `schedule`), and only the main one waits for all. Processes of one machine share its
+        cores until then.
 
         Raises ValueError before anything is measured if a saved cell was measured with other settings.
         """
@@ -130,58 +216,37 @@ class Run:
         missing = [cell for cell in cells if saved[cell.name] is None]
         if len(missing) < len(cells):
             console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are in {self.folder} already")
-        if not missing:
-            return [cell for cell in saved.values() if cell is not None]
-        process.share_cores()
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
-        )
-        # Split all cells, not the missing ones: a process that starts later would see a different list.
-        shared = [cell for cell in cells if cell.contestant != EVERYONE]
-        own = [cell for cell in shared[process.rank :: process.of] if cell in missing]
-        others = [cell for cell in shared if cell in missing and cell not in own] if process.is_main else []
-        together = [cell for cell in missing if cell.contestant == EVERYONE and process.is_main]
-        try:
-            with interrupts() as check, Progress(*columns, console=console, speed_estimate_period=120) as progress:
-                whole = progress.add_task("all cells", total=sum(cell.units for cell in own + others + together))
-                for cell in [*own, *others, *together]:
-                    if cell in others:
+        if missing:
+            process.share_cores()
+            with _quiet_transformers(), interrupts() as check, _Bars(console, check) as bars:
+                steps = schedule(cells, missing, process)
+                bars.expect(sum(cell.units for _, cell in steps))
+                for step, cell in steps:
+                    if step is Step.WAIT:
                         saved[cell.name] = self._wait_for(cell)
-                        progress.advance(whole, cell.units)
+                        bars.advance(cell.units)
                         continue
-                    if cell in together:
+                    if step is Step.TOGETHER:
                         process.take_all_cores()
-                    part = progress.add_task(f"  {cell.task} {cell.contestant}, seed {cell.seed}", total=cell.units)
-
-                    def tick(n: int, part=part) -> None:
-                        check()
-                        progress.advance(part, n)
-                        progress.advance(whole, n)
-
-                    start = time.perf_counter()
-                    result = cell.measure(tick)
-                    saved[cell.name] = {
-                        "task": cell.task,
-                        "contestant": cell.contestant,
-                        "seed": cell.seed,
-                        "settings": cell.settings,
-                        "result": result,
-                        "seconds": time.perf_counter() - start,
-                        "provenance": provenance(device, command),
-                    }
-                    write_json(self.path(cell), saved[cell.name])
-                    progress.remove_task(part)
-                    progress.console.print(f"[green]done[/] {cell.name} ({time.perf_counter() - start:.0f} s)")
-        finally:
-            transformers_logging.set_verbosity(verbosity)
+                    with bars.of(cell) as tick:
+                        saved[cell.name] = self.measure_one(cell, tick, device, command)
         return [cell for cell in saved.values() if cell is not None]
+
+    def measure_one(self, cell: Cell, tick: Tick, device: torch.device, command: str) -> dict[str, Any]:
+        """Measures a cell and writes it, with its settings and where its numbers come from."""
+        start = time.perf_counter()
+        result = cell.measure(tick)
+        saved = {
+            "task": cell.task,
+            "contestant": cell.contestant,
+            "seed": cell.seed,
+            "settings": cell.settings,
+            "result": result,
+            "seconds": time.perf_counter() - start,
+            "provenance": provenance(device, command),
+        }
+        write_json(self.path(cell), saved)
+        return saved
 
     def _wait_for(self, cell: Cell) -> dict[str, Any]:
         """The cell as soon as another process has measured it. A launcher ends all processes if one of them fails."""

@@ -22,8 +22,12 @@ from datasets import Dataset, DatasetDict
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
 
+from hf_gallery.data import corpus_version
+
+from .abilities import OfAbility
 from .contestants import Contestant
 from .presets import ClassificationSettings
+from .task import Job, plain
 from .training import Tick, learn
 
 ABOUT = {
@@ -188,3 +192,24 @@ def ask(
         chosen = model(**{name: x.to(device) for name, x in batch.items()}).logits.argmax(-1).tolist()
         correct += sum(answer == label for answer, (_, label) in zip(chosen, group, strict=True))
     return {"asked": len(asked), "correct": correct}
+
+
+class Bytes(OfAbility):
+    """The task `bytes`."""
+
+    name = "bytes"
+
+    def about(self, job: Job) -> dict[str, str]:
+        return ABOUT
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        return plain(job.preset.classification) | {
+            "device": job.device.type,
+            "corpus": corpus_version(job.corpus),
+        }
+
+    def units(self, job: Job) -> int:
+        return units(job.preset.classification)
+
+    def measure(self, job: Job, contestant: Contestant, seed: int, tick: Tick) -> dict[str, Any]:
+        return measure(contestant, job.preset.classification, job.labelled_text, seed, job.device, tick)

@@ -6,7 +6,7 @@ more than the points: 0 is constant, 1 linear, 2 quadratic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,12 @@ from transformers import PreTrainedModel
 
 from hf_gallery import GalleryCache
 
+from .cells import EVERYONE, Cell
 from .contestants import Contestant, build
+from .figures import contexts, short
 from .measure import interleaved, median, peak_bytes, seconds
 from .presets import CostSettings
+from .task import Column, Family, Job, Task, plain
 from .training import Tick
 
 CHUNK = 2048  # tokens that are read at once
@@ -213,3 +216,73 @@ class Stream:
     def _forward(self, ids: torch.Tensor) -> None:
         logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits
         self.last = logits[:, -1].argmax(-1, keepdim=True)
+
+
+# What `slopes` has, as the tables call it.
+SLOPES = {
+    "training_seconds": "step",
+    "training_peak_bytes": "step bytes",
+    "prefill_seconds": "reading",
+    "decode_seconds": "decoding",
+    "cache_bytes": "cache bytes",
+}
+STEP = Family("A training step", "train")
+GROWTH = Family("Growth with length: its power, 0 constant, 1 linear, 2 quadratic", "growth")
+DECODING = Family("Decoding after a context: ms per token, KiB of cache", "decode")
+
+
+class Cost(Task):
+    """The task `cost`: one cell, of all contestants in turns."""
+
+    name = "cost"
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        return plain(job.preset.cost) | {"device": job.device.type}
+
+    def cells_of_all(self, job: Job, contestants: list[Contestant]) -> Iterator[Cell]:
+        settings = self.settings(job) | {"contestants": [c.name for c in contestants]}
+        work = units(job.preset.cost, contestants)
+        yield Cell(
+            self.name,
+            EVERYONE,
+            0,
+            settings,
+            work,
+            lambda tick: measure(contestants, job.preset.cost, 0, job.device, tick),
+        )
+
+    def add(self, results: dict[str, Any], cell: dict[str, Any]) -> None:
+        for name, measured in cell["result"].items():
+            results["summary"][name]["cost"] = measured
+
+    def columns(self, results: dict[str, Any]) -> list[Column]:
+        def column(family: Family, heading: str, value: Callable[[dict[str, Any]], str], **more: Any) -> Column:
+            return Column(family, heading, lambda name, e: value(e["cost"]) if "cost" in e else "-", **more)
+
+        def first(cost: dict[str, Any]) -> dict[str, float]:
+            return next(iter(cost["training"].values()))
+
+        def power(cost: dict[str, Any], name: str) -> str:
+            return f"{round(cost['slopes'][name], 2) + 0.0:.2f}" if name in cost["slopes"] else "-"  # 0.00, not -0.00
+
+        after = sorted({contexts(results)[0], contexts(results)[-1]}) if contexts(results) else []
+        return [
+            column(STEP, "tokens/s", lambda cost: f"{cost['training_tokens_per_second']:,.0f}"),
+            column(STEP, "peak MiB", lambda cost: f"{cost['training_peak_bytes'] / 2**20:,.0f}"),
+            column(STEP, "MFLOP/token", lambda cost: f"{first(cost)['flops_per_token'] / 1e6:,.1f}"),
+            column(STEP, "of peak", lambda cost: f"{100 * first(cost)['utilisation']:.0f} %"),
+            *(column(GROWTH, told, lambda cost, name=name: power(cost, name)) for name, told in SLOPES.items()),
+            *(
+                column(DECODING, f"ms, {short(c)}", lambda cost, c=c: f"{cost['decode_ms_per_token'][str(c)]:.2f}")
+                for c in after
+            ),
+            *(
+                column(
+                    DECODING,
+                    f"KiB, {short(c)}",
+                    lambda cost, c=c: f"{cost['cache_bytes'][str(c)] / 2**10:,.0f}",
+                    prefix="cache",
+                )
+                for c in after
+            ),
+        ]

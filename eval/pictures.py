@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+
+from hf_gallery.models.files import whole_file
 
 from .figures import COLOURS, SYMBOLS, distances, place, times
 from .statistics import wilson
@@ -50,7 +51,7 @@ def forgetting_curves(results: dict[str, Any], path: Path) -> None:
     axes.grid(axis="y", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right center", frameon=False)
-    beside = path.with_name(path.name + ".part")
     # Without a date, so that the same results give the same file.
-    figure.savefig(beside, format=path.suffix[1:], dpi=150, metadata={"Date": None} if path.suffix == ".svg" else {})
-    os.replace(beside, path)
+    metadata = {"Date": None} if path.suffix == ".svg" else {}
+    with whole_file(path) as beside:
+        figure.savefig(beside, format=path.suffix[1:], dpi=150, metadata=metadata)

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel
 from hf_gallery.data import slot_recall
 
 from .contestants import Contestant, smaller_memories
+from .figures import distances, times
 from .presets import RecallSettings
+from .task import Column, Family, Job, OfEach, add_up, plain, share
 from .training import Tick, learn
 
 
@@ -108,3 +110,37 @@ def ask(
         asked += int(scored.sum())
         correct += int(((logits.argmax(-1) == labels) & scored).sum())
     return {"asked": asked, "correct": correct}
+
+
+class Recall(OfEach):
+    """The task `recall`."""
+
+    name = "recall"
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        return plain(job.preset.recall) | {"device": job.device.type}
+
+    def units(self, job: Job) -> int:
+        return units(job.preset.recall)
+
+    def measure(self, job: Job, contestant: Contestant, seed: int, tick: Tick) -> dict[str, Any]:
+        return measure(contestant, job.preset.recall, seed, job.device, tick)
+
+    def add(self, results: dict[str, Any], cell: dict[str, Any]) -> None:
+        entry, result = results["summary"][cell["contestant"]], cell["result"]
+        add_up(entry.setdefault("recall", {}), result["recall"])
+        for size, scores in result["by_memory_size"].items():
+            add_up(entry.setdefault("recall_by_memory_size", {}).setdefault(size, {}), scores)
+
+    def columns(self, results: dict[str, Any]) -> list[Column]:
+        window = results["window"]["recall"]
+        family = Family(f"Recall by distance, in windows of {window} tokens", "recall", "chance")
+        return [
+            Column(
+                family,
+                times(distance / window),
+                lambda name, entry, distance=distance: share(entry.get("recall", {}).get(str(distance))),
+                f"{100 * results['chance']:.0f} %",
+            )
+            for distance in distances(results)
+        ]

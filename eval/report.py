@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import html
 import json
-import re
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 from plotly.offline import get_plotlyjs
@@ -16,19 +14,13 @@ from rich.table import Table
 from hf_gallery.files import read_json, write_json, write_text
 
 from . import peers
+from .benchmark import TASKS
 from .claims import verdicts
-from .figures import contexts, distances, figures, short, times
-from .winners import blind, leaders, total, winners
+from .figures import figures
+from .task import Column, Family
+from .winners import winners
 
 RESULTS, PAGE = "results.json", "report.html"
-# What cost.slopes has, as the tables call it.
-SLOPES = {
-    "training_seconds": "step",
-    "training_peak_bytes": "step bytes",
-    "prefill_seconds": "reading",
-    "decode_seconds": "decoding",
-    "cache_bytes": "cache bytes",
-}
 
 
 def read(name: str, runs: Path) -> dict[str, Any]:
@@ -50,84 +42,37 @@ def write(folder: Path, results: dict[str, Any]) -> None:
 # ---- the table: one row for each contestant, the same in the terminal and on the page
 
 
+def columns(results: dict[str, Any]) -> list[Column]:
+    """Of all tasks in their order, those in which something was measured."""
+    found = (column for task in TASKS.values() for column in task.columns(results))
+    return [c for c in found if any(c.cell(name, entry) != "-" for name, entry in results["summary"].items())]
+
+
 def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows. Recall stands under the distance in windows; what was not measured is a dash."""
-    window = results["window"]["recall"]
-    tested = distances(results)
-    after = sorted({contexts(results)[0], contexts(results)[-1]}) if contexts(results) else []
-    abilities = results["abilities"]
-    totals = {a: {name: total(e, a) for name, e in results["summary"].items()} for a in abilities}
-    best = {name: leaders(totals[name], blind(results, name)) for name in abilities}
-    heads = ["variant", "parameters", *(f"recall {times(d / window)}" for d in tested)]
-    heads += [*(f"ability {about['title']}" for about in abilities.values()), "bits/byte"]
-    heads += ["train tokens/s", "train peak MiB", "train MFLOP/token", "train of peak"]
-    heads += [f"growth {name}" for name in SLOPES.values()]
-    heads += [f"decode ms, {short(c)}" for c in after] + [f"cache KiB, {short(c)}" for c in after]
-    rows = []
-    for contestant, entry in results["summary"].items():
-        row = [entry["label"], f"{entry['parameters']:,}" if "parameters" in entry else "-"]
-        for d in tested:
-            score = entry.get("recall", {}).get(str(d))
-            row.append(f"{100 * score['correct'] / max(1, score['asked']):.0f} %" if score else "-")
-        for name in abilities:
-            correct, asked = totals[name][contestant]
-            mark = " *" if contestant in best[name] else ""
-            row.append(f"{100 * correct / asked:.0f} %{mark}" if asked else "-")
-        bits = entry.get("bits_per_byte")
-        row.append(f"{mean(bits):.3f}" if bits else "-")
-        cost = entry.get("cost")
-        row.append(f"{cost['training_tokens_per_second']:,.0f}" if cost else "-")
-        row.append(f"{cost['training_peak_bytes'] / 2**20:,.0f}" if cost else "-")
-        first = next(iter(cost["training"].values())) if cost else None
-        row.append(f"{first['flops_per_token'] / 1e6:,.1f}" if first else "-")
-        row.append(f"{100 * first['utilisation']:.0f} %" if first else "-")
-        grown = cost["slopes"] if cost else {}
-        row += [f"{round(grown[name], 2) + 0.0:.2f}" if name in grown else "-" for name in SLOPES]  # 0.00, not -0.00
-        row += [f"{cost['decode_ms_per_token'][str(c)]:.2f}" if cost else "-" for c in after]
-        row += [f"{cost['cache_bytes'][str(c)] / 2**10:,.0f}" if cost else "-" for c in after]
-        rows.append(row)
-    base = ["-"] * len(heads)
-    base[0] = "chance; order-0 bytes"
-    for i, head in enumerate(heads):
-        if head.startswith("recall"):
-            base[i] = f"{100 * results['chance']:.0f} %"
-        elif head.startswith("ability"):
-            base[i] = (
-                f"{100 * blind(results, next(n for n, a in abilities.items() if head.endswith(a['title']))):.0f} %"
-            )
-        elif head == "bits/byte" and results["order0_bits_per_byte"] is not None:
-            base[i] = f"{results['order0_bits_per_byte']:.3f}"
-    used = [i for i in range(len(heads)) if i == 0 or any(row[i] != "-" for row in rows)]
-    return [heads[i] for i in used], [[row[i] for i in used] for row in [*rows, base]]
+    found = sorted(columns(results), key=lambda column: not column.leads)
+    return ["variant", *(c.whole for c in found)], _rows(results, found, "chance; order-0 bytes")
+
+
+def _rows(results: dict[str, Any], columns: list[Column], baseline: str) -> list[list[str]]:
+    """A row for each contestant, and a last one of what knows nothing of the input."""
+    summary = results["summary"].items()
+    return [
+        *([entry["label"], *(c.cell(name, entry) for c in columns)] for name, entry in summary),
+        [baseline, *(c.baseline for c in columns)],
+    ]
 
 
 def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
     """The table cut into parts of a page's width: title, headings and rows of each that has something to show."""
-    heads, rows = table(results)
-    baselines = iter(("chance", "chance", "bytes by frequency", "", "", ""))
-    groups = {
-        f"Recall by distance, in windows of {results['window']['recall']} tokens": [
-            i for i, h in enumerate(heads) if h.startswith("recall")
-        ],
-        "Abilities: right answers over all levels; * the best, and who is not surely behind": [
-            i for i, h in enumerate(heads) if h.startswith("ability")
-        ],
-        "Text": [i for i, h in enumerate(heads) if h in ("parameters", "bits/byte")],
-        "A training step": [i for i, h in enumerate(heads) if h.startswith("train")],
-        "Growth with length: its power, 0 constant, 1 linear, 2 quadratic": [
-            i for i, h in enumerate(heads) if h.startswith("growth")
-        ],
-        "Decoding after a context: ms per token, KiB of cache": [
-            i for i, h in enumerate(heads) if h.startswith(("decode", "cache"))
-        ],
-    }
+    families: dict[Family, list[Column]] = {}
+    for column in columns(results):
+        families.setdefault(column.family, []).append(column)
     found = []
-    for title, columns in groups.items():
-        rows[-1][0] = next(baselines)
-        if columns:
-            measured = [row for row in rows if any(row[i] != "-" for i in columns)]
-            plain = [_FAMILY.sub("", heads[i]) if len(columns) > 1 else heads[i] for i in columns]  # the title says it
-            found.append((title, [heads[0], *plain], [[row[0], *(row[i] for i in columns)] for row in measured]))
+    for family, own in families.items():
+        heads = [c.heading if len(own) > 1 else c.whole for c in own]  # the title says the rest
+        rows = [row for row in _rows(results, own, family.baseline) if set(row[1:]) != {"-"}]
+        found.append((family.title, ["variant", *heads], rows))
     return found
 
 
@@ -173,9 +118,6 @@ def markdown(results: dict[str, Any]) -> str:
             lines = ["| " + " | ".join(heads) + " |", "|---|" + line * (len(heads) - 1)]
             blocks.append("\n".join([f"{title}:", "", *lines, *("| " + " | ".join(row) + " |" for row in rows)]))
     return "\n\n".join(blocks)
-
-
-_FAMILY = re.compile("^(recall|ability|train|growth|decode|cache) ")
 
 
 # ---- the page

@@ -6,6 +6,8 @@ import collections
 import math
 import re
 import time
+from collections.abc import Iterator
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -14,11 +16,13 @@ from datasets import Dataset, DatasetDict
 from transformers import PreTrainedModel
 
 from hf_gallery import GalleryCache
-from hf_gallery.data import byte_tokenizer, encode_bytes
+from hf_gallery.data import byte_tokenizer, corpus_version, encode_bytes
 from hf_gallery.training import SegmentTrainer
 
+from .cells import Cell
 from .contestants import Contestant, build, smaller_memories
 from .presets import TextSettings
+from .task import Column, Family, Job, OfEach, add_up, plain
 from .training import Tick, train, training_arguments
 
 LOGGED = 40  # points of a training curve
@@ -208,3 +212,67 @@ def by_last_use(bits: list[np.ndarray], found: list[np.ndarray], frequent: set[b
             entry["bytes"] += match.end() - start
             entry["words"] += 1
     return {label: sums[label] for label in sorted(sums, key=lambda k: -1 if k == FIRST_USE else int(k))}
+
+
+ORDER0 = "order0"  # in place of a contestant's name: who knows how frequent each byte is, and nothing else
+
+
+class Text(OfEach):
+    """The task `text`."""
+
+    name = "text"
+
+    def settings(self, job: Job) -> dict[str, Any]:
+        return plain(job.preset.text) | {"device": job.device.type, "corpus": corpus_version(job.corpus)}
+
+    def units(self, job: Job) -> int:
+        return units(job.preset.text)
+
+    def cells(self, job: Job, contestants: list[Contestant], seed: int) -> Iterator[Cell]:
+        """The baseline's, which has no seed, before those of the contestants."""
+
+        def measure_order0(tick: Tick) -> dict[str, float]:
+            bits = order0_bits(job.text, job.preset.text)
+            tick(1)
+            return {"bits_per_byte": bits}
+
+        if seed == 0:
+            yield Cell(self.name, ORDER0, 0, self.settings(job), 1, measure_order0)
+        yield from super().cells(job, contestants, seed)
+
+    def measure(self, job: Job, contestant: Contestant, seed: int, tick: Tick) -> dict[str, Any]:
+        return measure(contestant, job.preset.text, job.text, seed, job.device, tick)
+
+    def add(self, results: dict[str, Any], cell: dict[str, Any]) -> None:
+        result = cell["result"]
+        if cell["contestant"] == ORDER0:
+            results["order0_bits_per_byte"] = result["bits_per_byte"]
+            return
+        entry = results["summary"][cell["contestant"]]
+        entry["parameters"] = result["parameters"]
+        for name in ("bits_per_byte", "by_stretch", "training_curve"):
+            entry.setdefault(name, []).append(result[name])
+        for name in ("by_position", "by_last_use"):
+            add_up(entry.setdefault(name, {}), result[name])
+        if not result["by_memory_size"]:
+            return
+        whole = {key: sum(s[key] for s in result["by_position"].values()) for key in ("bits", "bytes")}
+        own = {str(results["settings"]["text"]["sizes"]["memory_size"]): whole | {"by_stretch": result["by_stretch"]}}
+        for size, score in (result["by_memory_size"] | own).items():
+            entry.setdefault("by_stretch_of_memory_size", {}).setdefault(size, []).append(score["by_stretch"])
+            sums = {key: score[key] for key in ("bits", "bytes")}
+            add_up(entry.setdefault("text_by_memory_size", {}), {size: sums})
+
+    def columns(self, results: dict[str, Any]) -> list[Column]:
+        family, order0 = Family("Text", baseline="bytes by frequency"), results["order0_bits_per_byte"]
+
+        def parameters(name: str, entry: dict[str, Any]) -> str:
+            return f"{entry['parameters']:,}" if "parameters" in entry else "-"
+
+        def bits(name: str, entry: dict[str, Any]) -> str:
+            return f"{mean(entry['bits_per_byte']):.3f}" if entry.get("bits_per_byte") else "-"
+
+        return [
+            Column(family, "parameters", parameters, leads=True),
+            Column(family, "bits/byte", bits, "-" if order0 is None else f"{order0:.3f}"),
+        ]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast
@@ -27,6 +28,8 @@ from .documents import PACKING, Documents
 from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
 from .rows import Rows, unpack
+from .states import NextState, State
+from .weights import version_of
 
 
 @dataclass
@@ -47,7 +50,7 @@ class LayerResults:
     before, between and behind the layers and the attentions."""
 
     x: torch.Tensor
-    states: list[dict]
+    states: list[NextState]
     hidden: list[torch.Tensor] | None
     attentions: list | None
 
@@ -76,6 +79,10 @@ class Backbone(GalleryPreTrainedModel):
         """The variant's Context: `common`, the fields that all have, widened by its own. past: what the rows go on
         with."""
         raise NotImplementedError
+
+    def tables_follow(self) -> list[nn.Module]:
+        """The modules whose weights decide what a cache keeps besides the past: tables, and `Derived` state."""
+        return []
 
     def layer_inputs(self, context: ForwardContext) -> tuple:
         """Further arguments of layers, after (hidden states, context, state): tensors that gradients must reach."""
@@ -141,6 +148,8 @@ class Backbone(GalleryPreTrainedModel):
             self.check_packed(attends, inputs)
         parts = self.parts(rows, cache, documents)
         done, writes = [], None
+        infers = not torch.is_grad_enabled()
+        version = version_of(self.tables_follow()) if cache is not None and infers else None
         for part in parts:
             common = ForwardContext(
                 rows=part.rows,
@@ -148,23 +157,24 @@ class Backbone(GalleryPreTrainedModel):
                 cached=0 if part.past is None else part.past.columns_held,
                 keep=part.keeps,
                 limit=cache.limit if part.keeps else None,
-                infers=not torch.is_grad_enabled(),
+                infers=infers,
                 output_attentions=bool(attends),
                 output_hidden_states=bool(shows),
                 packed=documents is not None,
                 implementation=self.config._attn_implementation,
+                tables=None if part.past is None else part.past.read_tables(version),
             )
             context = self.plan(common, part.past, **inputs)
             x = self.embed(part.rows, input_ids, inputs_embeds, **inputs)
             if inputs_embeds is not None:
                 x = with_gradients_for(x, self.embed_tokens)
-            states = part.past.states if part.past is not None else []
+            states = part.past.read_states(version) if part.past is not None else []
             result = self.run_layers(x, context, states or [{}] * len(self.layers), *self.layer_inputs(context))
             result.x = self.finish(result.x)
             if result.hidden is not None:
                 result.hidden[-1] = result.x
             if part.keeps:
-                writes = (result.states, part.rows, context.shared, context.facts)
+                writes = (result.states, part.rows, context.facts, context.tables, version, self)
             done.append((context, result))
         placed = [part.rows for part in parts]
         hidden = None
@@ -218,15 +228,15 @@ class Backbone(GalleryPreTrainedModel):
             past.reset_rows(last.fresh)
         return [*parts, Part(last, past, True)]
 
-    def run_layers(self, x: torch.Tensor, context: ForwardContext, states: list[dict], *more) -> LayerResults:
+    def run_layers(self, x: torch.Tensor, context: ForwardContext, states: list[State], *more) -> LayerResults:
         """Runs the layers on x (B, T, E), each with its state and with `more` besides. Nothing is written."""
         hidden: list | None = [] if context.output_hidden_states else None
         x = shown(x, hidden, context)
         attentions: list | None = [] if context.output_attentions else None
         new = []
         for layer, state in zip(self.layers, states, strict=True):
-            x, state, probabilities = layer(x, context, state, *more)
-            new.append(state)
+            x, next_state, probabilities = layer(x, context, state, *more)
+            new.append(next_state)
             x = shown(x, hidden, context)
             if attentions is not None:
                 attentions.append(probabilities)

@@ -1,30 +1,33 @@
 """GalleryCache: all state that a gallery model carries from one forward to the next.
 
-Each layer's state is a dictionary of tensors with the batch rows first. Those named in TIMED hold columns of time,
-(B, H, C, D) or (B, C, E), aligned so that each row's last token stands in the last column (see rows.py); what a row
+Each layer's state is a dictionary of tensors with the batch rows first, each of a kind (states.py) that says what it
+allows: to take tokens back, to drop the oldest. Columns of time end at each row's last token (see rows.py); what a row
 has not filled yet is never read, because the cache knows how many tokens each row has seen. So a row is emptied by
 setting that number to zero, and rows are moved by picking them from every tensor alike.
+
+All that a cache holds is one `Content`, which nobody changes: whatever changes the cache first makes the next content,
+where it may fail, and then puts it in the place of the old one.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import operator
 import os
-import tempfile
+import weakref
+from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from .columns import last_columns
-
-TIMED = ("keys", "values", "hidden")  # state with columns of time, in the last dimension but one
-
-State = dict[str, torch.Tensor]
+from .cache_file import read_cache_file, write_cache_file
+from .rows import Rows
+from .states import Columns, Derived, Kept, NextState, Places, State, tensors_of
+from .weights import Version, WeightSample, sample_weights
 
 # What transformers calls the cache in its outputs and in generate(): renamed in 5.24. Forwards of the gallery take it
 # by either name.
@@ -36,6 +39,45 @@ def cache_of(outputs):
     return outputs.get(CACHE_NAME)
 
 
+@dataclass(frozen=True)
+class Content:
+    """All that a cache holds at one time.
+
+    states: of each layer; empty before the first forward. seen (B,): each row's own tokens, on the CPU. facts: further
+    facts of each row, on the CPU. columns: seen so far, padding included. history: the newest of them, for crop, as
+    (count, mask (B, count)), the mask None where every column is a token. tables: per layer, what follows from weights
+    alone and serves all rows. version: of the weights that the tables and all `Derived` state follow from. maker: a
+    reference to the model that wrote last. sample: of a saved cache, the weights of the model that made it.
+    """
+
+    states: tuple[NextState, ...] = ()
+    seen: torch.Tensor | None = None
+    facts: dict[str, Kept] = field(default_factory=dict)
+    columns: int = 0
+    history: tuple[tuple[int, torch.Tensor | None], ...] = ()
+    tables: dict[int, torch.Tensor] = field(default_factory=dict)
+    version: Version | None = None
+    maker: Callable[[], Any] = lambda: None
+    sample: WeightSample | None = None
+
+    def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Content:
+        """The same with `change` applied to every tensor that has rows."""
+        if self.seen is None:
+            return self
+        return replace(
+            self,
+            states=tuple({name: kept.map(change) for name, kept in state.items()} for state in self.states),
+            seen=change(self.seen),
+            facts={name: kept.map(change) for name, kept in self.facts.items()},
+            history=tuple((n, None if mask is None else change(mask)) for n, mask in self.history),
+        )
+
+    def without_derived(self) -> Content:
+        """The same without what weights make anew."""
+        states = tuple({n: x for n, x in state.items() if not isinstance(x, Derived)} for state in self.states)
+        return replace(self, states=states, tables={}, version=None)
+
+
 class GalleryCache(Cache):
     """The past of a batch of rows, for one model.
 
@@ -43,94 +85,192 @@ class GalleryCache(Cache):
     the columns seen, padding included, as generate() needs; `seen` (B,) counts each row's own tokens.
 
     config: the configuration of the model that it will serve. A model refuses the cache of another one.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryCache, GalleryTransformerXLConfig, GalleryTransformerXLModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> model = GalleryTransformerXLModel(GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)).eval()
+    >>> cache = GalleryCache(model.config)
+    >>> _ = model(torch.tensor([list(b"a long time ago")]), past_key_values=cache)
+    >>> cache.get_seq_length(), cache.seen
+    (15, tensor([15]))
     """
 
     def __init__(self, config):
         super().__init__(layers=[])
-        self.identity = cache_identity(config)
-        self.capacity = config.cache_capacity  # columns of time that a layer keeps; None = all
-        self.states: list[State] = []
-        self.seen: torch.Tensor | None = None  # (B,) on the CPU
-        self.rows: dict[str, torch.Tensor] = {}  # further facts of each row, (B, ...) on the CPU
-        self.shared: list[State] = []  # per layer, what follows from the weights alone and serves all rows
-        self.columns = 0
+        made_for = config if isinstance(config, MadeFor) else MadeFor(cache_identity(config), config.cache_capacity)
+        self.identity = made_for.identity
+        self.capacity = made_for.capacity  # columns of time that a layer keeps; None = all
         self.recording = False
-        # The newest columns, for crop: (count, mask (B, count)), the mask None where every column is a token.
-        self.history: list[tuple[int, torch.Tensor | None]] = []
-        self.waiting: list[tuple] | None = None  # writes that wait for the end of a `held` block
+        self.any_weights = False  # whether models may take it whose weights are not those that a file's cache is of
+        self._content = Content()
+        self._unchecked = False  # it came from a file, and no model has looked at it yet
+        self._waiting: list[Callable[[Content], Content]] | None = None  # writes of a `held` block
 
     def __repr__(self):
         kind = self.identity["model_type"]
         return f"GalleryCache({kind}, rows={self.batch_size}, columns={self.columns}, bytes={self.nbytes})"
 
     def __len__(self):
-        return len(self.states)
+        return len(self._content.states)
+
+    # ---- what it holds
+
+    @property
+    def seen(self) -> torch.Tensor | None:
+        """Each row's own tokens, (B,) on the CPU; None before the first forward."""
+        return self._content.seen
+
+    @property
+    def columns(self) -> int:
+        """Columns seen, padding included."""
+        return self._content.columns
+
+    @property
+    def states(self) -> list[State]:
+        """Each layer's state, name by name; empty before the first forward."""
+        return [tensors_of(state) for state in self._content.states]
+
+    @property
+    def rows(self) -> State:
+        """Further facts of each row, (B, ...) on the CPU."""
+        return tensors_of(self._content.facts)
+
+    @property
+    def columns_held(self) -> int:
+        """C: the columns of time that each layer holds now."""
+        held = (x.columns for state in self._content.states for x in state.values() if x.columns is not None)
+        return next(held, 0)
+
+    @property
+    def limit(self) -> int | None:
+        """Columns that layers shall keep now; None = all. While recording nothing is dropped, so that crop works."""
+        return None if self.recording else self.capacity
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the states hold, whole storages counted."""
+        tensors = [x for state in self.states for x in state.values()] + list(self._content.tables.values())
+        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
     # ---- what models call
 
     def check(self, config, batch: int):
         """Raises ValueError unless the cache belongs to a model of this configuration and has `batch` rows."""
         identity = cache_identity(config)
-        if identity != self.identity:
-            names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
+        names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
+        names = [name for name in names if name not in INDIFFERENT]  # files of earlier versions name some
+        if names:
             first = 1 if names[0] == "model_type" else 3  # another architecture differs in much else
             differs = {name: (self.identity.get(name), identity.get(name)) for name in names[:first]}
             raise ValueError(
                 f"past_key_values was made for another model (its value, this model's): {differs}"
                 f"{' and more' if len(names) > first else ''}; pass a GalleryCache(model.config), or none"
             )
+        if self._unchecked:
+            check_content(self._content, config)
+            self._unchecked = False
         if self.seen is not None and len(self.seen) != batch:
             raise ValueError(
                 f"past_key_values holds {len(self.seen)} rows, the input has {batch}; call reset() for new texts, or "
                 "batch_select_indices() to keep some rows"
             )
 
-    def write(self, states: list[State], rows, shared: list[State] | None = None, facts: State | None = None):
-        """Takes the new state of all layers, once they all have it. rows: the Rows of this forward."""
-        if self.waiting is not None:
-            self.waiting.append((states, rows, shared, facts))
+    def check_weights(self, model):
+        """Raises ValueError if the cache came from a file and was made by other weights than the model's."""
+        sample = self._content.sample
+        if sample is None or self.any_weights or self._content.maker() is model:
             return
-        # What may fail for want of memory comes first, for all layers, then what writes.
-        for ready in ("with_room", "commit"):
-            states = [
-                {n: getattr(x, ready)() if hasattr(x, ready) else x for n, x in state.items()} for state in states
-            ]
-        self.states = [{name: x.detach() for name, x in state.items() if x is not None} for state in states]
-        self.seen = rows.seen + rows.lengths
-        self.shared = shared or []  # a forward with gradients makes none: weights that change would leave it stale
-        self.rows.update(facts or {})
-        self.columns += rows.columns
+        differs = sample.difference(sample_weights(model))
+        if differs is not None:
+            raise ValueError(
+                f"past_key_values was saved by a model of other weights ({differs} differs), so this model would "
+                "misread it; read the text again, or load the cache with any_weights=True to use it all the same"
+            )
+        self._content = replace(self._content, maker=weakref.ref(model))
+
+    def read_states(self, version: Version | None = None) -> list[State]:
+        """Each layer's state for a forward. version: of the model's weights now, see `version_of`; what follows from
+        weights is left out unless they are still the same."""
+        content = self._content
+        if version is None or version != content.version:
+            content = content.without_derived()
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            # Autograd cannot save what was made in inference mode.
+            content = content.map_rows(lambda x: x.clone() if x.is_inference() else x)
+        return [tensors_of(state) for state in content.states]
+
+    def read_tables(self, version: Version | None) -> dict[int, torch.Tensor] | None:
+        """Tables of the layers that follow from the weights of this version; a forward may add to them. None where
+        nothing can be kept, since nobody would know when it is out of date."""
+        if version is None:
+            return None
+        return dict(self._content.tables) if version == self._content.version else {}
+
+    def write(
+        self,
+        states: list[NextState],
+        rows: Rows,
+        facts: NextState | None = None,
+        tables: dict[int, torch.Tensor] | None = None,
+        version: Version | None = None,
+        maker: Any = None,
+    ):
+        """Takes the next state of all layers, once they all have it.
+
+        rows: of this forward. facts: of each row. tables, version: as `read_tables` has them. maker: the model.
+        """
+
+        def after(content: Content) -> Content:
+            return Content(
+                states=tuple(ready(state) for state in states),
+                seen=rows.seen + rows.lengths,
+                facts=content.facts | ready(facts or {}),
+                columns=content.columns + rows.columns,
+                history=self._recorded(content.history, rows),
+                tables={} if version is None else tables or {},
+                version=version,
+                maker=content.maker if maker is None else weakref.ref(maker),
+            )
+
+        if self._waiting is None:
+            self._content = after(self._content)
+        else:
+            self._waiting.append(after)
+
+    def _recorded(self, history, rows):
+        """The history with the columns of one more forward; without those that no crop could take back."""
         if rows.fresh is not None and bool(rows.fresh.any()):
-            self.history = []  # what came before a new document cannot be taken back
-        if rows.mask is None and self.history and self.history[-1][1] is None:
-            self.history[-1] = (self.history[-1][0] + rows.columns, None)
+            history = ()  # what came before a new document cannot be taken back
+        if rows.mask is None and history and history[-1][1] is None:
+            history = (*history[:-1], (history[-1][0] + rows.columns, None))
         else:
             recent = rows.recent
-            self.history.append((recent, None if rows.mask is None else rows.mask[:, -recent:].cpu()))
-        if self.capacity is not None and not self.recording:
-            while sum(count for count, _ in self.history[1:]) > self.capacity:
-                self.history.pop(0)
+            history = (*history, (recent, None if rows.mask is None else rows.mask[:, -recent:].cpu()))
+        if self.limit is not None:
+            while sum(count for count, _ in history[1:]) > self.limit:
+                history = history[1:]
+        return history
 
     @contextmanager
     def held(self):
         """Writes inside the block wait, and take place when it ends well: a forward that fails after its last layer,
         in a head or in the loss, changes nothing either."""
-        if self.waiting is not None:  # an outer block decides
+        if self._waiting is not None:  # an outer block decides
             yield
             return
-        self.waiting = []
+        self._waiting = []
         try:
-            yield
-            waiting = self.waiting
+            try:
+                yield
+                content = self._content
+                for after in self._waiting:
+                    content = after(content)
+                self._content = content
+            finally:
+                self._waiting = None
         finally:
-            self.waiting = None
-        for write in waiting:
-            self.write(*write)
-
-    @property
-    def limit(self) -> int | None:
-        """Columns that layers shall keep now; None = all. While recording nothing is dropped, so that crop works."""
-        return None if self.recording else self.capacity
+            self._waiting = None  # twice: Ctrl-C may come in the first, and a cache that waits for ever stands still
 
     # ---- transformers' Cache
 
@@ -161,15 +301,15 @@ class GalleryCache(Cache):
         return [False]
 
     @property
-    def is_croppable(self) -> bool:
-        """Whether `crop` can take back tokens: all state is columns of time, and those that it needs are here."""
-        known = bool(self.history) or not self.columns  # reset_rows leaves nothing to count by
-        return not self.folds and known and (self.capacity is None or self.recording or self.columns <= self.capacity)
+    def folds(self) -> bool:
+        """Whether tokens went into a memory or a recurrent state, from which they cannot be taken back."""
+        return any(x.folds for state in self._content.states for x in state.values())
 
     @property
-    def folds(self) -> bool:
-        """Whether tokens go into a memory or a recurrent state, from which they cannot be taken back."""
-        return bool(self.identity.get("memory_layers") or self.identity.get("recurrent_layers"))
+    def is_croppable(self) -> bool:
+        """Whether `crop` can take back tokens: all state is columns of time, and those that it needs are here."""
+        known = bool(self._content.history) or not self.columns  # reset_rows leaves nothing to count by
+        return not self.folds and known and (self.capacity is None or self.recording or self.columns <= self.capacity)
 
     def activate_past_recording(self):
         """From now on keep what the model could forget, so that `crop` can take tokens back: each crop then drops what
@@ -184,102 +324,100 @@ class GalleryCache(Cache):
         """Takes back the last columns, as many as the number below 0 says: crop(-3).
 
         A bounded cache then drops again what the model cannot see. Raises ValueError for a number above 0, which older
-        transformers took for the length to keep, and if tokens were dropped since.
+        transformers took for the length to keep, and if tokens were dropped since; TypeError for what is no number.
         """
-        if tokens_to_remove > 0:
+        count = -whole_number("tokens_to_remove", tokens_to_remove)  # older transformers give a tensor
+        if count < 0:
             raise ValueError(
-                f"tokens_to_remove is {tokens_to_remove}; give the columns to take back as a number below 0, "
-                f"crop(-{tokens_to_remove})"
+                f"tokens_to_remove is {-count}; give the columns to take back as a number below 0, crop({count})"
             )
-        count = -int(tokens_to_remove)  # older transformers give a tensor
-        if count:
-            self._take_back(count)
-        if self.capacity is not None:
-            for state in self.states:
-                for name in TIMED:
-                    if name in state:
-                        state[name] = last_columns(state[name], self.capacity)
+        content = self._before(count) if count else self._content
+        states = tuple({name: x.last(self.capacity) for name, x in state.items()} for state in content.states)
+        self._content = replace(content, states=states)
 
-    def _take_back(self, count):
-        removed = torch.zeros(max(self.batch_size, 0), dtype=torch.long)  # (B,) tokens among the columns
-        history, left = list(self.history), count
-        while left and history:
-            n, mask = history.pop()
-            taken = min(n, left)
-            removed += taken if mask is None else mask[:, n - taken :].sum(1)
-            if taken < n:
-                history.append((n - taken, None if mask is None else mask[:, : n - taken]))
-            left -= taken
-        columns = self.columns_held
-        if left or not self.is_croppable or bool((columns - removed < self._needed(self.seen - removed)).any()):
-            if self.folds:
-                raise ValueError(
-                    f"cannot take back {count} columns: this cache has put them into a memory or a recurrent state; "
-                    "keep a copy() from before the forward that may be taken back"
-                )
-            if not history and left and self.columns:
-                raise ValueError(
-                    f"cannot take back {count} columns: rows were emptied by reset_rows() since; keep a copy() from "
-                    "before"
-                )
-            raise ValueError(
-                f"cannot take back {count} columns: this cache has dropped what came before. Call "
-                "activate_past_recording() before the forward that may be taken back, or keep a copy()"
+    def _before(self, count: int) -> Content:
+        """The content without the last `count` columns."""
+        content = self._content
+        history, removed = shortened(content.history, count, max(self.batch_size, 0))
+        counted = sum(n for n, _ in history) + count == sum(n for n, _ in content.history)
+        seen = None
+        if counted and self.is_croppable:
+            seen = content.seen - removed
+            needed = seen if self.capacity is None else seen.clamp(max=self.capacity)
+            if bool((self.columns_held - removed < needed).any()):
+                seen = None
+        if seen is None:
+            raise ValueError(f"cannot take back {count} columns: {self._why_not()}")
+        return replace(
+            content,
+            states=tuple({n: x.take_back(removed, seen) for n, x in state.items()} for state in content.states),
+            seen=seen,
+            facts={name: x.take_back(removed, seen) for name, x in content.facts.items()},
+            columns=content.columns - count,
+            history=history,
+        )
+
+    def _why_not(self) -> str:
+        if self.folds:
+            return (
+                "this cache has put them into a memory or a recurrent state; keep a copy() from before the forward "
+                "that may be taken back"
             )
-        keep = columns - int(removed.min())
-        for state in self.states:
-            for name in TIMED:
-                if name in state:
-                    x = state[name]
-                    column = torch.arange(keep) - (removed - removed.min())[:, None]  # (B, keep)
-                    shape = [len(removed), *[1] * (x.dim() - 3), keep, 1]
-                    column = column.clamp(min=0).to(x.device).view(shape).expand(*x.shape[:-2], keep, x.shape[-1])
-                    state[name] = x.gather(-2, column)
-        self.seen = self.seen - removed
-        if "global_positions" in self.rows:  # position + 1 of each global token, 0 for none
-            positions = self.rows["global_positions"]
-            self.rows["global_positions"] = positions.masked_fill(positions > self.seen[:, None], 0)
-        self.columns -= count
-        self.history = history
-
-    @property
-    def columns_held(self) -> int:
-        """C: the columns of time that each layer holds now."""
-        return next((x.shape[-2] for state in self.states for name, x in state.items() if name in TIMED), 0)
-
-    def _needed(self, seen):
-        """Columns of time that rows need with `seen` tokens behind them, (B,)."""
-        return seen if self.capacity is None else seen.clamp(max=self.capacity)
-
-    def _each(self, change):
-        """Applies `change` to every tensor that has rows."""
-        if self.seen is None:
-            return
-        self.states = [{name: change(x) for name, x in state.items()} for state in self.states]
-        self.rows = {name: change(x) for name, x in self.rows.items()}
-        self.history = [(n, None if mask is None else change(mask)) for n, mask in self.history]
-        self.seen = change(self.seen)
+        if self.columns and not self._content.history:
+            return "rows were emptied by reset_rows() since; keep a copy() from before"
+        return (
+            "this cache has dropped what came before. Call activate_past_recording() before the forward that may be "
+            "taken back, or keep a copy()"
+        )
 
     def reorder_cache(self, beam_idx: torch.Tensor):
         """Row i becomes what row beam_idx[i] was. beam_idx: (any,), row numbers."""
-        self.batch_select_indices(beam_idx)
+        self._pick("beam_idx", beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor):
         """Keeps the rows that indices names, in its order; a mask (B,) of booleans works too."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().squeeze(-1)
-        self._each(lambda x: x.index_select(0, indices.to(x.device)))
+        self._pick("indices", indices)
+
+    def _pick(self, name: str, indices):
+        indices = row_numbers(name, indices, self.batch_size)
+        if not len(indices):
+            raise ValueError(f"{name} names no row; a cache keeps at least one, so call reset() to drop them all")
+        self._content = self._content.map_rows(lambda x: x.index_select(0, indices.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int):
         """Every row `repeats` times, copies side by side."""
-        self._each(lambda x: x.repeat_interleave(repeats, dim=0))
+        count = whole_number("repeats", repeats)
+        if count < 1:
+            raise ValueError(f"repeats is {count}; it must be 1 or more")
+        self._content = self._content.map_rows(lambda x: x.repeat_interleave(count, dim=0))
 
     def reset(self):
         """Forgets everything; the cache is as new, and may serve another number of rows."""
-        self.states, self.shared, self.rows, self.history = [], [], {}, []
-        self.seen, self.columns, self.recording = None, 0, False
+        self._content, self.recording = Content(), False
 
     # ---- the gallery's own
+
+    @classmethod
+    def from_pairs(cls, config, pairs) -> GalleryCache:
+        """The cache of a model that has read P tokens whose keys and values are given; gradients reach them.
+
+        pairs: for each layer keys and values (B, H, P, D), as prefix tuning makes them. Raises ValueError for shapes
+        that are not the model's.
+        """
+        layers, h, d = config.cache_layers, config.num_attention_heads, config.head_dim
+        pairs = [tuple(pair) for pair in pairs]
+        shapes = {tuple(x.shape) for pair in pairs for x in pair}
+        first = next(iter(shapes), ())
+        if len(pairs) != layers or len(shapes) != 1 or len(first) != 4 or (first[1], first[3]) != (h, d) or 0 in first:
+            raise ValueError(
+                f"past_key_values holds {len(pairs)} layers of keys and values of shape "
+                f"{' and '.join(map(str, sorted(shapes))) or 'none'}; this model's {layers} layers take (rows, {h}, "
+                f"columns, {d})"
+            )
+        cache, (b, _, p, _) = cls(config), first
+        states = tuple({"keys": Columns(key), "values": Columns(value)} for key, value in pairs)
+        cache._content = Content(states, seen=torch.full((b,), p), columns=p, history=((p, None),))
+        return cache
 
     def reset_rows(self, rows):
         """Empties some rows, for a new document in each. rows: row numbers, or a mask (B,) of booleans.
@@ -287,123 +425,198 @@ class GalleryCache(Cache):
         The other rows are untouched, and get_seq_length() counts on. What went before cannot be cropped any more.
 
         Raises ValueError for rows that the cache has not, and for the cache of an encoder-decoder, whose rows belong
-        to their source.
+        to their source; TypeError for what is no list of rows.
         """
-        if self.seen is None:
+        content, rows = self._content, row_numbers("rows", rows, self.batch_size)
+        if content.seen is None:
             return
         if self.identity.get("is_encoder_decoder"):
             raise ValueError(
                 "reset_rows() would leave a row without the encoder's output that it decodes; reset() the cache, and "
                 "start the rows again with their new source"
             )
-        rows = torch.as_tensor(rows)
-        if rows.dtype == torch.bool and rows.shape != self.seen.shape:
-            raise ValueError(f"rows is a mask of shape {tuple(rows.shape)}; the cache has {len(self.seen)} rows")
-        rows = rows.nonzero().squeeze(-1) if rows.dtype == torch.bool else rows.long()
-        if rows.numel() and (int(rows.min()) < -len(self.seen) or int(rows.max()) >= len(self.seen)):
-            raise ValueError(f"rows are {rows.tolist()}; the cache has rows 0 to {len(self.seen) - 1}")
         if not rows.numel():
             return
-
-        def empty(x):
-            # Zeros and not only a new count: what is masked still meets a product, and 0 * NaN is NaN.
-            return x.index_fill(0, rows.to(x.device) % len(x), 0)
-
-        self._each(empty)
-        self.history = []
+        # Zeros and not only a new count: what is masked still meets a product, and 0 * NaN is NaN. What follows from
+        # weights is made anew, so that a document that begins meets nothing older than itself.
+        emptied = content.without_derived().map_rows(lambda x: x.index_fill(0, rows.to(x.device), 0))
         # Columns that no row fills any more. Without this an unbounded cache grows for ever over many documents.
-        longest = int(self.seen.max())
-        for state in self.states:
-            state.update({name: last_columns(x, longest) for name, x in state.items() if name in TIMED})
+        longest = int(emptied.seen.max())
+        states = tuple({name: x.last(longest) for name, x in state.items()} for state in emptied.states)
+        self._content = replace(emptied, states=states, history=())
 
     def detach(self) -> GalleryCache:
         """Cuts every state from the graph that made it; models already write detached state. Returns the cache."""
-        self._each(torch.Tensor.detach)
+        self._content = self._content.map_rows(torch.Tensor.detach)
         return self
 
     def to(self, device) -> GalleryCache:
         """Moves the states to a device. Returns the cache."""
-        self.states = [{name: x.to(device) for name, x in state.items()} for state in self.states]
-        self.shared = [{name: x.to(device) for name, x in state.items()} for state in self.shared]
+        content = self._content
+        states = tuple({n: kept.map(lambda x: x.to(device)) for n, kept in state.items()} for state in content.states)
+        tables = {layer: x.to(device) for layer, x in content.tables.items()}
+        self._content = replace(content, states=states, tables=tables)
         return self
 
     def __copy__(self) -> GalleryCache:
         return self.copy()  # two caches on the same tensors would write into each other's memory
 
+    def __deepcopy__(self, memo) -> GalleryCache:
+        return self.copy()
+
+    def __getstate__(self) -> dict:
+        """For pickle: what belongs to the model in this process stays here."""
+        content = replace(self._content.without_derived(), maker=_nobody, sample=self._sample())
+        return self.__dict__ | {"_content": content, "_waiting": None}
+
     def copy(self) -> GalleryCache:
         """A cache of its own with the same content: read a document once, ask many questions from copies."""
         other = object.__new__(type(self))
         other.__dict__.update(self.__dict__)
-        other._each(torch.Tensor.clone)
-        other.identity, other.rows = dict(self.identity), dict(other.rows)
-        other.history, other.shared = list(other.history), [dict(state) for state in self.shared]
+        other.identity, other._waiting = dict(self.identity), None
+        other._content = self._content.map_rows(torch.Tensor.clone)
         return other
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of memory that the states hold, whole storages counted."""
-        tensors = [x for state in [*self.states, *self.shared] for x in state.values()]
-        return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
+    def _sample(self) -> WeightSample | None:
+        """Numbers of the weights of the model that wrote the cache; None where nobody did, or the model is gone."""
+        maker = self._content.maker()
+        return self._content.sample if maker is None else sample_weights(maker)
 
     def save(self, path: str | os.PathLike):
-        """Writes the cache to one safetensors file, all or nothing."""
-        tensors = {} if self.seen is None else {"seen": self.seen}
-        tensors |= {f"rows.{name}": x for name, x in self.rows.items()}
-        for group, states in (("states", self.states), ("shared", self.shared)):
-            tensors |= {f"{group}.{i}.{name}": x for i, state in enumerate(states) for name, x in state.items()}
-        tensors |= {f"history.{i}": mask for i, (_, mask) in enumerate(self.history) if mask is not None}
-        about = {
-            "identity": self.identity,
-            "capacity": self.capacity,
-            "columns": self.columns,
-            "layers": [len(self.states), len(self.shared)],
-            "history": [n for n, _ in self.history],
-        }
-        folder = os.path.dirname(os.path.abspath(path))
-        handle, beside = tempfile.mkstemp(dir=folder, suffix=".partial")
-        os.close(handle)
-        try:
-            save_file({k: x.contiguous() for k, x in tensors.items()}, beside, {"gallery_cache": json.dumps(about)})
-            os.replace(beside, path)
-        except BaseException:
-            os.unlink(beside)
-            raise
+        """Writes the cache to one safetensors file, all or nothing, with a sample of the weights of its model."""
+        content = replace(self._content.without_derived(), sample=self._sample())
+        write_cache_file(path, self.identity, self.capacity, content)
 
     @classmethod
-    def load(cls, path: str | os.PathLike, device: str | torch.device = "cpu") -> GalleryCache:
-        """The cache that `save` wrote. Raises ValueError if the file is not one."""
-        nothing = f"{os.fspath(path)} is no saved GalleryCache; write one with cache.save(path)"
-        try:
-            opened = safe_open(path, framework="pt", device=str(device))
-        except SafetensorError as error:
-            raise ValueError(f"{nothing} ({error})") from error
-        with opened as file:
-            about = json.loads((file.metadata() or {}).get("gallery_cache", "null"))
-            if about is None:
-                raise ValueError(nothing)
-            cache = object.__new__(cls)
-            Cache.__init__(cache, layers=[])
-            cache.identity, cache.capacity = about["identity"], about["capacity"]
-            cache.columns, cache.recording, cache.waiting = about["columns"], False, None
-            cache.states, cache.shared = ([{} for _ in range(n)] for n in about["layers"])
-            cache.rows, cache.seen, masks = {}, None, {}
-            for name in file.keys():
-                tensor, (kind, *rest) = file.get_tensor(name), name.split(".", 2)
-                if kind == "seen":
-                    cache.seen = tensor.cpu()
-                elif kind == "rows":
-                    cache.rows[rest[0]] = tensor.cpu()
-                elif kind == "history":
-                    masks[int(rest[0])] = tensor.cpu()
-                else:
-                    getattr(cache, kind)[int(rest[0])][rest[1]] = tensor
-            cache.history = [(n, masks.get(i)) for i, n in enumerate(about["history"])]
+    def load(
+        cls, path: str | os.PathLike, device: str | torch.device = "cpu", any_weights: bool = False
+    ) -> GalleryCache:
+        """The cache that `save` wrote.
+
+        any_weights: a model may take it whose weights are not those of the model that made it.
+
+        Raises ValueError if the file is not one; the first model that takes the cache raises ValueError if the file
+        does not fit its configuration or its weights.
+        """
+        identity, capacity, fields = read_cache_file(path, device)
+        cache = cls(MadeFor(identity, capacity))
+        cache._content, cache._unchecked, cache.any_weights = Content(**fields), True, any_weights
         return cache
 
 
+def _nobody():
+    return None
+
+
+def ready(state: NextState) -> NextState:
+    """What a cache keeps of a layer's next state."""
+    found = {name: kept.ready() for name, kept in state.items()}
+    return {name: kept for name, kept in found.items() if kept is not None}
+
+
+def shortened(history, count: int, batch: int):
+    """The history without its last `count` columns, and how many tokens of each row they were, (B,). Shorter by fewer
+    if it does not reach back as far."""
+    removed = torch.zeros(batch, dtype=torch.long)
+    history, left = list(history), count
+    while left and history:
+        n, mask = history.pop()
+        taken = min(n, left)
+        removed += taken if mask is None else mask[:, n - taken :].sum(1)
+        if taken < n:
+            history.append((n - taken, None if mask is None else mask[:, : n - taken]))
+        left -= taken
+    return tuple(history), removed
+
+
+def whole_number(name: str, value: Any) -> int:
+    """value as an int. Raises TypeError unless it is a whole number, a tensor of one perhaps."""
+    try:
+        if isinstance(value, bool) or getattr(value, "dtype", None) == torch.bool:
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}; it must be a whole number") from None
+
+
+def row_numbers(name: str, rows: Any, batch: int) -> torch.Tensor:
+    """Row numbers (any,) on the CPU, from 0, of numbers or of a mask (B,). batch: rows that there are, -1 unknown.
+
+    Raises TypeError for what is neither, ValueError for rows that there are not.
+    """
+    wanted = "it must be a list or tensor of row numbers, or a mask of booleans, one a row"
+    try:
+        found = torch.as_tensor(rows).cpu()
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"{name} is {rows!r}; {wanted}") from None
+    if found.dim() != 1:
+        raise ValueError(f"{name} has shape {tuple(found.shape)}; {wanted}")
+    if not found.numel() and found.dtype != torch.bool:
+        return found.long()
+    if found.dtype == torch.bool:
+        if batch >= 0 and len(found) != batch:
+            raise ValueError(f"{name} is a mask of shape {tuple(found.shape)}; the cache has {batch} rows")
+        return found.nonzero().squeeze(-1)
+    if found.is_floating_point() or found.is_complex():
+        raise TypeError(f"{name} has type {found.dtype}; {wanted}")
+    found = found.long()
+    if batch >= 0 and (int(found.min()) < -batch or int(found.max()) >= batch):
+        raise ValueError(f"{name} are {found.tolist()}; the cache has rows 0 to {batch - 1}")
+    return found % batch if batch > 0 else found
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """The model that a cache serves: its `cache_identity`, and the columns that its layers keep."""
+
+    identity: dict[str, Any]
+    capacity: int | None
+
+
+def check_content(content: Content, config):
+    """Raises ValueError unless what a file holds is what layers of this configuration keep: layers, names, shapes."""
+
+    def wrong(what: str):
+        raise ValueError(
+            f"past_key_values comes from a file that no model of this configuration wrote: {what}; read the text again"
+        )
+
+    if content.seen is None:
+        return
+    b, most = len(content.seen), int(content.seen.max())
+    if len(content.states) != config.cache_layers:
+        wrong(f"it has {len(content.states)} layers, the model {config.cache_layers}")
+    for i, state in enumerate(content.states):
+        layouts = config.cache_layout(i)
+        layout = next((x for x in layouts if x.keys() == state.keys()), None)
+        if layout is None:
+            wrong(f"layer {i} holds {sorted(state)}, where {' or '.join(str(sorted(x)) for x in layouts)} belong")
+        held = {x.columns for x in state.values() if x.columns is not None}
+        for name, shape in layout.items():
+            x = state[name].tensor
+            fits = x.dim() == len(shape) + 1 and x.shape[0] == b and x.is_floating_point()
+            if not fits or not all(n is None or n == size for n, size in zip(shape, x.shape[1:], strict=True)):
+                wanted = ", ".join("any" if n is None else str(n) for n in (b, *shape))
+                wrong(f"{name} of layer {i} is {x.dtype} {tuple(x.shape)}, where ({wanted}) belongs")
+        capacity = config.columns_kept(i)
+        if len(held) > 1 or min(held, default=0) < (most if capacity is None else min(most, capacity)):
+            wrong(f"layer {i} holds {sorted(held)} columns, of {most} tokens")
+    for name in content.facts.keys() | config.cache_facts.keys():
+        counted = content.states[0].get(config.cache_facts.get(name, ""))
+        if (name in content.facts) != (counted is not None):
+            wrong(f"it {'holds' if name in content.facts else 'lacks'} {name}")
+        if counted is not None:
+            x, columns = content.facts[name].tensor, counted.tensor.shape[2]
+            places = isinstance(content.facts[name], Places)
+            shape, last = ((b, columns), most) if places else ((b,), columns)
+            if x.shape != shape or int(x.min()) < 0 or int(x.max()) > last:
+                wrong(f"{name} is {tuple(x.shape)}, or counts beyond {last}")
+
+
 # Settings by which models may differ and yet read each other's caches: of training, of the head, of how an exact
-# memory is searched.
+# memory is searched, of how long an input may be.
 INDIFFERENT = {
+    "max_position_embeddings",
     "vocab_size", "hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "initialization",
     "projection_init_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "sep_token_id", "decoder_start_token_id", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",

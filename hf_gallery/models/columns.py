@@ -33,6 +33,7 @@ def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | No
     """
     if past is None:
         return new
+    past = past.to(new.dtype)  # of a model that was then in another precision
     columns, width = past.shape[-2:]
     end = columns + new.shape[-2]
     if not limit or columns > limit or end > columns + _spare(limit) or not _may_share(past, new):

@@ -98,6 +98,31 @@ class GalleryConfig(PreTrainedConfig):
         """Keys that a layer must keep for the tokens to come; None where every key may be seen again."""
         return None
 
+    # ---- what a cache holds for a model of this configuration; `check_content` in cache.py compares
+
+    @property
+    def cache_layers(self) -> int:
+        """Layers that keep state."""
+        return self.num_hidden_layers
+
+    def columns_kept(self, layer: int) -> int | None:
+        """Columns of time that a layer keeps; None for all."""
+        return self.cache_capacity
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        """The states that a layer may leave: names, and shapes behind the rows, in which None is any number."""
+        return [{name: (self.num_attention_heads, None, self.head_dim) for name in ("keys", "values")}]
+
+    @property
+    def cache_facts(self) -> dict[str, str]:
+        """Facts of each row that the cache keeps, each with the state of the first layer that it counts in."""
+        return {}
+
+    @property
+    def cache_folds(self) -> bool:
+        """Whether tokens go into a memory or a recurrent state, from which they cannot be taken back."""
+        return False
+
     def check_count(self, name: str, least: int, most: int | None = None):
         """Raises ValueError unless the field is a whole number of at least `least`, at most `most` (default: what such
         a count can be)."""
@@ -195,6 +220,7 @@ class GalleryStackConfig(GalleryConfig):
         self.check_choice("initialization", ["xavier", "normal"])
         if self.max_position_embeddings is None:
             self.max_position_embeddings = type(self).__dataclass_fields__["max_position_embeddings"].default
+        self.check_count("hidden_size", 1)
         self.check_count("max_position_embeddings", 1)
         self.check_count("position_offset", 0)
         self.check_count("type_vocab_size", 0)

@@ -15,6 +15,10 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     form, "fixed gate, skip".
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig
+    >>> GalleryBlockRecurrentTransformerConfig(num_hidden_layers=6).recurrent_layers
+    [3]
     """
 
     model_type = "gallery_block_recurrent_transformer"
@@ -56,3 +60,16 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     def cache_capacity(self) -> int:
         """Keys kept for the tokens to come: a window; with a state, all of its block and of the block before."""
         return 2 * self.block_length - 1 if self.recurrent_layers else self.block_length
+
+    def columns_kept(self, layer: int) -> int:
+        return self.cache_capacity if layer in self.recurrent_layers else self.block_length
+
+    @property
+    def cache_folds(self) -> bool:
+        return bool(self.recurrent_layers)
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        (layout,) = super().cache_layout(layer)
+        if layer in self.recurrent_layers:
+            layout["state"] = (self.num_state_vectors, self.hidden_size)
+        return [layout]

@@ -18,6 +18,10 @@ class GalleryLongformerConfig(GalleryStackConfig):
     attention_dilation: one number, or one per layer: attend to every g-th key; the window then reaches g times as far.
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryLongformerConfig
+    >>> GalleryLongformerConfig(attention_window=4, num_hidden_layers=2).per_layer("attention_window")
+    [4, 4]
     """
 
     model_type = "gallery_longformer"
@@ -70,3 +74,12 @@ class GalleryLongformerConfig(GalleryStackConfig):
         """Keys kept for the tokens to come: the farthest that any layer looks back."""
         windows, dilations = self.per_layer("attention_window"), self.per_layer("attention_dilation")
         return max(w * g for w, g in zip(windows, dilations, strict=True))
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        (layout,) = super().cache_layout(layer)
+        pair = (self.num_attention_heads, None, self.head_dim)
+        return [layout, layout | {"global_keys": pair, "global_values": pair}]
+
+    @property
+    def cache_facts(self) -> dict[str, str]:
+        return {"global_positions": "global_keys"}

@@ -21,6 +21,10 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     limit, and the field is not called max_position_embeddings, which tools take for one.
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryMemorizingTransformerConfig
+    >>> GalleryMemorizingTransformerConfig(num_hidden_layers=6).memory_layers
+    [2]
     """
 
     model_type = "gallery_memorizing_transformer"
@@ -93,3 +97,14 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     def cache_capacity(self) -> int:
         """Keys kept for local attention; the next token may be anywhere in its segment."""
         return self.mem_len + self.segment_length - 1
+
+    @property
+    def cache_folds(self) -> bool:
+        return bool(self.memory_layers)
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        layouts = super().cache_layout(layer)
+        if layer in self.memory_layers:  # empty until a segment ends
+            pair = (self.num_attention_heads, None, self.head_dim)
+            layouts.append(layouts[0] | {"memory_keys": pair, "memory_values": pair})
+        return layouts

@@ -15,6 +15,10 @@ class GalleryTransformerConfig(GalleryStackConfig):
     (BERT), sinusoids with the sines first (Marian).
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryTransformerConfig
+    >>> GalleryTransformerConfig(segment_length=8).cache_capacity
+    7
     """
 
     model_type = "gallery_transformer"
@@ -57,3 +61,18 @@ class GalleryTransformerConfig(GalleryStackConfig):
     @property
     def cache_capacity(self) -> int | None:
         return None if self.segment_length is None else self.segment_length - 1
+
+    @property
+    def cache_layers(self) -> int:
+        own = self.num_decoder_layers if self.is_encoder_decoder else None
+        return self.num_hidden_layers if own is None else own
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        (layout,) = super().cache_layout(layer)
+        if self.is_encoder_decoder:
+            layout |= {f"cross_{name}": shape for name, shape in layout.items()}
+        return [layout]
+
+    @property
+    def cache_facts(self) -> dict[str, str]:
+        return {"source_length": "cross_keys"} if self.is_encoder_decoder else {}

@@ -14,6 +14,10 @@ class GalleryTransformerXLConfig(GalleryConfig):
     code): 12 layers, 512 wide, segments and memory of 512.
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryTransformerXLConfig
+    >>> GalleryTransformerXLConfig(segment_length=8, mem_len=16).cache_capacity
+    23
     """
 
     model_type = "gallery_transformer_xl"
@@ -88,3 +92,6 @@ class GalleryTransformerXLConfig(GalleryConfig):
     def cache_capacity(self) -> int:
         """Keys kept for the tokens to come: the next one may be anywhere in its segment."""
         return self.mem_len if self.same_length else self.mem_len + self.segment_length - 1
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        return [*super().cache_layout(layer), {"hidden": (None, self.hidden_size)}]

@@ -10,6 +10,7 @@ import torch
 
 from .columns import append_columns, next_columns
 from .rows import Rows
+from .states import Columns, NextState, State
 
 Wider = TypeVar("Wider", bound="ForwardContext")
 
@@ -20,8 +21,8 @@ class ForwardContext:
 
     device: of the input; parameters may be elsewhere, offloaded. cached: columns of time that the cache holds,
     C. keep: a cache wants the new state, `limit` columns of it (None = all). infers: no gradients are recorded.
-    shared: per layer, what the cache keeps that follows from the weights alone; facts: what it keeps for the whole
-    model. packed: several documents may lie in a row of the input. known: see `once`.
+    facts: what the cache keeps of each row for the whole model. packed: several documents may lie in a row of the
+    input. tables: of the layers, which follow from weights alone; None where no cache can keep them. known: see `once`.
     """
 
     rows: Rows
@@ -34,8 +35,8 @@ class ForwardContext:
     output_hidden_states: bool = False
     packed: bool = False
     implementation: str = "eager"
-    shared: list | None = None
-    facts: dict = field(default_factory=dict)
+    facts: NextState = field(default_factory=dict)
+    tables: dict[int, torch.Tensor] | None = None
     known: dict = field(default_factory=dict)
 
     def widened(self, kind: type[Wider], **own) -> Wider:
@@ -48,12 +49,24 @@ class ForwardContext:
             self.known[key] = work()
         return self.known[key]
 
-    def extend(self, state: dict, limit: int | None = None, **new: torch.Tensor):
+    def table(self, layer: int, work: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """A layer's table, which follows from weights alone: the cache's, while the weights stay as they are."""
+        if self.tables is None:
+            return work()
+        if layer not in self.tables:
+            self.tables[layer] = work()
+        return self.tables[layer]
+
+    def extend(self, state: State, limit: int | None = None, **new: torch.Tensor):
         """[cached | new] columns (B, ..., C + T, D) for each name, in order, and last the layer's next state.
 
         limit: of this layer's columns, where it keeps fewer than others do.
         """
         limit = self.limit if limit is None or self.limit is None else limit
         joined = {name: append_columns(state.get(name), x, limit) for name, x in new.items()}
-        kept = {name: next_columns(x, self.rows, limit) for name, x in joined.items()} if self.keep else {}
+        kept = self.columns(limit, **joined) if self.keep else {}
         return *joined.values(), kept
+
+    def columns(self, limit: int | None, **joined: torch.Tensor) -> NextState:
+        """What a cache keeps of [cached | new] columns, `limit` of them."""
+        return {name: Columns(next_columns(x, self.rows, limit)) for name, x in joined.items()}

@@ -8,12 +8,14 @@ nothing. Letters: see spans.py; N slots in use, k pairs retrieved.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
 from .attention_problem import compute_dtype
+from .states import Folded
 
 try:
     import faiss
@@ -317,9 +319,11 @@ def attend_retrieved(
 def ring_with_room(
     ring: torch.Tensor | None, new: torch.Tensor, first: torch.Tensor, count: torch.Tensor, size: int, in_place: bool
 ) -> torch.Tensor | None:
-    """A ring that `append_to_ring` may write into: the ring (B, H, N, D) itself with in_place, if it has the slots.
+    """A ring that `append_to_ring` may write into. It grows by doubling up to `size` slots.
 
-    It grows by doubling up to `size` slots. Arguments as in `append_to_ring`.
+    With in_place it may be the ring (B, H, N, D) itself, if the new pairs go to slots that no row has filled yet: who
+    goes on from the old count never looks there. Where the oldest would be overwritten it is a copy. Arguments as in
+    `append_to_ring`.
     """
     if int(count.max()) == 0:
         return ring
@@ -331,10 +335,31 @@ def ring_with_room(
         if ring is not None:
             grown[:, :, :have] = ring
         return grown
+    unfilled = int((first + count).max()) <= have
     # A tensor of inference mode may not be written outside of it.
-    if in_place and ring.is_inference() == torch.is_inference_mode_enabled():
+    if in_place and unfilled and ring.is_inference() == torch.is_inference_mode_enabled():
         return ring
     return ring.clone()
+
+
+@dataclass(frozen=True)
+class Appended(Folded):
+    """A ring (B, H, N, D), None if it is still empty, with pairs that its cache writes once all layers are done.
+
+    new (B, H, A, D): keys or values; first, count, size: as in `append_to_ring`.
+    """
+
+    tensor: torch.Tensor | None  # type: ignore[assignment]
+    new: torch.Tensor
+    first: torch.Tensor
+    count: torch.Tensor
+    size: int
+    in_place: bool
+
+    def ready(self) -> Folded | None:
+        ring = ring_with_room(self.tensor, self.new, self.first, self.count, self.size, self.in_place)
+        ring = append_to_ring(ring, self.new, self.first, self.count, self.size)
+        return None if ring is None else Folded(ring.detach())
 
 
 def append_to_ring(

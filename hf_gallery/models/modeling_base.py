@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
+from .adapters import name_targets
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .loading import check_weights
@@ -44,6 +45,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
         self.loss_type = self.head_loss or self.loss_type
+        name_targets(config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested = requested_attention or "eager"
@@ -160,6 +162,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
                     f"past_key_values is a {type(cache).__name__}; give a GalleryCache, or None to start with one"
                 )
             cache.check(self.config, b)
+            cache.check_weights(self)
         elif use_cache:
             cache = GalleryCache(self.config)
         check_tensors(packing or {})
@@ -254,7 +257,7 @@ class GalleryGenerationMixin(GenerationMixin):
             )
         cache = model_kwargs.get(CACHE_NAME)
         assisted = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
-        if assisted and generation_config.use_cache is not False and GalleryCache(self.config).folds:
+        if assisted and generation_config.use_cache is not False and self.config.cache_folds:
             raise ValueError(
                 f"{type(self).__name__} cannot take back the tokens of assisted decoding: they are in its memory or "
                 "recurrent state. Leave out assistant_model and prompt_lookup_num_tokens"

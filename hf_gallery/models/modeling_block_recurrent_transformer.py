@@ -55,6 +55,7 @@ from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .spans import Spans
+from .states import Derived, Folded, NextState, tensors_of
 
 
 @dataclass(kw_only=True)
@@ -184,8 +185,8 @@ class RecurrentState(nn.Module):
         current = self._entering(state, rows)
         pair = None if tokens is None else context.fed
         if pair is None:
-            # Kept ones, unless a row was emptied after they were made.
-            kept = context.infers and "state_keys" in state and bool((rows.seen > 0).all())
+            # Kept ones, while the state and the weights stay as they were.
+            kept = "state_keys" in state
             pair = (state["state_keys"], state["state_values"]) if kept else self._keys_values(current)
         if tokens is None:
             return pair
@@ -208,9 +209,9 @@ class RecurrentState(nn.Module):
                 if j + 1 < blocks.count or context.infers:
                     pair = self._keys_values(current)
         key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
-        new = {"state": current}
+        new: NextState = {"state": Folded(current)}
         if context.infers:  # a token of the same block reads them again
-            new |= {"state_keys": pair[0], "state_values": pair[1]}
+            new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
         return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keep else {}
 
     def _entering(self, state, rows) -> torch.Tensor:
@@ -220,7 +221,7 @@ class RecurrentState(nn.Module):
             return initial
         fresh = rows.seen < self.block_length
         if not bool(fresh.any()):
-            return state["state"]
+            return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
     def _keys_values(self, state):
@@ -339,7 +340,16 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
 
 
 class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTransformerPreTrainedModel):
-    """The bare Block-Recurrent Transformer. An input may be any number of blocks long."""
+    """The bare Block-Recurrent Transformer. An input may be any number of blocks long.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig, GalleryBlockRecurrentTransformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryBlockRecurrentTransformerConfig(**sizes, block_length=8, num_state_vectors=4)
+    >>> model = GalleryBlockRecurrentTransformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)
@@ -350,6 +360,10 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
+
+    def tables_follow(self):
+        layers = [self.layers[i].self_attn for i in self.config.recurrent_layers]
+        return [layer.recurrence for layer in layers]  # the state's keys and values do
 
     def plan(self, common, past, **inputs) -> Context:
         return common.widened(Context, block_length=self.config.block_length)
@@ -405,7 +419,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 y, state, _ = layer(y, part, state)
                 hidden.append(y)
                 new.append(state)
-            states, seen = new, part_rows.seen + part_rows.lengths
+            states, seen = [tensors_of(state) for state in new], part_rows.seen + part_rows.lengths
             outs.append(hidden)
         joined = []
         token = blocks.token_at.to(x.device)  # (B, T) place of each packed token in the row's blocks
@@ -420,11 +434,21 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         hidden = None
         if context.output_hidden_states:
             hidden = joined if context.packed else [*map(rows.unpack, joined)]
-        return LayerResults(joined[-1], states, hidden, None)
+        return LayerResults(joined[-1], new, hidden, None)
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):
-    """The Block-Recurrent Transformer with a map to the vocabulary, tied to the embeddings."""
+    """The Block-Recurrent Transformer with a map to the vocabulary, tied to the embeddings.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig, GalleryBlockRecurrentTransformerForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryBlockRecurrentTransformerConfig(**sizes, block_length=8, num_state_vectors=4)
+    >>> model = GalleryBlockRecurrentTransformerForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -439,7 +463,17 @@ class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecu
 class GalleryBlockRecurrentTransformerForSequenceClassification(
     SequenceClassificationHead, GalleryBlockRecurrentTransformerPreTrainedModel
 ):
-    """A label for each row, from its last token."""
+    """A label for each row, from its last token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryBlockRecurrentTransformerConfig(**sizes, block_length=8, num_state_vectors=4)
+    >>> model = GalleryBlockRecurrentTransformerForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 

@@ -54,6 +54,7 @@ from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
+from .states import Fixed, Places
 
 
 @dataclass(kw_only=True)
@@ -100,7 +101,8 @@ class GalleryLongformerAttention(nn.Module):
         if context.globals is not None:
             global_pairs = self._global_pairs(key, value, context.globals, state)
             if context.keep:
-                new |= {"global_keys": global_pairs[0], "global_values": global_pairs[1]}
+                names = ("global_keys", "global_values")
+                new |= {name: Fixed(x) for name, x in zip(names, global_pairs, strict=True)}
         position = None
         if self.relative:
             query, position = self._relative(query, context)
@@ -157,12 +159,7 @@ class GalleryLongformerAttention(nn.Module):
         return attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
 
     def _relative(self, query, context):
-        if context.shared is None:
-            table = self._table(query)
-        else:
-            if not context.shared[self.layer]:
-                context.shared[self.layer] = {"table": self._table(query)}
-            table = context.shared[self.layer]["table"]
+        table = context.table(self.layer, lambda: self._table(query))
         content = query + self.content_bias[:, None].to(query.dtype)
         return content, Position(table, self.left, query + self.position_bias[:, None].to(query.dtype))
 
@@ -265,7 +262,16 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
 
 
 class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedModel):
-    """The bare Longformer: an encoder, or a decoder if config.is_decoder."""
+    """The bare Longformer: an encoder, or a decoder if config.is_decoder.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     own_arguments = ("global_attention_mask", "token_type_ids")
 
@@ -307,18 +313,17 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
                 f"global_attention_mask has shape {shape}; it must be ({b}, {t}){also}, 1 at global tokens"
             )
 
+    def tables_follow(self):
+        return [layer.self_attn.r_proj for layer in self.layers if layer.self_attn.relative]
+
     def plan(self, common, past, global_attention_mask=None, **inputs) -> Context:
         rows = common.rows
         globals_, facts = self._global_tokens(rows, past, global_attention_mask)
-        everything = shared = None
+        everything = None
         if not self.causal:
             zeros = torch.zeros_like(rows.positions)
             everything = rows.spans(zeros, zeros + rows.last, 0)
-        elif past is not None and common.infers:
-            shared = list(past.shared) or [{} for _ in self.layers]
-        return common.widened(
-            Context, causal=self.causal, everything=everything, globals=globals_, shared=shared, facts=facts
-        )
+        return common.widened(Context, causal=self.causal, everything=everything, globals=globals_, facts=facts)
 
     def _global_tokens(self, rows: Rows, past, mask):
         """The global tokens, None if there are none, and what the cache must remember of them."""
@@ -344,12 +349,22 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
         order = (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
         pick = order[:, : max(1, int((positions >= 0).sum(1).max()))]
         positions = positions.gather(1, pick)
-        return GlobalTokens(positions, index, pick, causal=True), {"global_positions": positions + 1}
+        return GlobalTokens(positions, index, pick, causal=True), {"global_positions": Places(positions + 1)}
 
 
 @reads("global_attention_mask", "position_ids", "token_type_ids")
 class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedModel):
-    """The autoregressive Longformer of section 4."""
+    """The autoregressive Longformer of section 4.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -389,7 +404,16 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
 
 @reads("global_attention_mask")
 class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedModel):
-    """The encoder with RoBERTa's head, as released."""
+    """The encoder with RoBERTa's head, as released.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForMaskedLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForMaskedLM(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 15, 262])
+    """
 
     _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -406,7 +430,16 @@ class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedMode
 
 @reads("global_attention_mask", "position_ids", "token_type_ids")
 class GalleryLongformerForSequenceClassification(SequenceClassificationHead, GalleryLongformerPreTrainedModel):
-    """A label for each row: from the first token of an encoder, global unless set otherwise; from a decoder's last."""
+    """A label for each row: from the first token of an encoder, global unless set otherwise; from a decoder's last.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -436,7 +469,16 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
 
 
 class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
-    """A label for each token."""
+    """A label for each token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForTokenClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForTokenClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 15, 2])
+    """
 
     _auto_class = "AutoModelForTokenClassification"
     head_loss = "ForTokenClassification"
@@ -484,7 +526,17 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
 
 
 class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
-    """Start and end of an answer; the question, all tokens before the first separator, is global."""
+    """Start and end of an answer; the question, all tokens before the first separator, is global.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForQuestionAnswering
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForQuestionAnswering(config).eval()
+    >>> ids = [*b"when?", config.sep_token_id, *b"a long time ago"]
+    >>> model(torch.tensor([ids])).start_logits.shape
+    torch.Size([1, 21])
+    """
 
     _auto_class = "AutoModelForQuestionAnswering"
     head_loss = "ForQuestionAnswering"

@@ -61,7 +61,7 @@ from .blocks import (
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
 from .heads import CausalLMHead, SequenceClassificationHead
-from .memory import append_to_ring, attend_retrieved, query_tile, require_backend, retrieve, ring_with_room
+from .memory import Appended, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
 from .segments import Parts, attend_segments, segment_spans
 from .spans import Spans
@@ -94,26 +94,6 @@ class MemorizingSequenceClassifierOutput(SequenceClassifierOutputWithPast):
     """With output_retrievals: retrievals, one Retrieval for each memory layer, by layer number."""
 
     retrievals: dict[int, Retrieval] | None = None
-
-
-class Appended(NamedTuple):
-    """A ring with pairs still to be written: the cache does so once all layers are done, and all rings have room."""
-
-    ring: torch.Tensor | None
-    new: torch.Tensor  # (B, H, A, D)
-    first: torch.Tensor  # (B,) position of the first one
-    count: torch.Tensor  # (B,)
-    size: int
-    in_place: bool
-
-    def with_room(self) -> Appended:
-        """The same with a ring that may be written into, and has the slots."""
-        ring = ring_with_room(self.ring, self.new, self.first, self.count, self.size, self.in_place)
-        return self._replace(ring=ring)
-
-    def commit(self) -> torch.Tensor | None:
-        """The ring with the pairs in it."""
-        return append_to_ring(self.ring, self.new, self.first, self.count, self.size)
 
 
 @dataclass(kw_only=True)
@@ -292,7 +272,16 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
 
 
 class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPreTrainedModel):
-    """The bare Memorizing Transformer."""
+    """The bare Memorizing Transformer.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryMemorizingTransformerConfig(**sizes, segment_length=8, memory_size=32, memory_topk=4)
+    >>> model = GalleryMemorizingTransformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     output_type = MemorizingOutput
     own_arguments = ("output_retrievals",)
@@ -373,7 +362,17 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
 
 
 class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTransformerPreTrainedModel):
-    """The Memorizing Transformer with a map to the vocabulary, tied to the embeddings."""
+    """The Memorizing Transformer with a map to the vocabulary, tied to the embeddings.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryMemorizingTransformerConfig(**sizes, segment_length=8, memory_size=32, memory_topk=4)
+    >>> model = GalleryMemorizingTransformerForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -389,7 +388,17 @@ class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTra
 class GalleryMemorizingTransformerForSequenceClassification(
     SequenceClassificationHead, GalleryMemorizingTransformerPreTrainedModel
 ):
-    """A label for each row, from its last token."""
+    """A label for each row, from its last token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryMemorizingTransformerConfig
+    >>> from hf_gallery import GalleryMemorizingTransformerForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryMemorizingTransformerConfig(**sizes, segment_length=8, memory_size=32, memory_topk=4)
+    >>> model = GalleryMemorizingTransformerForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
     output_type = MemorizingSequenceClassifierOutput

@@ -59,6 +59,7 @@ from .modeling_base import (
 from .rows import Rows
 from .spans import Spans
 from .stack import TokenStack, init_stack, mark_branches
+from .states import Fixed
 
 
 @dataclass(kw_only=True)
@@ -126,14 +127,14 @@ class GalleryTransformerLayer(ResidualLayer):
         if self.cross_attention:
             y = self.cross_attn_norm(x) if self.pre else x
             if "cross_keys" in state:
-                key, value = state["cross_keys"], state["cross_values"]
+                key, value = state["cross_keys"].to(y.dtype), state["cross_values"].to(y.dtype)
                 y = with_gradients_for(y, self.cross_attn.k_proj, self.cross_attn.v_proj)
             else:
                 key, value = self.cross_attn.keys_values(source)
             y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
             x = self.add(x, y, self.cross_attn_norm)
             if context.keep:
-                new |= {"cross_keys": key, "cross_values": value}
+                new |= {"cross_keys": Fixed(key), "cross_values": Fixed(value)}
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         x = self.add(x, y, self.feed_forward_norm)
         return x, new, (probabilities, cross_probabilities)
@@ -235,11 +236,20 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         upper = (lengths[:, None] - 1).expand(b, rows.width)
         if bool((lengths == lengths[0]).all()):
             upper = upper[:1]
-        return source, Spans(torch.zeros_like(upper), upper), {"source_length": lengths}
+        return source, Spans(torch.zeros_like(upper), upper), {"source_length": Fixed(lengths)}
 
 
 class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
-    """The bare Transformer: one stack, causal if config.is_decoder, or encoder and decoder if is_encoder_decoder."""
+    """The bare Transformer: one stack, causal if config.is_decoder, or encoder and decoder if is_encoder_decoder.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     _auto_class = "AutoModel"
 
@@ -361,7 +371,17 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
 
 @reads("position_ids", "token_type_ids")
 class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedModel):
-    """The decoder alone, with a map to the vocabulary, tied to the embeddings as section 3.4 ties them."""
+    """The decoder alone, with a map to the vocabulary, tied to the embeddings as section 3.4 ties them.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
@@ -375,7 +395,16 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
 
 
 class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedModel):
-    """The encoder alone, with BERT's head."""
+    """The encoder alone, with BERT's head.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForMaskedLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerForMaskedLM(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 15, 262])
+    """
 
     _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
@@ -393,7 +422,16 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
 
 @reads("position_ids", "token_type_ids")
 class GalleryTransformerForSequenceClassification(SequenceClassificationHead, GalleryTransformerPreTrainedModel):
-    """A label for each row: from the last token of a decoder, from the first of an encoder through BERT's pooler."""
+    """A label for each row: from the last token of a decoder, from the first of an encoder through BERT's pooler.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -415,7 +453,17 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
 
 
 class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, GalleryTransformerPreTrainedModel):
-    """The published encoder-decoder; one table for source, target and logits (section 3.4)."""
+    """The published encoder-decoder; one table for source, target and logits (section 3.4).
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForConditionalGeneration
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerForConditionalGeneration(config).eval()
+    >>> ids = torch.tensor([list(b"a long time ago")])
+    >>> model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForSeq2SeqLM"
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}

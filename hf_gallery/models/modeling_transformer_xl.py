@@ -33,7 +33,7 @@ from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Projections, is_adapti
 from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
-from .columns import append_columns, next_columns
+from .columns import append_columns
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .context import ForwardContext
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
@@ -80,14 +80,7 @@ class GalleryTransformerXLAttention(nn.Module):
 
     def table(self, context: Context) -> torch.Tensor:
         """r of the distances far, ..., 0: (H, R, D)."""
-        if context.shared is None:
-            return self._project_table(context)
-        if not context.shared[self.layer]:
-            context.shared[self.layer] = {"table": self._project_table(context)}
-        return context.shared[self.layer]["table"]
-
-    def _project_table(self, context):
-        return split_heads(self.r_proj(context.relative)[None], self.heads)[0]
+        return context.table(self.layer, lambda: split_heads(self.r_proj(context.relative)[None], self.heads)[0])
 
     def forward(self, x, own, joined, before, context: Context):
         """x (B, T, E). Pairs of keys and values (B, H, ., D): own (T), joined with the past before them (C + T), and
@@ -135,10 +128,10 @@ class GalleryTransformerXLLayer(ResidualLayer):
         if context.parts is not None:
             before = self._before(x, past, context.parts)
         y, probabilities = self.self_attn(y, own, joined, before, context)
-        state = self._next_state(x, joined, state, context) if context.keep else {}
+        new = self._next_state(x, joined, state, context) if context.keep else {}
         x = self.add(x, y, self.self_attn_norm)
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
-        return self.add(x, y, self.feed_forward_norm), state, probabilities
+        return self.add(x, y, self.feed_forward_norm), new, probabilities
 
     def _past(self, state, context, x):
         """Keys and values (B, H, C, D) of the cached columns; made anew from hidden states, so that W_k, W_v learn."""
@@ -165,14 +158,9 @@ class GalleryTransformerXLLayer(ResidualLayer):
 
     def _next_state(self, x, joined, state, context):
         if context.parts is not None and "keys" not in state:
-            return {
-                "hidden": next_columns(append_columns(state.get("hidden"), x.detach()), context.rows, context.limit)
-            }
+            return context.columns(context.limit, hidden=append_columns(state.get("hidden"), x.detach()))
         keys, values = joined
-        return {
-            "keys": next_columns(keys.detach(), context.rows, context.limit),
-            "values": next_columns(values.detach(), context.rows, context.limit),
-        }
+        return context.columns(context.limit, keys=keys.detach(), values=values.detach())
 
     def _attention_input(self, x):
         return self.self_attn_norm(x) if self.pre else x
@@ -256,7 +244,16 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
 class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
     """The bare Transformer-XL. An input may be any number of segments long; segments follow each row's own count of
     tokens, not the forwards. A cache that was filled without gradients holds keys and values; a later forward with
-    gradients sees them as constants."""
+    gradients sees them as constants.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerXLConfig, GalleryTransformerXLModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)
+    >>> model = GalleryTransformerXLModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     def __init__(self, config: GalleryTransformerXLConfig):
         super().__init__(config)
@@ -277,6 +274,9 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
     def finish(self, x):
         return self.dropout(x)
 
+    def tables_follow(self):
+        return [layer.self_attn.r_proj for layer in self.layers]
+
     def plan(self, common, past, **inputs) -> Context:
         config, rows, cached = self.config, common.rows, common.cached
         start, least = None, 0
@@ -286,12 +286,11 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         spans, parts = segment_spans(
             rows, cached, config.segment_length, config.mem_len, config.same_length, least=least
         )
-        far, shared = max(0, spans.distances(cached)[1]), None
-        if parts is None and past is not None:
+        far, tables = max(0, spans.distances(cached)[1]), common.tables
+        if tables is not None:
             far = config.cache_capacity  # one table for all forwards to come
-            shared = list(past.shared) or [{} for _ in self.layers]
         relative = None
-        if shared is None or not all(shared):
+        if tables is None or len(tables) < len(self.layers):
             distances = torch.arange(far, -1, -1, device=common.device)
             if config.clamp_len > 0:
                 distances = distances.clamp(max=config.clamp_len)
@@ -305,7 +304,6 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             relative=relative,
             parts=parts,
             biases=None if config.untie_r else (self.content_bias, self.position_bias),
-            shared=shared,
             start=None if start is None else start.to(common.device),
         )
 
@@ -324,6 +322,15 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
 
     With the adaptive softmax logits are log-probabilities, and None in training with labels: the loss then never
     scores the whole vocabulary.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerXLConfig, GalleryTransformerXLForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)
+    >>> model = GalleryTransformerXLForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
     """
 
     _auto_class = "AutoModelForCausalLM"
@@ -360,7 +367,16 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
 
 
 class GalleryTransformerXLForSequenceClassification(SequenceClassificationHead, GalleryTransformerXLPreTrainedModel):
-    """A label for each row, from its last token."""
+    """A label for each row, from its last token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerXLConfig, GalleryTransformerXLForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)
+    >>> model = GalleryTransformerXLForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 

@@ -51,11 +51,8 @@ class DocumentLanes:
     of all processes take the same number of steps. One document longer than all others together cannot be balanced:
     it is never split over lanes.
 
-    num_documents, num_tokens and num_labels (predicted tokens) count the whole dataset, over all lanes and ranks;
-    epoch and step are the position.
-
-    Iteration yields the batches from (epoch, step) to the end of the epoch, and leaves the position at the start of
-    the next one. state_dict() and load_state_dict() carry the position and refuse another setup.
+    num_documents, num_tokens and num_labels (predicted tokens) count the whole dataset, over all lanes and ranks.
+    A batch is named by its (epoch, step): nothing here has a position.
 
     Raises ValueError on documents without input_ids, without a token to predict, or of unknown length (streaming),
     and on counts below 1.
@@ -88,8 +85,6 @@ class DocumentLanes:
         self.pad_token_id = pad_token_id
         self.rank = rank
         self.world_size = world_size
-        self.epoch = 0
-        self.step = 0
         lengths = self._documents.lengths
         self.num_documents = len(lengths)
         self.num_tokens = int(lengths.sum())
@@ -110,17 +105,8 @@ class DocumentLanes:
         """Steps of an epoch, the same in every epoch and on every rank."""
         return self._steps
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        while True:
-            epoch, step = self.epoch, self.step
-            batch = self.batch(epoch, step)
-            self.epoch, self.step = self.after(epoch, step)
-            yield batch
-            if self.epoch != epoch:
-                return
-
     def batch(self, epoch: int, step: int) -> dict[str, Any]:
-        """The batch of one step, wherever the lanes stand now.
+        """The batch of one step.
 
         Returns input_ids, shift_labels, attention_mask (B, L) int64 and reset (B,) bool: True where the row does not
         go on from the step before, because a document starts in it or the lane has run dry. shift_labels[b, t] is the
@@ -169,22 +155,6 @@ class DocumentLanes:
             "eos_token_id": self.eos_token_id,
             "documents": f"{self.num_documents} documents, {self.num_tokens} tokens, {self.fingerprint()}",
         }
-
-    def state_dict(self) -> dict[str, Any]:
-        """Position and setup, as plain values that json holds."""
-        return {"epoch": self.epoch, "step": self.step, "setup": self.setup()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to the position of a state_dict. Raises ValueError if that came from another setup."""
-        for name, now in self.setup().items():
-            then = state["setup"].get(name)
-            if then != now:
-                raise ValueError(
-                    f"{name} is {now!r} here, the state was written with {then!r}; make the lanes with {name}={then!r}"
-                )
-        if not 0 <= state["step"] < len(self):
-            raise ValueError(f"step is {state['step']}; an epoch has steps 0 ... {len(self) - 1}")
-        self.epoch, self.step = state["epoch"], state["step"]
 
     def fingerprint(self) -> str:
         """A hash of all tokens and document borders, in order. It does not depend on how the dataset was made."""

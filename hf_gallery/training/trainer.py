@@ -16,7 +16,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..files import write_json
 from ..models.cache import GalleryCache, cache_of
 from .checkpoints import CACHE_FILE, LANES_FILE, TRAINER_STATE, NotWholeError, check_whole, newest_whole, read_lanes
 from .lanes import IGNORED, DocumentLanes
@@ -301,7 +301,7 @@ class SegmentTrainer(Trainer):
             "config": _comparable(self.model.config),
             "cache": cache is not None,
         }
-        _write_json(os.path.join(output_dir, LANES_FILE.format(**names)), state)
+        write_json(Path(output_dir) / LANES_FILE.format(**names), state)
 
     def _setup(self, lanes: DocumentLanes) -> dict[str, Any]:
         """Values that must stay the same for a run to be resumed, under the names of the arguments that set them."""
@@ -377,7 +377,8 @@ class SegmentTrainer(Trainer):
         cache = None
         if state["cache"]:
             path = os.path.join(folder, CACHE_FILE.format(rank=self.args.process_index))
-            cache = GalleryCache.load(path).to(self.args.device)  # safetensors knows no "cpu:0"
+            # Of the checkpoint's own weights, which may lie sharded over processes. safetensors knows no "cpu:0".
+            cache = GalleryCache.load(path, any_weights=True).to(self.args.device)
         return _Carried(cache, tuple(state["position"]))
 
 
@@ -477,15 +478,3 @@ def _is_byte_level(tokenizer: Any) -> bool:
     sample = "aé€😀"  # 1 + 2 + 3 + 4 bytes in utf-8
     plain = len(tokenizer) - len(set(tokenizer.all_special_ids))
     return plain == 256 and len(tokenizer(sample, add_special_tokens=False)["input_ids"]) == len(sample.encode())
-
-
-def _write_json(path: str, content: Any):
-    """All or nothing: a file beside it takes its place once it is written."""
-    handle, beside = tempfile.mkstemp(dir=os.path.dirname(path), suffix=".partial")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(content, file, indent=2)
-        os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise

@@ -6,7 +6,7 @@ import pytest
 import torch
 from test_eval import CPU, NAMES, TINY, TINY_SIZES
 
-from eval import contestants, cost, figures, report
+from eval import contestants, cost, figures
 
 CHOSEN = [contestants.CONTESTANTS[name] for name in NAMES]
 
@@ -73,7 +73,7 @@ def test_what_a_cell_holds(cell):
         assert entry["training_peak_bytes"] == entry["training"]["24"]["peak_bytes"]
         for by_context in ("prefill_tokens_per_second", "decode_ms_per_token", "cache_bytes"):
             assert list(entry[by_context]) == ["8", "24"] and all(x > 0 for x in entry[by_context].values()), name
-        assert set(entry["slopes"]) == set(report.SLOPES)
+        assert set(entry["slopes"]) == set(cost.SLOPES)
 
 
 def test_the_caches_stop_growing():

@@ -133,7 +133,7 @@ def test_saving_replaces_at_once_or_not_at_all(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     go_on(run, cache)
-    monkeypatch.setattr("hf_gallery.models.cache.save_file", fail)
+    monkeypatch.setattr("hf_gallery.models.cache_file.save_file", fail)
     with pytest.raises(OSError, match="disk full"):
         cache.save(path)
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["book.safetensors"]

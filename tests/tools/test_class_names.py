@@ -4,16 +4,38 @@ our models as it does of GPT-2 or BERT."""
 import os
 import subprocess
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+import transformers
+from lm_eval.models.huggingface import HFLM
+from peft import (
+    AdaLoraConfig,
+    IA3Config,
+    LNTuningConfig,
+    LoHaConfig,
+    LoraConfig,
+    OFTConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from test_trainer import FIVE
 from test_training import NO_DROPOUT, arguments, dataset
-from transformers import BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, Trainer, default_data_collator
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    default_data_collator,
+)
 from transformers.loss.loss_utils import LOSS_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from variants import VOCAB, causal, over, words
+from variants import VOCAB, assert_equal, causal, over, words
 
 from hf_gallery.training import SegmentTrainer
 
@@ -218,3 +240,66 @@ def test_transformers_knows_every_causal_class(variant):
     kind = variant.heads["causal"].kind
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[variant.config.model_type] == kind.__name__
     assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["gpt2"] == "GPT2LMHeadModel"
+
+
+def targets_of(adapter):
+    return adapter.target_modules if isinstance(adapter.target_modules, str) else sorted(adapter.target_modules)
+
+
+@pytest.mark.works("PEFT without target_modules")
+@pytest.mark.parametrize(
+    "config",
+    [LoraConfig, IA3Config, LoHaConfig, OFTConfig, partial(AdaLoraConfig, total_step=10), VeraConfig],
+    ids=lambda config: getattr(config, "func", config).__name__,
+)
+@causal()
+def test_adapters_go_where_they_go_on_llama(variant, config):
+    """Where a user names no modules, PEFT takes them from a table of model types. Fresh ones change nothing."""
+    llama = LlamaForCausalLM(
+        LlamaConfig(vocab_size=VOCAB, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    made = {"oft_block_size": 0, "r": 1} if config is OFTConfig else {}
+    expected = get_peft_model(llama, config(task_type="CAUSAL_LM", **made)).peft_config["default"]
+    model, ids = variant.make(), words(2, 9)
+    before = model(input_ids=ids).logits
+    adapted = get_peft_model(model, config(task_type="CAUSAL_LM", **made))
+    assert targets_of(adapted.peft_config["default"]) == targets_of(expected)
+    assert_equal(adapted.eval()(input_ids=ids).logits, before)
+    reached = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    layers = variant.make_config().num_hidden_layers
+    assert all(any(f"layers.{i}." in name for name in reached) for i in range(layers))
+
+
+@causal()
+def test_norms_are_tuned_by_their_names_here(variant):
+    model = get_peft_model(variant.make(), LNTuningConfig(task_type="CAUSAL_LM"))
+    learning = {name for name, p in model.named_parameters() if p.requires_grad}
+    kinds = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+    norms = [name for name, m in variant.make().named_modules() if isinstance(m, kinds) and "recurrence" not in name]
+    tuned = {name for name in norms if any(f".{name}." in entry for entry in learning)}
+    assert tuned == {name for name in norms if not name.endswith("embed_norm")} and tuned
+
+
+def test_prefix_tuning_takes_no_table():
+    """Only Bloom's and BigCode's keys stand otherwise than they are given."""
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as table
+
+    assert not [name for name in table if name.startswith("gallery")]
+
+
+# ---- lists of classes
+
+
+@over()
+def test_pipelines_know_every_head(variant, head):
+    """By its class, which they look for among those that Auto classes were told of."""
+    auto = getattr(transformers, variant.heads[head].auto)
+    assert auto._model_mapping[variant.config] is variant.heads[head].kind
+
+
+@causal()
+def test_lm_eval_takes_every_variant_for_a_causal_model(variant):
+    """It looks a model type up among causal and among seq2seq models, the latter first."""
+    seen = SimpleNamespace(AUTO_MODEL_CLASS=None)
+    HFLM._get_backend(seen, variant.make_config())
+    assert seen.backend == "causal" and seen.AUTO_MODEL_CLASS is transformers.AutoModelForCausalLM

@@ -1,6 +1,7 @@
 """Lanes of documents, and SegmentTrainer on every causal variant: what is trained on, resumed and evaluated is what a
 plain loop over the documents says."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -129,24 +130,18 @@ def test_lanes_shuffle_by_seed_and_epoch():
     assert order(0, 0, shuffle=False) == order(1, 1, shuffle=False)
 
 
-def test_lanes_go_on_from_their_state():
-    """The state is plain values; new lanes over another copy of the documents go on from it, into the next epoch."""
+def test_a_batch_depends_on_its_epoch_and_step_alone():
+    """Whatever was read before: lanes over another copy of the documents, asked in another order, give the same."""
     documents = texts(5, 23, 11, 2, 17)
-    whole = DocumentLanes(dataset(documents), lanes=2, segment_length=4)
-    epochs = [list(whole), list(whole)]
-    lanes = DocumentLanes(dataset(documents), lanes=2, segment_length=4)
-    reader = iter(lanes)
-    for _ in range(3):
-        next(reader)
-    other = DocumentLanes(documents, lanes=2, segment_length=4)
-    other.load_state_dict(lanes.state_dict())
-    rest = [*other, *other]
-    expected = [*epochs[0][3:], *epochs[1]]
-    assert len(rest) == len(expected)
-    for got, want in zip(rest, expected, strict=True):
-        for name in want:
-            assert torch.equal(got[name], want[name])
-    assert (other.epoch, other.step) == (2, 0)
+    lanes, other = (DocumentLanes(x, lanes=2, segment_length=4) for x in (dataset(documents), documents))
+    position, order = (0, 0), []
+    while position[0] < 2:
+        order.append((position, lanes.batch(*position)))
+        position = lanes.after(*position)
+    assert [p for p, _ in order] == [(epoch, step) for epoch in (0, 1) for step in range(len(lanes))]
+    for (epoch, step), expected in reversed(order):
+        got = other.batch(epoch, step)
+        assert all(torch.equal(got[name], value) for name, value in expected.items())
 
 
 @pytest.mark.parametrize(
@@ -161,13 +156,12 @@ def test_lanes_go_on_from_their_state():
         ("documents", {"documents": texts(5, 23, 11, 2, 16)}),
     ],
 )
-def test_lanes_refuse_the_state_of_others(name, change):
-    setup = {"documents": texts(5, 23, 11, 2, 17), "lanes": 2, "segment_length": 4}
-    state = DocumentLanes(**setup).state_dict()
-    other = DocumentLanes(**{**setup, **change})
-    with pytest.raises(ValueError, match=name):
-        other.load_state_dict(state)
-    assert (other.epoch, other.step) == (0, 0)
+def test_the_setup_says_what_decides_the_batches(name, change):
+    """As plain values, by which a checkpoint knows its lanes again."""
+    arguments = {"documents": texts(5, 23, 11, 2, 17), "lanes": 2, "segment_length": 4}
+    setup, other = (DocumentLanes(**arguments | more).setup() for more in ({}, change))
+    assert json.loads(json.dumps(setup)) == setup
+    assert {n for n in setup if setup[n] != other[n]} == {name}
 
 
 def test_the_fingerprint_is_of_content():

@@ -1,0 +1,137 @@
+"""What a task of the benchmark is: which cells it has, how one is measured, how its results add up, how they show."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from datasets import DatasetDict
+
+from hf_gallery.data import load_corpus
+
+from .cells import Cell
+from .contestants import Contestant
+from .training import Tick
+
+if TYPE_CHECKING:
+    from .presets import Preset  # which needs the names of the abilities, and they are tasks
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What one command is asked to measure: how much work, on which text, where."""
+
+    preset: Preset
+    corpus: str
+    device: torch.device
+
+    @functools.cached_property
+    def text(self) -> DatasetDict:
+        """The corpus, read once, and only if a cell that needs it is missing."""
+        return load_corpus(self.corpus)
+
+    @functools.cached_property
+    def labelled_text(self) -> DatasetDict:
+        """The corpus with its labels, if it has any."""
+        return load_corpus(self.corpus, labels=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """Columns that stand together. prefix: what their headings begin with where they stand beside other families'.
+    baseline: what the last row of their own table is called, in which stands what knows nothing of the input."""
+
+    title: str
+    prefix: str = ""
+    baseline: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """One column of the tables. cell: what it says of a contestant, from its name and its summary, "-" where nothing
+    was measured. baseline: its cell in the last row. prefix: where it is not the family's own. leads: whether it
+    stands before those of all other tasks."""
+
+    family: Family
+    heading: str
+    cell: Callable[[str, dict[str, Any]], str]
+    baseline: str = "-"
+    prefix: str | None = None
+    leads: bool = False
+
+    @property
+    def whole(self) -> str:
+        """The heading where it must tell the family too."""
+        prefix = self.family.prefix if self.prefix is None else self.prefix
+        return f"{prefix} {self.heading}".strip()
+
+
+class Task(abc.ABC):
+    """A thing that the benchmark measures."""
+
+    name: str
+
+    @abc.abstractmethod
+    def settings(self, job: Job) -> dict[str, Any]:
+        """Everything that decides a cell's result, as JSON has it."""
+
+    @abc.abstractmethod
+    def add(self, results: dict[str, Any], cell: dict[str, Any]) -> None:
+        """Enters a measured cell in the results of its run."""
+
+    @abc.abstractmethod
+    def columns(self, results: dict[str, Any]) -> list[Column]:
+        """What the tables show of it."""
+
+    def about(self, job: Job) -> dict[str, str] | None:
+        """Title, group, axis and description of a task that is an ability; None for others."""
+        return None
+
+    def cells(self, job: Job, contestants: list[Contestant], seed: int) -> Iterator[Cell]:
+        """Those of one seed, which processes share; none unless a task says so."""
+        return iter(())
+
+    def cells_of_all(self, job: Job, contestants: list[Contestant]) -> Iterator[Cell]:
+        """Those that measure all contestants in turns, after everything else; none unless a task says so."""
+        return iter(())
+
+
+class OfEach(Task):
+    """A task with a cell for each contestant at each seed."""
+
+    @abc.abstractmethod
+    def units(self, job: Job) -> int:
+        """Ticks of one cell."""
+
+    @abc.abstractmethod
+    def measure(self, job: Job, contestant: Contestant, seed: int, tick: Tick) -> Any:
+        """The result of one cell, as JSON has it."""
+
+    def cells(self, job: Job, contestants: list[Contestant], seed: int) -> Iterator[Cell]:
+        settings, units = self.settings(job), self.units(job)
+        for c in contestants:
+            yield Cell(self.name, c.name, seed, settings, units, functools.partial(self.measure, job, c, seed))
+
+
+def plain(settings: Any) -> dict[str, Any]:
+    """A dataclass as JSON would give it back, so that saved and present settings can be compared."""
+    return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def add_up(totals: dict[str, Any], found: dict[str, Any]) -> None:
+    """Adds up by label what can be counted; all else is the same for every seed."""
+    for label, counts in found.items():
+        counted = [key for key in ("asked", "correct", "bits", "bytes", "words") if key in counts]
+        total = totals.setdefault(label, counts | dict.fromkeys(counted, 0))
+        for key in counted:
+            total[key] += counts[key]
+
+
+def share(score: dict[str, Any] | None) -> str:
+    """Right answers as the tables have them."""
+    return f"{100 * score['correct'] / max(1, score['asked']):.0f} %" if score else "-"

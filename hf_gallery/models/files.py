@@ -1,0 +1,27 @@
+"""Files that are whole or absent: written beside their place, then moved over it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A new file to write, which takes the place of `path` when the block ends well, and goes when it does not.
+
+    A reader, or a kill, sees the old file or the new one, never a part. Who may read it is what the umask says, as for
+    any file that is made.
+    """
+    path = Path(path)
+    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        yield beside
+        os.replace(beside, path)
+    except BaseException:
+        beside.unlink(missing_ok=True)
+        raise
