@@ -282,6 +282,8 @@ class GalleryCache(Cache):
         """-1: there is no longest input."""
         return -1
 
+    max_cache_len = -1  # the same, as PEFT asks for it
+
     @property
     def batch_size(self) -> int:
         """Rows held; -1 before the first forward."""

@@ -242,6 +242,7 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryLongformerConfig
     config_class = GalleryLongformerConfig
     _no_split_modules = ["GalleryLongformerLayer"]
+    takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {
         "eager": "their own tiles or kernels, which join the window with the global tokens"
     }

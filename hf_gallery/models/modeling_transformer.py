@@ -146,6 +146,7 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryTransformerConfig
     config_class = GalleryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
+    takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {"sdpa": "torch's fused kernels"}
     heads = {
         "AutoModel": "GalleryTransformerModel",

@@ -187,6 +187,7 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         "AutoModelForCausalLM": "GalleryTransformerXLForCausalLM",
         "AutoModelForSequenceClassification": "GalleryTransformerXLForSequenceClassification",
     }
+    takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {
         "eager": "their own tiles or kernels, which alone know the position term of Transformer-XL"
     }
