@@ -431,7 +431,10 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
             joined.append(
                 torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
             )
-        return LayerResults(joined[-1], new, joined if context.output_hidden_states else None, None)
+        hidden = None
+        if context.output_hidden_states:
+            hidden = joined if context.packed else [*map(rows.unpack, joined)]
+        return LayerResults(joined[-1], new, hidden, None)
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):
