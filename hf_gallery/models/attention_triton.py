@@ -431,7 +431,7 @@ def _offsets(
     out_ptr, g_ptr, lse_ptr, grad_lse_ptr, lse2_ptr, offset_ptr, H, T,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Terms that the backward subtracts: from scores lse in base 2, +inf for an empty row whose probabilities are so 0;
+    """Terms subtracted in the backward: from scores lse in base 2, +inf for an empty row whose probabilities are so 0;
     from the probabilities' gradients offset = grad_out . out - grad_lse."""
     row = tl.program_id(1).to(tl.int64)
     b, h = row // H, row % H
