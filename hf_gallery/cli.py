@@ -1,11 +1,12 @@
 """The command line: `hf-gallery list | train | generate | eval | convert | card | push`.
 
-What a command says for people goes to stderr, what a script may read to stdout. Exit codes: 0 done, 1 it failed, 2 it
-was asked wrongly. What only one command needs is imported by it.
+Messages for people go to stderr, output that a script may read to stdout. Exit codes: 0 success, 1 failure, 2
+usage error. Imports that only one command needs stand in it.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 import sys
@@ -23,8 +24,6 @@ from .errors import one_line
 
 app = typer.Typer(
     name="hf-gallery",
-    help="Long-sequence transformers: train, run, measure, convert and publish them.",
-    add_completion=False,
     no_args_is_help=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
@@ -34,6 +33,10 @@ app = typer.Typer(
 FolderArgument = Annotated[
     Path, typer.Argument(help="A folder that holds a saved model.", exists=True, file_okay=False)
 ]
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="The folder of a saved causal model, or its repository on the Hub.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 
 
@@ -55,6 +58,30 @@ def _plainly(command: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(130) from None
 
     return run
+
+
+def _say_version(wanted: bool):
+    if wanted:
+        from . import __version__
+
+        typer.echo(f"hf-gallery {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_say_version, is_eager=True)
+    ] = False,
+):
+    """Long-sequence transformers: train, run, measure, convert and publish them."""
+
+
+def _variants_like(incomplete: str) -> list[str]:
+    """For the shell: names of variants that begin so."""
+    from .variants import VARIANTS
+
+    return [name for name in VARIANTS if name.startswith(incomplete)]
 
 
 @app.command("list")
@@ -89,7 +116,13 @@ def list_command(
 @app.command()
 @_plainly
 def train(
-    model: Annotated[str, typer.Argument(help="A variant's name (see `list`), or the folder of a causal model.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A variant's name (see `list`), or a saved causal model: its folder, or its repository on the Hub.",
+            autocompletion=_variants_like,
+        ),
+    ],
     out: Annotated[Path, typer.Argument(help="Folder of the trained model; its checkpoints go there too.")],
     corpus: Annotated[
         str, typer.Option(help="stdlib, a folder of text, pg19, wikitext-103, enwik8, or hf:NAME.")
@@ -105,6 +138,7 @@ def train(
     seed: int = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint in OUT.")] = False,
+    revision: RevisionOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Train a model on long documents, its memory carried along, and print its bits per token on held-out ones.
@@ -113,11 +147,11 @@ def train(
     """
     from transformers import TrainingArguments, set_seed
 
-    from .data import byte_tokenizer, load_corpus
+    from .data import load_corpus
     from .training import SegmentTrainer, newest_whole
 
     set_seed(seed)
-    net, tokenizer = _model_to_train(model, settings or [], byte_tokenizer)
+    net, tokenizer = _model_to_train(model, settings or [], revision)
     checkpoints = out / "checkpoints"
     if resume and not checkpoints.is_dir():
         raise ValueError(f"--resume, but {checkpoints} holds no checkpoint; leave --resume out to start")
@@ -161,22 +195,28 @@ def train(
     typer.echo(json.dumps({"folder": str(out)} | {name: metrics[name] for name in wanted if name in metrics}))
 
 
-def _model_to_train(model: str, settings: list[str], tokenizer: Callable[[], Any]) -> tuple[Any, Any]:
+def _model_to_train(model: str, settings: list[str], revision: str | None) -> tuple[Any, Any]:
     """A new small model of a variant with the byte tokenizer, or a saved one with its own."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+    from .data import byte_tokenizer
+    from .opening import open_causal
     from .variants import VARIANTS
 
     arguments = dict(_setting(text) for text in settings)
     if model in VARIANTS:
-        variant = VARIANTS[model]
-        made = tokenizer()
-        return variant.causal(variant.make_config(**{"vocab_size": len(made)} | arguments)), made
-    if not Path(model).is_dir():
-        raise ValueError(f"{model!r} is neither a variant ({', '.join(VARIANTS)}) nor a folder")
+        if revision is not None:
+            raise ValueError(f"--revision is {revision!r}, but {model} is a new model; revisions are the Hub's")
+        tokenizer = byte_tokenizer()
+        config = VARIANTS[model].make_config(**{"vocab_size": len(tokenizer)} | arguments)
+        return VARIANTS[model].causal(config), tokenizer
+    if not Path(model).exists() and "/" not in model:
+        near = difflib.get_close_matches(model, VARIANTS, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(
+            f"{model!r} is neither a variant ({', '.join(VARIANTS)}) nor a folder, nor USER/NAME on the Hub{hint}"
+        )
     if arguments:
         raise ValueError(f"--set {next(iter(arguments))} is for new models; {model} has its config")
-    return AutoModelForCausalLM.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    return open_causal(model, revision)
 
 
 def _setting(text: str) -> tuple[str, Any]:
@@ -185,17 +225,20 @@ def _setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set is {text!r}; it must be NAME=VALUE")
     try:
         return name, json.loads(value)
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, RecursionError):  # the latter for brackets without end
         return name, value
 
 
 @app.command()
 @_plainly
 def generate(
-    folder: FolderArgument,
+    model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="What to continue; - or nothing reads it from stdin.")] = "-",
     document: Annotated[
-        Path | None, typer.Option("--file", help="A text to be read before the prompt, of any length.", exists=True)
+        Path | None,
+        typer.Option(
+            "--file", help="A text to be read before the prompt, of any length.", exists=True, dir_okay=False
+        ),
     ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="What was read before, by --save-cache, in place of --file.", exists=True)
@@ -210,6 +253,7 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     seed: int = 0,
+    revision: RevisionOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Continue a prompt; the text streams to stdout as it comes.
@@ -219,9 +263,10 @@ def generate(
     Example: hf-gallery generate my-model "def main(" --max-new-tokens 100 --temperature 0.8
     """
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TextStreamer, set_seed
+    from transformers import TextStreamer, set_seed
 
     from . import GalleryCache
+    from .opening import open_causal
 
     if cache is not None and document is not None:
         raise ValueError("--cache and --file are both given; --cache is what was read, so leave --file out")
@@ -234,30 +279,37 @@ def generate(
                 f"--save-cache is {save_cache}, which cannot be written; give a file in a folder of yours"
             )
     read = None if cache is None else _cache(cache, any_weights)
+    text = None if document is None else _text(document)
     if prompt == "-":
         prompt = sys.stdin.read()
     where = _device(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder).to(where).eval()
+    net, tokenizer = open_causal(model, revision)
+    net = net.to(where).eval()
     ids = tokenizer(prompt, return_tensors="pt").input_ids.to(where)
     if not ids.shape[1]:
         raise ValueError("the prompt is empty; give at least a character to go on from")
     if read is not None:
-        read.check(model.config, 1)
+        try:
+            read.check(net.config, 1)
+        except ValueError as error:
+            raise ValueError(
+                f"--cache is {cache}, which does not fit {model}: {error}. Read the text again, by --file and "
+                "--save-cache with this model"
+            ) from error
         read = read.to(where)
-    if document is not None:
-        read = GalleryCache(model.config)
-        text = tokenizer(_text(document), return_tensors="pt").input_ids.to(where)
-        with torch.no_grad(), typer.progressbar(text.split(2048, dim=1), label="reading", file=sys.stderr) as parts:
+    if text is not None:
+        read = GalleryCache(net.config)
+        whole = tokenizer(text, return_tensors="pt").input_ids.to(where)
+        with torch.no_grad(), typer.progressbar(whole.split(2048, dim=1), label="reading", file=sys.stderr) as parts:
             for part in parts:
-                model(part, past_key_values=read, logits_to_keep=1)
+                net(part, past_key_values=read, logits_to_keep=1)
         if save_cache is not None:
             read.save(save_cache)
     if read is not None:  # generate() counts the columns that were read, and looks at the new ones only
         ids = torch.cat([ids.new_zeros(1, read.get_seq_length()), ids], dim=1)
     set_seed(seed)
     sampling = dict(do_sample=True, temperature=temperature, top_p=top_p) if temperature else dict(do_sample=False)
-    model.generate(
+    net.generate(
         ids,
         attention_mask=torch.ones_like(ids),
         past_key_values=read,
@@ -271,6 +323,8 @@ def _cache(path: Path, any_weights: bool) -> Any:
     """The cache that --save-cache wrote."""
     from . import GalleryCache
 
+    if path.is_file() and not path.stat().st_size:
+        raise ValueError(f"--cache is {path}, which is empty; write it anew by --file and --save-cache")
     try:
         return GalleryCache.load(path, any_weights=any_weights)
     except Exception as error:  # what is no cache may fail anywhere
@@ -279,33 +333,41 @@ def _cache(path: Path, any_weights: bool) -> Any:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--file is {path}, which is no text in utf-8: {error}") from error
+    if not text:
+        raise ValueError(f"--file is {path}, which is empty; give a text, or leave --file out")
+    return text
 
 
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 @_plainly
 def eval_command(
     context: typer.Context,
-    folder: FolderArgument,
+    model: ModelArgument,
     tasks: Annotated[str, typer.Option(help="Tasks or groups of lm-eval, comma-separated.")] = "gallery_memory",
     model_args: Annotated[
         str, typer.Option("--model_args", help="Arguments of the model, prefill_chunk_size=512 for example; or JSON.")
     ] = "",
+    revision: RevisionOption = None,
 ) -> None:
     """Measure a saved model with lm-eval; further options are handed over to it.
 
     Example: hf-gallery eval my-model --tasks gallery_memory,gallery_lm --limit 20
     """
+    from .opening import check_causal
+
     try:
-        from .harness import main
+        from .harness import main as measure
     except ImportError as error:
         raise ImportError(f'{error}; install what measuring needs: pip install "hf-gallery[eval]"') from None
+    check_causal(model, revision)
     # As JSON, since a path may hold a comma; lm-eval joins what comes by the option twice.
-    arguments = ["--model_args", json.dumps({"pretrained": str(folder)})]
+    about = {"pretrained": model} | ({} if revision is None else {"revision": revision})
+    arguments = ["--model_args", json.dumps(about)]
     arguments += ["--model_args", model_args] if model_args else []
-    raise typer.Exit(main([*arguments, "--tasks", tasks, *context.args]))
+    raise typer.Exit(measure([*arguments, "--tasks", tasks, *context.args]))
 
 
 @app.command()
@@ -314,7 +376,7 @@ def convert(
     source: Annotated[str, typer.Argument(help="A folder, or a repository on the Hub.")],
     out: Annotated[Path, typer.Argument(help="Folder to write; it must be empty or not there.")],
     to: Annotated[str | None, typer.Option(help="The variant it becomes, where there is a choice.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the Hub.")] = None,
+    revision: RevisionOption = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the conversion, NAME=VALUE.")
     ] = None,
@@ -334,7 +396,10 @@ def convert(
 @app.command()
 @_plainly
 def card(
-    variant: Annotated[str | None, typer.Argument(help="A variant's name; leave it out with --all.")] = None,
+    variant: Annotated[
+        str | None,
+        typer.Argument(help="A variant's name; leave it out with --all.", autocompletion=_variants_like),
+    ] = None,
     folder: Annotated[
         Path | None, typer.Option(help="A trained model; its card goes there as README.md.", exists=True)
     ] = None,

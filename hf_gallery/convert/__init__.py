@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import os
 import re
@@ -142,7 +143,9 @@ def _check_arguments(form: Format, to: str | None, options: dict[str, Any]):
     accepted = list(inspect.signature(form.plan).parameters)[2:]
     unknown = [name for name in options if name not in accepted]
     if unknown:
-        raise ValueError(f"{form.name} has no option {', '.join(unknown)}; it has {', '.join(accepted) or 'none'}")
+        near = difflib.get_close_matches(unknown[0], accepted, n=1)
+        hint = f"did you mean {near[0]}? It has" if near else "it has"
+        raise ValueError(f"{form.name} has no option {', '.join(unknown)}; {hint} {', '.join(accepted) or 'none'}")
 
 
 __all__ = ["FORMATS", "check_settings", "convert"]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import stat
 import sys
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict, load_dataset
 
+from ..errors import one_line
+
 SPLITS = ("train", "validation", "test")
+LONGEST = 2**31 - 1  # bytes of a document: Arrow counts them so
 SUFFIXES = (".txt", ".md", ".rst", ".py", ".tex", ".json", ".jsonl", ".html", ".c", ".h", ".js", ".java", ".rs", ".go")
 
 
@@ -22,9 +26,10 @@ def load_corpus(name: str | os.PathLike = "stdlib", labels: bool = False) -> Dat
     "stdlib": the sources of the running Python's standard library, one file a document: real text with long-range
     dependence that needs no network. Tests and installed packages are left out.
     A folder: its text files, one a document named by its path in the folder, sub-folders too. Files that are hidden
-    or binary (a zero byte) are left out, and what is not UTF-8 reads as U+FFFD. If there is a sub-folder train and
-    one of validation and test, these are the splits, a third that is missing is taken from train, and files beside
-    them are left out; otherwise files are split as below. A single file is a folder of one.
+    or binary (a zero byte) are left out, and what is not UTF-8 reads as U+FFFD. Nothing else is: what cannot be read,
+    links that lead out of the folder, and pipes and devices with the name of a text are refused. If there is a
+    sub-folder train and one of validation and test, these are the splits, a third that is missing is taken from train,
+    and files beside them are left out; otherwise files are split as below. A single file is a folder of one.
     "pg19", "wikitext-103", "enwik8": these corpora from the Hub, as the field splits them. A document of WikiText is
     an article, joined from its lines; enwik8 is one document a split, its first 90, next 5 and last 5 of 100 million
     bytes (what a cut leaves of a character at its edges is dropped).
@@ -36,8 +41,8 @@ def load_corpus(name: str | os.PathLike = "stdlib", labels: bool = False) -> Dat
     others come or go. A folder whose files leave a split empty, one single file for example, is split within each file
     instead: its first 90 % of characters, the next 5, the last 5. No document is without text.
 
-    Raises ValueError for a path that does not exist, a folder with no text or too little to be split, and a dataset
-    that cannot be loaded or has no text column.
+    Raises ValueError for a path that does not exist or cannot be read as text, a folder with no text or too little to
+    be split, and a dataset that cannot be loaded or has no text column.
     """
     name = os.fspath(name)
     if name.startswith("hf:"):
@@ -108,42 +113,87 @@ def _find_files(name: str) -> dict[str, str]:
     """The texts of "stdlib", a folder or a file, by path in it with forward slashes, in order."""
     if name == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])
-        files = _read_files(root, (".py",), _is_library_folder)
+        files = _texts(root, (p for p in _walk(root, _is_library_folder) if p.suffix.lower() == ".py" and p.is_file()))
         if not files:
             raise ValueError(
                 f"corpus 'stdlib' finds no sources in {root}; this Python has none, so give a folder of text"
             )
         return files
-    root = Path(name).expanduser()
-    if not name or not root.exists():
+    try:
+        root = Path(name).expanduser()
+        there = bool(name) and os.path.lexists(root)  # ValueError: a zero byte; RuntimeError: ~nobody
+        if there and root.is_dir():
+            files = _texts(root, (_inside(path, root) for path in _walk(root) if path.suffix.lower() in SUFFIXES))
+        elif there:
+            files = {root.name: _read(root)}
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"corpus {name!r} cannot be read: {one_line(error)}") from error
+    if not there:
         raise ValueError(f"corpus {name!r} does not exist; give a folder of text, 'stdlib', or 'hf:NAME'")
-    if root.is_dir():
-        files = _read_files(root, SUFFIXES)
-    else:
-        files = {root.name: _read(root)}
     if not any(files.values()):
         raise ValueError(f"corpus {name!r} holds no text; text files end in {', '.join(SUFFIXES)}")
     return files
 
 
-def _read_files(root: Path, suffixes: tuple[str, ...], enter=lambda folder: True) -> dict[str, str]:
-    """The text files below a folder that hold text, by their path in it with forward slashes, in order.
-    Folders that are hidden, or that `enter` says no to, are not walked."""
+def _walk(root: Path, enter: Callable[[str], bool] | None = None) -> Iterator[Path]:
+    """All that lies below a folder and is neither a folder nor hidden. Links to folders are not followed, nor are
+    folders that `enter` says no to, by their path below the root.
+
+    Raises OSError for a folder that cannot be read, and without `enter` ValueError for a link to a folder elsewhere.
+    """
+    left = [root]
+    while left:  # and not os.walk, which leaves out what it cannot read, and ends after a thousand levels
+        with os.scandir(left.pop()) as entries:
+            for entry in entries:
+                path = Path(entry.path)
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    if enter is None or enter(path.relative_to(root).as_posix()):
+                        left.append(path)
+                elif not entry.is_dir():
+                    yield path
+                elif enter is None:
+                    _inside(path, root)
+
+
+def _inside(path: Path, root: Path) -> Path:
+    """The path itself. Raises ValueError if it is a link to a place outside of the root."""
+    if path.is_symlink() and not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path} is a link to {os.readlink(path)}, outside of the folder; put there what it leads to")
+    return path
+
+
+def _texts(root: Path, paths: Iterable[Path]) -> dict[str, str]:
+    """What the files hold that hold text, by their path below the root with forward slashes, in order."""
     texts = {}
-    for folder, subfolders, names in os.walk(root):
-        below = Path(folder).relative_to(root)
-        subfolders[:] = [n for n in subfolders if not n.startswith(".") and enter((below / n).as_posix())]
-        for path in (Path(folder, n) for n in names if not n.startswith(".")):
-            name = (below / path.name).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
-            if path.suffix.lower() in suffixes and path.is_file():
-                texts[name] = _read(path)
+    for path in paths:
+        name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+        texts[name] = _read(path)
     return {name: texts[name] for name in sorted(texts, key=lambda n: n.split("/")) if texts[name]}
 
 
 def _read(path: Path) -> str:
-    """A file's text; "" if it is binary or blank."""
-    data = path.read_bytes()
-    text = "" if b"\0" in data else data.decode("utf-8", errors="replace")
+    """A file's text; "" if it is binary or blank, of which no more is read than shows it.
+
+    Raises ValueError for what is no file, as a pipe or a device, and for one that is too long for a document.
+    """
+    # Without waiting: a pipe opens only when somebody writes to it.
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with open(handle, "rb") as file:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise ValueError(f"{path} is no file that could be read to its end, but a pipe, a device or the like")
+        parts: list[bytes] = []
+        while part := file.read(2**20):
+            if b"\0" in part:
+                return ""
+            parts.append(part)
+            if max(about.st_size, sum(map(len, parts))) > LONGEST:
+                raise ValueError(
+                    f"{path} has {about.st_size:,} bytes; a document has {LONGEST:,} at most, so cut it up"
+                )
+    text = b"".join(parts).decode("utf-8", errors="replace")
     return text if text.strip() else ""
 
 
@@ -183,9 +233,10 @@ def _from_hub(name: str, labels: bool) -> DatasetDict:
 def _download(name: str, path: str, config: str | None, **options: str) -> DatasetDict:
     try:
         return load_dataset(path, config, **options)
-    except (OSError, ValueError) as error:  # no network, no such dataset; no such config, or one must be chosen
+    except Exception as error:  # no network, no such dataset or config; or files that are not what they should be
         raise ValueError(
-            f"corpus {name!r} cannot be loaded: {error}; check its name and the network, or take 'stdlib' or a folder"
+            f"corpus {name!r} cannot be loaded: {one_line(error)}; check its name and the network, or take 'stdlib' "
+            "or a folder"
         ) from error
 
 

@@ -85,6 +85,15 @@ class GalleryCache(Cache):
     the columns seen, padding included, as generate() needs; `seen` (B,) counts each row's own tokens.
 
     config: the configuration of the model that it will serve. A model refuses the cache of another one.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryCache, GalleryTransformerXLConfig, GalleryTransformerXLModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> model = GalleryTransformerXLModel(GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)).eval()
+    >>> cache = GalleryCache(model.config)
+    >>> _ = model(torch.tensor([list(b"a long time ago")]), past_key_values=cache)
+    >>> cache.get_seq_length(), cache.seen
+    (15, tensor([15]))
     """
 
     def __init__(self, config):
@@ -149,8 +158,9 @@ class GalleryCache(Cache):
     def check(self, config, batch: int):
         """Raises ValueError unless the cache belongs to a model of this configuration and has `batch` rows."""
         identity = cache_identity(config)
-        if identity != self.identity:
-            names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
+        names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
+        names = [name for name in names if name not in INDIFFERENT]  # files of earlier versions name some
+        if names:
             first = 1 if names[0] == "model_type" else 3  # another architecture differs in much else
             differs = {name: (self.identity.get(name), identity.get(name)) for name in names[:first]}
             raise ValueError(
@@ -271,6 +281,8 @@ class GalleryCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no longest input."""
         return -1
+
+    max_cache_len = -1  # the same, as PEFT asks for it
 
     @property
     def batch_size(self) -> int:
@@ -499,7 +511,7 @@ def _nobody():
 
 
 def ready(state: NextState) -> NextState:
-    """What a cache keeps of a layer's next state."""
+    """Returns what a cache keeps of a layer's next state."""
     found = {name: kept.ready() for name, kept in state.items()}
     return {name: kept for name, kept in found.items() if kept is not None}
 
@@ -604,8 +616,9 @@ def check_content(content: Content, config):
 
 
 # Settings by which models may differ and yet read each other's caches: of training, of the head, of how an exact
-# memory is searched.
+# memory is searched, of how long an input may be.
 INDIFFERENT = {
+    "max_position_embeddings",
     "vocab_size", "hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "initialization",
     "projection_init_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "sep_token_id", "decoder_start_token_id", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",

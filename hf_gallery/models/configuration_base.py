@@ -220,6 +220,7 @@ class GalleryStackConfig(GalleryConfig):
         self.check_choice("initialization", ["xavier", "normal"])
         if self.max_position_embeddings is None:
             self.max_position_embeddings = type(self).__dataclass_fields__["max_position_embeddings"].default
+        self.check_count("hidden_size", 1)
         self.check_count("max_position_embeddings", 1)
         self.check_count("position_offset", 0)
         self.check_count("type_vocab_size", 0)

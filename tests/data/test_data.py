@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 import re
+import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -293,7 +295,6 @@ def test_what_is_no_text_is_left_out(tmp_path, texts):
         "a/folder.txt/inside.png": "a folder that is named like a text",
     }
     write(tmp_path, texts | other)
-    (tmp_path / "a/broken.txt").symlink_to(tmp_path / "nowhere.txt")
     assert documents(load_corpus(tmp_path))[0] == texts
 
 
@@ -384,6 +385,103 @@ def test_no_name(read):
     """Not the folder that the process happens to be in."""
     with pytest.raises(ValueError, match=r"corpus '' does not exist; give a folder"):
         read("")
+
+
+@pytest.mark.parametrize("read", [load_corpus, corpus_version])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize("kind", ["pipe", "device", "socket", "link to nothing", "link to itself"])
+def test_what_is_no_file_is_refused(tmp_path, texts, read, alone, kind):
+    """At once, and not when somebody writes to the pipe."""
+    place = write(tmp_path / "c", texts) / "b.txt"
+    if kind == "pipe":
+        os.mkfifo(place)
+    elif kind == "device":
+        if not alone:
+            pytest.skip("a link out of the folder")
+        place.symlink_to("/dev/zero")
+    elif kind == "socket":
+        socket.socket(socket.AF_UNIX).bind(str(place))
+    else:
+        place.symlink_to(place if kind.endswith("itself") else tmp_path / "c" / "nothing")
+    said = rf"corpus '.*' cannot be read: .*{place.name}"
+    with pytest.raises(ValueError, match=said) as caught:
+        read(place if alone else tmp_path / "c")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_links_that_leave_the_folder_are_refused(tmp_path, texts, kind):
+    """Those within it are what they lead to: files are read, folders are there already."""
+    secret = write(tmp_path / "secret", {"key.txt": "mine"})
+    folder = write(tmp_path / "corpus", texts)
+    (folder / "again.txt").symlink_to(folder / sorted(texts)[0])
+    (folder / "round").symlink_to(folder)
+    assert set(documents(load_corpus(folder))[0]) == {*texts, "again.txt"}
+    (folder / "link.txt").symlink_to(secret / "key.txt" if kind == "file" else secret)
+    with pytest.raises(
+        ValueError, match="link.txt is a link to .*, outside of the folder; put there what it leads to"
+    ):
+        load_corpus(folder)
+
+
+@pytest.mark.parametrize("part", ["folder", "file"])
+def test_what_cannot_be_read_is_not_left_out(tmp_path, texts, monkeypatch, part):
+    folder = write(tmp_path, texts | {"locked/a.txt": "text"})
+
+    def deny(real, what):
+        def act(path, *more, **named):
+            if Path(path) == what:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path, *more, **named)
+
+        return act
+
+    name, what = ("scandir", folder / "locked") if part == "folder" else ("open", folder / "locked" / "a.txt")
+    monkeypatch.setattr(os, name, deny(getattr(os, name), what))
+    with pytest.raises(ValueError, match=f"corpus '.*' cannot be read: .*Permission denied.*{what.name}"):
+        load_corpus(folder)
+
+
+def test_large_files_with_holes_are_not_read(tmp_path, texts):
+    """Ten gigabytes of nothing are binary, as their first block shows; behind a text they are too long."""
+    folder = write(tmp_path, texts)
+    with open(folder / "hole.txt", "wb") as file:
+        file.truncate(10 * 2**30)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert set(documents(load_corpus(folder))[0]) == set(texts)
+    (folder / "hole.txt").unlink()
+    with open(folder / "book.txt", "wb") as file:
+        file.write(b"Call me Ishmael. " * 2**17)
+        file.truncate(10 * 2**30)
+    with pytest.raises(ValueError, match="book.txt has 10,737,418,240 bytes; a document has .* at most, so cut it up"):
+        load_corpus(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024
+
+
+def test_folders_of_any_depth(tmp_path, texts):
+    """More levels than Python calls itself in."""
+    folder = write(tmp_path, texts)
+    deep = [folder / "d"]
+    for _ in range(1200):
+        deep.append(deep[-1] / "d")
+    try:
+        for level in deep:
+            level.mkdir()
+        (deep[-1] / "a.txt").write_text("deep")
+        assert any(path.endswith("d/a.txt") for path in documents(load_corpus(folder))[0])
+    finally:  # pytest's own cleaning calls itself in every level
+        (deep[-1] / "a.txt").unlink(missing_ok=True)
+        for level in reversed(deep):
+            level.rmdir()
+
+
+@pytest.mark.parametrize("read", [load_corpus, corpus_version])
+@pytest.mark.parametrize(
+    "name", ["a\0b", "x" * 5000, "~nobody-of-this-name/x", "/dev/zero", "/dev/full", "/proc/1/mem"]
+)
+def test_names_of_no_folder(read, name):
+    with pytest.raises(ValueError, match="corpus '.*' (cannot be read|does not exist|holds no text)"):
+        read(name)
 
 
 @pytest.mark.parametrize("files", [{"a.txt": "x"}, {"train/a.txt": "x", "test/a.txt": "y"}])

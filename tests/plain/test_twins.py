@@ -111,6 +111,20 @@ def test_padded_beside_other_rows(variant, head):
         assert_equal(normal(got[i][mask[i] == 1], model), normal(expected, model), f"row {i}")
 
 
+@with_twins
+@torch.no_grad()
+def test_packed_behind_another_document(variant, head):
+    """Documents in one row, whose positions start again: each equals the twin's, which has seen it alone."""
+    if variant.heads[head].source:
+        pytest.skip("an encoder-decoder's documents have a source each")
+    model, plain = built(variant, head)
+    documents = [words(n, seed=20 + n) for n in (9, 1, 13)]
+    positions = torch.cat([torch.arange(len(document)) for document in documents])
+    got = result(model(torch.cat(documents)[None], position_ids=positions[None], use_cache=False))[0]
+    for i, (part, document) in enumerate(zip(got.split([len(x) for x in documents]), documents, strict=True)):
+        assert_equal(normal(part, model), normal(plain(document), model), f"document {i}")
+
+
 @pytest.mark.parametrize("cuts", [(N,), (9, 14)], ids=["whole", "two forwards"])
 @with_twins
 def test_gradients_in_training(variant, head, cuts):

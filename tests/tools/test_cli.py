@@ -208,14 +208,27 @@ def test_generate_after_a_document_and_from_its_cache(saved, tmp_path):
     ("arguments", "code", "message"),
     [
         (["train", "nothing", "out"], 1, "'nothing' is neither a variant"),
+        (["train", "longfromer", "out"], 1, "did you mean longformer?"),
+        (["train", "longformer", "out", "--revision", "x"], 1, "--revision is 'x', but longformer is a new model"),
+        (["train", "SAVED", "out", "--revision", "x"], 1, "is a local folder"),
         (["train", "longformer", "out", "--set", "window=3"], 1, "has no argument 'window'"),
+        (["train", "longformer", "out", "--set", "hiden_size=3"], 1, "'hiden_size'; did you mean hidden_size? It has"),
+        (["train", "longformer", "out", "--set", "num_labls=3"], 1, "did you mean num_labels?"),
+        (["train", "longformer", "out", "--set", "hidden_size=" + "[" * 10**5], 1, "hidden_size"),
         (["train", "longformer", "out", "--set", "hidden_size"], 1, "must be NAME=VALUE"),
         (["train", "longformer", "out", "--set", "hidden_size=30"], 1, "hidden_size is 30"),
         (["train", "longformer", "out", "--resume"], 1, "holds no checkpoint"),
         (["train", "longformer", "out", "--corpus", "no-such-folder"], 1, "no-such-folder"),
         (["train", "SAVED", "out", "--set", "hidden_size=8"], 1, "is for new models"),
         (["train", "longformer", "out", "--steps", "0"], 2, "--steps"),
-        (["generate", "no-such-folder", "x"], 2, "no-such-folder"),
+        (
+            ["generate", "no-such-folder", "x"],
+            1,
+            "'no-such-folder' is no folder here, and no model that the Hub could",
+        ),
+        (["generate", "no such/folder", "x"], 1, "'no such/folder' is no folder; give"),
+        (["eval", "no-such-folder"], 1, "'no-such-folder' is no folder here, and no model that the Hub could give"),
+        (["generate", "SAVED", "x", "--revision", "main"], 1, "--revision is 'main', but"),
         (["generate", "SAVED", ""], 1, "the prompt is empty"),
         (["generate", "SAVED", "x", "--save-cache", "c"], 1, "give --file"),
         (["generate", "SAVED", "x", "--device", "tpu9"], 1, "--device is 'tpu9'"),
@@ -229,7 +242,7 @@ def test_bad_arguments(saved, tmp_path, monkeypatch, arguments, code, message):
     """A line on stderr, nothing on stdout, nothing written."""
     monkeypatch.chdir(tmp_path)
     result = invoke(*[saved if a == "SAVED" else a for a in arguments], env={"COLUMNS": "300"})
-    assert result.exit_code == code and message in result.stderr and not result.stdout
+    assert result.exit_code == code and message in result.stderr and not result.stdout, result.stderr
     assert "Traceback" not in result.stderr and not list(tmp_path.iterdir())
 
 
@@ -262,6 +275,137 @@ def test_what_is_no_cache(saved, tmp_path, content):
     )
 
 
+def test_an_empty_cache(saved, tmp_path):
+    (tmp_path / "cache").touch()
+    error = one_line(invoke("generate", saved, "x", "--cache", tmp_path / "cache"))
+    assert f"--cache is {tmp_path / 'cache'}, which is empty; write it anew" in error
+
+
+def test_an_empty_file(saved, tmp_path):
+    (tmp_path / "book.txt").touch()
+    error = one_line(invoke("generate", saved, "x", "--file", tmp_path / "book.txt"))
+    assert f"--file is {tmp_path / 'book.txt'}, which is empty; give a text" in error
+
+
+def empty(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def unfinished(folder):
+    empty(folder)
+    (folder / "checkpoints").mkdir()
+
+
+def changed(**fields):
+    """What sets fields of config.json."""
+
+    def change(folder):
+        about = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(about | fields))
+
+    return change
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "train"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (empty, "is empty; give the folder that `hf-gallery train` or save_pretrained wrote"),
+        (unfinished, "holds a training that has not ended.*--resume"),
+        (lambda folder: (folder / "config.json").unlink(), "holds no model: there is no config.json"),
+        (lambda folder: (folder / "config.json").write_text(""), "config.json is no configuration of a model"),
+        (lambda folder: (folder / "config.json").write_text("[" * 10**5), "config.json is no configuration of a"),
+        (lambda folder: (folder / "config.json").write_text("[1]"), "config.json is no configuration of a model"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "has a config.json, but no weights: model.safetens"),
+        (lambda folder: (folder / "model.safetensors").write_bytes(b""), "model.safetensors is an empty file"),
+        (changed(model_type="gpt2"), "holds a gpt2, which is no model of the gallery; .*hf-gallery convert"),
+        (changed(architectures=["GalleryMemorizingTransformerForSequenceClassification"]), "ForCausalLM is needed"),
+    ],
+)
+def test_a_folder_without_a_model(saved, tmp_path, command, change, said):
+    """Says what is there instead, in one line, and writes nothing."""
+    copytree(saved, tmp_path / "model")
+    change(tmp_path / "model")
+    more = {"generate": ["x"], "eval": [], "train": [tmp_path / "out"]}[command]
+    assert re.search(said, one_line(invoke(command, tmp_path / "model", *more)))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda folder: (folder / "model.safetensors").write_bytes(b"x" * 99), "the weights of .* do not open: "),
+        (
+            lambda folder: (folder / "tokenizer.json").write_bytes(b""),
+            "tokenizer.json is an empty file; save model and",
+        ),
+        (lambda folder: (folder / "tokenizer.json").write_bytes(b"{"), "has no tokenizer that opens: "),
+        (lambda folder: (folder / "tokenizer.json").unlink(), "has no tokenizer that opens: "),
+        (changed(hidden_size=18), "the weights of .* do not open: .*has the shape"),
+        (changed(hidden_size=10**12), "the weights of .* do not open: hidden_size is 1000000000000"),
+    ],
+)
+def test_a_model_that_does_not_open(saved, tmp_path, change, said):
+    copytree(saved, tmp_path / "model")
+    change(tmp_path / "model")
+    assert re.search(said, one_line(invoke("generate", tmp_path / "model", "x")))
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0 and result.stdout == f"hf-gallery {hf_gallery.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("hf-gallery tr", ["train"]),
+        ("hf-gallery train transformer", ["transformer", "transformer_xl"]),
+        ("hf-gallery card lo", ["longformer"]),
+        ("hf-gallery push --pri", ["--private"]),
+    ],
+)
+@pytest.mark.parametrize("shell", ["bash", "zsh"])
+def test_the_shell_completes(words, found, shell):
+    """Commands, options and names of variants, as the scripts of --install-completion ask for them."""
+    asked = {"_HF_GALLERY_COMPLETE": f"complete_{shell}", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    asked["_TYPER_COMPLETE_ARGS"] = words
+    result = CliRunner().invoke(app, [], env=asked, prog_name="hf-gallery")
+    completed = re.findall(r'^"?([\w-]+)"?', result.stdout.replace("_arguments '*: :((", ""), re.MULTILINE)
+    assert [name for name in completed if name in result.stdout] == found, result.output
+
+
+TYPED = ["[/bold]", "[red]x", "[/]", "\\[b]", "{x}", "%s", "x\x1b[31mred", "a\nb"]
+
+
+@pytest.mark.parametrize("text", TYPED)
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["TEXT"], ["train", "TEXT", "out"], ["train", "longformer", "out", "--corpus", "TEXT"],
+        ["train", "longformer", "out", "--set", "TEXT=1"], ["train", "longformer", "out", "--set", "TEXT"],
+        ["train", "longformer", "out", "--steps", "TEXT"], ["train", "longformer", "out", "--device", "TEXT"],
+        ["generate", "TEXT", "x"], ["generate", "SAVED", "x", "--device", "TEXT"],
+        ["generate", "SAVED", "x", "--file", "TEXT"], ["generate", "SAVED", "x", "--revision", "TEXT"],
+        ["eval", "TEXT"], ["convert", "TEXT", "out"], ["convert", "SAVED", "out", "--to", "TEXT"], ["card", "TEXT"],
+        ["card", "longformer", "--repo-id", "TEXT"], ["card", "longformer", "--results", "TEXT"],
+        ["push", "TEXT", "x"], ["push", "SAVED", "TEXT"], ["list", "--TEXT"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_what_users_type_is_text(saved, tmp_path, monkeypatch, text, line):
+    """It marks up nothing, and commands no terminal: an error that names it, and no traceback."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [str(saved) if word == "SAVED" else word.replace("TEXT", text) for word in line]
+    result = invoke(*arguments, env={"COLUMNS": "500"})
+    assert isinstance(result.exception, SystemExit) and result.exit_code in (1, 2), result.exception
+    assert "Traceback" not in result.stderr and "\x1b[31m" not in result.stderr and not result.stdout
+    # typer does not repeat what is no number, and a source that is none is told before what it shall become.
+    if not set("\n\x1b") & set(text) and not {"--steps", "--to"} & set(line):
+        assert text in result.stderr or repr(text)[1:-1] in result.stderr
+
+
 def test_a_folder_in_place_of_a_cache(saved, tmp_path):
     assert f"--cache is {tmp_path}, which" in one_line(invoke("generate", saved, "x", "--cache", tmp_path))
 
@@ -269,7 +413,10 @@ def test_a_folder_in_place_of_a_cache(saved, tmp_path):
 def test_the_cache_of_another_model(saved, tmp_path):
     GalleryCache(VARIANTS["longformer"].make_config()).save(tmp_path / "cache")
     result = invoke("generate", saved, "x", "--cache", tmp_path / "cache")
-    assert result.exit_code == 1 and "made for another model" in result.stderr.splitlines()[-1] and not result.stdout
+    error = result.stderr.splitlines()[-1]
+    assert result.exit_code == 1 and "made for another model" in error and not result.stdout
+    assert f"--cache is {tmp_path / 'cache'}, which does not fit {saved}: " in error
+    assert error.endswith("Read the text again, by --file and --save-cache with this model")
 
 
 @pytest.mark.parametrize("place", ["nodir/x", ".", "book.txt/x"])
@@ -339,7 +486,7 @@ def test_eval_hands_over(saved, monkeypatch, code):
     monkeypatch.setattr("hf_gallery.harness.main", lambda argv: asked.append(argv) or code)
     result = invoke("eval", saved, "--tasks", "gallery_lm", "--model_args", "prefill_chunk_size=8", "--limit", "2")
     assert result.exit_code == code and not result.output
-    own = ["--model_args", json.dumps({"pretrained": str(saved)})]
+    own = ["--model_args", json.dumps({"pretrained": str(saved)})]  # without a revision, which a folder has not
     assert asked == [[*own, "--model_args", "prefill_chunk_size=8", "--tasks", "gallery_lm", "--limit", "2"]]
     assert invoke("eval", saved).exit_code == code
     assert asked[1] == [*own, "--tasks", "gallery_memory"]

@@ -588,6 +588,50 @@ def published(online, saved, tmp_path, monkeypatch):
     return online
 
 
+@pytest.mark.parametrize("revision", [None, "main"])
+def test_commands_take_a_repository(published, saved, tmp_path, monkeypatch, revision):
+    """generate, eval and train give what they give on the folder that was pushed."""
+    more = [] if revision is None else ["--revision", revision]
+    asked = []
+    monkeypatch.setattr("hf_gallery.harness.main", lambda argv: asked.append(argv) or 0)
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for i in range(20):
+        (texts / f"{i}.txt").write_text("It was the best of times, it was the worst of times. " * 3)
+    said = []
+    for place, options in ((str(saved), []), ("user/model", more)):
+        out = tmp_path / f"out{len(said)}"
+        sizes = ["--steps=2", "--lanes=2", "--length=32", "--device=cpu", "--corpus", str(texts)]
+        done = [
+            CliRunner().invoke(app, ["generate", place, "It was", "--max-new-tokens=7", "--device=cpu", *options]),
+            CliRunner().invoke(app, ["train", place, str(out), *sizes, *options]),
+            CliRunner().invoke(app, ["eval", place, *options]),
+        ]
+        assert [run.exit_code for run in done] == [0, 0, 0], [run.output for run in done]
+        said.append((done[0].stdout, {k: x for k, x in json.loads(done[1].stdout).items() if k != "folder"}))
+    assert said[0] == said[1]
+    assert json.loads(asked[1][1]) == {"pretrained": "user/model"} | ({"revision": revision} if revision else {})
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("user/nothing", "'user/nothing' is no folder here, and no model that the Hub could give: "),
+        (
+            "user/gpt2",
+            "user/gpt2 holds a gpt2, which is no model of the gallery; .*`hf-gallery convert user/gpt2 OUT`",
+        ),
+    ],
+)
+def test_a_repository_without_a_model(published, tmp_path, place, said):
+    for line in (["generate", place, "x"], ["eval", place], ["train", place, str(tmp_path / "out")]):
+        done = CliRunner().invoke(app, line)
+        assert done.exit_code == 1 and not done.stdout
+        assert len(done.stderr.splitlines()) == 1
+        with pytest.raises(ValueError, match=said):
+            raise ValueError(done.stderr)
+
+
 def fetched(folder, name):
     return [path for path in folder.rglob(name) if path.exists()]
 

@@ -1,6 +1,7 @@
 """Sizes that cannot be meant, in configurations and in files from outside, are refused before anything is built."""
 
 import json
+import re
 import resource
 import shutil
 import time
@@ -80,6 +81,19 @@ def test_a_config_of_absurd_size(architecture, name):
     fixed = {"num_attention_heads": 1} if name == "hidden_size" else {}
     with cheap(), pytest.raises(ValueError, match=f"{name} (is )?.*{COUNTS[name]}"):
         config(**fixed | {name: COUNTS[name]})
+
+
+@pytest.mark.parametrize("value", ["3", [3], {}, 2.0, None, True, -1], ids=repr)
+@pytest.mark.parametrize(
+    "name", ["hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "num_labels"]
+)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_count_of_another_type(architecture, name, value):
+    """Names the field, whatever else would be computed of it first."""
+    if name == "num_labels" and value in (None, True):
+        pytest.skip("None is transformers' own default, and True counts as 1 there")
+    with pytest.raises(ValueError, match=rf"{name} is {re.escape(repr(value))}"):
+        ARCHITECTURES[architecture].config(**{name: value})
 
 
 def test_every_count_is_tried():
