@@ -511,7 +511,7 @@ def _nobody():
 
 
 def ready(state: NextState) -> NextState:
-    """What a cache keeps of a layer's next state."""
+    """Returns what a cache keeps of a layer's next state."""
     found = {name: kept.ready() for name, kept in state.items()}
     return {name: kept for name, kept in found.items() if kept is not None}
 
