@@ -69,5 +69,5 @@ class ForwardContext:
         return *joined.values(), kept
 
     def columns(self, limit: int | None, **joined: torch.Tensor) -> NextState:
-        """What a cache keeps of [cached | new] columns, `limit` of them."""
+        """Columns of [cached | new] that a cache keeps, `limit` of them."""
         return {name: Columns(next_columns(x, self.rows, limit)) for name, x in joined.items()}
