@@ -2,8 +2,8 @@
 
     every layer       sliding-window attention: query p sees [p - W, p - 1], T5 bias, unit queries and keys, scaled
     a recurrent layer also has S state vectors, which block j of W tokens enters as s_j:
-      vertical        tokens of block j read s_j besides their window; one map joins both        section 3.1, figure 2
-      horizontal      s_j reads itself and tokens of blocks j - 1 and j; a gate makes s_(j+1)    sections 3.1, 3.2
+      vertical        tokens of block j read s_j besides their window; one map joins both     section 3, recurrent cell
+      horizontal      s_j reads itself and tokens of blocks j - 1 and j; a gate makes s_(j+1)                section 3
 
 The state's keys and values serve both directions, and so do the tokens'; queries are separate. State vectors carry a
 learned id, without which they would stay alike. s_0 is learned.
@@ -431,7 +431,10 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
             joined.append(
                 torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
             )
-        return LayerResults(joined[-1], new, joined if context.output_hidden_states else None, None)
+        hidden = None
+        if context.output_hidden_states:
+            hidden = joined if context.packed else [*map(rows.unpack, joined)]
+        return LayerResults(joined[-1], new, hidden, None)
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):

@@ -2,8 +2,8 @@
 
     every layer      local attention over [seg(p) - mem_len, p], T5 bias, unit queries and keys, a scale per head
     a memory layer   besides, for each query and head, the k stored pairs with the largest dot product, attended to by
-                     a softmax of their own, with the same scale and no bias                          section 3.2
-    out = local (1 - g) + retrieved g,  g = sigmoid(gate bias), one for each head                     section 3.2
+                     a softmax of their own, with the same scale and no bias                          section 3
+    out = local (1 - g) + retrieved g,  g = sigmoid(gate bias), one for each head                     section 3
 
 The memory of a query in segment s holds the last memory_size pairs before s: it is searched before the segment is
 appended. Nothing stored is differentiated, and neither is the local cache; the queries, the scale and the gate learn.
