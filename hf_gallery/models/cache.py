@@ -547,9 +547,15 @@ def row_numbers(name: str, rows: Any, batch: int) -> torch.Tensor:
     Raises TypeError for what is neither, ValueError for rows that there are not.
     """
     wanted = "it must be a list or tensor of row numbers, or a mask of booleans, one a row"
+    if not isinstance(rows, (torch.Tensor, list, tuple, range)) and not hasattr(rows, "__array__"):
+        raise TypeError(f"{name} is {rows!r}; {wanted}")
     try:
         found = torch.as_tensor(rows).cpu()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {rows!r}; {wanted}") from None
+    except RuntimeError as error:
+        if "infer dtype" not in str(error):
+            raise
         raise TypeError(f"{name} is {rows!r}; {wanted}") from None
     if found.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(found.shape)}; {wanted}")

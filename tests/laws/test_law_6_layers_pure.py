@@ -3,6 +3,7 @@ the cache, in one place, after the layers. So gradient checkpointing works with 
 the cache as it was."""
 
 import copy
+from dataclasses import is_dataclass
 
 import pytest
 import torch
@@ -27,6 +28,8 @@ def assert_unchanged(cache, before):
 def assert_same(a, b, where=""):
     if isinstance(a, torch.Tensor):
         assert a.dtype == b.dtype and torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7)), where
+    elif is_dataclass(a):
+        assert_same(vars(a), vars(b), where)
     elif isinstance(a, dict):
         assert a.keys() == b.keys(), where
         for k in a:
