@@ -212,7 +212,7 @@ class Backbone(GalleryPreTrainedModel):
         each, in batches of like length. With a cache each row's last document runs among the input's rows."""
         if documents is None:
             return [Part(rows, cache, cache is not None)]
-        together = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)  # all ranks must call layers alike
+        together = is_sharded(self)  # all ranks must call the layers equally often
         if cache is None:
             return [Part(documents.rows(some), None, False) for some in documents.alike(documents.seen == 0, together)]
         parts = []
@@ -253,6 +253,12 @@ def shown(x: torch.Tensor, hidden: list | None, context: ForwardContext) -> torc
         return x
     hidden.append(x if context.packed else context.rows.unpack(x))
     return x if context.packed else context.rows.pack(hidden[-1])
+
+
+def is_sharded(model: Backbone) -> bool:
+    """Whether calls of the layers gather weights from other ranks, by ZeRO-3, FSDP or fully_shard."""
+    names = {kind.__name__ for module in (model, *model.layers) for kind in type(module).__mro__}
+    return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model) or "FSDPModule" in names
 
 
 def no_types(token_type_ids: torch.Tensor | None):

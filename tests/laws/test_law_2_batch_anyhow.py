@@ -433,6 +433,8 @@ def test_few_columns_of_packed_documents_are_padding(lengths):
     for some in batches:
         columns = documents.rows(some).width * len(some)
         assert columns <= 1.5 * int(documents.lengths[some].sum())
+    (together,) = documents.alike(torch.ones(len(documents), dtype=torch.bool), together=True)
+    assert together.tolist() == list(range(len(documents)))  # where ranks must call the layers equally often
 
 
 def starts_of(whole, rows):
