@@ -24,6 +24,10 @@ testing = [
     "trl",
     "sentencepiece",
     "pyyaml",
+    "sentence-transformers",
+    "setfit",
+    "torchao",
+    "bitsandbytes",
     'triton; sys_platform == "linux"',  # torch brings it for CUDA; without a GPU its interpreter tests the kernels
 ]
 

@@ -56,7 +56,7 @@ class Ability:
     levels: tuple[Level, ...]
 
     def chance(self, level: Level) -> float:
-        """How often a guess is right there; it stands with the task, in hf_gallery.data."""
+        """The share of guesses that are right; it stands with the task, in hf_gallery.data."""
         return chance(self.task, **level.arguments)
 
 

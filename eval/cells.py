@@ -76,7 +76,7 @@ class Cell:
 
 
 class Step(enum.Enum):
-    """What a process does with a cell: measures it beside the others, waits until another has, or measures it when all
+    """Action of a process on a cell: measures it beside the others, waits until another has, or measures it when all
     others are done."""
 
     OWN = enum.auto()
@@ -85,7 +85,7 @@ class Step(enum.Enum):
 
 
 def schedule(cells: list[Cell], missing: list[Cell], process: Process) -> list[tuple[Step, Cell]]:
-    """What one process does, in its order, so that no cell is measured twice and the main process ends with all.
+    """Steps of one process, in order, so that no cell is measured twice and the main process ends with all.
 
     Splits all cells, not the missing ones: a process that starts later would see a different list.
     """

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from hf_gallery.files import read_json, write_json
 
@@ -28,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(markup=False)  # what users typed stands in what is printed, and may hold square brackets
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
@@ -38,9 +39,20 @@ def _command() -> str:
     return shlex.join(["python", "-m", "eval", *sys.argv[1:]])
 
 
-def _refuse(error: ValueError) -> typer.Exit:
-    Console(stderr=True).print(f"[red]error[/] {error}", highlight=False)
+def _refuse(error: Exception) -> typer.Exit:
+    Console(stderr=True).print(Text.assemble(("error", "red"), f" {error}"))
     return typer.Exit(2)
+
+
+def _folder(path: Path) -> Path:
+    """The folder, made. Raises ValueError where that cannot be done."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"no folder can be made at {path} ({error.strerror}); give another --runs or --name"
+        ) from None
+    return path
 
 
 @app.callback(invoke_without_command=True)
@@ -69,7 +81,7 @@ def run(
         return
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     process = this_process()
-    shown = console if process.is_main else Console(quiet=True)
+    shown = console if process.is_main else Console(quiet=True, markup=False)
     try:
         if preset not in PRESETS:
             raise ValueError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
@@ -78,7 +90,7 @@ def run(
         contestants = benchmark.choose_contestants(variants)
         wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")
         cells = benchmark.plan(chosen, contestants, wanted, seeds or chosen.seeds, corpus, where)
-        folder = Run(runs / (name or chosen.name))
+        folder = Run(_folder(runs / (name or chosen.name)))
         if fresh and process.of > 1:
             raise ValueError(f"--fresh is for one process; remove {folder.folder / 'cells'} and launch again")
         if fresh:
@@ -92,7 +104,9 @@ def run(
     if not process.is_main:
         return
     measured = benchmark.measured(folder, chosen, corpus, where)
-    results = benchmark.collect(chosen, measured) | {"peers": _latest_peers(runs)}
+    before = read_json(folder.folder / report.RESULTS)
+    kept = before.get("peers") if isinstance(before, dict) else None
+    results = benchmark.collect(chosen, measured) | {"peers": _latest_peers(runs) or kept}
     report.write(folder.folder, results)
     report.show(results, console)
     console.print(f"\nresults  {folder.folder / report.RESULTS}\nreport   {folder.folder / report.PAGE}")
@@ -109,7 +123,8 @@ def report_command(
         Path | None, typer.Option("--picture", help="Draw recall by distance into this .png or .svg too.")
     ] = None,
 ) -> None:
-    """Show the table of a run again, and write its page anew.
+    """Show the table of a run again, and write its page anew; beside the file, where one is given. The results
+    themselves stay as they are.
 
     Example: python -m eval report quick
     """
@@ -117,17 +132,19 @@ def report_command(
         results = report.read(name, runs)
         if picture is not None:
             pictures.forgetting_curves(results, picture)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise _refuse(error) from None
     if markdown:
         typer.echo(report.markdown(results))
         return
     if not name.endswith(".json"):
-        results["peers"] = _latest_peers(runs)
+        results["peers"] = _latest_peers(runs) or results.get("peers")
     report.show(results, console)
-    if not name.endswith(".json"):
-        report.write(runs / name, results)
-        console.print(f"\nreport   {runs / name / report.PAGE}")
+    try:
+        path = report.write_page(report.place(name, runs), results)
+    except OSError as error:
+        raise _refuse(error) from None
+    console.print(f"\nreport   {path}")
 
 
 @app.command("compare")
@@ -223,19 +240,21 @@ def peers_command(
     settings = peers.PeerSettings(repeats=repeats)
     try:
         names = benchmark.choose(only, peers.PEERS, "--only")
+        folder = _folder(runs / "peers")
     except ValueError as error:
         raise _refuse(error) from None
     with console.status("peers") as status:
         result = peers.run(settings, runs / "environments", names, lambda doing: status.update(f"peers: {doing}"))
     peers.show(result, console)
-    path = runs / "peers" / "results.json"
+    path = folder / report.RESULTS
     write_json(path, result | {"provenance": provenance(torch.device("cpu"), _command())})
     console.print(f"\nresults  {path}")
 
 
 def _latest_peers(runs: Path) -> dict[str, Any] | None:
-    """The last results of `peers`, for the page of a run; None if there are none."""
-    return read_json(runs / "peers" / report.RESULTS)
+    """The last results of `peers`, for the page of a run; None if there are none that can be shown."""
+    found = read_json(runs / "peers" / report.RESULTS)
+    return found if peers.is_whole(found) else None
 
 
 def _device(name: str) -> torch.device:
@@ -247,9 +266,12 @@ def _device(name: str) -> torch.device:
 
 def _measure(name: str, part: ModuleType, settings: Any, device: torch.device, runs: Path) -> None:
     """Runs one of the closer measurements, shows it, and keeps it with where it was measured."""
+    try:
+        path = _folder(runs / name) / report.RESULTS
+    except ValueError as error:
+        raise _refuse(error) from None
     with console.status(name) as status:
         result = part.run(settings, device, tick=lambda doing: status.update(f"{name}: {doing}"))
     part.show(result, console)
-    path = runs / name / "results.json"
     write_json(path, result | {"provenance": provenance(device, _command())})
     console.print(f"\nresults  {path}")

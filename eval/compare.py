@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .statistics import SURE, paired, two_proportions
 
@@ -70,9 +71,9 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Differenc
 
 def show(names: tuple[str, str], found: list[Difference], console: Console) -> None:
     """Prints the differences as one table, those that are more than chance marked."""
-    table = Table(title=f"{names[0]} and {names[1]}", caption=f"* more than chance (p < {SURE:g})")
+    table = Table(title=Text(f"{names[0]} and {names[1]}"), caption=f"* more than chance (p < {SURE:g})")
     for heading in ("variant", "measured", *names, "change", ""):
-        table.add_column(heading, justify="left" if heading in ("variant", "measured", "") else "right")
+        table.add_column(Text(heading), justify="left" if heading in ("variant", "measured", "") else "right")
     last = None
     for d in found:
         if last is not None and d.contestant != last:

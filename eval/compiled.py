@@ -39,7 +39,7 @@ STRIDE = re.compile(r"[qkvp]_[bhts]|d?term_[bh]|spans_b|table_h|[TS]")
 
 
 def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str) -> dict[str, Any]:
-    """What a kernel takes of a GPU of compute capability arch / 10, launched as `attend` would."""
+    """Resources that a kernel takes of a GPU of compute capability arch / 10, launched as `attend` would."""
     function = FUNCTIONS[kernel]
     tiles = kernels.tiles_of(kernel, kind, head, 4096, arch >= 90)
     block = kernels._block(head)
@@ -95,7 +95,7 @@ def _type(name: str, kernel: str, kind: str, term: str, constants: dict[str, Any
 
 
 def _assembled(ptx: str, arch: int) -> str:
-    """What ptxas says of a kernel."""
+    """Report of ptxas on a kernel."""
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)

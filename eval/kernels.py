@@ -28,7 +28,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not attention_triton.INTERPRETE
 
 
 class Case(NamedTuple):
-    """One problem. band: queries see about so many keys up to their own; None, any interval, empty ones too."""
+    """One problem. band: keys that queries see, about, up to their own; None, any interval, empty ones too."""
 
     b: int
     h: int
@@ -160,7 +160,7 @@ def _mask_kernel(seed_ptr, out_ptr, T, S, dropout, M: tl.constexpr):
 
 
 def mask_of(case: Case, seed: torch.Tensor) -> torch.Tensor:
-    """Which probabilities (B, H, T, S) the kernels keep."""
+    """Mask (B, H, T, S) of the probabilities that the kernels keep."""
     mask = torch.empty(case.b, case.h, case.t, case.s, device=seed.device)
     grid = triton.cdiv(case.t, 16), triton.cdiv(case.s, 16), case.b * case.h
     _mask_kernel[grid](seed, mask, case.t, case.s, case.dropout, 16)

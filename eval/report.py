@@ -10,6 +10,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_gallery.files import read_json, write_json, write_text
 
@@ -27,16 +28,40 @@ def read(name: str, runs: Path) -> dict[str, Any]:
     """The results of a finished run, by its name or by the path of its results.json. Raises ValueError if there are
     none."""
     path = Path(name) if name.endswith(".json") else runs / name / RESULTS
-    results = read_json(path)
+    try:
+        results = read_json(path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); give the name of a run, or a results.json"
+        ) from None
     if not isinstance(results, dict) or "summary" not in results:
         raise ValueError(f"{path} is missing or damaged; measure the run first with `python -m eval`")
+    try:
+        page(results)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, StopIteration, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} is not as `python -m eval` writes it ({what}); measure the run again") from None
     return results
+
+
+def place(name: str, runs: Path) -> Path:
+    """Where the page of a run stands: in its folder, or beside a given file, under its name if that is not usual."""
+    if not name.endswith(".json"):
+        return runs / name / PAGE
+    path = Path(name)
+    return path.with_name(PAGE) if path.name == RESULTS else path.with_suffix(".html")
+
+
+def write_page(path: Path, results: dict[str, Any]) -> Path:
+    """Writes the page, at once, and gives its path back."""
+    write_text(path, page(results))
+    return path
 
 
 def write(folder: Path, results: dict[str, Any]) -> None:
     """Writes results.json and report.html, each at once."""
     write_json(folder / RESULTS, results)
-    write_text(folder / PAGE, page(results))
+    write_page(folder / PAGE, results)
 
 
 # ---- the table: one row for each contestant, the same in the terminal and on the page
@@ -88,32 +113,39 @@ def conclusions(results: dict[str, Any]) -> list[tuple[str, list[str], list[list
     if best:
         title = "Who does best, the long-context Transformer aside; who might be as good shares the place"
         found.append((title, ["at", "best", "the first has"], best))
-    if results.get("peers"):
-        s = results["peers"]["settings"]
-        title = (
-            f"Speed-up over existing implementations: {s['layers']} layers, width {s['hidden']}, one machine, in turns"
-        )
-        found.append((title, *peers.table(results["peers"])))
     return found
+
+
+def _peers_title(result: dict[str, Any]) -> str:
+    s = result["settings"]
+    return f"Speed-up over existing implementations: {s['layers']} layers, width {s['hidden']}, one machine, in turns"
+
+
+def _with_peers(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The conclusions, and last the peers as a table like the others, where there is room for its width."""
+    own = results.get("peers")
+    return conclusions(results) + ([(_peers_title(own), *peers.table(own))] if own else [])
 
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Prints the tables, in parts that fit a terminal of 80 columns."""
     for tables, numbers in ((parts(results), True), (conclusions(results), False)):
         for title, heads, rows in tables:
-            shown = Table(title=title, title_justify="left")
+            shown = Table(title=Text(title), title_justify="left")
             shown.add_column(heads[0], no_wrap=numbers)
             for head in heads[1:]:
                 shown.add_column(head, justify="right" if numbers else "left")
             for row in rows:
-                shown.add_row(*row)
+                shown.add_row(*map(Text, row))
             console.print(shown)
+    if results.get("peers"):
+        console.print(peers.terminal(results["peers"], _peers_title(results["peers"])))
 
 
 def markdown(results: dict[str, Any]) -> str:
     """The same tables in Markdown, for a README or a model card."""
     blocks = []
-    for tables, line in ((parts(results), "---:|"), (conclusions(results), "---|")):
+    for tables, line in ((parts(results), "---:|"), (_with_peers(results), "---|")):
         for title, heads, rows in tables:
             lines = ["| " + " | ".join(heads) + " |", "|---|" + line * (len(heads) - 1)]
             blocks.append("\n".join([f"{title}:", "", *lines, *("| " + " | ".join(row) + " |" for row in rows)]))
@@ -130,7 +162,7 @@ def page(results: dict[str, Any]) -> str:
     body.append(_html_table(heads, rows))
     body += [
         f"<h2>{html.escape(title)}</h2>{_html_table(heads, rows, 'words')}"
-        for title, heads, rows in conclusions(results)
+        for title, heads, rows in _with_peers(results)
     ]
     plots = figures(results)
     for i, (title, caption, _) in enumerate(plots):

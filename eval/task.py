@@ -1,4 +1,4 @@
-"""What a task of the benchmark is: which cells it has, how one is measured, how its results add up, how they show."""
+"""A task of the benchmark: which cells it has, how one is measured, how its results add up, how they show."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What one command is asked to measure: how much work, on which text, where."""
+    """A command's request: how much work, on which text, where."""
 
     preset: Preset
     corpus: str
@@ -86,7 +86,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def columns(self, results: dict[str, Any]) -> list[Column]:
-        """What the tables show of it."""
+        """The columns that tables show of it."""
 
     def about(self, job: Job) -> dict[str, str] | None:
         """Title, group, axis and description of a task that is an ability; None for others."""

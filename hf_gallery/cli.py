@@ -1,7 +1,7 @@
 """The command line: `hf-gallery list | train | generate | eval | convert | card | push`.
 
-What a command says for people goes to stderr, what a script may read to stdout. Exit codes: 0 done, 1 it failed, 2 it
-was asked wrongly. What only one command needs is imported by it.
+Messages for people go to stderr, output that a script may read to stdout. Exit codes: 0 success, 1 failure, 2
+usage error. Imports that only one command needs stand in it.
 """
 
 from __future__ import annotations

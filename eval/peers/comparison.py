@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from hf_gallery.variants import VARIANTS
 
@@ -239,22 +241,40 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["gallery", "work", "peer", "ms", "peer ms", "of peak", "ratio", "target"], rows
 
 
+def is_whole(result: Any) -> bool:
+    """Whether a value is what `run` gives, as a file that a hand has changed may not be."""
+    try:
+        return bool(table(result)[1]) and {"layers", "hidden"} <= result["settings"].keys()
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False
+
+
+def terminal(result: dict[str, Any], title: str, caption: str | None = None) -> Table:
+    """The table for a terminal of 80 columns: works and peers share one column, so that no number is folded."""
+    shown = Table(title=title, title_justify="left", caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    heads, rows = table(result)
+    shown.add_column("gallery, work\nand peer", overflow="fold")
+    for heading in heads[3:]:
+        shown.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
+    for (label, work, peer, *numbers), entry in zip(rows, result["peers"].values(), strict=True):
+        reached = "green" if entry.get("ratio", 0.0) >= entry["target"] else "red"
+        cells = [Text(x, reached if heading == "ratio" else "") for heading, x in zip(heads[3:], numbers, strict=True)]
+        shown.add_row(Text(f"{label}, {work}\n  {peer}"), *cells)
+    return shown
+
+
 def show(result: dict[str, Any], console: Console) -> None:
     """Prints the result as a table."""
     s = result["settings"]
-    shown = Table(
-        title=f"Gallery and peers: {s['layers']} layers, width {s['hidden']}, {s['heads']} heads, float32, "
-        f"{result['threads']} threads",
-        caption=f"medians of {s['repeats']} rounds in turns; ratio: peer's time over the gallery's; of peak: "
-        "how much of the machine's speed in a large product of matrices the gallery's step reaches",
+    title = (
+        f"Gallery and peers: {s['layers']} layers, width {s['hidden']}, {s['heads']} heads, float32, "
+        f"{result['threads']} threads"
     )
-    heads, rows = table(result)
-    for heading in heads:
-        shown.add_column(heading, justify="left" if heading in ("gallery", "work", "peer") else "right")
-    for row, entry in zip(rows, result["peers"].values(), strict=True):
-        colour = "green" if entry.get("ratio", 0.0) >= entry["target"] else "red"
-        shown.add_row(*row[:-2], f"[{colour}]{row[-2]}[/]", row[-1])
-    console.print(shown)
+    caption = (
+        f"medians of {s['repeats']} rounds in turns; ratio: peer's time over the gallery's; of peak: "
+        "how much of the machine's speed in a large product of matrices the gallery's step reaches"
+    )
+    console.print(terminal(result, title, caption))
     for name, entry in result["peers"].items():
         if "not_measured" in entry:
-            console.print(f"not measured: {PEERS[name].label}: {entry['not_measured']}", highlight=False)
+            console.print(Text(f"not measured: {PEERS[name].label}: {entry['not_measured']}"))

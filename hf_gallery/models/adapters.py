@@ -1,4 +1,4 @@
-"""Where PEFT's adapters go when a user names no modules: as on Llama, whose names our maps have.
+"""Default places of PEFT's adapters, for users who name no modules: as on Llama, whose names our maps have.
 
 PEFT looks a model type up in tables, one for each kind of adapter, and asks for target_modules where it finds none.
 """

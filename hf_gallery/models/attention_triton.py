@@ -58,7 +58,7 @@ if triton is not None:
 
 
 def why_not(problem: Problem) -> str | None:
-    """What keeps these kernels from the problem, None if nothing does; reads no tensor."""
+    """The reason why these kernels cannot serve the problem, None if they can; reads no tensor."""
     query = problem.query
     if triton is None:
         return "needs the package triton"
@@ -116,7 +116,7 @@ def _check_distances(problem: Problem):
 
 
 def key_plan(spans: Spans, device: torch.device, columns: int, tiles: _Tiles) -> torch.Tensor:
-    """Which tiles of queries see a tile of keys: int32 (B or 1, key tiles, 4), on the device, once a forward.
+    """Tiles of queries that see a tile of keys: int32 (B or 1, key tiles, 4), on the device, once a forward.
 
     [first, end) of those that see some of its keys; within, [whole, whole end) of those whose queries all see all.
     """
@@ -159,7 +159,7 @@ def _range(flags: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class _Tiles(NamedTuple):
-    """How a kernel is launched."""
+    """Launch settings of a kernel."""
 
     queries: int
     keys: int
@@ -214,7 +214,7 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def _precision() -> str:
-    """How float32 is multiplied, by torch's setting for its own products."""
+    """Precision of float32 products, by torch's setting for its own."""
     try:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     except AttributeError:  # before torch 2.9
@@ -334,7 +334,7 @@ def _scores(
 
 @jit
 def _kept(seed, row, t, s, T, S, dropout, KEYS_FIRST: tl.constexpr):
-    """Which probabilities dropout keeps: a counter for each (row, t, s), so all kernels draw alike."""
+    """Probabilities that dropout keeps: a counter for each (row, t, s), so all kernels draw alike."""
     counter = (row.to(tl.int64) * T + _queries_along(t, KEYS_FIRST)) * S + _keys_along(s, KEYS_FIRST)
     return tl.rand(seed, counter) >= dropout
 
@@ -431,7 +431,7 @@ def _offsets(
     out_ptr, g_ptr, lse_ptr, grad_lse_ptr, lse2_ptr, offset_ptr, H, T,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """What the backward subtracts: from scores lse in base 2, +inf for an empty row so that its probabilities are 0;
+    """Terms subtracted in the backward: from scores lse in base 2, +inf for an empty row whose probabilities are so 0;
     from the probabilities' gradients offset = grad_out . out - grad_lse."""
     row = tl.program_id(1).to(tl.int64)
     b, h = row // H, row % H
@@ -663,7 +663,7 @@ class _Group(NamedTuple):
 
 
 class _Call:
-    """What all launches of one call share."""
+    """Arguments shared by all launches of one call."""
 
     def __init__(self, arguments: _Arguments):
         # Elements of a head lie side by side in every tensor that a kernel reads.

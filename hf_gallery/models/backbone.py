@@ -160,6 +160,7 @@ class Backbone(GalleryPreTrainedModel):
                 infers=infers,
                 output_attentions=bool(attends),
                 output_hidden_states=bool(shows),
+                packed=documents is not None,
                 implementation=self.config._attn_implementation,
                 tables=None if part.past is None else part.past.read_tables(version),
             )
@@ -178,7 +179,11 @@ class Backbone(GalleryPreTrainedModel):
         placed = [part.rows for part in parts]
         hidden = None
         if shows:
-            hidden = tuple(unpack(placed, xs) for xs in zip(*(result.hidden for _, result in done), strict=True))
+            hidden = tuple(zip(*(result.hidden for _, result in done), strict=True))  # for each layer, of all parts
+            if documents is None:  # in the input's columns already, all but the last
+                hidden = *(x for (x,) in hidden[:-1]), unpack(placed, hidden[-1])
+            else:
+                hidden = tuple(unpack(placed, xs) for xs in hidden)
         output = self.output_type(
             last_hidden_state=unpack(placed, [result.x for _, result in done]),
             **{CACHE_NAME: cache},
@@ -207,7 +212,7 @@ class Backbone(GalleryPreTrainedModel):
         each, in batches of like length. With a cache each row's last document runs among the input's rows."""
         if documents is None:
             return [Part(rows, cache, cache is not None)]
-        together = is_deepspeed_zero3_enabled() or is_fsdp_managed_module(self)  # all ranks must call layers alike
+        together = is_sharded(self)  # all ranks must call the layers equally often
         if cache is None:
             return [Part(documents.rows(some), None, False) for some in documents.alike(documents.seen == 0, together)]
         parts = []
@@ -225,17 +230,35 @@ class Backbone(GalleryPreTrainedModel):
 
     def run_layers(self, x: torch.Tensor, context: ForwardContext, states: list[State], *more) -> LayerResults:
         """Runs the layers on x (B, T, E), each with its state and with `more` besides. Nothing is written."""
-        hidden: list | None = [x] if context.output_hidden_states else None
+        hidden: list | None = [] if context.output_hidden_states else None
+        x = shown(x, hidden, context)
         attentions: list | None = [] if context.output_attentions else None
         new = []
         for layer, state in zip(self.layers, states, strict=True):
             x, next_state, probabilities = layer(x, context, state, *more)
             new.append(next_state)
-            if hidden is not None:
-                hidden.append(x)
+            x = shown(x, hidden, context)
             if attentions is not None:
                 attentions.append(probabilities)
         return LayerResults(x, new, hidden, attentions)
+
+
+def shown(x: torch.Tensor, hidden: list | None, context: ForwardContext) -> torch.Tensor:
+    """Adds a hidden state x (B, T, E) to those that are shown, if any are, and returns what the next layer reads.
+
+    That is made from what is shown, the same in the input's columns, so that a gradient can be retained on it. Packed
+    documents' hidden states are joined when all parts are done.
+    """
+    if hidden is None:
+        return x
+    hidden.append(x if context.packed else context.rows.unpack(x))
+    return x if context.packed else context.rows.pack(hidden[-1])
+
+
+def is_sharded(model: Backbone) -> bool:
+    """Whether calls of the layers gather weights from other ranks, by ZeRO-3, FSDP or fully_shard."""
+    names = {kind.__name__ for module in (model, *model.layers) for kind in type(module).__mro__}
+    return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model) or "FSDPModule" in names
 
 
 def no_types(token_type_ids: torch.Tensor | None):

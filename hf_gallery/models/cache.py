@@ -85,6 +85,15 @@ class GalleryCache(Cache):
     the columns seen, padding included, as generate() needs; `seen` (B,) counts each row's own tokens.
 
     config: the configuration of the model that it will serve. A model refuses the cache of another one.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryCache, GalleryTransformerXLConfig, GalleryTransformerXLModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> model = GalleryTransformerXLModel(GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)).eval()
+    >>> cache = GalleryCache(model.config)
+    >>> _ = model(torch.tensor([list(b"a long time ago")]), past_key_values=cache)
+    >>> cache.get_seq_length(), cache.seen
+    (15, tensor([15]))
     """
 
     def __init__(self, config):
@@ -272,6 +281,8 @@ class GalleryCache(Cache):
     def get_max_length(self, layer_idx: int | None = None) -> int:
         """-1: there is no longest input."""
         return -1
+
+    max_cache_len = -1  # the same, as PEFT asks for it
 
     @property
     def batch_size(self) -> int:
@@ -500,7 +511,7 @@ def _nobody():
 
 
 def ready(state: NextState) -> NextState:
-    """What a cache keeps of a layer's next state."""
+    """Returns what a cache keeps of a layer's next state."""
     found = {name: kept.ready() for name, kept in state.items()}
     return {name: kept for name, kept in found.items() if kept is not None}
 
@@ -536,9 +547,15 @@ def row_numbers(name: str, rows: Any, batch: int) -> torch.Tensor:
     Raises TypeError for what is neither, ValueError for rows that there are not.
     """
     wanted = "it must be a list or tensor of row numbers, or a mask of booleans, one a row"
+    if not isinstance(rows, (torch.Tensor, list, tuple, range)) and not hasattr(rows, "__array__"):
+        raise TypeError(f"{name} is {rows!r}; {wanted}")
     try:
         found = torch.as_tensor(rows).cpu()
-    except (TypeError, ValueError, RuntimeError):
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} is {rows!r}; {wanted}") from None
+    except RuntimeError as error:
+        if "infer dtype" not in str(error):
+            raise
         raise TypeError(f"{name} is {rows!r}; {wanted}") from None
     if found.dim() != 1:
         raise ValueError(f"{name} has shape {tuple(found.shape)}; {wanted}")

@@ -86,7 +86,7 @@ def read_cache_file(path: str | os.PathLike, device: str | torch.device = "cpu")
 
 
 class CacheHeader:
-    """What a cache's file says of itself: checked to be whole and of one piece, before tensors are read."""
+    """Header of a cache's file: checked to be whole and of one piece, before tensors are read."""
 
     def __init__(self, path: str):
         self.path = path

@@ -15,6 +15,10 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     form, "fixed gate, skip".
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig
+    >>> GalleryBlockRecurrentTransformerConfig(num_hidden_layers=6).recurrent_layers
+    [3]
     """
 
     model_type = "gallery_block_recurrent_transformer"

@@ -18,6 +18,10 @@ class GalleryLongformerConfig(GalleryStackConfig):
     attention_dilation: one number, or one per layer: attend to every g-th key; the window then reaches g times as far.
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryLongformerConfig
+    >>> GalleryLongformerConfig(attention_window=4, num_hidden_layers=2).per_layer("attention_window")
+    [4, 4]
     """
 
     model_type = "gallery_longformer"

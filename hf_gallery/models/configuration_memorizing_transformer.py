@@ -21,6 +21,10 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     limit, and the field is not called max_position_embeddings, which tools take for one.
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryMemorizingTransformerConfig
+    >>> GalleryMemorizingTransformerConfig(num_hidden_layers=6).memory_layers
+    [2]
     """
 
     model_type = "gallery_memorizing_transformer"

@@ -15,6 +15,10 @@ class GalleryTransformerConfig(GalleryStackConfig):
     (BERT), sinusoids with the sines first (Marian).
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryTransformerConfig
+    >>> GalleryTransformerConfig(segment_length=8).cache_capacity
+    7
     """
 
     model_type = "gallery_transformer"

@@ -14,6 +14,10 @@ class GalleryTransformerXLConfig(GalleryConfig):
     code): 12 layers, 512 wide, segments and memory of 512.
 
     Raises ValueError for values that do not fit, naming the argument.
+
+    >>> from hf_gallery import GalleryTransformerXLConfig
+    >>> GalleryTransformerXLConfig(segment_length=8, mem_len=16).cache_capacity
+    23
     """
 
     model_type = "gallery_transformer_xl"

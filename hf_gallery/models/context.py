@@ -21,8 +21,9 @@ class ForwardContext:
 
     device: of the input; parameters may be elsewhere, offloaded. cached: columns of time that the cache holds,
     C. keep: a cache wants the new state, `limit` columns of it (None = all). infers: no gradients are recorded.
-    facts: what the cache keeps of each row for the whole model. tables: of the layers, which follow from weights
-    alone; None where no cache can keep them. known: see `once`.
+    facts: what the cache keeps of each row for the whole model. packed: several documents may lie in a row of the
+    input. tables: of the layers, which follow from weights alone; None where no cache can keep them. known: see
+    `once`.
     """
 
     rows: Rows
@@ -33,6 +34,7 @@ class ForwardContext:
     infers: bool = False
     output_attentions: bool = False
     output_hidden_states: bool = False
+    packed: bool = False
     implementation: str = "eager"
     facts: NextState = field(default_factory=dict)
     tables: dict[int, torch.Tensor] | None = None
@@ -67,5 +69,5 @@ class ForwardContext:
         return *joined.values(), kept
 
     def columns(self, limit: int | None, **joined: torch.Tensor) -> NextState:
-        """What a cache keeps of [cached | new] columns, `limit` of them."""
+        """Columns of [cached | new] that a cache keeps, `limit` of them."""
         return {name: Columns(next_columns(x, self.rows, limit)) for name, x in joined.items()}

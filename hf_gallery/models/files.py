@@ -19,8 +19,10 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     path = Path(path)
     beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    mode = beside.stat().st_mode
     try:
         yield beside
+        os.chmod(beside, mode)  # safetensors makes a file of its own there, and keeps it to itself
         os.replace(beside, path)
     except BaseException:
         beside.unlink(missing_ok=True)

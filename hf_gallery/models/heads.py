@@ -302,7 +302,7 @@ def checked_classes(labels: torch.Tensor | None, count: int) -> torch.Tensor | N
 
 
 def check_count(labels: torch.Tensor, count: int, config):
-    """Raises ValueError unless labels fit so many texts: whole numbers (count,), or floating ones, for several classes
+    """Raises ValueError unless labels fit `count` texts: whole numbers (count,), or floating ones, for several classes
     at once (count, num_labels) and for one value to be met (count,)."""
     floating, one = labels.is_floating_point(), config.num_labels == 1
     fits = labels.shape == (count, config.num_labels) or (labels.shape == (count,) and (one or not floating))

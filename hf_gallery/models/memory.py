@@ -1,4 +1,4 @@
-"""The kNN memory of keys and values (Wu et al. 2022, section 3.2): what is stored, and how it is searched.
+"""The kNN memory of keys and values (Wu et al. 2022, section 3): what is stored, and how it is searched.
 
 One store for each row and head. A pair of position p lies in slot p mod memory_size, so the store is a ring: what
 falls out is the oldest. How full a row's ring is follows from the row's own count of tokens, so emptying a row costs

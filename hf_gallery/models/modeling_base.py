@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
 from .adapters import name_targets
@@ -32,6 +32,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
     heads: dict[str, str] = {}
+    takes_pairs = False  # what a layer keeps of a token is its key and value, so that a prefix may be made of them
     implementations: dict[str, str] = {}  # of attention, with what each is
     embeds_positions = True  # whether position_ids may be anything; a backbone may know distances only
     prefix = ""  # of the input's names, in messages
@@ -155,12 +156,8 @@ class GalleryPreTrainedModel(PreTrainedModel):
         b, t = x.shape[:2]
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
-        cache = past_key_values
+        cache = self.as_own_cache(past_key_values)
         if cache is not None:
-            if not isinstance(cache, GalleryCache) and type(cache).__name__ != "GalleryCache":
-                raise ValueError(
-                    f"past_key_values is a {type(cache).__name__}; give a GalleryCache, or None to start with one"
-                )
             cache.check(self.config, b)
             cache.check_weights(self)
         elif use_cache:
@@ -180,6 +177,22 @@ class GalleryPreTrainedModel(PreTrainedModel):
         given = {name: x for name, x in (packing or {}).items() if x is not None}
         documents = find_documents(rows, counted=not self.embeds_positions, **given) if given else None
         return rows, cache, documents
+
+    def as_own_cache(self, past) -> GalleryCache | None:
+        """past_key_values as this model keeps it: a DynamicCache of PEFT's prefix tuning holds the keys and values of
+        tokens that are read first. Raises ValueError for what cannot be taken."""
+        if past is None or isinstance(past, GalleryCache) or type(past).__name__ == "GalleryCache":
+            return past
+        if not isinstance(past, DynamicCache) or not past.get_seq_length():
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}; give a GalleryCache, or None to start with one"
+            )
+        if not self.takes_pairs or self.config.is_encoder_decoder:
+            raise ValueError(
+                f"past_key_values is a {type(past).__name__}, as prefix tuning gives it; {type(self).__name__} keeps "
+                "more of a token than its key and value: use prompt tuning, or give a GalleryCache"
+            )
+        return GalleryCache.from_pairs(self.config, [(layer.keys, layer.values) for layer in past.layers])
 
     def check_ids(self, name: str, ids: torch.Tensor):
         """Raises ValueError if an id is outside the vocabulary: a GPU would only say that an assertion failed."""

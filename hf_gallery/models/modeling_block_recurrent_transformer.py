@@ -2,8 +2,8 @@
 
     every layer       sliding-window attention: query p sees [p - W, p - 1], T5 bias, unit queries and keys, scaled
     a recurrent layer also has S state vectors, which block j of W tokens enters as s_j:
-      vertical        tokens of block j read s_j besides their window; one map joins both        section 3.1, figure 2
-      horizontal      s_j reads itself and tokens of blocks j - 1 and j; a gate makes s_(j+1)    sections 3.1, 3.2
+      vertical        tokens of block j read s_j besides their window; one map joins both     section 3, recurrent cell
+      horizontal      s_j reads itself and tokens of blocks j - 1 and j; a gate makes s_(j+1)                section 3
 
 The state's keys and values serve both directions, and so do the tokens'; queries are separate. State vectors carry a
 learned id, without which they would stay alike. s_0 is learned.
@@ -340,7 +340,16 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
 
 
 class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTransformerPreTrainedModel):
-    """The bare Block-Recurrent Transformer. An input may be any number of blocks long."""
+    """The bare Block-Recurrent Transformer. An input may be any number of blocks long.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig, GalleryBlockRecurrentTransformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryBlockRecurrentTransformerConfig(**sizes, block_length=8, num_state_vectors=4)
+    >>> model = GalleryBlockRecurrentTransformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)
@@ -422,11 +431,24 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
             joined.append(
                 torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
             )
-        return LayerResults(joined[-1], new, joined if context.output_hidden_states else None, None)
+        hidden = None
+        if context.output_hidden_states:
+            hidden = joined if context.packed else [*map(rows.unpack, joined)]
+        return LayerResults(joined[-1], new, hidden, None)
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):
-    """The Block-Recurrent Transformer with a map to the vocabulary, tied to the embeddings."""
+    """The Block-Recurrent Transformer with a map to the vocabulary, tied to the embeddings.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig, GalleryBlockRecurrentTransformerForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryBlockRecurrentTransformerConfig(**sizes, block_length=8, num_state_vectors=4)
+    >>> model = GalleryBlockRecurrentTransformerForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -441,7 +463,17 @@ class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecu
 class GalleryBlockRecurrentTransformerForSequenceClassification(
     SequenceClassificationHead, GalleryBlockRecurrentTransformerPreTrainedModel
 ):
-    """A label for each row, from its last token."""
+    """A label for each row, from its last token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig
+    >>> from hf_gallery import GalleryBlockRecurrentTransformerForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryBlockRecurrentTransformerConfig(**sizes, block_length=8, num_state_vectors=4)
+    >>> model = GalleryBlockRecurrentTransformerForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 

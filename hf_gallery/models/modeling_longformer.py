@@ -242,6 +242,7 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryLongformerConfig
     config_class = GalleryLongformerConfig
     _no_split_modules = ["GalleryLongformerLayer"]
+    takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {
         "eager": "their own tiles or kernels, which join the window with the global tokens"
     }
@@ -262,7 +263,16 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
 
 
 class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedModel):
-    """The bare Longformer: an encoder, or a decoder if config.is_decoder."""
+    """The bare Longformer: an encoder, or a decoder if config.is_decoder.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     own_arguments = ("global_attention_mask", "token_type_ids")
 
@@ -345,7 +355,17 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
 
 @reads("global_attention_mask", "position_ids", "token_type_ids")
 class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedModel):
-    """The autoregressive Longformer of section 4."""
+    """The autoregressive Longformer of section 4.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -385,7 +405,16 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
 
 @reads("global_attention_mask")
 class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedModel):
-    """The encoder with RoBERTa's head, as released."""
+    """The encoder with RoBERTa's head, as released.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForMaskedLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForMaskedLM(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 15, 262])
+    """
 
     _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -402,7 +431,16 @@ class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedMode
 
 @reads("global_attention_mask", "position_ids", "token_type_ids")
 class GalleryLongformerForSequenceClassification(SequenceClassificationHead, GalleryLongformerPreTrainedModel):
-    """A label for each row: from the first token of an encoder, global unless set otherwise; from a decoder's last."""
+    """A label for each row: from the first token of an encoder, global unless set otherwise; from a decoder's last.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -432,7 +470,16 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
 
 
 class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
-    """A label for each token."""
+    """A label for each token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForTokenClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForTokenClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 15, 2])
+    """
 
     _auto_class = "AutoModelForTokenClassification"
     head_loss = "ForTokenClassification"
@@ -480,7 +527,17 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
 
 
 class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
-    """Start and end of an answer; the question, all tokens before the first separator, is global."""
+    """Start and end of an answer; the question, all tokens before the first separator, is global.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForQuestionAnswering
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForQuestionAnswering(config).eval()
+    >>> ids = [*b"when?", config.sep_token_id, *b"a long time ago"]
+    >>> model(torch.tensor([ids])).start_logits.shape
+    torch.Size([1, 21])
+    """
 
     _auto_class = "AutoModelForQuestionAnswering"
     head_loss = "ForQuestionAnswering"

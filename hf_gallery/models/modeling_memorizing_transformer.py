@@ -2,8 +2,8 @@
 
     every layer      local attention over [seg(p) - mem_len, p], T5 bias, unit queries and keys, a scale per head
     a memory layer   besides, for each query and head, the k stored pairs with the largest dot product, attended to by
-                     a softmax of their own, with the same scale and no bias                          section 3.2
-    out = local (1 - g) + retrieved g,  g = sigmoid(gate bias), one for each head                     section 3.2
+                     a softmax of their own, with the same scale and no bias                          section 3
+    out = local (1 - g) + retrieved g,  g = sigmoid(gate bias), one for each head                     section 3
 
 The memory of a query in segment s holds the last memory_size pairs before s: it is searched before the segment is
 appended. Nothing stored is differentiated, and neither is the local cache; the queries, the scale and the gate learn.
@@ -272,7 +272,16 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
 
 
 class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPreTrainedModel):
-    """The bare Memorizing Transformer."""
+    """The bare Memorizing Transformer.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryMemorizingTransformerConfig(**sizes, segment_length=8, memory_size=32, memory_topk=4)
+    >>> model = GalleryMemorizingTransformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     output_type = MemorizingOutput
     own_arguments = ("output_retrievals",)
@@ -353,7 +362,17 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
 
 
 class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTransformerPreTrainedModel):
-    """The Memorizing Transformer with a map to the vocabulary, tied to the embeddings."""
+    """The Memorizing Transformer with a map to the vocabulary, tied to the embeddings.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryMemorizingTransformerConfig(**sizes, segment_length=8, memory_size=32, memory_topk=4)
+    >>> model = GalleryMemorizingTransformerForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -369,7 +388,17 @@ class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTra
 class GalleryMemorizingTransformerForSequenceClassification(
     SequenceClassificationHead, GalleryMemorizingTransformerPreTrainedModel
 ):
-    """A label for each row, from its last token."""
+    """A label for each row, from its last token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryMemorizingTransformerConfig
+    >>> from hf_gallery import GalleryMemorizingTransformerForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryMemorizingTransformerConfig(**sizes, segment_length=8, memory_size=32, memory_topk=4)
+    >>> model = GalleryMemorizingTransformerForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
     output_type = MemorizingSequenceClassifierOutput

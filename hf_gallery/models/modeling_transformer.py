@@ -146,6 +146,7 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryTransformerConfig
     config_class = GalleryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
+    takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {"sdpa": "torch's fused kernels"}
     heads = {
         "AutoModel": "GalleryTransformerModel",
@@ -240,7 +241,16 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
 
 
 class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
-    """The bare Transformer: one stack, causal if config.is_decoder, or encoder and decoder if is_encoder_decoder."""
+    """The bare Transformer: one stack, causal if config.is_decoder, or encoder and decoder if is_encoder_decoder.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     _auto_class = "AutoModel"
 
@@ -362,7 +372,17 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
 
 @reads("position_ids", "token_type_ids")
 class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedModel):
-    """The decoder alone, with a map to the vocabulary, tied to the embeddings as section 3.4 ties them."""
+    """The decoder alone, with a map to the vocabulary, tied to the embeddings as section 3.4 ties them.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
@@ -376,7 +396,16 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
 
 
 class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedModel):
-    """The encoder alone, with BERT's head."""
+    """The encoder alone, with BERT's head.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForMaskedLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerForMaskedLM(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 15, 262])
+    """
 
     _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
@@ -394,7 +423,16 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
 
 @reads("position_ids", "token_type_ids")
 class GalleryTransformerForSequenceClassification(SequenceClassificationHead, GalleryTransformerPreTrainedModel):
-    """A label for each row: from the last token of a decoder, from the first of an encoder through BERT's pooler."""
+    """A label for each row: from the last token of a decoder, from the first of an encoder through BERT's pooler.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 
@@ -416,7 +454,17 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
 
 
 class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, GalleryTransformerPreTrainedModel):
-    """The published encoder-decoder; one table for source, target and logits (section 3.4)."""
+    """The published encoder-decoder; one table for source, target and logits (section 3.4).
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForConditionalGeneration
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> model = GalleryTransformerForConditionalGeneration(config).eval()
+    >>> ids = torch.tensor([list(b"a long time ago")])
+    >>> model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits.shape
+    torch.Size([1, 4, 262])
+    """
 
     _auto_class = "AutoModelForSeq2SeqLM"
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}

@@ -187,6 +187,7 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         "AutoModelForCausalLM": "GalleryTransformerXLForCausalLM",
         "AutoModelForSequenceClassification": "GalleryTransformerXLForSequenceClassification",
     }
+    takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {
         "eager": "their own tiles or kernels, which alone know the position term of Transformer-XL"
     }
@@ -244,7 +245,16 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
 class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
     """The bare Transformer-XL. An input may be any number of segments long; segments follow each row's own count of
     tokens, not the forwards. A cache that was filled without gradients holds keys and values; a later forward with
-    gradients sees them as constants."""
+    gradients sees them as constants.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerXLConfig, GalleryTransformerXLModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)
+    >>> model = GalleryTransformerXLModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
 
     def __init__(self, config: GalleryTransformerXLConfig):
         super().__init__(config)
@@ -313,6 +323,15 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
 
     With the adaptive softmax logits are log-probabilities, and None in training with labels: the loss then never
     scores the whole vocabulary.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerXLConfig, GalleryTransformerXLForCausalLM
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)
+    >>> model = GalleryTransformerXLForCausalLM(config).eval()
+    >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
+    >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
+    torch.Size([1, 4, 262])
     """
 
     _auto_class = "AutoModelForCausalLM"
@@ -349,7 +368,16 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
 
 
 class GalleryTransformerXLForSequenceClassification(SequenceClassificationHead, GalleryTransformerXLPreTrainedModel):
-    """A label for each row, from its last token."""
+    """A label for each row, from its last token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerXLConfig, GalleryTransformerXLForSequenceClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8)
+    >>> model = GalleryTransformerXLForSequenceClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 2])
+    """
 
     _auto_class = "AutoModelForSequenceClassification"
 

@@ -1,4 +1,4 @@
-"""What a layer keeps of the past: named tensors with the batch rows first, each of a kind that says what it allows.
+"""State of a layer: named tensors with the batch rows first, each of a kind that says what it allows.
 
 A layer gets plain tensors, {name: tensor}, and returns its next state as {name: Kept}. The cache knows no layer's
 names: it asks each `Kept` for what it wants to know.
@@ -26,7 +26,7 @@ class Kept:
     columns: ClassVar[int | None] = None  # of time that it holds; None if it is not made of columns
 
     def ready(self) -> Kept | None:
-        """What the cache keeps of it, None for nothing: cut from its graph. All that may fail is done here, and
+        """Returns what the cache keeps, None for nothing: cut from its graph. All that may fail is done here, and
         nothing that a forward before this one left is changed."""
         return self.map(torch.Tensor.detach)
 

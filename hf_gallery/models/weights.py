@@ -17,7 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 
 class Version:
-    """What some modules compute, as far as it can be told without computing: see `version_of`."""
+    """Version of what some modules compute, told without computing: see `version_of`."""
 
     def __init__(self, tensors: tuple, facts: tuple):
         self.tensors, self.facts = tensors, facts

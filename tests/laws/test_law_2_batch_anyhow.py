@@ -7,9 +7,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from variants import WORDS, ask, assert_equal, causal, over, result_of, runner, streams, words
+from renamed import checkpoint_activations
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
+from variants import COLUMNS, WORDS, ask, assert_equal, causal, over, result_of, runner, streams, words
+
+from hf_gallery.models.documents import Documents
+from hf_gallery.models.rows import Rows
 
 LENGTHS = (23, 9, 1, 16)
+five_causal = causal(lambda variant: variant.name in COLUMNS)
 
 
 def padded(lengths, kind, width=None, seed=0):
@@ -414,3 +420,67 @@ def test_padding_may_hold_anything_in_every_chunk(variant, head):
             results.append(result)
         outcomes.append(torch.cat(results, dim=1))
     assert torch.equal(*outcomes)
+
+
+@given(lengths=st.lists(st.lists(st.integers(1, 400), min_size=1, max_size=12), min_size=1, max_size=6))
+def test_few_columns_of_packed_documents_are_padding(lengths):
+    """Each batch of documents has at most half as many columns again as tokens, and each document is in one."""
+    whole = pack(lengths)
+    rows = Rows(*whole.ids.shape, None if whole.mask is None else whole.mask == 1, None)
+    documents = Documents(rows, *starts_of(whole, rows))
+    batches = documents.alike(torch.ones(len(documents), dtype=torch.bool))
+    assert sorted(torch.cat(batches).tolist()) == list(range(len(whole.texts)))
+    for some in batches:
+        columns = documents.rows(some).width * len(some)
+        assert columns <= 1.5 * int(documents.lengths[some].sum())
+    (together,) = documents.alike(torch.ones(len(documents), dtype=torch.bool), together=True)
+    assert together.tolist() == list(range(len(documents)))  # where ranks must call the layers equally often
+
+
+def starts_of(whole, rows):
+    starts = torch.cat([torch.arange(len(text)) == 0 for text in whole.texts])
+    return starts, torch.zeros(rows.batch, dtype=torch.bool)
+
+
+@five_causal
+def test_packed_documents_with_dropout_and_checkpoints(variant):
+    """Packed documents train with dropout, and checkpointed layers give the gradients that the others give."""
+    whole, gradients = pack([[9, 1, 16, 5], [31], [3, 3, 25]]), []
+    labels = whole.lay(whole.texts, -100)
+    for checkpoints in (False, True):
+        run = runner(variant, "causal", dtype=torch.float64)
+        run.model.train()
+        if checkpoints:
+            checkpoint_activations(run.model, {"use_reentrant": False})
+        torch.manual_seed(1)
+        run.model(whole.ids, attention_mask=whole.mask, labels=labels, **whole.arguments).loss.backward()
+        gradients.append([p.grad for p in run.model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+@five_causal
+def test_hidden_states_of_packed_documents(variant):
+    """They lie in the input's columns, of every layer."""
+    run = runner(variant, "causal", dtype=torch.float64)
+    whole = pack([[9, 1, 16, 5], [3, 3, 25]], extra=2)
+    with torch.no_grad():
+        states = run.model(
+            whole.ids, attention_mask=whole.mask, output_hidden_states=True, **whole.arguments
+        ).hidden_states
+        for i, text in enumerate(whole.texts):
+            for got, want in zip(states, run.model(text[None], output_hidden_states=True).hidden_states, strict=True):
+                assert_equal(whole.of(got)[i], want[0])
+
+
+@five_causal
+def test_packed_documents_in_remote_code(variant, tmp_path):
+    """A saved folder's own code keeps documents apart as the package does."""
+    run = runner(variant, "causal")
+    run.model.save_pretrained(tmp_path)
+    kind = get_class_from_dynamic_module(run.model.config.auto_map["AutoModelForCausalLM"], str(tmp_path))
+    loaded = kind.from_pretrained(tmp_path)
+    assert not type(loaded).__module__.startswith("hf_gallery.")
+    whole = pack([[9, 1, 16, 5], [3, 3, 25]], "all of them", extra=2)
+    with torch.no_grad():
+        arguments = dict(input_ids=whole.ids, attention_mask=whole.mask, **whole.arguments)
+        assert_equal(loaded.eval()(**arguments).logits, run.model(**arguments).logits)

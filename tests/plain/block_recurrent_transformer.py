@@ -38,7 +38,7 @@ def hidden_states(model, ids, starts=(0,), states=None):
             pairs[i].append((split(y, maps.k_proj, c, length=1), split(y, maps.v_proj, c)))
             keys, values = (torch.cat(z, dim=1) for z in zip(*pairs[i], strict=True))  # (H, tokens so far, D)
             rows = []
-            for t, p in enumerate(range(first, first + len(x))):  # vertical: section 3.1, figure 2
+            for t, p in enumerate(range(first, first + len(x))):  # vertical: section 3, recurrent cell
                 row = window(attn, query[:, t], keys, values, p, start_of(p, starts), w)
                 if attn.reads_state:
                     source = i if i in states else c.recurrent_layers[0]  # feedback: all read that one's
@@ -46,7 +46,7 @@ def hidden_states(model, ids, starts=(0,), states=None):
                     cross = split(y[t : t + 1], attn.cross_q_proj, c, attn.cross_scale)
                     row = torch.cat([row, look(cross, *state_pairs(part, entering(source, j, p), c))[0]])
                 rows.append(row)
-            if i in states and last < n:  # horizontal: section 3.1, figure 2; once the block is whole
+            if i in states and last < n:  # horizontal, once the block is whole
                 sees, border = range(max(0, first - w), last + 1), start_of(last, starts)
                 seen = (past(z.transpose(0, 1), sees, border).transpose(0, 1) for z in (keys, values))
                 states[i].append(next_state(attn.recurrence, entering(i, j, last), *seen, c))
@@ -69,19 +69,19 @@ def window(attn, query, keys, values, p, border, w):
 
 def next_state(part, state, keys, values, c):
     """The state (S, E) after a block, from the one it entered with, its tokens and those of the block before."""
-    z = norm(state, part.norm) + part.ids  # section 3.2: learned state ids
+    z = norm(state, part.norm) + part.ids  # section 3: learned state ids
     own = look(split(z, part.project.q_proj, c, part.project.scale), *state_pairs(part, state, c))
     cross = look(split(z, part.cross_q_proj, c, part.cross_scale), keys, values)
     hidden = torch.cat([own, cross], dim=-1)
     state = gated(part.gate, state, linear(hidden, part.o_proj), hidden)
-    if c.recurrence_type == "dual":  # section 3.3, figure 3
+    if c.recurrence_type == "dual":  # section 3, gate configurations
         hidden = linear(norm(state, part.feed_forward_norm), part.feed_forward.up_proj).relu()
         state = gated(part.feed_forward_gate, state, linear(hidden, part.feed_forward.down_proj), hidden)
     return state
 
 
 def gated(gate, state, content, hidden):
-    """Section 3.2: the fixed gate or the LSTM's."""
+    """The fixed gate or the LSTM's (section 3, gates)."""
     if hasattr(gate, "gate_bias"):
         g = torch.sigmoid(gate.gate_bias)
         return state * g + content * (1 - g)

@@ -1,7 +1,7 @@
 """The Memorizing Transformer, plainly (Wu et al. 2022, arXiv 2203.08913): one query and one head at a time.
 
-The twin of hf_gallery/models/modeling_memorizing_transformer.py. Section numbers are the paper's; where the paper is
-silent (unit keys, T5 bias, norms) it is as google-research/meliad computes it.
+The twin of hf_gallery/models/modeling_memorizing_transformer.py: section 3 of the paper, and where that is silent
+(unit keys, T5 bias, norms) as google-research/meliad computes it.
 """
 
 import math
@@ -30,14 +30,14 @@ def hidden_states(model, ids, starts=(0,), retrieved=None):
             for h in range(c.num_attention_heads):
                 at = head(h, d)
                 qs, ks, vs, scale = q[p, at], k[:, at], v[:, at], 1 / math.sqrt(d)
-                if c.normalize_qk:  # old keys stay comparable with new queries, section 3.2
+                if c.normalize_qk:  # old keys stay comparable with new queries
                     qs, ks, scale = unit(qs), unit(ks), attn.project.scale[h].abs()
                 result = local(attn, qs, ks, vs, scale, p, h)
                 if remembers:
                     best = nearest(qs, ks, p)
                     found = memory(qs, ks[best].detach(), vs[best].detach(), scale)
                     gate = torch.sigmoid(attn.gate_bias[h])
-                    result = result * (1 - gate) + found * gate  # section 3.2: V_a = g V_m + (1 - g) V_c
+                    result = result * (1 - gate) + found * gate  # V_a = g V_m + (1 - g) V_c
                     picks[p, h, : len(best)] = torch.tensor(best)
                 row.append(result)
             rows.append(torch.cat(row))
@@ -46,7 +46,7 @@ def hidden_states(model, ids, starts=(0,), retrieved=None):
         return linear(torch.stack(rows), attn.o_proj)
 
     def local(attn, q, k, v, scale, p, h):
-        """Over the query's segment and the mem_len tokens before it, which carry no gradient (section 3.1)."""
+        """Over the query's segment and the mem_len tokens before it, which carry no gradient (section 3)."""
         segment = p - p % c.segment_length
         sees, border = range(max(p - p % period, segment - c.mem_len), p + 1), max(segment, start_of(p, starts))
         scores = past(k, sees, border) @ q

@@ -7,11 +7,11 @@ import logging
 import pytest
 import torch
 from test_law_6_layers_pure import assert_unchanged, snapshot
-from transformers import AutoModel, DynamicCache
+from transformers import AutoModel, DynamicCache, PreTrainedModel
 from variants import VARIANTS, VOCAB, assert_equal, causal, over, result_of, runner, streams, words
 
 import hf_gallery as gallery
-from hf_gallery import GalleryCache, GalleryTransformerConfig, GalleryTransformerXLConfig
+from hf_gallery import GalleryCache, GalleryLongformerConfig, GalleryTransformerConfig, GalleryTransformerXLConfig
 
 # What is wrong with 6 more tokens for a cache of 2 rows that has seen 11 columns, and what the message must say.
 INPUTS = {
@@ -433,11 +433,44 @@ def test_a_misspelt_argument_is_noticed(caplog):
 
 @causal()
 def test_unknown_attention(variant):
-    kind = variant.heads["causal"].kind
+    """In transformers' words, and then what there is; when a model is built, and of one that stands."""
+    kind, model = variant.heads["causal"].kind, variant.make("causal")
     for implementation in ("flash_attention_2", "flash"):
-        with pytest.raises(ValueError, match=f"{implementation}.*eager"):
+        message = f'Specified `attn_implementation="{implementation}"` is not supported.*{kind.__name__} has .eager'
+        with pytest.raises(ValueError, match=message):
             kind._from_config(variant.make_config("causal"), attn_implementation=implementation)
+        with pytest.raises(ValueError, match=message):
+            model.set_attn_implementation(implementation)
     assert kind(variant.make_config("causal")).config._attn_implementation == "eager"
+
+
+@over()
+def test_attention_is_declared_as_it_is_and_set_on_a_built_model(variant, head):
+    run = runner(variant, head)
+    kind, ids = type(run.model), words(2, 17)
+    assert kind._supports_sdpa == ("sdpa" in kind.implementations) and not kind._supports_flash_attn
+    assert kind._supports_flex_attn == ("flex_attention" in kind.implementations)
+    expected = run(ids)[0]
+    for implementation in [name for name in ("sdpa", "eager") if name in kind.implementations]:
+        run.model.set_attn_implementation(implementation)
+        parts = [m for m in run.model.modules() if isinstance(m, PreTrainedModel)]
+        assert {m.config._attn_implementation for m in parts} == {implementation}
+        assert_equal(run(ids)[0], expected)
+
+
+@pytest.mark.parametrize("kind", [GalleryTransformerConfig, GalleryLongformerConfig])
+@pytest.mark.parametrize("positions", ["sinusoidal", "learned", "relative", "none"])
+def test_max_position_embeddings_is_kept_as_given(kind, positions, tmp_path):
+    """It bounds the input of learned positions alone."""
+    if positions not in kind.position_embedding_types:
+        return
+    config = kind(max_position_embeddings=512, position_embedding_type=positions, position_offset=0)
+    config.save_pretrained(tmp_path)
+    assert config.max_position_embeddings == kind.from_pretrained(tmp_path).max_position_embeddings == 512
+    assert config.longest_input == (512 if positions == "learned" else None)
+    assert isinstance(
+        kind(position_embedding_type=positions, max_position_embeddings=None).max_position_embeddings, int
+    )
 
 
 @causal(lambda v: v.config.model_type != "gallery_transformer")

@@ -12,7 +12,7 @@ from test_training import losses, weights
 from transformers import AutoModelForCausalLM
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
-from variants import assert_equal, over, runner, words
+from variants import VARIANTS, assert_equal, over, runner, words
 
 from hf_gallery.data import byte_tokenizer
 
@@ -117,6 +117,31 @@ def test_a_policy_that_is_its_reference_prefers_nothing(variant, tmp_path):
     own.train()
     assert abs(losses(own)[0] - math.log(2)) < 1e-4
     assert losses(own)[-1] < 0.8 * math.log(2)
+
+
+def supervised(model, folder):
+    rows = datasets.Dataset.from_list(ROWS["text"])
+    return SFTTrainer(model, settings(folder), train_dataset=rows, processing_class=byte_tokenizer())
+
+
+def test_an_adaptive_softmax_of_one_cluster_trains_as_the_linear_map_that_it_is(tmp_path):
+    """TRL multiplies by lm_head.weight itself. With projections that is the product of two maps."""
+    variant = next(v for v in VARIANTS if v.name == "transformer_xl")
+    model = make(variant, embedding_size=12)
+    ids = torch.tensor([list(b"the sea is wide")])
+    head, hidden = model.lm_head, model.model(ids).last_hidden_state
+    assert_equal((hidden @ head.weight.T + head.bias).log_softmax(-1), model(ids).logits)
+    own = supervised(model, tmp_path)
+    own.train()
+    assert losses(own)[-1] < 0.9 * losses(own)[0]
+
+
+def test_an_adaptive_softmax_with_clusters_says_why_it_cannot_be_trained(tmp_path):
+    variant = next(v for v in VARIANTS if v.name == "transformer_xl_adaptive")
+    own = supervised(make(variant), tmp_path)
+    with pytest.raises(AttributeError, match="clusters that end at .* has no one weight.*TRL.*SegmentTrainer"):
+        own.train()
+    assert not hasattr(own.model.lm_head, "weight")
 
 
 @pytest.mark.works("TRL packing")

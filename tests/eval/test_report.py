@@ -1,0 +1,154 @@
+"""`python -m eval report` reads and never destroys; what users type or files hold breaks neither tables nor errors."""
+
+import copy
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import pytest
+from matplotlib import pyplot
+from typer.testing import CliRunner
+
+from eval import pictures, report
+from eval.cli import app
+
+STANDARD = Path(__file__).parents[2] / "eval" / "results" / "standard.json"
+
+
+def invoke(*arguments, width=80):
+    return CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": str(width)})
+
+
+@pytest.fixture(scope="module")
+def results():
+    return json.loads(STANDARD.read_text())
+
+
+@pytest.fixture
+def run(tmp_path, results):
+    """A run that holds peers, in a folder where `peers` was never measured."""
+    path = tmp_path / "runs" / "mine" / "results.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(results))
+    return path
+
+
+def test_a_report_leaves_the_results_as_they_are(run):
+    before = run.read_bytes()
+    said = invoke("report", "mine", "--runs", run.parents[1])
+    assert said.exit_code == 0, said.output
+    assert run.read_bytes() == before
+    page = (run.parent / "report.html").read_text()
+    assert "Speed-up" in page and "Speed-up" in said.output
+
+
+def test_a_report_on_a_file_writes_a_page_beside_it(run):
+    assert invoke("report", run).exit_code == 0 and (run.parent / "report.html").exists()
+    other = run.rename(run.parent / "other.json")
+    said = invoke("report", other)
+    assert said.exit_code == 0 and "other.html" in said.output.replace("\n", "")
+    assert (run.parent / "other.html").read_text().startswith("<!doctype html>")
+
+
+def test_every_number_of_the_peers_can_be_read_at_80_columns(run, results):
+    said = invoke("report", run).output
+    _, rows = report.peers.table(results["peers"])
+    assert max(map(len, said.splitlines())) <= 80
+    for label, work, _, *numbers in rows:
+        line = next(x for x in said.splitlines() if f"{label}, {work.split()[0]}" in x and numbers[0] in x)
+        assert line.split()[-len(" ".join(numbers).split()) :] == " ".join(numbers).split()
+
+
+@pytest.mark.parametrize("said", ["[/]", "[red]", "x[/b]y"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--variants"],
+        ["--tasks"],
+        ["--preset"],
+        ["--device"],
+        ["--tasks", "text", "--corpus"],
+        ["report"],
+        ["report", STANDARD, "--picture"],
+        ["compare", STANDARD],
+        ["peers", "--only"],
+    ],
+    ids=lambda arguments: arguments[-1],
+)
+def test_square_brackets_are_text(arguments, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    refused = invoke(*arguments, said, width=400)
+    assert refused.exit_code == 2 and said in refused.output, refused.output
+    assert refused.exception is None or isinstance(refused.exception, SystemExit)
+
+
+def test_square_brackets_in_a_run_are_shown(run):
+    strange = run.parent.rename(run.parent.with_name("[red]mine[b]"))
+    said = invoke("report", strange.name, "--runs", strange.parent, width=400)
+    assert said.exit_code == 0 and "[red]mine[b]" in said.output
+    changed = json.loads((strange / "results.json").read_text())
+    changed["summary"]["longformer"]["label"] = "Long[/]former"
+    (strange / "results.json").write_text(json.dumps(changed))
+    assert "Long[/]former" in invoke("report", strange.name, "--runs", strange.parent, width=200).output
+    compared = invoke("compare", strange / "results.json", STANDARD, width=200)
+    assert compared.exit_code == 0 and "Long[/]former" in compared.output
+
+
+CHANGES = {
+    "no window": lambda r: r.pop("window"),
+    "a list for the summary": lambda r: r.update(summary=[1, 2]),
+    "a text for a number": lambda r: r["summary"]["longformer"]["recall"]["8"].update(correct="many"),
+    "no label": lambda r: r["summary"]["longformer"].pop("label"),
+    "no slopes": lambda r: r["summary"]["longformer"]["cost"].pop("slopes"),
+    "half of the peers": lambda r: r["peers"].pop("settings"),
+    "cells of nobody": lambda r: r.update(cells=[{}]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_results_that_a_hand_has_changed_are_refused_in_a_line(change, run, results):
+    changed = copy.deepcopy(results)
+    CHANGES[change](changed)
+    run.write_text(json.dumps(changed))
+    for arguments in (["report", run], ["report", run, "--markdown"], ["compare", run, STANDARD]):
+        refused = invoke(*arguments, width=400)
+        assert refused.exit_code == 2, refused.output
+        assert re.fullmatch(r"error \S+ is not as `python -m eval` writes it \(.+\); .+", refused.output.strip())
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--tasks", "recall", "--runs"], ["memory", "--runs"], ["peers", "--only", "transformer", "--runs"]]
+)
+def test_runs_that_cannot_be_made_are_refused_before_anything_is_measured(arguments, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    refused = invoke(*arguments, tmp_path / "file", width=400)
+    assert refused.exit_code == 2 and isinstance(refused.exception, SystemExit)
+    assert re.match(r"error no folder can be made at \S+ \(.+\); give another --runs", refused.output)
+
+
+def test_a_page_that_cannot_be_written_is_refused(run):
+    (run.parent / "report.html").mkdir()
+    refused = invoke("report", run, width=400)
+    assert refused.exit_code == 2 and isinstance(refused.exception, SystemExit)
+
+
+def test_any_number_of_contestants_is_drawn(results, tmp_path):
+    """Also those that this version does not know."""
+    many = copy.deepcopy(results)
+    for i in range(9):
+        many["summary"][f"newcomer_{i}"] = results["summary"]["longformer"] | {"label": f"Newcomer {i}"}
+    pictures.forgetting_curves(many, tmp_path / "many.svg")
+    assert "Newcomer 8" in (tmp_path / "many.svg").read_text()
+    assert len(report.figures(many)[0][2].data) == 16  # and chance
+    pyplot.close("all")
+
+
+def test_all_columns_belong_to_a_family_and_its_part(results):
+    """What the parts show is what the table shows, with the families' prefixes in their titles."""
+    heads, rows = report.table(results)
+    shown = [(title, len(part_heads) - 1) for title, part_heads, _ in report.parts(results)]
+    assert sum(count for _, count in shown) == len(heads) - 1
+    assert heads[:3] == ["variant", "parameters", "recall 1/4x"] and len({len(row) for row in rows}) == 1
+    for column in report.columns(results):
+        assert dataclasses.is_dataclass(column) and column.heading in column.whole
