@@ -194,7 +194,8 @@ def errors(case: Case) -> dict[str, float]:
         error = (y - right).norm() / right.norm().clamp(min=1e-30) if right.any() else y.norm()
         found[name] = error.item() if bool((y[empty] == 0.0).all()) or name not in ("out", "query") else math.inf
     if mask is not None:
-        found["share"] = abs(mask.mean().item() - (1 - case.dropout)) / 50
+        deviation = (case.dropout * (1 - case.dropout) / mask.numel()) ** 0.5
+        found["share"] = 0.0 if abs(mask.mean().item() - (1 - case.dropout)) < 5 * deviation else math.inf
     return found
 
 

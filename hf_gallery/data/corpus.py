@@ -165,7 +165,7 @@ def _inside(path: Path, root: Path) -> Path:
 
 
 def _texts(root: Path, paths: Iterable[Path]) -> dict[str, str]:
-    """What the files hold that hold text, by their path below the root with forward slashes, in order."""
+    """Texts of the files that hold text, by their path below the root with forward slashes, in order."""
     texts = {}
     for path in paths:
         name = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")

@@ -66,7 +66,11 @@ class GalleryPreTrainedModel(PreTrainedModel):
         return super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
 
     def new_size(self, new_num_tokens: int | None, pad_to_multiple_of: int | None) -> int:
-        """The vocabulary's size that the arguments of resize_token_embeddings ask for."""
+        """The size that the arguments of resize_token_embeddings ask for. Raises ValueError unless they are
+        whole numbers of at least 1."""
+        for name, value in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name} is {value!r}; it must be a whole number of at least 1, or None")
         size = self.config.vocab_size if new_num_tokens is None else new_num_tokens
         return size if pad_to_multiple_of is None else -(-size // pad_to_multiple_of) * pad_to_multiple_of
 

@@ -126,7 +126,7 @@ class Spans:
 def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x on a device, without waiting for what a GPU has still to do."""
     if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return x.pin_memory().to(device, non_blocking=True)
+        return x.contiguous().pin_memory().to(device, non_blocking=True)  # it copies no expanded tensor
     return x.to(device)
 
 

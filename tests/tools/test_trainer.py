@@ -211,6 +211,32 @@ def test_a_run_that_was_cut_off_goes_on_bit_for_bit(variant, head, tmp_path):
     assert_same(weights(resumed.model), weights(whole.model))
 
 
+OPTIONS = {
+    "adafactor": {"optim": "adafactor"},
+    "noisy embeddings": {"neftune_noise_alpha": 5.0},
+    "batches of like length": {"train_sampling_strategy": "group_by_length"},
+    "a batch size that fits": {"auto_find_batch_size": True},
+    "bf16 throughout evaluation": {"bf16": True, "bf16_full_eval": True},
+    "means by process": {"average_tokens_across_devices": False, "gradient_accumulation_steps": 2},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.works("Trainer")
+@pytest.mark.parametrize("option", OPTIONS)
+@five
+def test_options_of_the_trainer(variant, option, tmp_path):
+    """A training with each lowers the loss, and is evaluated by what the model predicts; noise stays in training."""
+    changes = {"optim": "adamw_torch", "learning_rate": 0.01, "max_steps": 12} | OPTIONS[option]
+    own = trainer(make(variant), "causal", tmp_path, **changes)
+    own.compute_metrics = lambda found: {"columns": found.predictions.shape[1]}
+    before = own.evaluate()
+    own.train()
+    after = own.evaluate()
+    assert after["eval_loss"] < 0.9 * before["eval_loss"] and after["eval_columns"] == before["eval_columns"]
+    assert own.evaluate()["eval_loss"] == after["eval_loss"]
+
+
 # ---- torch.compile
 
 

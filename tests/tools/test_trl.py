@@ -10,7 +10,18 @@ from peft import LoraConfig
 from test_trainer import five, make
 from test_training import losses, weights
 from transformers import AutoModelForCausalLM
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    KTOConfig,
+    KTOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 from trl.trainer.utils import disable_dropout_in_model
 from variants import VARIANTS, assert_equal, over, runner, words
 
@@ -22,12 +33,13 @@ ROWS = {
     "prompt and completion": [{"prompt": f"{text} ", "completion": "indeed"} for text in TEXTS],
 }
 
+QUIET = {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
+
 
 def settings(folder, **changes):
     plain = {"max_steps": 12, "learning_rate": 0.01, "per_device_train_batch_size": 2, "max_length": 48}
     plain = {name: value for name, value in plain.items() if name not in changes}
-    quiet = {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
-    return SFTConfig(str(folder), **plain, **quiet, **{"bf16": False, "gradient_checkpointing": False} | changes)
+    return SFTConfig(str(folder), **plain, **QUIET, **{"bf16": False, "gradient_checkpointing": False} | changes)
 
 
 @pytest.mark.works("TRL SFTTrainer")
@@ -102,13 +114,12 @@ PREFERENCES = [{"prompt": f"{text} ", "chosen": "indeed", "rejected": "no, not s
 def test_a_policy_that_is_its_reference_prefers_nothing(variant, tmp_path):
     """The first loss is ln 2, since margins are 0; then the chosen answers become likelier than the rejected."""
     model = make(variant)
-    quiet = {"logging_steps": 1, "report_to": [], "disable_tqdm": True, "save_strategy": "no", "use_cpu": True}
     own = DPOTrainer(
         model,
         copy.deepcopy(model),
         DPOConfig(
             str(tmp_path), max_steps=8, learning_rate=0.003, max_length=48, bf16=False, gradient_checkpointing=False,
-            per_device_train_batch_size=4, **quiet,
+            per_device_train_batch_size=4, **QUIET,
         ),
         train_dataset=datasets.Dataset.from_list(PREFERENCES),
         processing_class=byte_tokenizer(),
@@ -171,3 +182,86 @@ def test_packed_fine_tuning(variant, how, tmp_path, caplog):
     assert losses(own)[0] == pytest.approx(total / count, rel=1e-3)  # logged to few places
     assert losses(own)[-1] < 0.8 * losses(own)[0]
     assert "attn_implementation" not in caplog.text and "flash" not in caplog.text.lower()
+
+
+@pytest.mark.works("TRL SFTTrainer")
+@five
+def test_its_loss_is_the_models_own(variant, tmp_path):
+    """It scores hidden states by the head's weight and bias itself; that of the logits is the same."""
+    model = make(variant)
+    own = SFTTrainer(
+        model,
+        settings(tmp_path),
+        train_dataset=datasets.Dataset.from_list(ROWS["text"]),
+        processing_class=byte_tokenizer(),
+    )
+    model.eval()
+    batch = next(iter(own.get_train_dataloader()))
+    with torch.no_grad():
+        found = own.compute_loss(model, dict(batch))
+        torch.testing.assert_close(found, model(**batch).loss, rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.works("TRL RewardTrainer")
+@five
+def test_a_reward_model_prefers_what_was_chosen(variant, tmp_path):
+    """A classifier of one label; the first loss of even rewards is ln 2."""
+    model = make(variant, "sequence", num_labels=1)
+    torch.nn.init.zeros_(model.classifier.weight)
+    own = RewardTrainer(
+        model,
+        RewardConfig(
+            str(tmp_path), max_steps=12, learning_rate=0.01, max_length=48, bf16=False, gradient_checkpointing=False,
+            per_device_train_batch_size=4, **QUIET,
+        ),
+        train_dataset=datasets.Dataset.from_list(PREFERENCES),
+        processing_class=byte_tokenizer(),
+    )  # fmt: skip
+    own.train()
+    assert losses(own)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert losses(own)[-1] < 0.9 * math.log(2)
+
+
+@pytest.mark.slow
+@pytest.mark.works("TRL KTOTrainer")
+@five
+def test_kto_begins_where_its_reference_stands(variant, tmp_path):
+    """A policy that is its reference has no margin: each answer's loss is a half."""
+    rows = [
+        {"prompt": row["prompt"], "completion": row["chosen" if i % 2 else "rejected"], "label": bool(i % 2)}
+        for i, row in enumerate(PREFERENCES)
+    ]
+    model = make(variant)
+    own = KTOTrainer(
+        model,
+        copy.deepcopy(model),
+        args=KTOConfig(
+            str(tmp_path), max_steps=6, learning_rate=0.003, max_length=48, bf16=False, gradient_checkpointing=False,
+            per_device_train_batch_size=4, **QUIET,
+        ),
+        train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=byte_tokenizer(),
+    )  # fmt: skip
+    own.train()
+    assert losses(own)[0] == pytest.approx(0.5, abs=1e-4) and losses(own)[-1] < 0.45
+
+
+@pytest.mark.slow
+@pytest.mark.works("TRL GRPOTrainer")
+@five
+def test_grpo_learns_what_is_rewarded(variant, tmp_path):
+    """Paid for one letter, the policy writes more of it."""
+    own = GRPOTrainer(
+        make(variant, hidden_dropout=0.0, attention_dropout=0.0),
+        reward_funcs=lambda completions, **_: [float(sum(c in "etaoin" for c in text)) for text in completions],
+        args=GRPOConfig(
+            str(tmp_path), max_steps=20, learning_rate=0.02, bf16=False, gradient_checkpointing=False, seed=0,
+            per_device_train_batch_size=16, num_generations=16, max_completion_length=8, **QUIET,
+        ),
+        train_dataset=datasets.Dataset.from_list([{"prompt": text} for text in TEXTS]),
+        processing_class=byte_tokenizer(),
+    )  # fmt: skip
+    own.train()
+    rewards = [entry["reward"] for entry in own.state.log_history if "reward" in entry]
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 1

@@ -106,6 +106,9 @@ def test_a_special_id_must_stay_in_the_vocabulary(variant, head):
     with pytest.raises(ValueError, match=rf"the new vocabulary has {PAD} tokens and config.pad_token_id is {PAD}"):
         model.resize_token_embeddings(PAD)
     assert model.get_input_embeddings().weight.shape[0] == VOCAB == model.config.vocab_size
+    for wrong in (dict(new_num_tokens=0), dict(pad_to_multiple_of=1.3)):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is .* whole number"):
+            model.resize_token_embeddings(**wrong)
     model.resize_token_embeddings(PAD, pad_to_multiple_of=64)
     assert model.config.vocab_size == 128
 
