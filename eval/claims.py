@@ -1,7 +1,7 @@
 """Claims of the papers, held against what a run measured: reproduced, contradicted, or not decided.
 
 A claim is decided where chance alone would give the difference more rarely than 1 in 20. Answers are compared as
-shares (statistics.two_proportions), text by stretches of the same bytes (statistics.same_text).
+shares (significance.two_proportions), text by stretches of the same bytes (significance.same_text).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from .contestants import CONTESTANTS
-from .statistics import SURE, pooled, same_text, two_proportions
+from .significance import SURE, pooled, same_text, two_proportions
 
 REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
 ATTENTION_ONLY = tuple(c.name for c in CONTESTANTS.values() if c.carries in ("nothing", "keys"))

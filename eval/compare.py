@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .statistics import SURE, paired, two_proportions
+from .significance import SURE, paired, two_proportions
 
 
 @dataclasses.dataclass(frozen=True)

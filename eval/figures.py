@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from .contestants import CONTESTANTS
-from .statistics import wilson
+from .significance import wilson
 
 # In the order of the contestants, and taken in turns by whatever else there are several of.
 COLOURS = [c.colour for c in CONTESTANTS.values()]

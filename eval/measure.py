@@ -1,13 +1,11 @@
-"""Clocks and counters: times side by side, bytes alive, resident memory."""
+"""Clocks and counters: times side by side, bytes alive."""
 
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 import weakref
 from collections.abc import Callable, Hashable, Mapping
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -102,24 +100,3 @@ def peak_bytes(function: Callable[[], object]) -> int:
     with LiveBytes() as live:
         function()
     return live.peak
-
-
-def resident_peak() -> int:
-    """The most bytes of memory that this process ever held at once (resident-set high-water mark).
-
-    Linux tells it for this program alone in /proc/self/status; getrusage would also count the parent's, from before
-    the program was loaded.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

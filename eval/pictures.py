@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from hf_gallery.models.files import whole_file
 
 from .figures import COLOURS, SYMBOLS, distances, place, times
-from .statistics import wilson
+from .significance import wilson
 
 MARKERS = {  # matplotlib's names of plotly's symbols
     "circle": "o", "circle-open": "o", "x": "x", "cross": "P", "square": "s", "diamond": "D", "triangle-up": "^",

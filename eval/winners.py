@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
-from .statistics import SURE, pooled, same_text, two_proportions, wilson
+from .significance import SURE, pooled, same_text, two_proportions, wilson
 
 
 @dataclasses.dataclass(frozen=True)

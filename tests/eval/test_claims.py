@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from eval import claims, winners
-from eval.statistics import paired, pooled, two_proportions
+from eval.significance import paired, pooled, two_proportions
 
 
 def score(correct, asked=100, chance=0.1):

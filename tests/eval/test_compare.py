@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from eval.cli import app
 from eval.compare import differences
-from eval.statistics import two_proportions
+from eval.significance import two_proportions
 
 QUICK = Path(__file__).parents[2] / "eval" / "results" / "quick.json"
 

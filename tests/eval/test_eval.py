@@ -25,7 +25,7 @@ from eval import abilities, attention, benchmark, cells, contestants, presets, r
 from eval import cli as command_line
 from eval.cells import Cell, Run
 from eval.measure import interleaved, peak_bytes
-from eval.statistics import wilson
+from eval.significance import wilson
 from hf_gallery.data import TASKS, load_corpus, slot_recall
 from hf_gallery.files import read_json, write_json, write_text
 

@@ -8,7 +8,7 @@ import pytest
 from eval import benchmark, claims, report
 from eval.contestants import CONTESTANTS
 from eval.presets import PRESETS
-from eval.statistics import SURE, two_proportions, wilson
+from eval.significance import SURE, two_proportions, wilson
 
 FOLDER = Path(__file__).parents[2] / "eval" / "results"
 BOUNDED = [c.name for c in CONTESTANTS.values() if c.carries in ("keys", "state")]
