@@ -185,7 +185,8 @@ class GalleryCache(Cache):
         if differs is not None:
             raise ValueError(
                 f"past_key_values was saved by a model of other weights ({differs} differs), so this model would "
-                "misread it; read the text again, or load the cache with any_weights=True to use it all the same"
+                "misread it; read the text again, or load the cache with any_weights=True (--any-weights in a shell) "
+                "to use it all the same"
             )
         self._content = replace(self._content, maker=weakref.ref(model))
 

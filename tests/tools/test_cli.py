@@ -410,6 +410,24 @@ def test_a_folder_in_place_of_a_cache(saved, tmp_path):
     assert f"--cache is {tmp_path}, which" in one_line(invoke("generate", saved, "x", "--cache", tmp_path))
 
 
+def test_the_cache_of_other_weights(saved, tmp_path):
+    """A model of the same configuration, trained otherwise, would misread it; who means it says so."""
+    other, cache = tmp_path / "other", tmp_path / "cache"
+    copytree(saved, other)
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    model.save_pretrained(other)
+    (tmp_path / "book.txt").write_text("a text that is long enough")
+    assert not invoke("generate", saved, "x", "--file", tmp_path / "book.txt", "--save-cache", cache).exit_code
+    result = invoke("generate", other, "x", "--cache", cache)
+    error = result.stderr
+    assert result.exit_code == 1 and "other weights" in error and "--any-weights" in error
+    assert not invoke("generate", other, "x", "--cache", cache, "--any-weights").exit_code
+    assert not invoke("generate", saved, "x", "--cache", cache).exit_code
+
+
 def test_the_cache_of_another_model(saved, tmp_path):
     GalleryCache(VARIANTS["longformer"].make_config()).save(tmp_path / "cache")
     result = invoke("generate", saved, "x", "--cache", tmp_path / "cache")
