@@ -71,7 +71,7 @@ def _recall(results: dict[str, Any], entries: Entries) -> list[Plot]:
         ]
         figure = _curves(curves, labels, chance)
         figure.update_xaxes(title=axis)
-        caption = f"The same trained model, read with a memory of so many keys for each head; it trained with {own:,}."
+        caption = f"The same trained model, read with that many stored keys per head; it trained with {own:,}."
         plots.append((f"{entry['label']}: how much memory is enough?", caption, figure))
     return plots
 
@@ -152,7 +152,7 @@ def _text(results: dict[str, Any], entries: Entries) -> list[Plot]:
         if e.get("text_by_memory_size")
     ]
     if sums:
-        caption = "The same trained model, read with a memory of so many keys for each head; the last is its own."
+        caption = "The same trained model, read with that many stored keys per head; the last is its own."
         plots.append(("Does a larger memory help with text?", caption, _bit_curves(sums, "keys in memory")))
     return plots
 

@@ -45,7 +45,7 @@ def read(name: str, runs: Path) -> dict[str, Any]:
 
 
 def place(name: str, runs: Path) -> Path:
-    """Where the page of a run stands: in its folder, or beside a given file, under its name if that is not usual."""
+    """The place of a run's page: in its folder, or beside a given file, under its name if that is not usual."""
     if not name.endswith(".json"):
         return runs / name / PAGE
     path = Path(name)

@@ -291,10 +291,11 @@ def generate(
     if read is not None:
         try:
             read.check(net.config, 1)
+            read.check_weights(net.base_model)
         except ValueError as error:
             raise ValueError(
                 f"--cache is {cache}, which does not fit {model}: {error}. Read the text again, by --file and "
-                "--save-cache with this model"
+                "--save-cache with this model; --any-weights takes one of the same model with other weights"
             ) from error
         read = read.to(where)
     if text is not None:

@@ -280,7 +280,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         # One distance only where the window is still empty: a table needs a row all the same.
         position = self.relative_bias(max(1, spans.distances(cached)[1]), scale)
         options = dict(dropout=self.dropout.rate, implementation=context.implementation)
-        out = attend(query, keys, values, spans, position=position, scale=1.0, **options)
+        out: torch.Tensor = attend(query, keys, values, spans, position=position, scale=1.0, **options)
         probabilities = None
         if context.output_attentions:
             probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)[2]

@@ -214,7 +214,8 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         """PEFT's prompt tuning finds an adaptive embedding by this name, and tables by their size."""
         if not is_adaptive(self.config):
             raise AttributeError(f"{type(self).__name__} has no attribute 'embeddings'")
-        return nn.ModuleDict({"word_embeddings": self.base_model.embed_tokens})
+        words: nn.Module = self.base_model.embed_tokens
+        return nn.ModuleDict({"word_embeddings": words})
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
         """As in transformers; with adaptive tables the last cluster grows or shrinks."""

@@ -229,5 +229,5 @@ def test_a_cache_holds_no_graph(variant, head):
     run = runner(variant, head)
     run.model.train()
     _, cache = run(words(2, 11))
-    tensors = [x for x in tree_iter(contents(cache)) if isinstance(x, torch.Tensor)]
+    tensors = [x for x in tree_iter(contents(vars(cache))) if isinstance(x, torch.Tensor)]
     assert tensors and not any(x.requires_grad for x in tensors)
