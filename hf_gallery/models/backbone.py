@@ -47,7 +47,7 @@ class Part:
 @dataclass
 class LayerResults:
     """Output of the layers for a part: x (B, T, E), each layer's next state, and where asked for the hidden states
-    before, between and behind the layers and the attentions."""
+    before, between and behind the layers and the attentions, both over the input's columns."""
 
     x: torch.Tensor
     states: list[NextState]
@@ -94,7 +94,7 @@ class Backbone(GalleryPreTrainedModel):
 
     def results(self, context: ForwardContext, attentions: list | None) -> dict[str, Any]:
         """Further fields of the output, of an input whose documents are not packed."""
-        return {"attentions": None if attentions is None else unpacked(context.rows, attentions)}
+        return {"attentions": None if attentions is None else tuple(attentions)}
 
     # ---- the forward
 
@@ -266,8 +266,3 @@ def no_types(token_type_ids: torch.Tensor | None):
     unasked."""
     if token_type_ids is not None and bool(token_type_ids.any()):
         raise ValueError("token_type_ids hold more than zeros, but this model has no token types; leave them out")
-
-
-def unpacked(rows: Rows, attentions: list, keys_too: bool = True) -> tuple:
-    """Probabilities of all layers over the input's columns."""
-    return tuple(rows.unpack_attentions(a, keys_too) for a in attentions)

@@ -34,7 +34,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import nn
 
-from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, attend
+from .attention_maps import Keys, attend_shown
 from .backbone import Backbone, LayerResults
 from .blocks import (
     AttentionDropout,
@@ -279,11 +280,8 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         spans = context.window(cached)
         # One distance only where the window is still empty: a table needs a row all the same.
         position = self.relative_bias(max(1, spans.distances(cached)[1]), scale)
-        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
-        out: torch.Tensor = attend(query, keys, values, spans, position=position, scale=1.0, **options)
-        probabilities = None
-        if context.output_attentions:
-            probabilities = attend_naive(query, keys, values, spans, position=position, scale=1.0)[2]
+        options = dict(scale=1.0, dropout=self.dropout.rate)
+        out, probabilities = attend_shown(context, query, Keys(keys, values, spans, position), **options)
         if self.reads_state:
             cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.heads), self.cross_scale)
             if self.recurrent:

@@ -29,6 +29,8 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive, join
+from .attention_maps import show
+from .attention_problem import compute_dtype
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
 from .cache import CACHE_NAME
@@ -104,22 +106,26 @@ class GalleryLongformerAttention(nn.Module):
         position = None
         if self.relative:
             query, position = self._relative(query, context)
-        probabilities = self._look(query, keys, position, context, x) if context.output_attentions else None
-        out = self._local(query, keys, values, position, global_pairs, context)
-        if not context.causal:
-            if context.globals is not None:
-                out = context.globals.put(out, self._from_globals(x, context))
-            else:
-                out = with_gradients_for(out, self.q_global_proj, self.k_global_proj, self.v_global_proj)
+        probabilities, of_globals = None, None
+        if not context.causal and context.globals is not None:
+            of_globals = self._of_globals(x, context)
+        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
+        if context.output_attentions:
+            out, probabilities = self._look(query, keys, values, position, of_globals, context)
+        else:
+            out = self._local(query, keys, values, position, global_pairs, context, options)
+            if of_globals is not None:
+                out = context.globals.put(out, attend(*of_globals, **options))
+        if not context.causal and of_globals is None:
+            out = with_gradients_for(out, self.q_global_proj, self.k_global_proj, self.v_global_proj)
         return self.o_proj(merge_heads(out)), new, probabilities
 
-    def _local(self, query, keys, values, position, global_pairs, context):
+    def _local(self, query, keys, values, position, global_pairs, context, options):
         folding = context.folding(self.dilation)
         window = context.once((self.left, self.dilation, "window"), lambda: folding.window(self.left, self.right))
         queries, folded_keys, folded_values = folding.queries(query), folding.keys(keys), folding.keys(values)
         if position is not None:
             position = position._replace(query=folding.queries(position.query))
-        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
         if global_pairs is None:
             out = attend(queries, folded_keys, folded_values, window, position=position, **options)
             return folding.unfold(out)
@@ -144,8 +150,9 @@ class GalleryLongformerAttention(nn.Module):
             pairs.append(z)
         return tuple(pairs)
 
-    def _from_globals(self, x, context):
-        """Attention of the global tokens: over everything, by maps of their own. (B, H, Gn, D)."""
+    def _of_globals(self, x, context):
+        """The global tokens' attention over everything, by maps of their own: query (B, H, Gn, D), key and value
+        (B, H, T, D), intervals."""
         query = context.globals.take(split_heads(self.q_global_proj(x), self.heads))
         key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
         first = context.everything
@@ -153,8 +160,7 @@ class GalleryLongformerAttention(nn.Module):
         spans = context.once(
             "everything", lambda: Spans(first.lower[:, :1].expand(-1, count), first.upper[:, :1].expand(-1, count))
         )
-        dropout = self.dropout.rate
-        return attend(query, key, value, spans, dropout=dropout, implementation=context.implementation)
+        return query, key, value, spans
 
     def _relative(self, query, context):
         table = context.table(self.layer, lambda: self._table(query))
@@ -167,31 +173,37 @@ class GalleryLongformerAttention(nn.Module):
         sinusoid = sinusoids(distances, self.width, "concatenated", query.dtype)
         return split_heads(self.r_proj(sinusoid)[None], self.heads)[0]
 
-    def _look(self, query, keys, position, context, x):
-        """The same attention with all T x S scores, for its maps: the probabilities (B, H, T, S)."""
+    def _look(self, query, keys, values, position, of_globals, context):
+        """The same attention with all T x S scores, for its maps: (B, H, T, D), and the probabilities (B, H, T, S)."""
         if context.causal and context.globals is not None:
             raise ValueError(
                 "output_attentions is True and a decoder has global tokens, which may be older than the columns of a "
                 "map; leave out one of them"
             )
+        globals_ = context.globals
+        with torch.autocast(query.device.type, enabled=False):  # as `attend`: float32 at least
+            probabilities = self._window_map(query, keys, position, context)
+            if globals_ is not None:
+                probabilities = globals_.put(probabilities, attend_naive(*of_globals)[2])
+            shown, probabilities = show(context, probabilities)
+            kept = F.dropout(probabilities, self.dropout.rate)
+            out = kept @ values.to(kept.dtype)
+            if globals_ is not None:
+                out = globals_.put(out, globals_.take(kept) @ of_globals[2].to(kept.dtype))
+        return out.to(query.dtype), shown
+
+    def _window_map(self, query, keys, position, context):
+        """Probabilities (B, H, T, S) over each query's window and the global tokens, by the same maps for all."""
         visible, window, row = context.once(
             (self.left, self.dilation, "dense"), lambda: self._visible(context, keys.device)
         )
-        scores = query @ keys.mT
+        dtype = compute_dtype(query)
+        scores = query.to(dtype) @ keys.to(dtype).mT
         if position is not None:
-            term = (position.query @ position.table.mT).gather(-1, row.expand_as(scores))
+            term = (position.query.to(dtype) @ position.table.to(dtype).mT).gather(-1, row.expand_as(scores))
             scores = scores + term.masked_fill(~window[:, None], 0.0)  # a global token has no distance
         scores = (scores * query.shape[-1] ** -0.5).masked_fill(~visible[:, None], -math.inf)
-        probabilities = scores.softmax(-1, dtype=torch.float64 if scores.dtype == torch.float64 else torch.float32)
-        probabilities = probabilities.masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
-        if context.globals is not None:
-            globals_ = context.globals
-            query = globals_.take(split_heads(self.q_global_proj(x), self.heads))
-            key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
-            first, count = context.everything, query.shape[2]
-            spans = Spans(first.lower[:, :1].expand(-1, count), first.upper[:, :1].expand(-1, count))
-            probabilities = globals_.put(probabilities, attend_naive(query, key, value, spans)[2])
-        return probabilities
+        return scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
 
     def _visible(self, context, device):
         """Keys that each query sees (B or 1, T, S), those of its window, and each pair's row of the table of positions

@@ -45,7 +45,8 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS
+from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import (
     AttentionDropout,
@@ -171,14 +172,11 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         return self.o_proj(merge_heads(out)), new, probabilities
 
     def _local(self, query, key, value, keys, values, position, state, context):
-        options = dict(scale=1.0, dropout=self.dropout.rate, implementation=context.implementation)
-        probabilities = None
-        if context.output_attentions:
-            probabilities = attend_naive(query, keys, values, context.spans, position=position, scale=1.0)[2]
+        options = dict(scale=1.0, dropout=self.dropout.rate)
         if context.parts is None:
-            return attend(query, keys, values, context.spans, position=position, **options), probabilities
+            return attend_shown(context, query, Keys(keys, values, context.spans, position), **options)
         before = (keys, values) if context.parts.crosses else (state.get("keys"), state.get("values"))
-        return attend_segments(query, (key, value), before, context.parts, position, **options), probabilities
+        return attend_segments(context, query, (key, value), before, context.parts, position, **options)
 
     @torch.compiler.disable  # where the memory's columns lie depends on the rows: see `attend`
     def _remember(self, query, keys, values, context, state):

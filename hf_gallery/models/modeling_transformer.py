@@ -29,8 +29,9 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import can_return_tuple
 
-from .attention import OWN_IMPLEMENTATIONS, attend, attend_naive
-from .backbone import Backbone, unpacked
+from .attention import OWN_IMPLEMENTATIONS
+from .attention_maps import Keys, attend_shown
+from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
@@ -81,11 +82,10 @@ class GalleryTransformerAttention(nn.Module):
         """(B, S, E) to keys and values (B, H, S, D)."""
         return split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
 
-    def forward(self, x, key, value, spans: Spans, context: Context):
-        """x (B, T, E), key and value (B, H, S, D) to (B, T, E) and, if asked for, probabilities (B, H, T, S)."""
+    def forward(self, x, keys: Keys, context: Context, keys_too: bool = True):
+        """x (B, T, E) to (B, T, E) and, if asked for, probabilities (B, H, T, S). keys_too: the last T are x's own."""
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
-        out = attend(query, key, value, spans, dropout=self.dropout.rate, implementation=context.implementation)
-        probabilities = attend_naive(query, key, value, spans)[2] if context.output_attentions else None
+        out, probabilities = attend_shown(context, query, keys, dropout=self.dropout.rate, keys_too=keys_too)
         return self.o_proj(merge_heads(out)), probabilities
 
 
@@ -114,7 +114,7 @@ class GalleryTransformerLayer(ResidualLayer):
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
         key, value, new = context.extend(state, keys=key, values=value)  # (B, H, C + T, D)
-        y, probabilities = self.self_attn(y, key, value, context.spans, context)
+        y, probabilities = self.self_attn(y, Keys(key, value, context.spans), context)
         x = self.add(x, y, self.self_attn_norm)
         cross_probabilities = None
         if self.cross_attention:
@@ -124,7 +124,8 @@ class GalleryTransformerLayer(ResidualLayer):
                 y = with_gradients_for(y, self.cross_attn.k_proj, self.cross_attn.v_proj)
             else:
                 key, value = self.cross_attn.keys_values(source)
-            y, cross_probabilities = self.cross_attn(y, key, value, context.source_spans, context)
+            keys = Keys(key, value, context.source_spans)
+            y, cross_probabilities = self.cross_attn(y, keys, context, keys_too=False)
             x = self.add(x, y, self.cross_attn_norm)
             if context.keep:
                 new |= {"cross_keys": Fixed(key), "cross_values": Fixed(value)}
@@ -191,10 +192,7 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         if attentions is None:
             return {}
         own, cross = zip(*attentions, strict=True)
-        found = {"attentions": unpacked(context.rows, own)}
-        if self.cross_attention:
-            found["cross_attentions"] = unpacked(context.rows, cross, keys_too=False)
-        return found
+        return {"attentions": own} | ({"cross_attentions": cross} if self.cross_attention else {})
 
     def _encoder_interval(self, p, last):
         last = last.expand_as(p)

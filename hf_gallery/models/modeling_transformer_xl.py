@@ -30,7 +30,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Projections, is_adaptive
-from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive
+from .attention import OWN_IMPLEMENTATIONS, Position
+from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
 from .columns import append_columns
@@ -92,15 +93,14 @@ class GalleryTransformerXLAttention(nn.Module):
         query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
         content, position = query + u[:, None].to(query), query + v[:, None].to(query)
         relative = Position(self.table(context), context.far, position)
-        options = dict(dropout=self.dropout.rate, implementation=context.implementation)
-        out = probabilities = None
-        if context.output_attentions:
-            out, _, probabilities = attend_naive(content, *joined, context.spans, position=relative)
-            out = out.to(query.dtype)
+        dropout = self.dropout.rate
         if context.parts is not None:
-            out = attend_segments(content, own, before, context.parts, relative, **options)
-        elif out is None:
-            out = attend(content, *joined, context.spans, position=relative, **options)
+            parts = context.parts
+            out, probabilities = attend_segments(context, content, own, before, parts, relative, dropout=dropout)
+        else:
+            key, value = joined
+            keys = Keys(key, value, context.spans, relative)
+            out, probabilities = attend_shown(context, content, keys, dropout=dropout)
         return self.o_proj(merge_heads(out)), probabilities
 
 
@@ -122,7 +122,7 @@ class GalleryTransformerXLLayer(ResidualLayer):
         own = self.self_attn.keys_values(y)
         past = self._past(state, context, x)
         joined = before = None
-        if context.parts is None or context.output_attentions or (context.keep and "keys" in state):
+        if context.parts is None or (context.keep and "keys" in state):
             limit = context.limit if context.keep else None
             joined = tuple(append_columns(x, y, limit) for x, y in zip(past or (None, None), own, strict=True))
         if context.parts is not None:

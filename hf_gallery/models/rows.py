@@ -11,7 +11,7 @@ intervals differ between them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -83,15 +83,11 @@ class Rows:
 
     def unpack_attentions(self, x: torch.Tensor, keys_too: bool) -> torch.Tensor:
         """Probabilities (B, H, T, S) over the input's columns: queries, and with keys_too the new keys as well."""
-        if self.index is None:
-            return x
-        x = self.unpack(x.transpose(1, 2)).transpose(1, 2)  # (B, H, columns, S)
-        if not keys_too:
-            return x
-        cached = x.shape[-1] - self.width
-        return torch.cat(
-            [x[..., :cached], self.unpack(x[..., cached:].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)], dim=-1
-        )
+        return x if self.index is None else _move_attentions(self.unpack, x, keys_too)
+
+    def pack_attentions(self, x: torch.Tensor, keys_too: bool) -> torch.Tensor:
+        """The inverse of `unpack_attentions`."""
+        return x if self.index is None else _move_attentions(self.pack, x, keys_too)
 
     @property
     def first(self) -> torch.Tensor:
@@ -164,6 +160,16 @@ def _places(parts: Sequence[Rows]) -> torch.Tensor:
         place[rows.index.cpu()[here]] = number[here]
         start += here.numel()
     return place.view(batch, columns)
+
+
+def _move_attentions(move: Callable, x: torch.Tensor, keys_too: bool) -> torch.Tensor:
+    """Probabilities x (B, H, T, C + T) with their queries, and with keys_too their last T keys, moved."""
+    cached = x.shape[-1] - x.shape[-2]
+    x = move(x.transpose(1, 2)).transpose(1, 2)
+    if not keys_too:
+        return x
+    new = move(x[..., cached:].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    return torch.cat([x[..., :cached], new], dim=-1)
 
 
 def _columns(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:

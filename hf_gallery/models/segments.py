@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .attention import Position, attend, join
+from .attention import Position
+from .attention_maps import Keys, attend_shown
+from .context import ForwardContext
 from .rows import Rows
 from .spans import Spans
 
@@ -58,18 +60,28 @@ Pair = tuple[torch.Tensor, torch.Tensor]  # keys and values (B, H, S, D)
 
 
 def attend_segments(
-    query: torch.Tensor, own: Pair, before: Pair | None, parts: Parts, position: Position | None, **options
-) -> torch.Tensor:
-    """Attention whose gradient stops at the segment's border: over a segment's own keys and over those before it, one
-    softmax for both. position: of [cached | new] columns."""
-    width = query.shape[2]
-    out = attend(query, *own, parts.own, position=_nearest(position, parts.own), return_lse=True, **options)
-    if parts.before is not None:
+    context: ForwardContext,
+    query: torch.Tensor,
+    own: Pair,
+    before: Pair | None,
+    parts: Parts,
+    position: Position | None,
+    **options,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`attend_shown` whose gradient stops at the segment's border: over a segment's own keys and over those before it,
+    one softmax for both. position: of [cached | new] columns."""
+    nearest = Keys(*own, parts.own, _nearest(position, parts.own))
+    if parts.before is None:
+        return attend_shown(context, query, nearest, **options)
+    key, value = before
+    first = key.shape[2]  # the column of the first new key
+    if parts.crosses:
+        first -= query.shape[2]
+    elif position is not None:
         # `attend` counts distances from the end of the keys that it gets: without the new ones that is T nearer.
-        if position is not None and not parts.crosses:
-            position = position._replace(far=position.far - width)
-        out = join(out, attend(query, *before, parts.before, position=position, return_lse=True, **options))
-    return out[0]
+        position = position._replace(far=position.far - query.shape[2])
+    older = Keys(key, value, parts.before, position)
+    return attend_shown(context, query, nearest._replace(start=first), older, **options)
 
 
 def _nearest(position: Position | None, own: Spans) -> Position | None:

@@ -373,6 +373,20 @@ def test_autocast_leaves_the_softmax_in_float32():
     assert_same(got, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@positions
+@torch.no_grad()
+def test_autocast_leaves_one_query_in_float32(position, dtype):
+    """A decode step without gradients has a path of its own."""
+    sizes = SHAPES["chunk"] | dict(t=1)
+    inputs, spans = problem(**sizes, position=position, dtype=torch.float32)
+    arguments = inputs["query"], inputs["key"], inputs["value"], spans
+    expected = attend(*arguments, position=inputs.get("position"), implementation="tiles")
+    with torch.autocast("cpu", dtype=dtype):
+        got = attend(*arguments, position=inputs.get("position"), implementation="tiles")
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
 # ----------------------------------------------------------------------------------------------------------- dropout
 
 

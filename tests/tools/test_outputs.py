@@ -3,7 +3,7 @@
 import pytest
 import torch
 from transformers import AutoConfig
-from variants import over, runner, words
+from variants import assert_equal, over, result_of, runner, words
 
 
 def fields(output, kind):
@@ -51,3 +51,98 @@ def test_gradients_are_retained_on_hidden_states(variant, head, padding):
         state.retain_grad()
     output[0].square().sum().backward()
     assert all(state.grad is not None and state.grad.abs().sum() > 0 for state in states[:-1])
+
+
+# 23 tokens cross the borders of segments and blocks; the heads bring cross-attention and global tokens.
+shows_maps = over(lambda variant, head: not variant.settings.get("feedback"))
+
+
+def looked_at(variant, head, padding, parts):
+    """A model in training without dropout, and the outputs of a text read in `parts`, with attentions and without."""
+    run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
+    run.model.train()
+    mask = torch.ones(2, 23, dtype=torch.long)
+    mask[0, :3] = mask[1, 9] = 1 - padding
+    outputs = []
+    for asked in (True, False):
+        found, cache = [], None
+        ends = [sum(parts[: i + 1]) for i in range(len(parts))]
+        for start, end in zip([0, *ends], ends, strict=False):
+            inputs = run.inputs(words(2, 23)[:, start:end], mask[:, start:end])
+            if run.head.stream:
+                inputs |= dict(past_key_values=cache, use_cache=len(parts) > 1)
+            found.append(run.model(**inputs, output_attentions=asked))
+            cache = found[-1].get("past_key_values")
+        outputs.append(found)
+    return run.model, *outputs
+
+
+def gradients(model, loss):
+    found = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+    return {name: g for (name, _), g in zip(model.named_parameters(), found, strict=True)}
+
+
+def maps_of(output):
+    return [x for tensors in fields(output, "attentions").values() for x in tensors]
+
+
+@pytest.mark.parametrize("padding", [False, True], ids=["no padding", "padding"])
+@shows_maps
+def test_gradients_are_retained_on_attentions(variant, head, padding):
+    """Each map that is returned lies on the way to the result, whose gradient it can keep; a loss on the maps reaches
+    the parameters that made them."""
+    model, (output,), _ = looked_at(variant, head, padding, (23,))
+    for probabilities in maps_of(output):
+        probabilities.retain_grad()
+    result_of(output).square().sum().backward(retain_graph=True)
+    assert all(x.grad is not None and x.grad.abs().sum() > 0 for x in maps_of(output)) and maps_of(output)
+    learned = gradients(model, sum(x.square().sum() for x in maps_of(output)))
+    for name in ("q_proj", "k_proj"):
+        own = [g for key, g in learned.items() if f"attn.{name}.weight" in key or f"attn.project.{name}.weight" in key]
+        assert own and all(g is not None and g.abs().sum() > 0 for g in own)
+
+
+@pytest.mark.parametrize("parts", [(23,), (9, 1, 13)], ids=str)
+@pytest.mark.parametrize("padding", [False, True], ids=["no padding", "padding"])
+@shows_maps
+def test_attentions_change_neither_result_nor_gradients(variant, head, padding, parts):
+    """With output_attentions results are the same, and so are the gradients of all parameters: none is counted twice,
+    and none passes the border of a segment."""
+    if len(parts) > 1 and not variant.heads[head].stream:
+        pytest.skip("reads its input at once")
+    model, shown, plain = looked_at(variant, head, padding, parts)
+    for got, expected in zip(shown, plain, strict=True):
+        assert_equal(result_of(got), result_of(expected))
+    got, expected = (gradients(model, sum(result_of(o).square().sum() for o in found)) for found in (shown, plain))
+    for name, gradient in expected.items():
+        if gradient is None:
+            assert got[name] is None, name
+        else:
+            torch.testing.assert_close(got[name], gradient, rtol=1e-6, atol=1e-9 * float(gradient.abs().max()) + 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@shows_maps
+def test_attentions_under_autocast_are_as_exact(variant, head, dtype):
+    """The probabilities are in float32 and make the same result as without them."""
+    run = runner(variant, head)
+    inputs = run.inputs(words(2, 23))
+    with torch.no_grad(), torch.autocast("cpu", dtype):
+        output, plain = (run.model(**inputs, output_attentions=asked) for asked in (True, False))
+    assert all(x.dtype == torch.float32 for x in maps_of(output))
+    difference = (result_of(output).float() - result_of(plain).float()).abs().max()
+    assert difference <= 8 * torch.finfo(dtype).eps * result_of(plain).float().abs().max()
+
+
+@shows_maps
+def test_dropout_leaves_the_attentions_that_are_returned(variant, head):
+    """Dropout acts on the probabilities that weigh the values, not on those that are returned."""
+    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.5)
+    inputs = run.inputs(words(2, 9))
+    with torch.no_grad():
+        whole = run.model(**inputs, output_attentions=True)
+        run.model.train()
+        torch.manual_seed(0)
+        dropped = run.model(**inputs, output_attentions=True)
+    assert_equal(maps_of(dropped)[0], maps_of(whole)[0])  # of the first layer, which no dropout stands before
+    assert (result_of(dropped) - result_of(whole)).abs().max() > 1e-3
