@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from .documents import Documents
 from .rows import Rows
 from .spans import Spans
 
@@ -140,3 +141,40 @@ def in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     g = len(order) // len(x)
     order = order.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.repeat_interleave(g, dim=0).gather(2, order)
+
+
+def first_token(x: torch.Tensor, attention_mask: torch.Tensor | None, documents: Documents | None) -> torch.Tensor:
+    """A mask (B, T) of each row's first token; where documents are packed, of each document's."""
+    if documents is not None:
+        return documents.first_tokens(x.device)
+    if attention_mask is None:
+        mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
+    else:
+        mask = (attention_mask[:, -x.shape[1] :] != 0).long()
+    return (mask.cumsum(1) == 1) & (mask == 1)
+
+
+def question_tokens(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    documents: Documents | None,
+    sep_token_id: int | None,
+) -> torch.Tensor:
+    """A mask (B, T) of the tokens before each row's first separator, as the released code chooses them; where
+    documents are packed, before each document's."""
+    if sep_token_id is None:
+        raise ValueError(
+            "config.sep_token_id is None, so the question's end is unknown; set it, or give global_attention_mask"
+        )
+    separator = input_ids == sep_token_id
+    if documents is not None:
+        return documents.before(separator, "input_ids", f"sep_token_id {sep_token_id}")
+    if attention_mask is not None:
+        separator = separator & (attention_mask != 0)
+    without = ~separator.any(1)
+    if bool(without.any()):
+        raise ValueError(
+            f"input_ids has no sep_token_id {sep_token_id} in rows {without.nonzero().flatten().tolist()}; put one "
+            "after the question, or give global_attention_mask"
+        )
+    return separator.long().cumsum(1) == 0

@@ -11,10 +11,19 @@ import inspect
 
 import torch
 import torch.nn.functional as F
-from transformers.modeling_outputs import CausalLMOutputWithPast, MaskedLMOutput, SequenceClassifierOutputWithPast
+from transformers.loss.loss_utils import ForMaskedLMLoss
+from transformers.modeling_outputs import (
+    CausalLMOutputWithPast,
+    MaskedLMOutput,
+    QuestionAnsweringModelOutput,
+    Seq2SeqLMOutput,
+    SequenceClassifierOutputWithPast,
+    TokenClassifierOutput,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import can_return_tuple
 
+from .cache import CACHE_NAME, cache_of
 from .documents import PACKING, Documents
 from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors
 
@@ -240,6 +249,182 @@ class SequenceClassificationHead:
     def pool(self, hidden, attention_mask, documents: Documents | None):
         """The input of `classifier`, from hidden (B, T, E): (B, E), or (N, E) where N documents are packed."""
         return pooled_rows(hidden, attention_mask, documents, last=True)
+
+
+class TokenClassificationHead:
+    """A label for each token: dropout, then `classifier` on every hidden state."""
+
+    head_loss = "ForTokenClassification"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> TokenClassifierOutput:
+        """Arguments as in the bare model. labels (B, T), -100 to leave one out. logits (B, T, num_labels)."""
+        num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
+        columns = input_ids if inputs_embeds is None else inputs_embeds
+        labels = checked_labels("labels", labels, columns, self.num_labels, "num_labels")
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            **kwargs | {"use_cache": False},
+        )
+        logits = self.classifier(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels.contiguous(), self.config, **num_items)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class QuestionAnsweringHead:
+    """Start and end of an answer in each row: `qa_outputs` on every hidden state."""
+
+    head_loss = "ForQuestionAnswering"
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.LongTensor | None = None,
+        end_positions: torch.LongTensor | None = None,
+        **kwargs,
+    ) -> QuestionAnsweringModelOutput:
+        """Arguments as in the bare model. start_positions, end_positions (B,): columns of the answer; those outside
+        the input are left out of the loss. The logits of padding are the least number.
+        """
+        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
+        own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
+        packing = {name: kwargs.get(name) for name in PACKING} | {"position_ids": position_ids}
+        *_, documents = self.open_input(**own, packing=packing)  # its errors come first
+        if documents is not None and (start_positions is not None or end_positions is not None):
+            raise ValueError(
+                "start_positions and end_positions are columns of a row with one text, and documents are packed in "
+                "the rows; give each text a row of its own to train"
+            )
+        kwargs |= self.question_inputs(input_ids, attention_mask, documents, kwargs)
+        outputs = self.model(
+            **own, token_type_ids=token_type_ids, position_ids=position_ids, **kwargs | {"use_cache": False}
+        )
+        logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
+        if attention_mask is not None:  # no answer is there, and the others' probabilities are those of the row alone
+            logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
+        start_logits, end_logits = logits.unbind(-1)  # (B, T) each
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
+        return QuestionAnsweringModelOutput(
+            loss=loss,
+            start_logits=start_logits,
+            end_logits=end_logits,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def question_inputs(self, input_ids, attention_mask, documents: Documents | None, given: dict) -> dict:
+        """Further inputs of the backbone that follow from where the question stands. Override to give some."""
+        return {}
+
+
+class ConditionalGenerationHead(GalleryGenerationMixin):
+    """The target's next token from the source and the target so far: `lm_head` on the decoder's hidden states, and
+    where config.final_logits_bias asks for it a bias on the logits."""
+
+    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
+        """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
+        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        if self.config.final_logits_bias:
+            bias = self.final_logits_bias
+            bias.data = F.pad(bias.data, (0, self.config.vocab_size - bias.shape[1]))
+        return embeddings
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """labels (B, T) moved one to the right behind decoder_start_token_id, -100 replaced by padding."""
+        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
+        if start is None or pad is None:
+            raise ValueError(
+                f"decoder_start_token_id is {start} and pad_token_id is {pad}; set both in the config, or pass "
+                "decoder_input_ids"
+            )
+        ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+        return ids.masked_fill(ids == -100, pad)
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs=None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs,
+    ) -> Seq2SeqLMOutput:
+        """Arguments as in the bare model. labels (B, T): the target, -100 left out of the loss; without
+        decoder_input_ids the decoder reads the labels moved one to the right. logits (B, T, V).
+        """
+        items = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
+        check_arguments(self, kwargs, self.model.arguments() | {"num_items_in_batch"})
+        check_tensors({"labels": labels})
+        if decoder_input_ids is None and decoder_inputs_embeds is None and labels is not None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        decoded = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
+        labels = checked_labels("labels", labels, decoded, self.config.vocab_size)
+        check_kept(logits_to_keep, decoded)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=False if labels is not None and use_cache is None else use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        logits = self.lm_head(keep_logits(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
+        if self.config.final_logits_bias:
+            logits = logits + self.final_logits_bias
+        loss = None
+        if labels is not None:
+            loss = ForMaskedLMLoss(
+                logits, labels.contiguous(), self.config.vocab_size, **items
+            )  # labels stand where they belong
+        return Seq2SeqLMOutput(
+            loss=loss,
+            logits=logits,
+            **{CACHE_NAME: cache_of(outputs)},
+            decoder_hidden_states=outputs.decoder_hidden_states,
+            decoder_attentions=outputs.decoder_attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            encoder_attentions=outputs.encoder_attentions,
+        )
 
 
 def next_tokens(labels: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:

@@ -27,8 +27,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import QuestionAnsweringModelOutput, TokenClassifierOutput
-from transformers.utils import can_return_tuple
 
 from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive, join
 from .backbone import Backbone
@@ -37,19 +35,19 @@ from .cache import CACHE_NAME
 from .columns import append_columns
 from .configuration_longformer import GalleryLongformerConfig
 from .context import ForwardContext
-from .documents import PACKING, Documents
-from .folding import Folding, GlobalTokens, in_order
+from .documents import PACKING
+from .folding import Folding, GlobalTokens, first_token, in_order, question_tokens
 from .gradients import with_gradients_for
 from .heads import (
-    READ_BY_BACKBONE,
     CausalLMHead,
     MaskedLMHead,
+    QuestionAnsweringHead,
     SequenceClassificationHead,
-    checked_labels,
+    TokenClassificationHead,
     pooled_rows,
     reads,
 )
-from .modeling_base import GalleryPreTrainedModel, check_arguments, with_config
+from .modeling_base import GalleryPreTrainedModel, with_config
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
@@ -469,7 +467,8 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
         return self.dropout(torch.tanh(self.pooler(self.dropout(x))))
 
 
-class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
+@reads("global_attention_mask")
+class GalleryLongformerForTokenClassification(TokenClassificationHead, GalleryLongformerPreTrainedModel):
     """A label for each token.
 
     >>> import torch
@@ -482,7 +481,6 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
     """
 
     _auto_class = "AutoModelForTokenClassification"
-    head_loss = "ForTokenClassification"
 
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
@@ -493,40 +491,9 @@ class GalleryLongformerForTokenClassification(GalleryLongformerPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        global_attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        **kwargs,
-    ) -> TokenClassifierOutput:
-        """Arguments as in GalleryLongformerModel. labels (B, T), -100 to leave one out. logits (B, T, num_labels)."""
-        num_items = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
-        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
-        columns = input_ids if inputs_embeds is None else inputs_embeds
-        labels = checked_labels("labels", labels, columns, self.num_labels, "num_labels")
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            global_attention_mask=global_attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs | {"use_cache": False},
-        )
-        logits = self.classifier(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels.contiguous(), self.config, **num_items)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
 
-
-class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
+@reads("global_attention_mask")
+class GalleryLongformerForQuestionAnswering(QuestionAnsweringHead, GalleryLongformerPreTrainedModel):
     """Start and end of an answer; the question, all tokens before the first separator, is global.
 
     >>> import torch
@@ -540,7 +507,6 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
     """
 
     _auto_class = "AutoModelForQuestionAnswering"
-    head_loss = "ForQuestionAnswering"
 
     def __init__(self, config: GalleryLongformerConfig):
         config.check_ids("sep_token_id")
@@ -549,97 +515,14 @@ class GalleryLongformerForQuestionAnswering(GalleryLongformerPreTrainedModel):
         self.qa_outputs = nn.Linear(config.hidden_size, 2)
         self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        global_attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
-        **kwargs,
-    ) -> QuestionAnsweringModelOutput:
-        """Arguments as in GalleryLongformerModel. start_positions, end_positions (B,): columns of the answer; those
-        outside the input are left out of the loss. The logits of padding are the least number. Raises ValueError if a
-        row has no separator to end its question.
-        """
-        check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
-        own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
-        packing = {name: kwargs.get(name) for name in PACKING} | {"position_ids": position_ids}
-        *_, documents = self.open_input(**own, packing=packing)  # its errors come first
-        if documents is not None and (start_positions is not None or end_positions is not None):
-            raise ValueError(
-                "start_positions and end_positions are columns of a row with one text, and documents are packed in "
-                "the rows; give each text a row of its own to train"
-            )
-        if global_attention_mask is None:
-            if input_ids is None:
-                raise ValueError("with inputs_embeds the question cannot be found; give global_attention_mask")
-            sep = self.config.sep_token_id
-            global_attention_mask = question_tokens(input_ids, attention_mask, documents, sep)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            global_attention_mask=global_attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            **kwargs | {"use_cache": False},
-        )
-        logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
-        if attention_mask is not None:  # no answer is there, and the others' probabilities are those of the row alone
-            logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
-        start_logits, end_logits = logits.unbind(-1)  # (B, T) each
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-
-def first_token(x: torch.Tensor, attention_mask: torch.Tensor | None, documents: Documents | None) -> torch.Tensor:
-    """A mask (B, T) of each row's first token; where documents are packed, of each document's."""
-    if documents is not None:
-        return documents.first_tokens(x.device)
-    if attention_mask is None:
-        mask = torch.ones(x.shape[:2], dtype=torch.long, device=x.device)
-    else:
-        mask = (attention_mask[:, -x.shape[1] :] != 0).long()
-    return (mask.cumsum(1) == 1) & (mask == 1)
-
-
-def question_tokens(
-    input_ids: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    documents: Documents | None,
-    sep_token_id: int | None,
-) -> torch.Tensor:
-    """A mask (B, T) of the tokens before each row's first separator, as the released code chooses them; where
-    documents are packed, before each document's."""
-    if sep_token_id is None:
-        raise ValueError(
-            "config.sep_token_id is None, so the question's end is unknown; set it, or give global_attention_mask"
-        )
-    separator = input_ids == sep_token_id
-    if documents is not None:
-        return documents.before(separator, "input_ids", f"sep_token_id {sep_token_id}")
-    if attention_mask is not None:
-        separator = separator & (attention_mask != 0)
-    without = ~separator.any(1)
-    if bool(without.any()):
-        raise ValueError(
-            f"input_ids has no sep_token_id {sep_token_id} in rows {without.nonzero().flatten().tolist()}; put one "
-            "after the question, or give global_attention_mask"
-        )
-    return separator.long().cumsum(1) == 0
+    def question_inputs(self, input_ids, attention_mask, documents, given):
+        """The question is global, unless other tokens are given. Raises ValueError if a row has no separator."""
+        if given.get("global_attention_mask") is not None:
+            return {}
+        if input_ids is None:
+            raise ValueError("with inputs_embeds the question cannot be found; give global_attention_mask")
+        mask = question_tokens(input_ids, attention_mask, documents, self.config.sep_token_id)
+        return {"global_attention_mask": mask}
 
 
 __all__ = [

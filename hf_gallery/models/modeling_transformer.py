@@ -20,14 +20,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     BaseModelOutputWithPastAndCrossAttentions,
-    Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
 from transformers.utils import can_return_tuple
@@ -41,19 +38,15 @@ from .context import ForwardContext
 from .gradients import with_gradients_for
 from .heads import (
     CausalLMHead,
+    ConditionalGenerationHead,
     MaskedLMHead,
     SequenceClassificationHead,
-    check_kept,
-    checked_labels,
-    keep_logits,
     pooled_rows,
     reads,
 )
 from .modeling_base import (
-    GalleryGenerationMixin,
     GalleryPreTrainedModel,
     check_arguments,
-    check_tensors,
     with_config,
 )
 from .rows import Rows
@@ -246,7 +239,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
     >>> import torch
     >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerModel
     >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
-    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> config = GalleryTransformerConfig(**sizes)
     >>> model = GalleryTransformerModel(config).eval()
     >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
     torch.Size([1, 15, 32])
@@ -377,7 +370,7 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
     >>> import torch
     >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForCausalLM
     >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
-    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> config = GalleryTransformerConfig(**sizes)
     >>> model = GalleryTransformerForCausalLM(config).eval()
     >>> cache = model(torch.tensor([list(b"a long time")]), use_cache=True).past_key_values
     >>> model(torch.tensor([list(b" ago")]), past_key_values=cache).logits.shape
@@ -401,7 +394,7 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
     >>> import torch
     >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForMaskedLM
     >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
-    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> config = GalleryTransformerConfig(**sizes)
     >>> model = GalleryTransformerForMaskedLM(config).eval()
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 15, 262])
@@ -428,7 +421,7 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
     >>> import torch
     >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForSequenceClassification
     >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
-    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> config = GalleryTransformerConfig(**sizes)
     >>> model = GalleryTransformerForSequenceClassification(config).eval()
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
@@ -453,13 +446,13 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         return self.dropout(x if self.config.is_decoder else torch.tanh(self.pooler(x)))
 
 
-class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, GalleryTransformerPreTrainedModel):
+class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, GalleryTransformerPreTrainedModel):
     """The published encoder-decoder; one table for source, target and logits (section 3.4).
 
     >>> import torch
     >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForConditionalGeneration
     >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
-    >>> config = GalleryTransformerConfig(**sizes, )
+    >>> config = GalleryTransformerConfig(**sizes)
     >>> model = GalleryTransformerForConditionalGeneration(config).eval()
     >>> ids = torch.tensor([list(b"a long time ago")])
     >>> model(input_ids=ids, decoder_input_ids=ids[:, :4]).logits.shape
@@ -479,88 +472,6 @@ class GalleryTransformerForConditionalGeneration(GalleryGenerationMixin, Gallery
 
     def get_encoder(self, modality=None):
         return self.model.get_encoder()
-
-    def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
-        """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
-        embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
-        if self.config.final_logits_bias:
-            bias = self.final_logits_bias
-            bias.data = F.pad(bias.data, (0, self.config.vocab_size - bias.shape[1]))
-        return embeddings
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """labels (B, T) moved one to the right behind decoder_start_token_id, -100 replaced by padding."""
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or pad is None:
-            raise ValueError(
-                f"decoder_start_token_id is {start} and pad_token_id is {pad}; set both in the config, or pass "
-                "decoder_input_ids"
-            )
-        ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
-        return ids.masked_fill(ids == -100, pad)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs=None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ) -> Seq2SeqLMOutput:
-        """Arguments as in GalleryTransformerModel. labels (B, T): the target, -100 left out of the loss; without
-        decoder_input_ids the decoder reads the labels moved one to the right. logits (B, T, V).
-        """
-        items = {"num_items_in_batch": kwargs.pop("num_items_in_batch", None)}
-        check_arguments(self, kwargs, self.model.arguments() | {"num_items_in_batch"})
-        check_tensors({"labels": labels})
-        if decoder_input_ids is None and decoder_inputs_embeds is None and labels is not None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        decoded = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-        labels = checked_labels("labels", labels, decoded, self.config.vocab_size)
-        check_kept(logits_to_keep, decoded)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=False if labels is not None and use_cache is None else use_cache,
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
-            **kwargs,
-        )
-        logits = self.lm_head(keep_logits(outputs.last_hidden_state, logits_to_keep))  # (B, T, V)
-        if self.config.final_logits_bias:
-            logits = logits + self.final_logits_bias
-        loss = None
-        if labels is not None:
-            loss = ForMaskedLMLoss(
-                logits, labels.contiguous(), self.config.vocab_size, **items
-            )  # labels stand where they belong
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            **{CACHE_NAME: cache_of(outputs)},
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
 
 
 def one_stack(config: GalleryTransformerConfig, name: str):
