@@ -258,6 +258,8 @@ class GalleryGenerationMixin(GenerationMixin):
         # By this name PEFT knows whether its virtual tokens have been read: without, it reads them before every token.
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         name_cache(inputs, "past_key_values")
+        for name in ("tokenizer", "assistant_tokenizer", "assistant_model"):
+            inputs.pop(name, None)  # generate's own, which it hands on to the model all the same
         return inputs
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):

@@ -6,6 +6,8 @@ from test_law_2_batch_anyhow import padded, scatter
 from transformers.generation.streamers import BaseStreamer
 from variants import EOS, PAD, VARIANTS, assert_equal, causal, words
 
+from hf_gallery.data import byte_tokenizer
+
 PROMPT, NEW = 11, 17  # with the learned positions of the pre-norm variant, 61 columns would be too many
 
 
@@ -50,6 +52,15 @@ def test_greedy(variant):
     assert torch.equal(model.generate(prompt, **OPTIONS), expected)
     assert torch.equal(model.generate(prompt, use_cache=False, **OPTIONS), expected)
     assert len(set(greedy(model, prompt, 30)[:, PROMPT:].flatten().tolist())) > 3
+
+
+@causal()
+@pytest.mark.parametrize("beams", [1, 2])
+def test_a_tokenizer_for_generate_is_not_for_the_model(variant, beams):
+    """As `transformers serve` gives it, and whoever stops at strings: generate hands it on to the forward."""
+    model, ids = variant.make(), words(1, 9)
+    settings = {"max_new_tokens": 3, "do_sample": False, "num_beams": beams}
+    assert torch.equal(model.generate(ids, **settings, tokenizer=byte_tokenizer()), model.generate(ids, **settings))
 
 
 @causal()
