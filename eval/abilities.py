@@ -87,6 +87,7 @@ def _ability(title: str, group: str, task: str, *, axis: str, about: str) -> Cal
     about="A number of three digits in a text without meaning, asked for at its end. Right means all digits.",
 )
 def passkey(window: int) -> Iterator[Level]:
+    """Distances that double, from one window on."""
     digits, longest = 3, 64 * window
     for distance in (window * 2**i for i in range(7)):
         if distance >= 40 + digits:  # the question's own length
@@ -102,6 +103,7 @@ def passkey(window: int) -> Iterator[Level]:
     about="Pairs of key and value; when a key comes again, its value is asked for. More pairs, more to hold at once.",
 )
 def capacity(window: int) -> Iterator[Level]:
+    """Numbers of pairs that double, in a text of eight windows."""
     length = 8 * window
     near = list(range(2, length - 1, max(1, window // 8)))
     for n in (1, 2, 4, 8, 16, 32, 64):
@@ -118,6 +120,7 @@ def capacity(window: int) -> Iterator[Level]:
     about="A string of {num_symbols} letters to be repeated word for word after a delay. Right means all letters.",
 )
 def verbatim_copy(window: int) -> Iterator[Level]:
+    """Delays that double, from half a window on."""
     symbols = max(4, window // 4)
     for distance in (window * 2**i // 2 for i in range(8)):
         if distance >= symbols + 2:
@@ -134,6 +137,7 @@ def verbatim_copy(window: int) -> Iterator[Level]:
     about="Capitals among other letters, to be listed in their order at the end. Right means all of them.",
 )
 def selective_copy(window: int) -> Iterator[Level]:
+    """Numbers of capitals that double, in a text of eight windows."""
     length = 8 * window
     for n in (1, 2, 4, 8, 16):
         if 2 * n + 1 <= length:
@@ -148,6 +152,7 @@ def selective_copy(window: int) -> Iterator[Level]:
     about="Nested maxima, minima, medians and sums modulo 10, by the rules of Long Range Arena.",
 )
 def listops(window: int) -> Iterator[Level]:
+    """Expressions whose length doubles, from one window on."""
     for length in (window * 2**i for i in range(5)):
         if length >= 11:
             yield Level(str(length), {"length": length, "max_args": 5}, trained=length <= 8 * window)
@@ -161,6 +166,7 @@ def listops(window: int) -> Iterator[Level]:
     about="Assignments among noise, followed from variable to variable to a digit. No hop is plain recall.",
 )
 def variable_tracking(window: int) -> Iterator[Level]:
+    """Chains of none to four hops."""
     length = max(4 * window, 68)  # room for three chains of five and two questions
     for hops in range(5):
         given = {"length": length, "hops": hops, "num_chains": 3, "num_questions": 2}
@@ -175,6 +181,7 @@ def variable_tracking(window: int) -> Iterator[Level]:
     about="Short stories of people, things and rooms among other sentences, in bAbI's manner. Right means the room.",
 )
 def state_tracking(window: int) -> Iterator[Level]:
+    """Answers that need one to three facts."""
     events = 12
     length = max(16 * window, 26 * events + 49)
     for facts in (1, 2, 3):
@@ -189,6 +196,7 @@ def state_tracking(window: int) -> Iterator[Level]:
     about="Five things swap places step by step; where is one of them in the end? Attention alone has no shortcut.",
 )
 def permutations(window: int) -> Iterator[Level]:
+    """Sequences whose length doubles, from a quarter of a window on."""
     for length in (window * 2**i // 4 for i in range(6)):
         if length >= 6:
             given = {"length": length, "num_questions": max(1, length // 6)}

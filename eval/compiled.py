@@ -106,6 +106,7 @@ def _assembled(ptx: str, arch: int) -> str:
 
 
 def main():
+    """Compiles the kernels that the command line asks for, and prints what each takes."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, default=90)
     parser.add_argument("--heads", default="64,128,256")

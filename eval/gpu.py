@@ -422,6 +422,7 @@ def write(found: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    """Runs the measurement where torch, triton and transformers alone are installed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="under four minutes on an H100")
     parser.add_argument("--dry", action="store_true", help="try the script on a CPU")

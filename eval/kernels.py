@@ -81,6 +81,7 @@ LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def intervals(case: Case, generator: torch.Generator) -> Spans:
+    """Random intervals of a case, or its band."""
     rows = 1 if case.shared else case.b
     if case.band is None:  # ends stick out of the keys, and every third interval is empty
         ends = torch.randint(-3, case.s + 3, (2, rows, case.t), generator=generator)
@@ -142,6 +143,8 @@ def kernels(case: Case):
 
 
 def definition(case: Case, mask: torch.Tensor | None):
+    """The plain definition of a case as a function of its inputs; mask (B, H, T, S): the pairs that dropout keeps."""
+
     def function(query, key, value, spans, position):
         out, lse, probabilities = attend_naive(query, key, value, spans, position=position)
         return (out if mask is None else (probabilities * mask / (1 - case.dropout)) @ value), lse
