@@ -35,7 +35,8 @@ def test_what_the_config_asks_for_is_returned(variant, head, kind, tmp_path):
             got = fields(model.eval()(**inputs), kind)
             assert got.keys() == expected.keys() and got
             for field, tensors in expected.items():
-                assert all(torch.equal(x, y) for x, y in zip(got[field], tensors, strict=True))
+                for x, y in zip(got[field], tensors, strict=True):
+                    assert_equal(x, y)  # products round by where weights lie in memory
             assert not fields(model(**inputs, **{name: False}), kind)
 
 
