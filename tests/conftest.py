@@ -3,6 +3,7 @@
 import os
 import shutil
 import tempfile
+import warnings
 
 # Before anything imports transformers or datasets, which read these once.
 _CACHES = tempfile.mkdtemp(prefix="hf_gallery_tests_")
@@ -58,3 +59,21 @@ def _uninitialised_memory_is_nan():
 def _deprecated_calls_are_errors():
     with errors():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _autocast_is_left():
+    """A test that leaves autocast open would let all that come after it train on weights that were cast before."""
+    before = _autocast_nesting()
+    yield
+    left = _autocast_nesting() - before
+    for _ in range(left):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+    if left:
+        warnings.warn(f"autocast was entered {left} times more often than left", stacklevel=1)
+
+
+def _autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()

@@ -115,7 +115,16 @@ class SegmentTrainer(Trainer):
         self._evaluation: _Carried | None = None
         self._train_lanes: DocumentLanes | None = None
 
+    def _no_cache(self, kind: str) -> ValueError:
+        return ValueError(
+            f"model is a {type(self.model).__name__}, whose past_key_values is a {kind} without "
+            "reset_rows() and detach(); give a model with a GalleryCache, or use transformers.Trainer"
+        )
+
     def _refuse_what_lanes_cannot_do(self):
+        model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        if hasattr(model, "can_generate") and not model.can_generate():
+            raise self._no_cache("NoneType")
         args = self.args
         if args.n_gpu > 1:
             raise ValueError(
@@ -213,10 +222,7 @@ class SegmentTrainer(Trainer):
         )
         cache = cache_of(outputs) if isinstance(outputs, dict) else None
         if not hasattr(cache, "reset_rows") or not hasattr(cache, "detach"):
-            raise ValueError(
-                f"model is a {type(self.model).__name__}, whose past_key_values is a {type(cache).__name__} without "
-                "reset_rows() and detach(); give a model with a GalleryCache, or use transformers.Trainer"
-            )
+            raise self._no_cache(type(cache).__name__)
         carried.cache, carried.position = cache.detach(), following
         if evaluating:
             tokens = int((shift_labels != IGNORED).sum())

@@ -180,7 +180,7 @@ def test_what_cannot_be_recognised(source, tmp_path):
         assert not (tmp_path / "converted").exists()
 
     refused("to is 'longformer'; a Transformer-XL checkpoint can become transformer_xl", to="longformer")
-    refused("has no option segment_lenght; it has segment_length", segment_lenght=3)
+    refused("has no option segment_lenght; did you mean segment_length[?] It has segment_length", segment_lenght=3)
     refused("revision is 'main', but .* is a local folder", revision="main")
     refused("must be a local folder or the id", source=tmp_path / "nowhere")
     refused("must be a local folder or the id", source=source / "config.json")

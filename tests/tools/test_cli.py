@@ -159,7 +159,8 @@ def test_a_training_killed_while_it_saves_goes_on(texts, tmp_path, where, step, 
     out = tmp_path / "out"
     killed = subprocess.run(
         [sys.executable, "-c", KILLED, where, str(step), *map(str, ["train", "transformer_xl", out, *common])],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=240,
     )  # fmt: skip
     assert killed.returncode == -9, killed.stderr
     assert not (out / "model.safetensors").exists()
@@ -270,7 +271,8 @@ def with_metadata(**metadata):
 )
 def test_what_is_no_cache(saved, tmp_path, content):
     (tmp_path / "cache").write_bytes(content)
-    assert f"--cache is {tmp_path / 'cache'}, which --save-cache did not write: " in one_line(
+    said = "which --save-cache did not write: " if content else "which is empty; write it anew"
+    assert f"--cache is {tmp_path / 'cache'}, {said}" in one_line(
         invoke("generate", saved, "x", "--cache", tmp_path / "cache")
     )
 
