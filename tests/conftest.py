@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-import warnings
 
 # Before anything imports transformers or datasets, which read these once.
 _CACHES = tempfile.mkdtemp(prefix="hf_gallery_tests_")
@@ -12,12 +11,13 @@ os.environ["HF_MODULES_CACHE"] = os.path.join(_CACHES, "modules")
 os.environ["HF_DATASETS_CACHE"] = os.path.join(_CACHES, "datasets")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and rich's consoles would keep the width that they began with
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from deprecations import errors  # noqa: E402
-from variants import COLUMNS  # noqa: E402
+from variants import COLUMNS, autocast_nesting, leave_autocast  # noqa: E402
 from works import Works  # noqa: E402
 
 hypothesis.settings.register_profile(
@@ -63,17 +63,9 @@ def _deprecated_calls_are_errors():
 
 @pytest.fixture(autouse=True)
 def _autocast_is_left():
-    """A test that leaves autocast open would let all that come after it train on weights that were cast before."""
-    before = _autocast_nesting()
+    """A test that left autocast open would let all that come after it train on weights that were cast before."""
+    before = autocast_nesting()
     yield
-    left = _autocast_nesting() - before
-    for _ in range(left):
-        torch.autocast_decrement_nesting()
-    torch.clear_autocast_cache()
-    if left:
-        warnings.warn(f"autocast was entered {left} times more often than left", stacklevel=1)
-
-
-def _autocast_nesting() -> int:
-    torch.autocast_increment_nesting()
-    return torch.autocast_decrement_nesting()
+    left = autocast_nesting() - before
+    leave_autocast(left)
+    assert not left, f"autocast was entered {left} times more often than left"

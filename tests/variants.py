@@ -438,6 +438,17 @@ FLOAT32 = dict(rtol=1e-4, atol=1e-5)
 FLOAT64 = dict(rtol=1e-9, atol=1e-10)
 
 
+def autocast_nesting() -> int:
+    torch.autocast_increment_nesting()
+    return torch.autocast_decrement_nesting()
+
+
+def leave_autocast(times: int) -> None:
+    for _ in range(times):
+        torch.autocast_decrement_nesting()
+    torch.clear_autocast_cache()
+
+
 def tolerance(x):
     return FLOAT64 if x.dtype == torch.float64 else FLOAT32
 
