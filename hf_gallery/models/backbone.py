@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
 from .documents import PACKING, Documents
+from .exporting import is_exporting, records_gradients
 from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
 from .rows import Rows, unpack
@@ -139,7 +140,10 @@ class Backbone(GalleryPreTrainedModel):
             cache_position=inputs.pop("cache_position", None),
             packing=packing,
         )
-        longest = documents.longest if documents is not None else int((rows.seen + rows.lengths).amax())
+        if documents is not None:
+            longest = documents.longest
+        else:
+            longest = rows.columns if is_exporting() else int((rows.seen + rows.lengths).amax())
         inputs |= {"position_ids": position_ids}
         self.check(rows, cache, longest, **inputs)
         attends = self.config.output_attentions if output_attentions is None else output_attentions
@@ -148,7 +152,7 @@ class Backbone(GalleryPreTrainedModel):
             self.check_packed(attends, inputs)
         parts = self.parts(rows, cache, documents)
         done, writes = [], None
-        infers = not torch.is_grad_enabled()
+        infers = not records_gradients()
         version = version_of(self.tables_follow()) if cache is not None and infers else None
         for part in parts:
             common = ForwardContext(

@@ -51,6 +51,7 @@ from .blocks import (
 )
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
+from .exporting import is_exporting
 from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
@@ -87,9 +88,11 @@ class Blocks:
         self.rows, self.length, w = rows, length, length
         self.phase = rows.seen % w  # (B,) tokens of the first block that are already behind
         reach = self.phase + rows.lengths  # (B,) tokens from the first block's start
-        self.count = max(1, -(-int(reach.max()) // w))  # J; one also where no row has a token
+        most = fixed_width(rows) if is_exporting() else int(reach.max())
+        self.count = max(1, -(-most // w))  # J; one also where no row has a token
         self.complete = reach[:, None] >= (1 + torch.arange(self.count)) * w  # (B, J): the block ends in this forward
-        self.whole = bool((self.phase == 0).all()) and rows.width == self.count * w  # nothing to move
+        begins = is_exporting() or bool((self.phase == 0).all())  # what is exported has no past
+        self.whole = begins and rows.width == self.count * w  # nothing to move
         place = torch.arange(self.count * w) - self.phase[:, None]  # (B, J * W) packed token of each place
         self.query_at = place.clamp(0, rows.width - 1)
         self.token_at = (self.phase[:, None] + torch.arange(rows.width)).clamp(max=self.count * w - 1)  # (B, T)
@@ -128,6 +131,17 @@ def _pick(x, at):
     """Columns at (B, any) of x (B, H, N, D)."""
     at = at.to(x.device)[:, None, :, None]
     return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def fixed_width(rows: Rows) -> int:
+    """T of what is exported. Raises ValueError if it is to stay open: blocks follow one another, and a graph has no
+    loop."""
+    if isinstance(rows.width, torch.SymInt):
+        raise ValueError(
+            "torch.export is asked for any number of tokens; a Block-Recurrent Transformer reads block after block, so "
+            "export it for one length, and let only the batch be dynamic"
+        )
+    return rows.width
 
 
 class LSTMGate(nn.Linear):
@@ -200,13 +214,12 @@ class RecurrentState(nn.Module):
             pairs.append(pair)
             done = blocks.complete[:, j]
             read = context.keep or j + 1 < blocks.count  # somebody will read the next state
-            if read and bool(done.any()):
+            if read and (is_exporting() or bool(done.any())):
                 windows = windows or (blocks.windows(keys), blocks.windows(values))
                 spans = blocks.window_spans(j, current.shape[1])
                 ahead = self._advance(current, pair, (windows[0][j], windows[1][j]), spans, context)
-                current = (
-                    ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
-                )
+                everywhere = not is_exporting() and bool(done.all())
+                current = ahead if everywhere else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
                 if j + 1 < blocks.count or context.infers:
                     pair = self._keys_values(current)
         key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
@@ -217,7 +230,7 @@ class RecurrentState(nn.Module):
 
     def _entering(self, state, rows) -> torch.Tensor:
         """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
-        initial = self.initial.expand(len(rows.seen), -1, -1)
+        initial = self.initial.expand(rows.seen.shape[0], -1, -1)
         if "state" not in state:
             return initial
         fresh = rows.seen < self.block_length

@@ -38,6 +38,7 @@ from .columns import append_columns
 from .configuration_longformer import GalleryLongformerConfig
 from .context import ForwardContext
 from .documents import PACKING
+from .exporting import is_exporting
 from .folding import Folding, GlobalTokens, first_token, in_order, question_tokens
 from .gradients import with_gradients_for
 from .heads import (
@@ -217,7 +218,7 @@ class GalleryLongformerAttention(nn.Module):
         visible &= distance % self.dilation == 0
         window = visible
         if context.globals is not None:
-            mark = torch.zeros(len(rows.seen), s + 1, dtype=torch.bool)
+            mark = torch.zeros(rows.seen.shape[0], s + 1, dtype=torch.bool)
             mark.scatter_(1, context.globals.index.cpu(), True)
             visible = visible | mark[:, None, :-1]
         visible = visible & real[:, None] & (p <= rows.last)[..., None]
@@ -338,7 +339,7 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
 
     def _global_tokens(self, rows: Rows, past, mask):
         """The global tokens, None if there are none, and what the cache must remember of them."""
-        b = len(rows.lengths)
+        b = rows.lengths.shape[0]
         known = None if past is None else past.rows.get("global_positions")  # (B, G), one more than the position
         if mask is None and known is None:
             return None, {}
@@ -347,7 +348,7 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
         else:
             packed = rows.pack(mask[:, -rows.columns :].cpu() != 0)  # (B, T)
             count = packed.sum(1)
-            most = int(count.max())
+            most = rows.width if is_exporting() else int(count.max())
             if most == 0 and known is None:
                 return None, {}
             index = (~packed).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
@@ -358,7 +359,8 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
         if known is not None:
             positions = torch.cat([known - 1, positions], dim=1)
         order = (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
-        pick = order[:, : max(1, int((positions >= 0).sum(1).max()))]
+        most = order.shape[1] if is_exporting() else max(1, int((positions >= 0).sum(1).max()))
+        pick = order[:, :most]
         positions = positions.gather(1, pick)
         return GlobalTokens(positions, index, pick, causal=True), {"global_positions": Places(positions + 1)}
 

@@ -61,6 +61,7 @@ from .blocks import (
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
+from .exporting import is_exporting
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import Appended, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
@@ -126,7 +127,7 @@ class Context(ForwardContext):
         lower = torch.minimum(first, stored) % size
         upper = lower + (stored - first).clamp(min=0)
         columns = None
-        if bool((segment > stored).any()):
+        if is_exporting() or bool((segment > stored).any()):
             start = (rows.seen - self.cached)[:, None]  # the position in column 0
             after = torch.maximum(stored, first) - start
             columns = (after, torch.maximum(segment - start, after))
@@ -193,7 +194,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         if sources:
             b, h, t, d = query.shape
             tile, results = query_tile(b, h, d, self.topk, context.memory_size), []
-            for part in (slice(start, start + tile) for start in range(0, t, tile)):
+            starts = [slice(None)] if is_exporting() else [slice(i, i + tile) for i in range(0, t, tile)]
+            for part in starts:
                 seen = [(k, v, lower[:, part], upper[:, part]) for k, v, lower, upper in sources]
                 *pairs, found, columns = retrieve(self.backend, query[:, :, part], seen, self.topk)
                 results.append((*attend_retrieved(query[:, :, part], *pairs, found), found, columns))

@@ -206,7 +206,7 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         """The source packed (B, S, E), its intervals, and what the cache must remember of it."""
         if not self.cross_attention:
             return None, None, {}
-        b = len(rows.lengths)
+        b = rows.lengths.shape[0]
         if past is not None and "source_length" in past.rows:
             source, lengths = encoder_hidden_states, past.rows["source_length"]
         elif encoder_hidden_states is None:

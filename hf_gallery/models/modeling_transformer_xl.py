@@ -144,7 +144,7 @@ class GalleryTransformerXLLayer(ResidualLayer):
             return past
         zeros = self.self_attn.keys_values(self._attention_input(x.new_zeros(1, 1, x.shape[-1])))
         return tuple(
-            start_with(zero, columns, context.start, len(x))
+            start_with(zero, columns, context.start, x.shape[0])
             for zero, columns in zip(zeros, past or (None, None), strict=True)
         )
 
