@@ -404,9 +404,9 @@ class GalleryCache(Cache):
 
     @classmethod
     def from_pairs(cls, config, pairs) -> GalleryCache:
-        """The cache of a model that has read P tokens whose keys and values are given; gradients reach them.
+        """The cache of a model that has read C tokens whose keys and values are given; gradients reach them.
 
-        pairs: for each layer keys and values (B, H, P, D), as prefix tuning makes them. Raises ValueError for shapes
+        pairs: for each layer keys and values (B, H, C, D), as prefix tuning makes them. Raises ValueError for shapes
         that are not the model's.
         """
         layers, h, d = config.cache_layers, config.num_attention_heads, config.head_dim

@@ -2,7 +2,7 @@
 
 One store for each row and head. A pair of position p lies in slot p mod memory_size, so the store is a ring: what
 falls out is the oldest. How full a row's ring is follows from the row's own count of tokens, so emptying a row costs
-nothing. Letters: see spans.py; N slots in use, k pairs retrieved.
+nothing. Letters: see spans.py. N slots in use, A pairs appended, k pairs retrieved.
 """
 
 from __future__ import annotations

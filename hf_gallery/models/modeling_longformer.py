@@ -197,9 +197,8 @@ class GalleryLongformerAttention(nn.Module):
 
     def _window_map(self, query, keys, position, context):
         """Probabilities (B, H, T, S) over each query's window and the global tokens, by the same maps for all."""
-        visible, window, entry = context.once(
-            (self.left, self.dilation, "dense"), lambda: self._visible(context, keys.device)
-        )
+        place = (self.left, self.dilation, "dense")
+        visible, window, entry = context.once(place, lambda: self._visible(context, keys.device))
         dtype = compute_dtype(query)
         scores = query.to(dtype) @ keys.to(dtype).mT
         if position is not None:
@@ -209,8 +208,7 @@ class GalleryLongformerAttention(nn.Module):
         return scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
 
     def _visible(self, context, device):
-        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's entry of the table of
-        positions (1, T, S)."""
+        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's table entry (1, T, S)."""
         rows, s = context.rows, context.cached + context.rows.width
         p = rows.positions
         key = p[:, :1] - context.cached + torch.arange(s)  # (B or 1, S)

@@ -3,8 +3,8 @@
 Every variant of the gallery is such an interval (plus at most one extra source), so masks never exist as T x S
 matrices: two integers a query say everything, and tiles of scores outside all intervals are never computed.
 
-Letters, for the whole package: B batch rows, T queries (the new tokens), S key columns, C cached columns,
-H heads, D head size, E hidden size, V vocabulary, R entries of a table of distances.
+Letters, for the whole package: B rows of the batch, T queries (the new tokens), S keys, C cached columns,
+H heads, D size of a head, E hidden size, V vocabulary, R entries of a table of positions.
 """
 
 from __future__ import annotations
