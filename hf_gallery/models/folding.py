@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .documents import Documents
+from .exporting import is_exporting, require
 from .rows import Rows
 from .spans import Spans
 
@@ -173,7 +174,9 @@ def question_tokens(
     if attention_mask is not None:
         separator = separator & (attention_mask != 0)
     without = ~separator.any(1)
-    if bool(without.any()):
+    if is_exporting():
+        require(~without, f"input_ids has rows without a sep_token_id {sep_token_id}")
+    elif bool(without.any()):
         raise ValueError(
             f"input_ids has no sep_token_id {sep_token_id} in rows {without.nonzero().flatten().tolist()}; put one "
             "after the question, or give global_attention_mask"

@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME, cache_of
 from .documents import PACKING, Documents
+from .exporting import is_exporting, require
 from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
@@ -515,7 +516,9 @@ def pooled_rows(
         return hidden[:, -1 if last else 0]
     mask = attention_mask[:, -t:].bool()
     empty = ~mask.any(1)
-    if bool(empty.any()):
+    if is_exporting():
+        require(~empty, "attention_mask has rows without a token")
+    elif bool(empty.any()):
         raise ValueError(
             f"attention_mask has no token in rows {empty.nonzero().flatten().tolist()}; nothing to classify"
         )

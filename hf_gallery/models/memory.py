@@ -271,8 +271,8 @@ def retrieve(
     """
     search = BACKENDS[backend]
     if is_exporting():
-        if search is not search_exact:
-            raise ValueError(f'memory_backend is {backend!r}, which no graph can hold; set it to "exact" to export')
+        if backend not in ("exact", "faiss_flat"):
+            raise ValueError(f'memory_backend is {backend!r}, whose index no graph can hold; set it to "exact" to export')
         search = search_naive
     # Under autocast the products of scores would be in half precision, and the k best others than the best.
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):

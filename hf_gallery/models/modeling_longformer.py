@@ -111,7 +111,7 @@ class GalleryLongformerAttention(nn.Module):
         if not context.causal and context.globals is not None:
             of_globals = self._of_globals(x, context)
         options = dict(dropout=self.dropout.rate, implementation=context.implementation)
-        if context.output_attentions:
+        if context.output_attentions or is_exporting():
             out, probabilities = self._look(query, keys, values, position, of_globals, context)
         else:
             out = self._local(query, keys, values, position, global_pairs, context, options)
@@ -178,8 +178,9 @@ class GalleryLongformerAttention(nn.Module):
         return split_heads(self.r_proj(sinusoid)[None], self.num_heads)[0]
 
     def _look(self, query, keys, values, position, of_globals, context):
-        """The same attention with all T x S scores, for its maps: (B, H, T, D), and the probabilities (B, H, T, S)."""
-        if context.causal and context.globals is not None:
+        """The same attention with all T x S scores, for its maps and for what is exported: (B, H, T, D), and if asked
+        for the probabilities (B, H, T, S)."""
+        if context.output_attentions and context.causal and context.globals is not None:
             raise ValueError(
                 "output_attentions is True and a decoder has global tokens, which may be older than the columns of a "
                 "map; leave out one of them"
@@ -189,7 +190,9 @@ class GalleryLongformerAttention(nn.Module):
             probabilities = self._window_map(query, keys, position, context)
             if globals_ is not None:
                 probabilities = globals_.put(probabilities, attend_naive(*of_globals)[2])
-            shown, probabilities = show(context, probabilities)
+            shown = None
+            if context.output_attentions:
+                shown, probabilities = show(context, probabilities)
             kept = F.dropout(probabilities, self.dropout.rate)
             out = kept @ values.to(kept.dtype)
             if globals_ is not None:
@@ -221,7 +224,8 @@ class GalleryLongformerAttention(nn.Module):
         if context.globals is not None:
             mark = torch.zeros(rows.seen.shape[0], s + 1, dtype=torch.bool)
             mark.scatter_(1, context.globals.index.cpu(), True)
-            visible = visible | mark[:, None, :-1]
+            mark = mark[:, None, :-1]
+            visible = visible | (mark & (distance >= 0) if context.causal else mark)
         visible = visible & real[:, None] & (p <= rows.last)[..., None]
         entry = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
         return visible.to(device), window.to(device), entry.clamp(0, self.left + self.right).to(device)

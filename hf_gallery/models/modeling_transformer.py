@@ -37,6 +37,7 @@ from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .context import ForwardContext
 from .gradients import with_gradients_for
+from .exporting import is_exporting
 from .heads import (
     CausalLMHead,
     ConditionalGenerationHead,
@@ -226,7 +227,7 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
             source_rows = Rows(b, s, self.check_mask(encoder_attention_mask, b, s, None), None)
             source, lengths = source_rows.pack(encoder_hidden_states), source_rows.lengths
         upper = (lengths[:, None] - 1).expand(b, rows.width)
-        if bool((lengths == lengths[0]).all()):
+        if not is_exporting() and bool((lengths == lengths[0]).all()):
             upper = upper[:1]
         return source, Spans(torch.zeros_like(upper), upper), {"source_length": Fixed(lengths)}
 

@@ -37,6 +37,7 @@ from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbeddin
 from .columns import append_columns
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .context import ForwardContext
+from .exporting import is_exporting
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
 from .modeling_base import GalleryPreTrainedModel, init_linear
 from .positions import sinusoids
@@ -314,9 +315,10 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         is above `cached` where more are needed than the cache holds."""
         config = self.config
         reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
-        columns = max(cached, config.mem_len if config.same_length else int(reach.max()))
+        begins = config.same_length or is_exporting()  # what is exported has no past
+        columns = max(cached, config.mem_len if begins else int(reach.max()))
         start = rows.first - columns + torch.arange(columns) < 0
-        return start if bool(start.any()) else None
+        return start if columns and (is_exporting() or bool(start.any())) else None
 
 
 class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrainedModel):
