@@ -41,7 +41,8 @@ class Chance:
         return self.probability < SURE
 
     def __str__(self) -> str:
-        rarity = "p < 0.001" if self.probability < 0.001 else f"p = {self.probability:.3f}"
+        digits = 3 if self.probability >= 0.1 else 4  # 0.0496 is not 0.05
+        rarity = "p < 0.001" if self.probability < 0.001 else f"p = {self.probability:.{digits}f}"
         return rarity if self.unit in (QUESTION, STRETCH) else f"{rarity}, {self.units:,} {self.unit}s"
 
 
@@ -196,16 +197,17 @@ def _documents(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None
 
 
 def counted(results: Mapping[str, Any]) -> str:
-    """What a run's tests count as independent, in words: "text by document, recall by example"."""
+    """What a run's tests count as independent, in words: "text by document; recall by example"."""
     said: dict[str, set[str]] = {}
     for entry in results["summary"].values():
         if "by_stretch" in entry or "by_document" in entry:
             said.setdefault("text", set()).add(STRETCH if _documents(entry) is None else DOCUMENT)
         for score in entry.get("recall", {}).values():
             said.setdefault("recall", set()).add(answers(score).unit)
-    units = [f"{task} by {' or '.join(sorted(found))}" for task, found in sorted(said.items(), reverse=True)]
-    dependent = any({QUESTION, STRETCH} & found for found in said.values())
-    return ", ".join(units) + (", which depend on each other, so some p are too small" if dependent else "")
+    return "; ".join(
+        f"{task} by {' or '.join(sorted(found))}" + (", so its p is too small" if found & {QUESTION, STRETCH} else "")
+        for task, found in sorted(said.items(), reverse=True)
+    )
 
 
 def paired(first: list[float], second: list[float]) -> float | None:
