@@ -18,6 +18,7 @@ from . import peers
 from .benchmark import TASKS
 from .claims import verdicts
 from .figures import figures
+from .significance import SURE, counted
 from .task import Column, Family
 from .winners import winners
 
@@ -107,7 +108,8 @@ def conclusions(results: dict[str, Any]) -> list[tuple[str, list[str], list[list
     claims = [[v.claim, v.paper, v.outcome, v.evidence] for v in verdicts(results)]
     if claims:
         heads = ["claim", "paper", "here", "measured"]
-        found.append(("What the papers claim, and what came out here (decided at p < 0.05)", heads, claims))
+        title = f"What the papers claim, and what came out here (decided at p < {SURE:g}; {counted(results)})"
+        found.append((title, heads, claims))
     labels = {name: entry["label"] for name, entry in results["summary"].items()}
     best = [[b.what, ", ".join(labels[name] for name in b.names) or "-", b.score] for b in winners(results)]
     if best:

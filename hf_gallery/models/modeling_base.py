@@ -23,14 +23,14 @@ from .rows import Rows
 class GalleryPreTrainedModel(PreTrainedModel):
     """Base of every gallery model.
 
-    `heads` of a variant maps the Auto classes to its class names: all of them go into a saved folder's auto_map, so
-    that one checkpoint opens under every head.
+    `auto_classes` of a variant maps the Auto classes to its class names: all of them go into a saved folder's
+    auto_map, so that one checkpoint opens under every head.
     """
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    heads: dict[str, str] = {}
+    auto_classes: dict[str, str] = {}
     takes_pairs = False  # what a layer keeps of a token is its key and value, so that a prefix may be made of them
     implementations: dict[str, str] = {}  # of attention, with what each is
     embeds_positions = True  # whether position_ids may be anything; a backbone may know distances only
@@ -93,11 +93,11 @@ class GalleryPreTrainedModel(PreTrainedModel):
         config_module = type(self.config).__module__.split(".")[-1]
         # transformers' server and its decision pipeline take any causal model, but find one in a folder's code by this
         # name only.
-        heads = dict(self.heads)
-        if "AutoModelForCausalLM" in heads:
-            heads["AutoModelForDecision"] = heads["AutoModelForCausalLM"]
+        classes = dict(self.auto_classes)
+        if "AutoModelForCausalLM" in classes:
+            classes["AutoModelForDecision"] = classes["AutoModelForCausalLM"]
         self.config.auto_map = {"AutoConfig": f"{config_module}.{type(self.config).__name__}"} | {
-            auto: f"{module}.{name}" for auto, name in heads.items()
+            auto: f"{module}.{name}" for auto, name in classes.items()
         }
         return super().save_pretrained(save_directory, **kwargs)
 
