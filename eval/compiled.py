@@ -44,7 +44,7 @@ def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str)
     tiles = kernels.tiles_of(kernel, kind, head, 4096, arch >= 90)
     block = kernels._block(head)
     constants: dict[str, Any] = dict(
-        D=head, DV=head, BLOCK_D=block, BLOCK_DV=block, M=tiles.queries, N=tiles.keys, TERM=term != "none",
+        D=head, DV=head, BLOCK_D=block, BLOCK_DV=block, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, TERM=term != "none",
         DROPOUT=False, PRECISION="ieee", PUT_TERM=term == "relative",
     )  # fmt: skip
     constants = {name: value for name, value in constants.items() if name in function.arg_names}

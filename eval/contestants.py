@@ -136,4 +136,4 @@ def _make(contestant: Contestant, sizes: Sizes, labels: int | None) -> PreTraine
         return contestant.model(config)
     config.num_labels, config.is_decoder = labels, True  # as causal as the language models are
     module = sys.modules[contestant.model.__module__]
-    return getattr(module, contestant.model.heads["AutoModelForSequenceClassification"])(config)
+    return getattr(module, contestant.model.auto_classes["AutoModelForSequenceClassification"])(config)

@@ -206,7 +206,9 @@ class _Saved:
         config = read_json(folder / "config.json")
         named = config.get("architectures")
         named = named if isinstance(named, list) else []
-        auto, head = next(((auto, kind) for auto, kind in variant.heads.items() if kind in named), ("AutoModel", ""))
+        auto, head = next(
+            ((auto, kind) for auto, kind in variant.auto_classes.items() if kind in named), ("AutoModel", "")
+        )
         parameters, dtypes = 0, set()
         for path in weight_files(folder):
             try:
@@ -358,8 +360,8 @@ class _Measured:
 
     def _text_and_cost(self) -> str:
         contexts = next((list(e["cost"]["cache_bytes"]) for e in self.entries.values() if "cost" in e), [])
-        heads = ["model", "parameters", "bits/byte", "training tokens/s", "peak MiB of a training step"]
-        heads += [f"ms/token after {int(x):,}" for x in contexts] + [
+        headings = ["model", "parameters", "bits/byte", "training tokens/s", "peak MiB of a training step"]
+        headings += [f"ms/token after {int(x):,}" for x in contexts] + [
             f"KiB of cache after {int(x):,}" for x in contexts
         ]
         lines = []
@@ -376,7 +378,7 @@ class _Measured:
                 row += [f"{cost['decode_ms_per_token'][x]:.2f}" for x in contexts]
                 row += [f"{cost['cache_bytes'][x] / 2**10:,.0f}" for x in contexts]
             else:
-                row += ["-"] * (len(heads) - len(row))
+                row += ["-"] * (len(headings) - len(row))
             if cost or bits:
                 lines.append(f"| {' | '.join(row)} |")
         if not lines:
@@ -387,7 +389,7 @@ class _Measured:
             if baseline is not None
             else ":"
         )
-        return "\n".join([title, "", f"| {' | '.join(heads)} |", "|---|" + "---:|" * (len(heads) - 1), *lines])
+        return "\n".join([title, "", f"| {' | '.join(headings)} |", "|---|" + "---:|" * (len(headings) - 1), *lines])
 
     def _how(self) -> str:
         lines = []

@@ -99,7 +99,7 @@ def list_command(
         rows = []
         for v in VARIANTS.values():
             about = {"name": v.name, "title": v.title, "authors": v.authors, "idea": v.idea}
-            rows.append(about | {"paper": v.paper, "config": v.config.__name__, "heads": v.heads})
+            rows.append(about | {"paper": v.paper, "config": v.config.__name__, "heads": v.auto_classes})
         typer.echo(json.dumps(rows, indent=1))
         return
     table = Table(show_lines=True)
@@ -108,7 +108,7 @@ def list_command(
     table.add_column("heads", no_wrap=True)
     for v in VARIANTS.values():
         prefix = v.config.__name__.removesuffix("Config")
-        heads = "\n".join(name.removeprefix(prefix).removeprefix("For") for name in v.heads.values())
+        heads = "\n".join(name.removeprefix(prefix).removeprefix("For") for name in v.auto_classes.values())
         table.add_row(v.name, f"{v.authors}: {v.idea}", heads)
     Console().print(table)
 

@@ -210,8 +210,8 @@ def _has_own_code(folder: Path) -> bool:
 def _tensor_problems(variant: Variant, config: dict[str, Any], found: dict[str, tuple[int, ...]]) -> Iterator[str]:
     """Differences of tensors of these names and shapes from those of the model that config describes."""
     named = config.get("architectures")
-    if not isinstance(named, list) or len(named) != 1 or named[0] not in variant.heads.values():
-        known = ", ".join(variant.heads.values())
+    if not isinstance(named, list) or len(named) != 1 or named[0] not in variant.auto_classes.values():
+        known = ", ".join(variant.auto_classes.values())
         yield f"architectures in config.json is {named!r}; it must be a list of one of {known}"
         return
     kind = variant.classes[named[0]]

@@ -76,23 +76,25 @@ class Variant:
         return self.model.config_class  # type: ignore[return-value] # None only of PreTrainedModel itself
 
     @property
-    def heads(self) -> dict[str, str]:
+    def auto_classes(self) -> dict[str, str]:
         """Class names by the Auto class that opens them."""
-        return dict(self.model.heads)
+        return dict(self.model.auto_classes)
 
     @property
     def classes(self) -> dict[str, type]:
         """The configuration and every head by the class's name."""
         module = sys.modules[self.model.__module__]
-        models = {name: getattr(module, name) for name in self.heads.values()}
+        models = {name: getattr(module, name) for name in self.auto_classes.values()}
         return {self.config.__name__: self.config} | models
 
     @property
     def causal(self) -> type[PreTrainedModel]:
         """The causal language model. Raises ValueError for an architecture that has none."""
-        if "AutoModelForCausalLM" not in self.heads:
-            raise ValueError(f"{self.title} has no causal language model; it has {', '.join(self.heads.values())}")
-        return self.classes[self.heads["AutoModelForCausalLM"]]
+        if "AutoModelForCausalLM" not in self.auto_classes:
+            raise ValueError(
+                f"{self.title} has no causal language model; it has {', '.join(self.auto_classes.values())}"
+            )
+        return self.classes[self.auto_classes["AutoModelForCausalLM"]]
 
     def make_config(self, **arguments: Any) -> PreTrainedConfig:
         """The small configuration, with `arguments` in place of its own.
@@ -320,7 +322,7 @@ def register(variant: Variant) -> Variant:
                 f"{variant.title} a name and a model_type of its own"
             )
     transformers.AutoConfig.register(variant.config.model_type, variant.config, exist_ok=True)
-    for auto, name in variant.heads.items():
+    for auto, name in variant.auto_classes.items():
         getattr(transformers, auto).register(variant.config, variant.classes[name], exist_ok=True)
     VARIANTS[variant.name] = variant
     return variant
@@ -335,6 +337,6 @@ def markdown() -> str:
     lines = ["| model | a query at position p sees | what it carries | heads |", "|---|---|---|---|"]
     for v in VARIANTS.values():
         prefix = f"{v.config.__name__.removesuffix('Config')}For"
-        heads = ", ".join(name.removeprefix(prefix) for name in v.heads.values() if name.startswith(prefix))
+        heads = ", ".join(name.removeprefix(prefix) for name in v.auto_classes.values() if name.startswith(prefix))
         lines.append(f"| [{v.title}]({v.paper}) ({v.authors}) | {v.sees} | {v.carries} | {heads} |")
     return "\n".join(lines)

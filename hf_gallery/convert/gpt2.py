@@ -145,8 +145,8 @@ def settings(theirs: Any) -> dict[str, Any]:
     )
 
 
-def decoder(source: Source, theirs: Any, to: str, heads: str) -> tuple[dict[str, Take], dict[str, str]]:
-    """Embeddings and layers, `to` standing before our names and `heads` before those of the maps to heads; and which
+def decoder(source: Source, theirs: Any, to: str, project: str) -> tuple[dict[str, Take], dict[str, str]]:
+    """Embeddings and layers, `to` standing before our names and `project` before those of the maps to heads; and which
     source tensors are copies of others."""
     origin = prefix(source, "transformer")
     words = f"{origin}wte.weight"
@@ -159,7 +159,7 @@ def decoder(source: Source, theirs: Any, to: str, heads: str) -> tuple[dict[str,
         for part, x in enumerate("qkv"):
             for kind in ("weight", "bias"):
                 scale = query_scale(theirs, i) if x == "q" else 1.0
-                ours = f"{a}.self_attn.{heads}{x}_proj.{kind}"
+                ours = f"{a}.self_attn.{project}{x}_proj.{kind}"
                 take[ours] = Take((f"{b}.attn.c_attn.{kind}",), third(part, scale))
         take |= affine(f"{a}.self_attn.o_proj", f"{b}.attn.c_proj", turned)
         take |= affine(f"{a}.self_attn_norm", f"{b}.ln_1")

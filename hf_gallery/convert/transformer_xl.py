@@ -107,14 +107,14 @@ class TransfoXL:
         labels: dict[str, Any] = {x: given[x] for x in ("id2label", "label2id", "problem_type") if x in given}
         as_config(PreTrainedConfig, labels)  # for its checks
         settings = {name: given[name] for name in SAME_NAME} | {ours: given[name] for ours, name in OTHER_NAME.items()}
-        shared = given["proj_share_all_but_first"]
+        share = given["proj_share_all_but_first"]
         default = given.get("tgt_len") or given["mem_len"] or 512
         config = GalleryTransformerXLConfig(
             **settings,
             **labels,
             segment_length=default if segment_length is None else segment_length,
             clamp_len=given["clamp_len"] if given["clamp_len"] > 0 else -1,
-            tie_projs=given.get("tie_projs") or [False] + [shared] * len(given["cutoffs"]),
+            tie_projs=given.get("tie_projs") or [False] + [share] * len(given["cutoffs"]),
             cluster_order="forward",
             initial_memory="zeros",
         )
@@ -170,7 +170,7 @@ class ModelPt:
             raise ValueError(f"cutoffs is {cutoffs!r}; it must be a list of ids at which clusters end")
         tables = [_shape(tensors, TABLE.format(i), 2) for i in range(_count(tensors, TABLE))]
         if len(tables) > 1:
-            ends = torch.tensor([rows for rows, _ in tables]).cumsum(0).tolist()[:-1]
+            ends = torch.tensor([words for words, _ in tables]).cumsum(0).tolist()[:-1]
             if cutoffs is not None and list(cutoffs) != ends:
                 raise ValueError(f"cutoffs are {cutoffs}; the embeddings in {tensors.path} end at {ends}")
             cutoffs = ends
@@ -180,7 +180,7 @@ class ModelPt:
         heads, head_dim = _shape(tensors, "r_w_bias", 2)
         inner, width = _shape(tensors, "layers.0.pos_ff.CoreNet.0.weight", 2)
         config = GalleryTransformerXLConfig(
-            vocab_size=sum(rows for rows, _ in tables),
+            vocab_size=sum(words for words, _ in tables),
             hidden_size=width,
             num_hidden_layers=_count(tensors, "layers.{}.dec_attn.qkv_net.weight"),
             num_attention_heads=heads,

@@ -43,8 +43,8 @@ def questions(data: Dataset, *, last: bool = False) -> Dataset:
     found: dict[str, list] = {"context": [], "target": [], "distance": []}
     starts, stops = np.argwhere(begins), np.argwhere(ends)[:, 1] + 1
     if last:
-        keep = np.append(starts[1:, 0] != starts[:-1, 0], True)[: len(starts)]
-        starts, stops = starts[keep], stops[keep]
+        is_last = np.append(starts[1:, 0] != starts[:-1, 0], True)[: len(starts)]
+        starts, stops = starts[is_last], stops[is_last]
     for (row, start), stop in zip(starts, stops, strict=True):
         found["context"].append(ids[row, :start].astype(np.uint8).tobytes().decode("ascii"))
         found["target"].append(labels[row, start:stop].astype(np.uint8).tobytes().decode("ascii"))
@@ -64,8 +64,8 @@ def generator(seed: int, split: str, task: str) -> np.random.Generator:
 def check(name: str, value: int, least: int, most: int | None = None):
     """Raises ValueError unless value is a whole number from least to most."""
     if not isinstance(value, (int, np.integer)) or value < least or (most is not None and value > most):
-        limit = f"at least {least}" + (f" and at most {most}" if most is not None else "")
-        raise ValueError(f"{name} is {value!r}; it must be a whole number of {limit}")
+        bounds = f"at least {least}" + (f" and at most {most}" if most is not None else "")
+        raise ValueError(f"{name} is {value!r}; it must be a whole number of {bounds}")
 
 
 def choices(distances: Sequence[int], least: int, most: int, where: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Adaptive embeddings and softmax of Transformer-XL: frequent words get wide vectors, rare ones narrow.
 
-Letters: see spans.py. N tokens.
+Letters: see spans.py.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class AdaptiveSoftmax(nn.Module):
         return -total / (max(len(labels), 1) if num_items_in_batch is None else num_items_in_batch)
 
     def _scores(self, weights, biases, projs, hidden, i):
-        """Scores (N, words of cluster i, and for the first one each tail cluster) of hidden (N, E)."""
+        """Scores (tokens, words of cluster i, and for the first one each tail cluster) of hidden (tokens, E)."""
         start, end = self.ends[i], self.ends[i + 1]
         weight, bias = (x[0][start:end] if self.one_table else x[i] for x in (weights, biases))
         if i == 0 and len(self.ends) > 2:

@@ -45,12 +45,14 @@ def attend_naive(
     if position is not None:
         t, s = scores.shape[-2:]
         distance = (s - t) + torch.arange(t, device=query.device)[:, None] - torch.arange(s, device=query.device)
-        row = (position.far - distance).clamp(0, position.table.shape[1] - 1)  # (T, S); clamped rows are never seen
+        entry = (position.farthest - distance).clamp(
+            0, position.table.shape[1] - 1
+        )  # (T, S); what is clamped is never seen
         if position.query is None:
-            scores = scores + position.table.to(dtype)[:, row]
+            scores = scores + position.table.to(dtype)[:, entry]
         else:
             term = position.query.to(dtype) @ position.table.to(dtype).mT  # (B, H, T, R)
-            scores = scores + term.gather(-1, row.expand_as(scores))
+            scores = scores + term.gather(-1, entry.expand_as(scores))
     visible = spans.visible(key.shape[2]).to(query.device)[:, None]  # (B or 1, 1, T, S)
     scores = (scores * scale).masked_fill(~visible, -math.inf)
     lse = scores.logsumexp(-1)  # (B, H, T)
@@ -81,7 +83,7 @@ def attend(
     of each query's softmax denominator, lse (B, H, T), -inf where it sees nothing. Two results over disjoint keys
     are joined by it, see `join`. Gradients reach every tensor argument, through lse too.
 
-    Raises ValueError if shapes do not fit, a visible distance has no row in the table, or the implementation cannot
+    Raises ValueError if shapes do not fit, a visible distance has no entry in the table, or the implementation cannot
     do what is asked.
     """
     problem = Problem(query, key, value, spans, position, query.shape[-1] ** -0.5 if scale is None else scale, dropout)

@@ -45,13 +45,13 @@ def attend_sdpa(problem: Problem) -> torch.Tensor:
         if position is not None:
             distance = (s - t) + torch.arange(queries.start, queries.stop, device=query.device)[:, None]
             distance = distance - torch.arange(start, stop, device=query.device)
-            row = (position.far - distance).clamp(0, position.table.shape[1] - 1)
-            bias = (position.table[:, row] * scale).to(query.dtype)[None]  # (1, H, t, s)
+            entry = (position.farthest - distance).clamp(0, position.table.shape[1] - 1)
+            bias = (position.table[:, entry] * scale).to(query.dtype)[None]  # (1, H, t, s)
         if start < full_first or stop - 1 > full_last:
             lower, upper = (x[:, None, queries, None] for x in spans.on(query.device))
             column = torch.arange(start, stop, device=query.device)
             visible = (column >= lower) & (column <= upper)  # (B or 1, 1, t, s)
-            nothing = upper < lower  # the kernels give NaN for these rows: let them see all, then drop it
+            nothing = upper < lower  # the kernels give NaN for these queries: let them see all, then drop it
             visible = visible | nothing
             hidden = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, -math.inf)
             bias = hidden if bias is None else bias + hidden

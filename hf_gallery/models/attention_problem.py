@@ -15,15 +15,15 @@ from .spans import Spans
 class Position(NamedTuple):
     """A score term that depends on the distance between query and key.
 
-    Query t stands at key column S - T + t, so distance(t, s) = S - T + t - s, and the term of (t, s) reads row
-    `far - distance` of the table: row 0 is the greatest distance, as in Transformer-XL's relative encoding.
+    Query t stands at key column S - T + t, so distance(t, s) = S - T + t - s, and the term of (t, s) reads entry
+    `farthest - distance` of the table: entry 0 is the greatest distance, as in Transformer-XL's relative encoding.
 
-    table: (H, R), a bias per head and distance; or (H, R, D) with `query` (B, H, T, D), the term query . row.
-    far: the distance of row 0.
+    table: (H, R), a bias per head and distance; or (H, R, D) with `query` (B, H, T, D), the term query . entry.
+    farthest: the distance of entry 0.
     """
 
     table: torch.Tensor
-    far: int
+    farthest: int
     query: torch.Tensor | None = None
 
 
@@ -79,13 +79,13 @@ class Problem(NamedTuple):
 
 
 def check_distances(spans: Spans, position: Position, offset: int):
-    """Raises ValueError if a visible distance has no row in the table; query t stands at column offset + t."""
+    """Raises ValueError if a visible distance has no entry in the table; query t stands at column offset + t."""
     nearest, farthest = spans.distances(offset)
-    least = position.far - position.table.shape[1] + 1
-    if nearest <= farthest and (farthest > position.far or nearest < least):  # not all intervals are empty
+    least = position.farthest - position.table.shape[1] + 1
+    if nearest <= farthest and (farthest > position.farthest or nearest < least):  # not all intervals are empty
         raise ValueError(
-            f"keys are seen at distances {nearest} to {farthest}, but position.table has rows for "
-            f"{least} to {position.far} only"
+            f"keys are seen at distances {nearest} to {farthest}, but position.table has entries for "
+            f"{least} to {position.farthest} only"
         )
 
 

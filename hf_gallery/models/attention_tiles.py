@@ -49,8 +49,8 @@ def _attend_one(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     scores = (query.to(dtype) * scale) @ key[:, :, seen].to(dtype).mT  # (B, H, 1, s)
     if position is not None:
         nearest = key.shape[2] - 1 - last
-        rows = slice(position.far - nearest - (last - first), position.far - nearest + 1)
-        table = position.table[:, rows].to(dtype)  # (H, s) or (H, s, D)
+        entries = slice(position.farthest - nearest - (last - first), position.farthest - nearest + 1)
+        table = position.table[:, entries].to(dtype)  # (H, s) or (H, s, D)
         if position.query is None:
             scores += table[:, None] * scale
         else:
@@ -80,16 +80,16 @@ class _TiledAttention(torch.autograd.Function):
         lse = torch.empty(b, h, t, dtype=compute_dtype(query), device=query.device)
         with torch.autocast(query.device.type, enabled=False):
             tiling = _Tiling(problem)
-            for rows in tiling.groups:
-                scorer = _Scorer(problem, rows, tiling)
-                drop = _Dropout(problem.dropout, seed, rows.start)
-                group_value = _pack(value, rows, lse.dtype)  # (H * rows, S, Dv)
-                for tile in tiling.query_tiles(rows):
+            for group in tiling.groups:
+                scorer = _Scorer(problem, group, tiling)
+                drop = _Dropout(problem.dropout, seed, group.start)
+                group_value = _pack(value, group, lse.dtype)  # (H * rows, S, Dv)
+                for tile in tiling.query_tiles(group):
                     tile_out, tile_lse = _forward_tile(scorer, group_value, tile, drop)
-                    out[rows, :, tile.queries] = _unpack(tile_out, h)
-                    lse[rows, :, tile.queries] = _unpack(tile_lse, h)
+                    out[group, :, tile.queries] = _unpack(tile_out, h)
+                    lse[group, :, tile.queries] = _unpack(tile_lse, h)
         ctx.save_for_backward(*tensors, out, lse)
-        ctx.spans, ctx.far, ctx.seed = problem.spans, problem.position and problem.position.far, seed
+        ctx.spans, ctx.farthest, ctx.seed = problem.spans, problem.position and problem.position.farthest, seed
         ctx.scale, ctx.dropout = problem.scale, problem.dropout
         ctx.set_materialize_grads(False)
         return out, lse
@@ -98,7 +98,7 @@ class _TiledAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: torch.Tensor | None, grad_lse: torch.Tensor | None):
         query, key, value, asked, table, out, lse = ctx.saved_tensors
-        position = None if table is None else Position(table, ctx.far, asked)
+        position = None if table is None else Position(table, ctx.farthest, asked)
         problem = Problem(query, key, value, ctx.spans, position, ctx.scale, ctx.dropout)
         dtype, h = lse.dtype, query.shape[1]
         wants = _Gradients(*ctx.needs_input_grad[2:])  # keys from before a border want none: two products less
@@ -115,28 +115,28 @@ class _TiledAttention(torch.autograd.Function):
             tiling = _Tiling(problem)
             if table is not None and (wants.asked or wants.table):
                 grad_table = _TableGradient(table, dtype, tiling)
-            for rows in tiling.groups:
-                scorer = _Scorer(problem, rows, tiling)
-                drop = _Dropout(ctx.dropout, ctx.seed, rows.start)
-                group_grad = _pack(torch.zeros_like(out) if grad_out is None else grad_out, rows, dtype)
+            for group in tiling.groups:
+                scorer = _Scorer(problem, group, tiling)
+                drop = _Dropout(ctx.dropout, ctx.seed, group.start)
+                group_grad = _pack(torch.zeros_like(out) if grad_out is None else grad_out, group, dtype)
                 # The softmax's derivative subtracts sum_s p_s dp_s from dp; it equals grad_out . out, and the
                 # gradient of lse, whose derivative is p itself, is one more constant of the row.
-                offset = (group_grad * _pack(out, rows, dtype)).sum(-1)  # (H * rows, T)
+                offset = (group_grad * _pack(out, group, dtype)).sum(-1)  # (H * rows, T)
                 if grad_lse is not None:
-                    offset = offset - _pack(grad_lse, rows, dtype)
-                group_lse = _pack(lse, rows, dtype) * _LOG2_E
+                    offset = offset - _pack(grad_lse, group, dtype)
+                group_lse = _pack(lse, group, dtype) * _LOG2_E
                 group_lse = group_lse.masked_fill(group_lse == -math.inf, _NEVER)  # exp2(score - _NEVER) is 0
-                given = _Given(_pack(value, rows, dtype), group_grad, group_lse, offset)
+                given = _Given(_pack(value, group, dtype), group_grad, group_lse, offset)
                 buffers = (
                     torch.zeros_like(x) if x is not None and wanted else None
                     for x, wanted in zip((scorer.query, scorer.key, given.value, scorer.asked), wants, strict=False)
                 )
                 grads = _Gradients(*buffers)._replace(table=grad_table)
-                for tile in tiling.query_tiles(rows):
+                for tile in tiling.query_tiles(group):
                     _backward_tile(scorer, given, tile, drop, grads)
                 for total, found, factor in zip(totals[:4], grads[:4], factors[:4], strict=True):
                     if total is not None:
-                        total[rows] = _unpack(found.mul_(factor), h)
+                        total[group] = _unpack(found.mul_(factor), h)
         found = None if grad_table is None else grad_table.result(factors.table)
         return None, None, *totals._replace(table=found)
 
@@ -257,8 +257,8 @@ class _Tiling:
         self.table_pad = self.query_size + _ALIGNMENT
         self.groups = [slice(i, min(i + rows, b)) for i in range(0, b, rows)]
 
-    def query_tiles(self, rows: slice) -> Iterator[_Tile]:
-        for i, (first, last, full_first, full_last) in enumerate(self.spans.tiles(rows, self.query_size)):
+    def query_tiles(self, group: slice) -> Iterator[_Tile]:
+        for i, (first, last, full_first, full_last) in enumerate(self.spans.tiles(group, self.query_size)):
             queries = slice(i * self.query_size, min((i + 1) * self.query_size, self.t))
             keys = []
             if first <= last:
@@ -283,28 +283,27 @@ def _aligned(count: int) -> int:
 class _Scorer:
     """Scores of any tile of a batch group, masked: the part that forward and backward share."""
 
-    def __init__(self, problem: Problem, rows: slice, tiling: _Tiling):
+    def __init__(self, problem: Problem, group: slice, tiling: _Tiling):
         query, key, _, spans, position, scale, _ = problem
         dtype = compute_dtype(query)
         scale = scale * _LOG2_E
-        self.heads = query.shape[1]
-        self.query = _pack(query, rows, dtype) * scale  # (H * rows, T, D)
-        self.key = _pack(key, rows, dtype)  # (H * rows, S, D)
+        self.num_heads = query.shape[1]
+        self.query = _pack(query, group, dtype) * scale  # (H * rows, T, D)
+        self.key = _pack(key, group, dtype)  # (H * rows, S, D)
         self.offset = tiling.offset
-        self.lower, self.upper = (x if x.shape[0] == 1 else x[rows] for x in spans.on(query.device))
+        self.lower, self.upper = (x if x.shape[0] == 1 else x[group] for x in spans.on(query.device))
         self.band = spans.band(self.offset, key.shape[2])
         self.asked = self.table = self.bias = None
         self.toeplitz: dict[tuple, torch.Tensor] = {}
         if position is not None:
             pad = tiling.table_pad
-            self.far = (
-                position.far + pad
-            )  # rows of distances that no interval holds: a tile's corners read them, masked
-            self.table = _pad_rows(position.table.to(dtype), pad)  # (H, R + 2 pad[, D])
+            # A tile's corners read distances that no interval holds; they are masked.
+            self.farthest = position.farthest + pad
+            self.table = _pad_table(position.table.to(dtype), pad)  # (H, R + 2 pad[, D])
             if position.query is None:
                 self.bias = self.table * scale
             else:
-                self.asked = _pack(position.query, rows, dtype) * scale
+                self.asked = _pack(position.query, group, dtype) * scale
 
     def scores(self, queries: slice, keys: slice, cut: bool, lse: torch.Tensor | None = None) -> torch.Tensor:
         """Scaled scores (H * rows, t, s) of a tile, in base 2, less lse (H * rows, T) if given; about -_NEVER where
@@ -313,9 +312,9 @@ class _Scorer:
         (n, t, _), s = q.shape, k.shape[2]
         terms = []  # of the scores besides q . k, each of a shape like (H, rows, t, s)
         if lse is not None:
-            terms.append(-lse[:, queries].view(self.heads, -1, t, 1))
+            terms.append(-lse[:, queries].view(self.num_heads, -1, t, 1))
         if self.asked is not None:
-            terms.append(self._position(queries, keys).unflatten(0, (self.heads, -1)))
+            terms.append(self._position(queries, keys).unflatten(0, (self.num_heads, -1)))
         if self.bias is not None or (cut and self.band):
             terms.append(self._by_distance(queries, keys, cut)[:, None])
         if cut and not self.band:
@@ -325,7 +324,7 @@ class _Scorer:
         start = terms[0]
         for term in terms[1:]:
             start = start + term
-        start = start.expand(self.heads, n // self.heads, t, s)
+        start = start.expand(self.num_heads, n // self.num_heads, t, s)
         # One term alone may be kept for other tiles.
         start = start.clone(memory_format=torch.contiguous_format) if len(terms) == 1 else start.contiguous()
         return start.view(n, t, s).baddbmm_(q, k)
@@ -336,16 +335,16 @@ class _Scorer:
         hidden |= column > self.upper[:, queries, None]
         return torch.zeros(hidden.shape, dtype=self.query.dtype, device=hidden.device).masked_fill_(hidden, -_NEVER)
 
-    def table_rows(self, queries: slice, keys: slice) -> slice:
-        """Rows of the padded table for the tile, from its greatest distance to its least: t + s - 1 of them."""
+    def table_entries(self, queries: slice, keys: slice) -> slice:
+        """Entries of the padded table for the tile, from its greatest distance to its least: t + s - 1 of them."""
         greatest = self.offset + queries.stop - 1 - keys.start
         count = (queries.stop - queries.start) + (keys.stop - keys.start) - 1
-        return slice(self.far - greatest, self.far - greatest + count)
+        return slice(self.farthest - greatest, self.farthest - greatest + count)
 
     def _position(self, queries, keys):
         q = self.asked[:, queries]
         n, t, d = q.shape
-        term = torch.bmm(q.reshape(self.heads, -1, d), self.table[:, self.table_rows(queries, keys)].mT)
+        term = torch.bmm(q.reshape(self.num_heads, -1, d), self.table[:, self.table_entries(queries, keys)].mT)
         return shear(term.view(n, t, -1))  # (n, t, s)
 
     def _by_distance(self, queries, keys, cut):
@@ -355,13 +354,13 @@ class _Scorer:
         greatest = self.offset + queries.stop - 1 - keys.start
         place = (greatest, t, s, cut)
         if place not in self.toeplitz:
-            row = self.query.new_zeros(1, t + s - 1)
+            entries = self.query.new_zeros(1, t + s - 1)
             if self.bias is not None:
-                row = self.bias[:, self.table_rows(queries, keys)]
+                entries = self.bias[:, self.table_entries(queries, keys)]
             if cut and self.band:
-                distance = greatest - torch.arange(t + s - 1, device=row.device)
-                row = row.masked_fill((distance < self.band[0]) | (distance > self.band[1]), -_NEVER)
-            self.toeplitz[place] = shear(row[:, None].expand(-1, t, -1).contiguous()).contiguous()
+                distance = greatest - torch.arange(t + s - 1, device=entries.device)
+                entries = entries.masked_fill((distance < self.band[0]) | (distance > self.band[1]), -_NEVER)
+            self.toeplitz[place] = shear(entries[:, None].expand(-1, t, -1).contiguous()).contiguous()
         return self.toeplitz[place]
 
 
@@ -388,46 +387,46 @@ class _TableGradient:
 
     def __init__(self, table, dtype, tiling):
         self.dtype, self.pad = table.dtype, tiling.table_pad
-        self.total = _pad_rows(torch.zeros_like(table, dtype=dtype), self.pad).contiguous()  # (H, R + 2 pad[, D])
-        self.rows = self.waiting = None  # a bias: the gradient (H, t, s) of the last tiles, all with these rows
+        self.total = _pad_table(torch.zeros_like(table, dtype=dtype), self.pad).contiguous()  # (H, R + 2 pad[, D])
+        self.entries = self.waiting = None  # a bias: the gradient (H, t, s) of the last tiles, all with these entries
 
     def add(self, scorer, grad, queries, keys, grad_position):
         """grad (n, t, s): of the tile's scores."""
         n, t, s = grad.shape
-        rows = scorer.table_rows(queries, keys)
+        entries = scorer.table_entries(queries, keys)
         if scorer.asked is None:
-            grad = grad if n == scorer.heads else grad.view(scorer.heads, -1, t, s).sum(1)  # (H, t, s)
-            if rows == self.rows and grad.shape == self.waiting.shape:
+            grad = grad if n == scorer.num_heads else grad.view(scorer.num_heads, -1, t, s).sum(1)  # (H, t, s)
+            if entries == self.entries and grad.shape == self.waiting.shape:
                 self.waiting += grad
             else:
                 self._add_waiting()
-                self.rows, self.waiting = rows, grad
+                self.entries, self.waiting = entries, grad
             return
         skew = _skew(grad)
-        skew = skew.view(scorer.heads, -1, t + s - 1)  # (H, rows * t, t + s - 1)
+        skew = skew.view(scorer.num_heads, -1, t + s - 1)  # (H, rows * t, t + s - 1)
         q = scorer.asked[:, queries]
-        self.total[:, rows].baddbmm_(skew.mT, q.reshape(scorer.heads, -1, q.shape[-1]))
+        self.total[:, entries].baddbmm_(skew.mT, q.reshape(scorer.num_heads, -1, q.shape[-1]))
         if grad_position is not None:
-            grad_position[:, queries] += torch.bmm(skew, scorer.table[:, rows]).view(n, t, -1)
+            grad_position[:, queries] += torch.bmm(skew, scorer.table[:, entries]).view(n, t, -1)
 
     def _add_waiting(self):
         if self.waiting is not None:
-            self.total[:, self.rows] += _skew(self.waiting).sum(1)
+            self.total[:, self.entries] += _skew(self.waiting).sum(1)
 
     def result(self, scale):
         self._add_waiting()
         return (self.total[:, self.pad : self.total.shape[1] - self.pad] * scale).to(self.dtype)
 
 
-def _pack(x, rows, dtype):
+def _pack(x, group, dtype):
     """(B, H, T, ...) to the heads-major (H * rows, T, ...) of a batch group."""
-    return x[rows].transpose(0, 1).to(dtype).flatten(0, 1)
+    return x[group].transpose(0, 1).to(dtype).flatten(0, 1)
 
 
-def _unpack(x, heads):
+def _unpack(x, num_heads):
     """(H * rows, T, ...) back to (rows, H, T, ...)."""
-    return x.unflatten(0, (heads, -1)).transpose(0, 1)
+    return x.unflatten(0, (num_heads, -1)).transpose(0, 1)
 
 
-def _pad_rows(table, pad):
+def _pad_table(table, pad):
     return F.pad(table, (pad, pad)) if table.dim() == 2 else F.pad(table, (0, 0, pad, pad))

@@ -1,23 +1,24 @@
 """`attend` as kernels for GPUs, in Triton: forward and backward over intervals of keys.
 
     score(t, s) = (q_t . k_s + term(t, s)) * scale        for s in [lower_t, upper_t]
-    term        = nothing | bias[h, far - distance] | p_t . table[h, far - distance],    distance = S - T + t - s
+    term        = nothing | bias[h, farthest - distance] | p_t . table[h, farthest - distance]
+    distance    = S - T + t - s
 
 A program of a kernel owns a tile of queries (or of keys) and walks over the tiles of keys (of queries) that its
 intervals touch: first those that an interval cuts, with a mask, then those that all of its queries see, without. The
 bounds are reduced from the intervals on the device; nothing is read by the host, and nothing is added atomically: the
 same input gives the same bits.
 
-Both terms are read as a matrix over (t, s). A bias is one with row stride -1. For Transformer-XL's term the products
-p_t . table are written once, with a row stride of W + 1, so that column s of row t lies at t W + s: rows overlap where
-no interval can see, and with W a multiple of 16 every row of a tile is aligned (the relative shift of Dai et al. 2019,
-appendix B, as an address).
+Both terms are read as a matrix over (t, s). A bias is one with query stride -1. For Transformer-XL's term the products
+p_t . table are written once, with a stride of width + 1, so that (t, s) lies at t width + s: queries overlap where
+no interval can see, and with width a multiple of 16 every query of a tile is aligned (the relative shift of Dai et al.
+2019, appendix B, as an address).
 
 Products of half types accumulate in float32, and the softmax is float32; float32 is multiplied in IEEE arithmetic, or
 as three TF32 products where torch is allowed TF32. On a CPU the kernels run in Triton's interpreter,
 TRITON_INTERPRET=1.
 
-Letters: see spans.py; further M and N, queries and keys of a tile; G, heads of a group.
+Letters: see spans.py; BLOCK_M and BLOCK_N queries and keys of a tile; GROUP heads of a group.
 """
 
 from __future__ import annotations
@@ -80,10 +81,10 @@ def attend_triton(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     query, key, value, spans, position, scale, dropout = problem
     kind, s = query.dtype, key.shape[2]
     table = asked = None
-    far = 0
+    farthest = 0
     if position is not None:
         _check_distances(problem)
-        table, far, asked = position
+        table, farthest, asked = position
         asked, table = (None, table.float()) if asked is None else (asked.to(kind), table.to(kind))
     lower, upper = spans.on(query.device)
     seed = torch.randint(2**31, (1,), device=query.device) if dropout > 0.0 else None
@@ -91,28 +92,28 @@ def attend_triton(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.tensors):
         plan = key_plan(spans, query.device, s, _tiles("keys", problem))
     return _forward_operator(
-        query, key.to(kind), value.to(kind), asked, table, lower, upper, plan, seed, far, scale, dropout
+        query, key.to(kind), value.to(kind), asked, table, lower, upper, plan, seed, farthest, scale, dropout
     )
 
 
 def _check_distances(problem: Problem):
-    """Refuses visible distances without a row in the table: at once where intervals are on the CPU, else by an
+    """Refuses visible distances without an entry in the table: at once where intervals are on the CPU, else by an
     assertion that the device makes in its own time."""
     spans, position = problem.spans, problem.position
     t, s = problem.query.shape[2], problem.key.shape[2]
     if spans.lower.device.type == "cpu" and not torch.compiler.is_compiling():
         check_distances(spans.clamp(s), position, s - t)
         return
-    least = position.far - position.table.shape[1] + 1
+    least = position.farthest - position.table.shape[1] + 1
 
     def work():
         at = s - t + torch.arange(t, device=spans.lower.device)
         lower, upper = spans.lower.clamp(min=0), spans.upper.clamp(max=s - 1)
-        fits = (upper < lower) | ((at - lower <= position.far) & (at - upper >= least))
-        torch._assert_async(fits.all(), f"keys are seen at distances outside of {least} to {position.far}")
+        fits = (upper < lower) | ((at - lower <= position.farthest) & (at - upper >= least))
+        torch._assert_async(fits.all(), f"keys are seen at distances outside of {least} to {position.farthest}")
         return True
 
-    spans._once(("asserted", t, s, least, position.far), work)
+    spans._once(("asserted", t, s, least, position.farthest), work)
 
 
 def key_plan(spans: Spans, device: torch.device, columns: int, tiles: _Tiles) -> torch.Tensor:
@@ -236,8 +237,8 @@ def _dot(a, b, acc, PRECISION: tl.constexpr):
 
 
 @jit
-def _rows(base, at, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows `at` of a matrix, (n, BLOCK_D), zeros from row `end` on; WHOLE: none is beyond it."""
+def _load(base, at, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: tl.constexpr):
+    """The vectors `at` of a matrix, (n, BLOCK_D), zeros from `end` on; WHOLE: none is beyond it."""
     d = tl.arange(0, BLOCK_D)
     where = base + at.to(tl.int64)[:, None] * stride + d[None, :]
     if WHOLE and BLOCK_D == D:
@@ -252,7 +253,7 @@ def _rows(base, at, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr, WHOLE: 
 
 
 @jit
-def _put_rows(base, x, at, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store(base, x, at, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
     d = tl.arange(0, BLOCK_D)
     where = base + at.to(tl.int64)[:, None] * stride + d[None, :]
     tl.store(where, x.to(base.dtype.element_ty), mask=(at < end)[:, None] & (d < D)[None, :])
@@ -269,27 +270,28 @@ def _intervals(lower, upper, t, T, S):
 
 
 @jit
-def _bounds(lo, up, N: tl.constexpr):
-    """Of a tile's intervals: the columns [start, stop) that some query sees, in tiles of N from start on; within, the
-    tiles [whole, whole_stop) that all queries see all of, an empty range if there are none."""
-    start = tl.min(lo, 0) // N * N
+def _bounds(lo, up, BLOCK_N: tl.constexpr):
+    """Of a tile's intervals: the columns [start, stop) that some query sees, in tiles of BLOCK_N from start on;
+    within, the tiles [whole, whole_stop) that all queries see all of, an empty range if there are none."""
+    start = tl.min(lo, 0) // BLOCK_N * BLOCK_N
     stop = tl.max(up, 0) + 1
-    whole = (tl.max(lo, 0) + N - 1) // N * N
-    whole_stop = (tl.min(up, 0) + 1) // N * N
+    whole = (tl.max(lo, 0) + BLOCK_N - 1) // BLOCK_N * BLOCK_N
+    whole_stop = (tl.min(up, 0) + 1) // BLOCK_N * BLOCK_N
     some = whole_stop > whole
     return start, stop, tl.where(some, whole, start), tl.where(some, whole_stop, start)
 
 
 @jit
-def _place(n, start, whole, whole_stop, N: tl.constexpr):
+def _place(n, start, whole, whole_stop, BLOCK_N: tl.constexpr):
     """The first column of the n-th tile that an interval cuts: those before the whole tiles, then those after."""
-    before = (whole - start) // N
-    return tl.where(n < before, start + n * N, whole_stop + (n - before) * N)
+    before = (whole - start) // BLOCK_N
+    return tl.where(n < before, start + n * BLOCK_N, whole_stop + (n - before) * BLOCK_N)
 
 
 @jit
 def _queries_along(x, KEYS_FIRST: tl.constexpr):
-    """A number for each query, along the queries of a tile (M, N), or (N, M) with KEYS_FIRST."""
+    """A number for each query, along the queries of a tile (BLOCK_M, BLOCK_N), or (BLOCK_N, BLOCK_M) with
+    KEYS_FIRST."""
     if KEYS_FIRST:
         x = x[None, :]
     else:
@@ -319,7 +321,8 @@ def _scores(
     column = _keys_along(s, KEYS_FIRST)
     visible = (column >= _queries_along(lo, KEYS_FIRST)) & (column <= _queries_along(up, KEYS_FIRST))
     if TERM:
-        # Queries beyond the last read its row. Within a tile 32 bits reach far enough, and take half the registers.
+        # Queries beyond the last read its entries. Within a tile 32 bits reach far enough, and take half the
+        # registers.
         t = tl.minimum(t, T - 1)
         where = term + t0.to(tl.int64) * term_t + (_queries_along((t - t0) * term_t, KEYS_FIRST) + column)
         if CUT:
@@ -333,15 +336,15 @@ def _scores(
 
 
 @jit
-def _kept(seed, row, t, s, T, S, dropout, KEYS_FIRST: tl.constexpr):
-    """Probabilities that dropout keeps: a counter for each (row, t, s), so all kernels draw alike."""
-    counter = (row.to(tl.int64) * T + _queries_along(t, KEYS_FIRST)) * S + _keys_along(s, KEYS_FIRST)
+def _kept(seed, pair, t, s, T, S, dropout, KEYS_FIRST: tl.constexpr):
+    """Probabilities that dropout keeps: a counter for each (b, h, t, s), so all kernels draw alike."""
+    counter = (pair.to(tl.int64) * T + _queries_along(t, KEYS_FIRST)) * S + _keys_along(s, KEYS_FIRST)
     return tl.rand(seed, counter) >= dropout
 
 
 @jit
 def _score_gradient(
-    x, g, v, lse2, offset, row, t, s, T, S, seed, dropout,
+    x, g, v, lse2, offset, pair, t, s, T, S, seed, dropout,
     DROPOUT: tl.constexpr, KEYS_FIRST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """From scores x in base 2: the probabilities as dropout left them, and the gradient of the scores."""
@@ -352,7 +355,7 @@ def _score_gradient(
         grad = _dot(g, tl.trans(v), None, PRECISION)
     kept = probabilities
     if DROPOUT:
-        mask = _kept(seed, row, t, s, T, S, dropout, KEYS_FIRST)
+        mask = _kept(seed, pair, t, s, T, S, dropout, KEYS_FIRST)
         rise = 1.0 / (1.0 - dropout)
         kept = tl.where(mask, probabilities * rise, 0.0)
         grad = tl.where(mask, grad * rise, 0.0)
@@ -361,7 +364,7 @@ def _score_gradient(
 
 # ------------------------------------------------------------------------------------------------------ the kernels
 # Strides end in the dimension that they step over. Outputs lie (B, T, H, D), as a model's projections, so a head's
-# stride is D. A launch is for a group: rows from first_row on, and G heads from first_head on; only `term` is the
+# stride is D. A launch is for a group: rows from first_row on, and GROUP heads from first_head on; only `term` is the
 # group's own.
 
 
@@ -369,31 +372,31 @@ def _score_gradient(
 def _forward(
     q_ptr, k_ptr, v_ptr, lower, upper, term, out_ptr, lse_ptr, seed_ptr,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, spans_b, term_b, term_h, term_t, term_base,
-    first_row, first_head, G, H, T, S, scale2, dropout,
+    first_row, first_head, GROUP, H, T, S, scale2, dropout,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries: the online softmax over its keys."""
     member = tl.program_id(1)
-    b, h = (first_row + member // G).to(tl.int64), (first_head + member % G).to(tl.int64)
-    row = b * H + h
-    t0 = tl.program_id(0) * M
-    t = t0 + tl.arange(0, M)
+    b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
+    pair = b * H + h
+    t0 = tl.program_id(0) * BLOCK_M
+    t = t0 + tl.arange(0, BLOCK_M)
     lo, up = _intervals(lower + b * spans_b, upper + b * spans_b, t, T, S)
-    q = _rows(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
+    q = _load(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    term += (member // G).to(tl.int64) * term_b + (member % G).to(tl.int64) * term_h + term_base
+    term += (member // GROUP).to(tl.int64) * term_b + (member % GROUP).to(tl.int64) * term_h + term_base
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    top = tl.full((M,), float("-inf"), tl.float32)
-    total = tl.zeros((M,), tl.float32)
-    acc = tl.zeros((M, BLOCK_DV), tl.float32)
-    start, stop, whole, whole_stop = _bounds(lo, up, N)
-    cuts = (whole - start) // N + tl.cdiv(tl.maximum(stop - whole_stop, 0), N)
+    top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_DV), tl.float32)
+    start, stop, whole, whole_stop = _bounds(lo, up, BLOCK_N)
+    cuts = (whole - start) // BLOCK_N + tl.cdiv(tl.maximum(stop - whole_stop, 0), BLOCK_N)
     for n in range(0, cuts):
-        s = tl.multiple_of(_place(n, start, whole, whole_stop, N), N) + tl.arange(0, N)
-        k = _rows(k_ptr, s, k_s, S, D, BLOCK_D, False)
-        v = _rows(v_ptr, s, v_s, S, DV, BLOCK_DV, False)
+        s = tl.multiple_of(_place(n, start, whole, whole_stop, BLOCK_N), BLOCK_N) + tl.arange(0, BLOCK_N)
+        k = _load(k_ptr, s, k_s, S, D, BLOCK_D, False)
+        v = _load(v_ptr, s, v_s, S, DV, BLOCK_DV, False)
         x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, True, False, PRECISION)
         new_top = tl.maximum(top, tl.max(x, 1))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet
@@ -401,162 +404,162 @@ def _forward(
         shrink = tl.exp2(top - safe)
         total = total * shrink + tl.sum(probabilities, 1)
         if DROPOUT:
-            mask = _kept(seed, row, t, s, T, S, dropout, False)
+            mask = _kept(seed, pair, t, s, T, S, dropout, False)
             probabilities = tl.where(mask, probabilities * (1.0 / (1.0 - dropout)), 0.0)
         acc = _dot(probabilities.to(v.dtype), v, acc * shrink[:, None], PRECISION)
         top = new_top
-    for s0 in range(whole, whole_stop, N):
-        s = tl.multiple_of(s0, N) + tl.arange(0, N)
-        k = _rows(k_ptr, s, k_s, S, D, BLOCK_D, True)
-        v = _rows(v_ptr, s, v_s, S, DV, BLOCK_DV, True)
+    for s0 in range(whole, whole_stop, BLOCK_N):
+        s = tl.multiple_of(s0, BLOCK_N) + tl.arange(0, BLOCK_N)
+        k = _load(k_ptr, s, k_s, S, D, BLOCK_D, True)
+        v = _load(v_ptr, s, v_s, S, DV, BLOCK_DV, True)
         x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, False, False, PRECISION)
         new_top = tl.maximum(top, tl.max(x, 1))
         probabilities = tl.exp2(x - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(probabilities, 1)
         if DROPOUT:
-            mask = _kept(seed, row, t, s, T, S, dropout, False)
+            mask = _kept(seed, pair, t, s, T, S, dropout, False)
             probabilities = tl.where(mask, probabilities * (1.0 / (1.0 - dropout)), 0.0)
         acc = _dot(probabilities.to(v.dtype), v, acc * shrink[:, None], PRECISION)
         top = new_top
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
-    _put_rows(out_ptr + b * T * H * DV + h * DV, acc / total[:, None], t, H * DV, T, DV, BLOCK_DV)
+    _store(out_ptr + b * T * H * DV + h * DV, acc / total[:, None], t, H * DV, T, DV, BLOCK_DV)
     lse = tl.where(nothing, float("-inf"), (top + tl.log2(total)) / _LOG2_E)
-    tl.store(lse_ptr + row * T + t, lse, mask=t < T)
+    tl.store(lse_ptr + pair * T + t, lse, mask=t < T)
 
 
 @jit
 def _offsets(
     out_ptr, g_ptr, lse_ptr, grad_lse_ptr, lse2_ptr, offset_ptr, H, T,
-    DV: tl.constexpr, BLOCK_DV: tl.constexpr, M: tl.constexpr, HAS_LSE: tl.constexpr,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_M: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
-    """Terms subtracted in the backward: from scores lse in base 2, +inf for an empty row whose probabilities are so 0;
-    from the probabilities' gradients offset = grad_out . out - grad_lse."""
-    row = tl.program_id(1).to(tl.int64)
-    b, h = row // H, row % H
-    t = tl.program_id(0) * M + tl.arange(0, M)
+    """Terms subtracted in the backward: from scores lse in base 2, +inf for an empty interval whose probabilities are
+    so 0; from the probabilities' gradients offset = grad_out . out - grad_lse."""
+    pair = tl.program_id(1).to(tl.int64)
+    b, h = pair // H, pair % H
+    t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     base = b * T * H * DV + h * DV
-    out = _rows(out_ptr + base, t, H * DV, T, DV, BLOCK_DV, False).to(tl.float32)
-    g = _rows(g_ptr + base, t, H * DV, T, DV, BLOCK_DV, False).to(tl.float32)
-    lse = tl.load(lse_ptr + row * T + t, mask=t < T, other=0.0)
+    out = _load(out_ptr + base, t, H * DV, T, DV, BLOCK_DV, False).to(tl.float32)
+    g = _load(g_ptr + base, t, H * DV, T, DV, BLOCK_DV, False).to(tl.float32)
+    lse = tl.load(lse_ptr + pair * T + t, mask=t < T, other=0.0)
     nothing = lse == float("-inf")
     offset = tl.sum(out * g, 1)
     if HAS_LSE:
-        offset -= tl.load(grad_lse_ptr + row * T + t, mask=t < T, other=0.0)
-    tl.store(offset_ptr + row * T + t, tl.where(nothing, 0.0, offset), mask=t < T)
-    tl.store(lse2_ptr + row * T + t, tl.where(nothing, float("inf"), lse * _LOG2_E), mask=t < T)
+        offset -= tl.load(grad_lse_ptr + pair * T + t, mask=t < T, other=0.0)
+    tl.store(offset_ptr + pair * T + t, tl.where(nothing, 0.0, offset), mask=t < T)
+    tl.store(lse2_ptr + pair * T + t, tl.where(nothing, float("inf"), lse * _LOG2_E), mask=t < T)
 
 
 @jit
 def _backward_queries(
     q_ptr, k_ptr, v_ptr, lower, upper, term, g_ptr, lse2_ptr, offset_ptr, seed_ptr, dq_ptr, dterm_ptr,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, spans_b, term_b, term_h, term_t, term_base,
-    dterm_b, dterm_h, dterm_t, dterm_base, first_row, first_head, G, H, T, S, scale, scale2, dropout,
+    dterm_b, dterm_h, dterm_t, dterm_base, first_row, first_head, GROUP, H, T, S, scale, scale2, dropout,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
     PUT_TERM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries; with PUT_TERM also that of the term, written where dterm has (t, s)."""
     member = tl.program_id(1)
-    b, h = (first_row + member // G).to(tl.int64), (first_head + member % G).to(tl.int64)
-    row = b * H + h
-    t0 = tl.program_id(0) * M
-    t = t0 + tl.arange(0, M)
+    b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
+    pair = b * H + h
+    t0 = tl.program_id(0) * BLOCK_M
+    t = t0 + tl.arange(0, BLOCK_M)
     lo, up = _intervals(lower + b * spans_b, upper + b * spans_b, t, T, S)
-    q = _rows(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
-    g = _rows(g_ptr + b * T * H * DV + h * DV, t, H * DV, T, DV, BLOCK_DV, False)
-    lse2 = tl.load(lse2_ptr + row * T + t, mask=t < T, other=float("inf"))
-    offset = tl.load(offset_ptr + row * T + t, mask=t < T, other=0.0)
+    q = _load(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
+    g = _load(g_ptr + b * T * H * DV + h * DV, t, H * DV, T, DV, BLOCK_DV, False)
+    lse2 = tl.load(lse2_ptr + pair * T + t, mask=t < T, other=float("inf"))
+    offset = tl.load(offset_ptr + pair * T + t, mask=t < T, other=0.0)
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    term += (member // G).to(tl.int64) * term_b + (member % G).to(tl.int64) * term_h + term_base
-    dterm_ptr += (member // G).to(tl.int64) * dterm_b + (member % G).to(tl.int64) * dterm_h + dterm_base
+    term += (member // GROUP).to(tl.int64) * term_b + (member % GROUP).to(tl.int64) * term_h + term_base
+    dterm_ptr += (member // GROUP).to(tl.int64) * dterm_b + (member % GROUP).to(tl.int64) * dterm_h + dterm_base
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    dq = tl.zeros((M, BLOCK_D), tl.float32)
-    start, stop, whole, whole_stop = _bounds(lo, up, N)
-    cuts = (whole - start) // N + tl.cdiv(tl.maximum(stop - whole_stop, 0), N)
+    dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    start, stop, whole, whole_stop = _bounds(lo, up, BLOCK_N)
+    cuts = (whole - start) // BLOCK_N + tl.cdiv(tl.maximum(stop - whole_stop, 0), BLOCK_N)
     for n in range(0, cuts):
-        s = tl.multiple_of(_place(n, start, whole, whole_stop, N), N) + tl.arange(0, N)
-        k = _rows(k_ptr, s, k_s, S, D, BLOCK_D, False)
-        v = _rows(v_ptr, s, v_s, S, DV, BLOCK_DV, False)
+        s = tl.multiple_of(_place(n, start, whole, whole_stop, BLOCK_N), BLOCK_N) + tl.arange(0, BLOCK_N)
+        k = _load(k_ptr, s, k_s, S, D, BLOCK_D, False)
+        v = _load(v_ptr, s, v_s, S, DV, BLOCK_DV, False)
         x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, True, False, PRECISION)
-        kept, grad = _score_gradient(x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, False, PRECISION)
+        kept, grad = _score_gradient(x, g, v, lse2, offset, pair, t, s, T, S, seed, dropout, DROPOUT, False, PRECISION)
         dq = _dot(grad.to(k.dtype), k, dq, PRECISION)
         if PUT_TERM:
             visible = (s[None, :] >= lo[:, None]) & (s[None, :] <= up[:, None]) & (t < T)[:, None]
             where = dterm_ptr + t0.to(tl.int64) * dterm_t + ((t - t0)[:, None] * dterm_t + s[None, :])
             tl.store(where, (grad * scale).to(dterm_ptr.dtype.element_ty), mask=visible)
-    for s0 in range(whole, whole_stop, N):
-        s = tl.multiple_of(s0, N) + tl.arange(0, N)
-        k = _rows(k_ptr, s, k_s, S, D, BLOCK_D, True)
-        v = _rows(v_ptr, s, v_s, S, DV, BLOCK_DV, True)
+    for s0 in range(whole, whole_stop, BLOCK_N):
+        s = tl.multiple_of(s0, BLOCK_N) + tl.arange(0, BLOCK_N)
+        k = _load(k_ptr, s, k_s, S, D, BLOCK_D, True)
+        v = _load(v_ptr, s, v_s, S, DV, BLOCK_DV, True)
         x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, False, False, PRECISION)
-        kept, grad = _score_gradient(x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, False, PRECISION)
+        kept, grad = _score_gradient(x, g, v, lse2, offset, pair, t, s, T, S, seed, dropout, DROPOUT, False, PRECISION)
         dq = _dot(grad.to(k.dtype), k, dq, PRECISION)
         if PUT_TERM:
             where = dterm_ptr + t0.to(tl.int64) * dterm_t + ((t - t0)[:, None] * dterm_t + s[None, :])
             tl.store(where, (grad * scale).to(dterm_ptr.dtype.element_ty), mask=(t < T)[:, None])
-    _put_rows(dq_ptr + b * T * H * D + h * D, dq * scale, t, H * D, T, D, BLOCK_D)
+    _store(dq_ptr + b * T * H * D + h * D, dq * scale, t, H * D, T, D, BLOCK_D)
 
 
 @jit
 def _backward_keys(
     q_ptr, k_ptr, v_ptr, lower, upper, term, g_ptr, lse2_ptr, offset_ptr, seed_ptr, plan, dk_ptr, dv_ptr,
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, spans_b, term_b, term_h, term_t, term_base, plan_b,
-    first_row, first_head, G, H, T, S, scale, scale2, dropout,
+    first_row, first_head, GROUP, H, T, S, scale, scale2, dropout,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of a tile of keys and of their values; scores are (N, M) here. plan: see key_plan."""
+    """The gradients of a tile of keys and of their values; scores are (BLOCK_N, BLOCK_M) here. plan: see key_plan."""
     member = tl.program_id(1)
-    b, h = (first_row + member // G).to(tl.int64), (first_head + member % G).to(tl.int64)
-    row = b * H + h
-    s = tl.program_id(0) * N + tl.arange(0, N)
-    k = _rows(k_ptr + b * k_b + h * k_h, s, k_s, S, D, BLOCK_D, False)
-    v = _rows(v_ptr + b * v_b + h * v_h, s, v_s, S, DV, BLOCK_DV, False)
+    b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
+    pair = b * H + h
+    s = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = _load(k_ptr + b * k_b + h * k_h, s, k_s, S, D, BLOCK_D, False)
+    v = _load(v_ptr + b * v_b + h * v_h, s, v_s, S, DV, BLOCK_DV, False)
     q_ptr += b * q_b + h * q_h
     g_ptr += b * T * H * DV + h * DV
-    lse2_ptr += row * T
-    offset_ptr += row * T
+    lse2_ptr += pair * T
+    offset_ptr += pair * T
     lower += b * spans_b
     upper += b * spans_b
-    term += (member // G).to(tl.int64) * term_b + (member % G).to(tl.int64) * term_h + term_base
+    term += (member // GROUP).to(tl.int64) * term_b + (member % GROUP).to(tl.int64) * term_h + term_base
     plan += b * plan_b + tl.program_id(0) * 4
     first, end, whole, whole_end = tl.load(plan), tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3)
     some = whole_end > whole
     whole = tl.where(some, whole, first)
     whole_end = tl.where(some, whole_end, first)
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    dk = tl.zeros((N, BLOCK_D), tl.float32)
-    dv = tl.zeros((N, BLOCK_DV), tl.float32)
+    dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_N, BLOCK_DV), tl.float32)
     for n in range(0, (whole - first) + (end - whole_end)):
-        t0 = tl.multiple_of(_place(n, first, whole, whole_end, 1) * M, M)
-        t = t0 + tl.arange(0, M)
+        t0 = tl.multiple_of(_place(n, first, whole, whole_end, 1) * BLOCK_M, BLOCK_M)
+        t = t0 + tl.arange(0, BLOCK_M)
         lo, up = _intervals(lower, upper, t, T, S)
-        q = _rows(q_ptr, t, q_t, T, D, BLOCK_D, False)
-        g = _rows(g_ptr, t, H * DV, T, DV, BLOCK_DV, False)
+        q = _load(q_ptr, t, q_t, T, D, BLOCK_D, False)
+        g = _load(g_ptr, t, H * DV, T, DV, BLOCK_DV, False)
         lse2 = tl.load(lse2_ptr + t, mask=t < T, other=float("inf"))
         offset = tl.load(offset_ptr + t, mask=t < T, other=0.0)
         x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, True, True, PRECISION)
-        kept, grad = _score_gradient(x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, True, PRECISION)
+        kept, grad = _score_gradient(x, g, v, lse2, offset, pair, t, s, T, S, seed, dropout, DROPOUT, True, PRECISION)
         dv = _dot(kept.to(g.dtype), g, dv, PRECISION)
         dk = _dot(grad.to(q.dtype), q, dk, PRECISION)
     for n in range(whole, whole_end):
-        t0 = tl.multiple_of(n * M, M)
-        t = t0 + tl.arange(0, M)
-        q = _rows(q_ptr, t, q_t, T, D, BLOCK_D, False)
-        g = _rows(g_ptr, t, H * DV, T, DV, BLOCK_DV, False)
+        t0 = tl.multiple_of(n * BLOCK_M, BLOCK_M)
+        t = t0 + tl.arange(0, BLOCK_M)
+        q = _load(q_ptr, t, q_t, T, D, BLOCK_D, False)
+        g = _load(g_ptr, t, H * DV, T, DV, BLOCK_DV, False)
         lse2 = tl.load(lse2_ptr + t, mask=t < T, other=float("inf"))
         offset = tl.load(offset_ptr + t, mask=t < T, other=0.0)
         x = _scores(
             q, k, t0, t, T, s, t, t, term, term_t, scale2, TERM, False, True, PRECISION
         )  # fmt: skip
-        kept, grad = _score_gradient(x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, True, PRECISION)
+        kept, grad = _score_gradient(x, g, v, lse2, offset, pair, t, s, T, S, seed, dropout, DROPOUT, True, PRECISION)
         dv = _dot(kept.to(g.dtype), g, dv, PRECISION)
         dk = _dot(grad.to(q.dtype), q, dk, PRECISION)
-    _put_rows(dk_ptr + b * S * H * D + h * D, dk * scale, s, H * D, S, D, BLOCK_D)
-    _put_rows(dv_ptr + b * S * H * DV + h * DV, dv, s, H * DV, S, DV, BLOCK_DV)
+    _store(dk_ptr + b * S * H * D + h * D, dk * scale, s, H * D, S, D, BLOCK_D)
+    _store(dv_ptr + b * S * H * DV + h * DV, dv, s, H * DV, S, DV, BLOCK_DV)
 
 
 @jit
@@ -565,59 +568,59 @@ def _backward_diagonals(
     q_b, q_h, q_t, k_b, k_h, k_s, v_b, v_h, v_s, spans_b, term_b, term_h, term_t, term_base,
     first_shift, splits, B, H, T, S, scale2, dropout,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    M: tl.constexpr, N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds up the score gradients of square tiles whose key tile is `shift` tiles after their query tile.
 
     All of them have the same distances, so a bias's gradient is the sum along the diagonals of what comes out,
-    (H, shifts, splits, M, M)."""
+    (H, shifts, splits, BLOCK_M, BLOCK_M)."""
     shift = first_shift + tl.program_id(0)
     part = tl.program_id(1)
     h = tl.program_id(2).to(tl.int64)
-    tiles = tl.cdiv(T, M)
+    tiles = tl.cdiv(T, BLOCK_M)
     term += h * term_h + term_base
     seed = tl.load(seed_ptr) if DROPOUT else 0
-    acc = tl.zeros((M, M), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_M), tl.float32)
     for n in range(part, B * tiles, splits):
         b = (n // tiles).to(tl.int64)
-        row = b * H + h
-        t0 = n % tiles * M
-        s0 = t0 + shift * M
-        t = t0 + tl.arange(0, M)
-        s = s0 + tl.arange(0, M)
+        pair = b * H + h
+        t0 = n % tiles * BLOCK_M
+        s0 = t0 + shift * BLOCK_M
+        t = t0 + tl.arange(0, BLOCK_M)
+        s = s0 + tl.arange(0, BLOCK_M)
         lo, up = _intervals(lower + b * spans_b, upper + b * spans_b, t, T, S)
-        if (tl.min(lo, 0) < s0 + M) & (tl.max(up, 0) >= s0):
-            q = _rows(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
-            g = _rows(g_ptr + b * T * H * DV + h * DV, t, H * DV, T, DV, BLOCK_DV, False)
-            k = _rows(k_ptr + b * k_b + h * k_h, s, k_s, S, D, BLOCK_D, False)
-            v = _rows(v_ptr + b * v_b + h * v_h, s, v_s, S, DV, BLOCK_DV, False)
-            lse2 = tl.load(lse2_ptr + row * T + t, mask=t < T, other=float("inf"))
-            offset = tl.load(offset_ptr + row * T + t, mask=t < T, other=0.0)
+        if (tl.min(lo, 0) < s0 + BLOCK_M) & (tl.max(up, 0) >= s0):
+            q = _load(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
+            g = _load(g_ptr + b * T * H * DV + h * DV, t, H * DV, T, DV, BLOCK_DV, False)
+            k = _load(k_ptr + b * k_b + h * k_h, s, k_s, S, D, BLOCK_D, False)
+            v = _load(v_ptr + b * v_b + h * v_h, s, v_s, S, DV, BLOCK_DV, False)
+            lse2 = tl.load(lse2_ptr + pair * T + t, mask=t < T, other=float("inf"))
+            offset = tl.load(offset_ptr + pair * T + t, mask=t < T, other=0.0)
             x = _scores(q, k, t0, t, T, s, lo, up, term, term_t, scale2, TERM, True, False, PRECISION)
             kept, grad = _score_gradient(
-                x, g, v, lse2, offset, row, t, s, T, S, seed, dropout, DROPOUT, False, PRECISION
+                x, g, v, lse2, offset, pair, t, s, T, S, seed, dropout, DROPOUT, False, PRECISION
             )
             acc += grad
-    i = tl.arange(0, M)
+    i = tl.arange(0, BLOCK_M)
     place = (h * tl.num_programs(0) + tl.program_id(0)) * splits + part
-    tl.store(sums_ptr + place * M * M + i[:, None] * M + i[None, :], acc)
+    tl.store(sums_ptr + place * BLOCK_M * BLOCK_M + i[:, None] * BLOCK_M + i[None, :], acc)
 
 
 @jit
 def _products(
-    p_ptr, table, term, p_b, p_h, p_t, table_h, term_b, term_h, term_row, first_row, first_head, G, T, R,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, PRECISION: tl.constexpr,
+    p_ptr, table, term, p_b, p_h, p_t, table_h, term_b, term_h, term_step, first_row, first_head, GROUP, T, R,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """term[t, r] = p_t . table_r for a tile, in rows that start term_row apart."""
+    """term[t, r] = p_t . table_r for a tile; queries lie term_step apart."""
     member = tl.program_id(2)
-    b, h = (first_row + member // G).to(tl.int64), (first_head + member % G).to(tl.int64)
-    t = tl.program_id(1) * M + tl.arange(0, M)
-    r = tl.program_id(0) * N + tl.arange(0, N)
-    p = _rows(p_ptr + b * p_b + h * p_h, t, p_t, T, D, BLOCK_D, False)
-    rows = _rows(table + h * table_h, r, D, R, D, BLOCK_D, False)
-    x = _dot(p, tl.trans(rows), None, PRECISION)
-    term += (member // G).to(tl.int64) * term_b + (member % G).to(tl.int64) * term_h
-    where = term + t.to(tl.int64)[:, None] * term_row + r[None, :]
+    b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
+    t = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    p = _load(p_ptr + b * p_b + h * p_h, t, p_t, T, D, BLOCK_D, False)
+    entries = _load(table + h * table_h, r, D, R, D, BLOCK_D, False)
+    x = _dot(p, tl.trans(entries), None, PRECISION)
+    term += (member // GROUP).to(tl.int64) * term_b + (member % GROUP).to(tl.int64) * term_h
+    where = term + t.to(tl.int64)[:, None] * term_step + r[None, :]
     tl.store(where, x.to(term.dtype.element_ty), mask=(t < T)[:, None] & (r < R)[None, :])
 
 
@@ -636,7 +639,7 @@ class _Arguments(NamedTuple):
     upper: torch.Tensor
     plan: torch.Tensor | None
     seed: torch.Tensor | None  # (1,)
-    far: int
+    farthest: int
     scale: float
     dropout: float
 
@@ -656,7 +659,7 @@ class _Group(NamedTuple):
 
     @property
     def numbers(self) -> dict[str, int]:
-        return dict(first_row=self.rows.start, first_head=self.heads.start, G=len(self.heads))
+        return dict(first_row=self.rows.start, first_head=self.heads.start, GROUP=len(self.heads))
 
     def __len__(self) -> int:
         return len(self.rows) * len(self.heads)
@@ -695,11 +698,11 @@ class _Call:
         )  # fmt: skip
 
     def launch(self, kernel: str, shapes: dict | None = None) -> dict:
-        """M, N and options of a kernel, and the given shapes, by default all."""
+        """M, BLOCK_N and options of a kernel, and the given shapes, by default all."""
         query = self.x.query
         tiles = tiles_of(kernel, query.dtype, max(self.d, self.dv), self.t, is_hopper(query.device))
         options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
-        return (self.shapes if shapes is None else shapes) | dict(M=tiles.queries, N=tiles.keys) | options
+        return (self.shapes if shapes is None else shapes) | dict(BLOCK_M=tiles.queries, BLOCK_N=tiles.keys) | options
 
     def groups(self) -> Iterator[_Group]:
         """Rows and heads whose products with a table of distances are held at a time; all, where there are none."""
@@ -717,11 +720,11 @@ class _Call:
         table, asked = self.x.table, self.x.asked
         if table is None:
             return _Term(self.x.query, dict(term_b=0, term_h=0, term_t=0, term_base=0))
-        start = self.x.far - self.offset  # the table's row for (0, 0)
+        start = self.x.farthest - self.offset  # the table's entry for (0, 0)
         if asked is None:
             table = table.contiguous()
             return _Term(table, dict(term_b=0, term_h=self.r, term_t=-1, term_base=start))
-        # (t, s) lies at base + t W + s, so row r of the table at base - start + t (W + 1) + r.
+        # (t, s) lies at base + t width + s, so entry r of the table at base - start + t (width + 1) + r.
         width = _ceil(max(self.r - 1, 1), 16)
         base = _ceil(start, 16)
         size = _ceil(self.t * (width + 1) + 16, 16)
@@ -730,10 +733,10 @@ class _Call:
         table = table.contiguous()
         shapes = {name: self.shapes[name] for name in ("D", "BLOCK_D", "PRECISION")}
         launch = self.launch("products", shapes)
-        grid = triton.cdiv(self.r, launch["N"]), triton.cdiv(self.t, launch["M"]), len(group)
+        grid = triton.cdiv(self.r, launch["BLOCK_N"]), triton.cdiv(self.t, launch["BLOCK_M"]), len(group)
         _products[grid](
             p_ptr=asked, table=table, term=term[:, :, base - start :], p_b=asked.stride(0), p_h=asked.stride(1),
-            p_t=asked.stride(2), table_h=table.stride(0), **strides, term_row=width + 1, **group.numbers, T=self.t,
+            p_t=asked.stride(2), table_h=table.stride(0), **strides, term_step=width + 1, **group.numbers, T=self.t,
             R=self.r, **launch,
         )  # fmt: skip
         return _Term(term, strides | dict(term_t=width, term_base=base))
@@ -759,7 +762,7 @@ def _run_forward(arguments: _Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     launch = call.launch("forward")
     for group in call.groups():
         term = call.term(group)
-        grid = triton.cdiv(call.t, launch["M"]), len(group)
+        grid = triton.cdiv(call.t, launch["BLOCK_M"]), len(group)
         _forward[grid](
             **call.tensors, term=term.matrix, out_ptr=out, lse_ptr=lse, **call.numbers, **term.strides,
             **group.numbers, **launch,
@@ -781,7 +784,7 @@ def _run_backward(
     lse2, offset = torch.empty_like(lse), torch.empty_like(lse)
     _offsets[triton.cdiv(call.t, 32), call.b * call.h](
         out, grad_out, lse, lse if grad_lse is None else grad_lse.contiguous(), lse2, offset, call.h, call.t,
-        DV=call.dv, BLOCK_DV=call.shapes["BLOCK_DV"], M=32, HAS_LSE=grad_lse is not None,
+        DV=call.dv, BLOCK_DV=call.shapes["BLOCK_DV"], BLOCK_M=32, HAS_LSE=grad_lse is not None,
     )  # fmt: skip
     tensors = call.tensors | dict(g_ptr=grad_out, lse2_ptr=lse2, offset_ptr=offset)
     want_query, want_key, want_value, want_asked, want_table = wants
@@ -797,14 +800,14 @@ def _run_backward(
             dterm, strides = _term_gradient(call, group) if put_term else (nothing, (0, 0, 0, 0))
             strides = dict(zip(("dterm_b", "dterm_h", "dterm_t", "dterm_base"), strides, strict=True))
             launch = call.launch("queries")
-            _backward_queries[triton.cdiv(call.t, launch["M"]), len(group)](
+            _backward_queries[triton.cdiv(call.t, launch["BLOCK_M"]), len(group)](
                 **common, dq_ptr=dq, dterm_ptr=dterm, **strides, PUT_TERM=put_term, **launch
             )
             if put_term:
                 _add_term_gradient(call, group, dterm, grad_asked, grad_table)
         if want_key or want_value:
             launch = call.launch("keys")
-            _backward_keys[triton.cdiv(call.s, launch["N"]), len(group)](
+            _backward_keys[triton.cdiv(call.s, launch["BLOCK_N"]), len(group)](
                 **common, plan=x.plan, plan_b=x.plan.stride(0) if x.plan.shape[0] > 1 else 0, dk_ptr=dk, dv_ptr=dv,
                 **launch,
             )  # fmt: skip
@@ -815,19 +818,19 @@ def _run_backward(
 
 
 def _term_gradient(call: _Call, group: _Group) -> tuple[torch.Tensor, tuple[int, int, int, int]]:
-    """Zeros (G, rows, T, R) for the gradient of the products, R rounded up, and strides that find (b, h, t, s)."""
+    """Zeros (GROUP, rows, T, R) for the gradient of the products, R rounded up, and strides that find (b, h, t, s)."""
     width = _ceil(call.r, 8)
     rows, heads = len(group.rows), len(group.heads)
     dterm = torch.zeros(heads, rows, call.t, width, dtype=call.x.query.dtype, device=call.x.query.device)
-    return dterm, (call.t * width, rows * call.t * width, width - 1, call.x.far - call.offset)
+    return dterm, (call.t * width, rows * call.t * width, width - 1, call.x.farthest - call.offset)
 
 
 def _add_term_gradient(call: _Call, group: _Group, dterm: torch.Tensor, grad_asked: torch.Tensor, grad_table):
-    """The products' gradient (G, rows, T, R) brought to their factors: two matrix products of torch."""
+    """The products' gradient (GROUP, rows, T, R) brought to their factors: two matrix products of torch."""
     rows, heads = (slice(x.start, x.stop) for x in group)
-    dterm = dterm.flatten(1, 2)[..., : call.r]  # (G, rows T, R)
+    dterm = dterm.flatten(1, 2)[..., : call.r]  # (GROUP, rows T, R)
     asked = call.x.asked[rows, heads].transpose(0, 1).reshape(len(group.heads), -1, call.d)
-    found = torch.bmm(dterm, call.x.table[heads])  # (G, rows T, D)
+    found = torch.bmm(dterm, call.x.table[heads])  # (GROUP, rows T, D)
     grad_asked[rows, heads] = found.unflatten(1, (len(group.rows), call.t)).transpose(0, 1)
     if grad_table.numel():
         grad_table[heads] += torch.bmm(dterm.mT, asked)
@@ -836,8 +839,8 @@ def _add_term_gradient(call: _Call, group: _Group, dterm: torch.Tensor, grad_ask
 def _bias_gradient(call: _Call, tensors: dict, term: _Term) -> torch.Tensor:
     """The gradient (H, R) of a bias: score gradients summed along the diagonals."""
     launch = call.launch("diagonals")
-    m = launch["M"]
-    start = call.x.far - call.offset  # the table's row of key 0 for query 0; of (t, s) it is start - t + s
+    m = launch["BLOCK_M"]
+    start = call.x.farthest - call.offset  # the table's entry of key 0 for query 0; of (t, s) it is start - t + s
     query_tiles, key_tiles = triton.cdiv(call.t, m), triton.cdiv(call.s, m)
     first = max(-(query_tiles - 1), -((start + m - 1) // m))
     last = min(key_tiles - 1, (call.r - 1 - start + m - 1) // m)
@@ -850,12 +853,12 @@ def _bias_gradient(call: _Call, tensors: dict, term: _Term) -> torch.Tensor:
         **tensors, term=term.matrix, sums_ptr=sums, **call.numbers, **term.strides, first_shift=first, splits=splits,
         B=call.b, **launch,
     )  # fmt: skip
-    sums = sums.sum(2).flip(-2)  # (H, shifts, M, M): (i, c) is at distance-row c + i of its tile's 2 M - 1
-    skew = F.pad(sums, (0, m)).flatten(-2)[..., :-m].unflatten(-1, (m, 2 * m - 1)).sum(-2)  # (H, shifts, 2 M - 1)
-    low, high = F.pad(skew, (0, 1)).unflatten(-1, (2, m)).unbind(-2)  # (H, shifts, M): tiles share their halves
-    rows = F.pad(low.flatten(1), (0, m)) + F.pad(high.flatten(1), (m, 0))  # (H, (shifts + 1) M)
-    begin = start + first * m - (m - 1)  # the table's row that rows[0] is
-    return F.pad(rows, (begin, call.r - begin - rows.shape[1])) * call.x.scale  # negative pads cut
+    sums = sums.sum(2).flip(-2)  # (H, shifts, m, m): (i, c) is at distance c + i of its tile's 2 m - 1
+    skew = F.pad(sums, (0, m)).flatten(-2)[..., :-m].unflatten(-1, (m, 2 * m - 1)).sum(-2)  # (H, shifts, 2 m - 1)
+    low, high = F.pad(skew, (0, 1)).unflatten(-1, (2, m)).unbind(-2)  # (H, shifts, m): tiles share their halves
+    found = F.pad(low.flatten(1), (0, m)) + F.pad(high.flatten(1), (m, 0))  # (H, (shifts + 1) m)
+    begin = start + first * m - (m - 1)  # the table's entry that found[0] is
+    return F.pad(found, (begin, call.r - begin - found.shape[1])) * call.x.scale  # negative pads cut
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
@@ -873,11 +876,11 @@ def _forward_kernels(
     upper: torch.Tensor,
     plan: torch.Tensor | None,
     seed: torch.Tensor | None,
-    far: int,
+    farthest: int,
     scale: float,
     dropout: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    arguments = _Arguments(query, key, value, asked, table, lower, upper, plan, seed, far, scale, dropout)
+    arguments = _Arguments(query, key, value, asked, table, lower, upper, plan, seed, farthest, scale, dropout)
     with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
         return _run_forward(arguments)
 
@@ -903,11 +906,11 @@ def _backward_kernels(
     upper: torch.Tensor,
     plan: torch.Tensor | None,
     seed: torch.Tensor | None,
-    far: int,
+    farthest: int,
     scale: float,
     dropout: float,
 ) -> list[torch.Tensor]:
-    arguments = _Arguments(query, key, value, asked, table, lower, upper, plan, seed, far, scale, dropout)
+    arguments = _Arguments(query, key, value, asked, table, lower, upper, plan, seed, farthest, scale, dropout)
     with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
         return _run_backward(arguments, (out, lse), (grad_out, grad_lse), wants)
 
@@ -924,9 +927,9 @@ def _backward_shapes(grad_out, grad_lse, out, lse, wants, query, key, value, ask
 
 
 def _keep(ctx, inputs, output):
-    *tensors, far, scale, dropout = inputs
+    *tensors, farthest, scale, dropout = inputs
     ctx.save_for_backward(*output, *tensors)
-    ctx.numbers = far, scale, dropout
+    ctx.numbers = farthest, scale, dropout
     ctx.set_materialize_grads(False)
 
 
@@ -941,9 +944,9 @@ def _differentiate(ctx, grad_out, grad_lse):
 def _operator(name: str, kernels, shapes):
     """The operator of this file's code with that name, made by whoever comes first; and whether that was now."""
     space = "hf_gallery_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    known = getattr(getattr(torch.ops, space), name, None)
-    if known is not None:
-        return known, False
+    existing = getattr(getattr(torch.ops, space), name, None)
+    if existing is not None:
+        return existing, False
     made = torch.library.custom_op(f"{space}::{name}", kernels, mutates_args=())
     made.register_fake(shapes)
     return made, True

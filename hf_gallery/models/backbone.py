@@ -36,12 +36,13 @@ from .weights import version_of
 class Part:
     """Rows that run through the layers together.
 
-    past: what they go on with, a cache with a row for each, or None. keeps: their new state is the input's cache's.
+    past: what they go on with, a cache with a row for each, or None. keeps_state: their new state is the input's
+    cache's.
     """
 
     rows: Rows
     past: GalleryCache | None
-    keeps: bool
+    keeps_state: bool
 
 
 @dataclass
@@ -148,16 +149,16 @@ class Backbone(GalleryPreTrainedModel):
             self.check_packed(attends, inputs)
         parts = self.parts(rows, cache, documents)
         done, writes = [], None
-        infers = not torch.is_grad_enabled()
-        version = version_of(self.tables_follow()) if cache is not None and infers else None
+        no_grad = not torch.is_grad_enabled()
+        version = version_of(self.tables_follow()) if cache is not None and no_grad else None
         for part in parts:
             common = ForwardContext(
                 rows=part.rows,
                 device=(input_ids if inputs_embeds is None else inputs_embeds).device,
                 cached=0 if part.past is None else part.past.columns_held,
-                keep=part.keeps,
-                limit=cache.limit if part.keeps else None,
-                infers=infers,
+                keeps_state=part.keeps_state,
+                max_columns=cache.max_columns if part.keeps_state else None,
+                no_grad=no_grad,
                 output_attentions=bool(attends),
                 output_hidden_states=bool(shows),
                 packed=documents is not None,
@@ -173,7 +174,7 @@ class Backbone(GalleryPreTrainedModel):
             result.x = self.finish(result.x)
             if result.hidden is not None:
                 result.hidden[-1] = result.x
-            if part.keeps:
+            if part.keeps_state:
                 writes = (result.states, part.rows, context.facts, context.tables, version, self)
             done.append((context, result))
         placed = [part.rows for part in parts]

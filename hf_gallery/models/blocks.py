@@ -23,7 +23,7 @@ class ResidualLayer(GradientCheckpointingLayer):
         return x if self.pre else norm(x)
 
 
-class MeliadLayer(GradientCheckpointingLayer):
+class PreNormLayer(GradientCheckpointingLayer):
     """A layer as google-research/meliad has it (transformer/transformer_layer.py): self_attn and feed_forward on what
     their norms give, dropout before the one and after the other."""
 
@@ -51,9 +51,9 @@ class FeedForward(nn.Module):
         return self.down_proj(self.dropout(self.act(self.up_proj(x))))
 
 
-def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(B, T, H * D) to (B, H, T, D)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
@@ -84,8 +84,9 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input_ids) * self.embed_scale
 
 
-class Heads(nn.Module):
-    """Linear maps to heads; the queries carry the scale, 1 / sqrt(D) (Vaswani et al. 2017, section 3.2.1).
+class QueryKeyValue(nn.Module):
+    """Linear maps to the queries, keys and values of all heads; the queries carry the scale, 1 / sqrt(D) (Vaswani et
+    al. 2017, section 3.2.1).
 
     A module's own parameters are read in its forward only, here and in all models: tools that offload or shard them
     bring them in for it. `keys_values` has none but those of the maps that it calls.
@@ -93,25 +94,25 @@ class Heads(nn.Module):
 
     def __init__(self, config, bias: bool = False):
         super().__init__()
-        self.heads = config.num_attention_heads
-        inner = self.heads * config.head_dim
+        self.num_heads = config.num_attention_heads
+        inner = self.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=bias)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, T, E) to the query (B, H, T, D), and the scale in each head's (H,)."""
-        query = split_heads(self.q_proj(x), self.heads)
-        scale = query.new_full((self.heads,), query.shape[-1] ** -0.5)
+        query = split_heads(self.q_proj(x), self.num_heads)
+        scale = query.new_full((self.num_heads,), query.shape[-1] ** -0.5)
         return query * query.shape[-1] ** -0.5, scale
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, E) to key and value (B, H, S, D)."""
-        return split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
+        return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
 
 
-class ScaledHeads(Heads):
-    """Heads of unit length, with a learned scale for each in place of 1 / sqrt(D).
+class ScaledQueryKeyValue(QueryKeyValue):
+    """Queries and keys of unit length, with a learned scale per head in place of 1 / sqrt(D).
 
     Keys that keep their length stay comparable with the queries of later weights, which a memory needs. The scale
     starts at config.initial_scale. As meliad's transformer_base.py, KVQLayer; the absolute value, from 2025, keeps the
@@ -120,10 +121,10 @@ class ScaledHeads(Heads):
 
     def __init__(self, config, bias: bool = False):
         super().__init__(config, bias)
-        self.scale = nn.Parameter(torch.ones(self.heads))
+        self.scale = nn.Parameter(torch.ones(self.num_heads))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return scaled_unit(split_heads(self.q_proj(x), self.heads), self.scale), self.scale.abs()
+        return scaled_unit(split_heads(self.q_proj(x), self.num_heads), self.scale), self.scale.abs()
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = super().keys_values(x)
@@ -144,15 +145,15 @@ def scaled_unit(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 class T5Bias(nn.Module):
     """A learned bias for each head and bucket of distances, added to the score before the head's scale."""
 
-    def __init__(self, heads: int):
+    def __init__(self, num_heads: int):
         super().__init__()
-        self.table = nn.Embedding(32, heads)
+        self.table = nn.Embedding(32, num_heads)
         self.table.deviation = 32**-0.5  # flax's default for a table (H, 32), see init_scaled
 
-    def forward(self, far: int, scale: torch.Tensor) -> Position:
-        """The term for distances far, ..., 0, times the heads' scales (H,)."""
-        distance = torch.arange(far, -1, -1, device=scale.device)
-        return Position(self.table(t5_buckets(distance)).T * scale[:, None], far)
+    def forward(self, farthest: int, scale: torch.Tensor) -> Position:
+        """The term for distances farthest, ..., 0, times the heads' scales (H,)."""
+        distance = torch.arange(farthest, -1, -1, device=scale.device)
+        return Position(self.table(t5_buckets(distance)).T * scale[:, None], farthest)
 
 
 def init_scaled(module: nn.Module, std: float, scale: float):
@@ -169,5 +170,5 @@ def init_scaled(module: nn.Module, std: float, scale: float):
         nn.init.ones_(module.weight)
     if isinstance(getattr(module, "bias", None), nn.Parameter):
         nn.init.zeros_(module.bias)
-    if isinstance(module, ScaledHeads):
+    if isinstance(module, ScaledQueryKeyValue):
         nn.init.constant_(module.scale, scale)

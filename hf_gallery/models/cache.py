@@ -132,7 +132,7 @@ class GalleryCache(Cache):
         return [tensors_of(state) for state in self._content.states]
 
     @property
-    def rows(self) -> State:
+    def facts(self) -> State:
         """Further facts of each row, (B, ...) on the CPU."""
         return tensors_of(self._content.facts)
 
@@ -143,7 +143,7 @@ class GalleryCache(Cache):
         return next(held, 0)
 
     @property
-    def limit(self) -> int | None:
+    def max_columns(self) -> int | None:
         """Columns that layers shall keep now; None = all. While recording nothing is dropped, so that crop works."""
         return None if self.recording else self.capacity
 
@@ -248,8 +248,8 @@ class GalleryCache(Cache):
         else:
             recent = rows.recent
             history = (*history, (recent, None if rows.mask is None else rows.mask[:, -recent:].cpu()))
-        if self.limit is not None:
-            while sum(count for count, _ in history[1:]) > self.limit:
+        if self.max_columns is not None:
+            while sum(count for count, _ in history[1:]) > self.max_columns:
                 history = history[1:]
         return history
 
@@ -311,8 +311,10 @@ class GalleryCache(Cache):
     @property
     def is_croppable(self) -> bool:
         """Whether `crop` can take back tokens: all state is columns of time, and those that it needs are here."""
-        known = bool(self._content.history) or not self.columns  # reset_rows leaves nothing to count by
-        return not self.folds and known and (self.capacity is None or self.recording or self.columns <= self.capacity)
+        countable = bool(self._content.history) or not self.columns  # reset_rows leaves nothing to count by
+        return (
+            not self.folds and countable and (self.capacity is None or self.recording or self.columns <= self.capacity)
+        )
 
     def activate_past_recording(self):
         """From now on keep what the model could forget, so that `crop` can take tokens back: each crop then drops what
@@ -402,9 +404,9 @@ class GalleryCache(Cache):
 
     @classmethod
     def from_pairs(cls, config, pairs) -> GalleryCache:
-        """The cache of a model that has read P tokens whose keys and values are given; gradients reach them.
+        """The cache of a model that has read C tokens whose keys and values are given; gradients reach them.
 
-        pairs: for each layer keys and values (B, H, P, D), as prefix tuning makes them. Raises ValueError for shapes
+        pairs: for each layer keys and values (B, H, C, D), as prefix tuning makes them. Raises ValueError for shapes
         that are not the model's.
         """
         layers, h, d = config.cache_layers, config.num_attention_heads, config.head_dim

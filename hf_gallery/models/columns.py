@@ -25,23 +25,23 @@ class Room:
     written: int
 
 
-def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | None = None) -> torch.Tensor:
+def append_columns(past: torch.Tensor | None, new: torch.Tensor, max_columns: int | None = None) -> torch.Tensor:
     """[past | new] over the columns of time, (..., C + T, D).
 
-    limit: columns that `next_columns` will keep. With it, spare columns are allocated, so that a decode step writes in
-    place, behind what `past` itself holds, instead of copying the past.
+    max_columns: columns that `next_columns` will keep. With it, spare columns are allocated, so that a decode step
+    writes in place, behind what `past` itself holds, instead of copying the past.
     """
     if past is None:
         return new
     past = past.to(new.dtype)  # of a model that was then in another precision
     columns, width = past.shape[-2:]
     end = columns + new.shape[-2]
-    if not limit or columns > limit or end > columns + _spare(limit) or not _may_share(past, new):
+    if not max_columns or columns > max_columns or end > columns + _spare(max_columns) or not _may_share(past, new):
         return torch.cat([past, new], dim=-2)
     room = _room_of(past)
     start = 0 if room is None else past.storage_offset() // width % room.columns  # the room's column where past begins
     if room is None or start + end > room.columns or room.written != start + columns:
-        past, start = _with_room(past, limit), 0
+        past, start = _with_room(past, max_columns), 0
         room = _room_of(past)
     joined = past.as_strided((*past.shape[:-2], end, width), past.stride())
     joined[..., columns:, :] = new
@@ -49,28 +49,33 @@ def append_columns(past: torch.Tensor | None, new: torch.Tensor, limit: int | No
     return joined
 
 
-def next_columns(x: torch.Tensor, rows: Rows, limit: int | None) -> torch.Tensor:
-    """Columns of x (B, ..., C + T, D) that a cache keeps: each row's last token in the last one, at most limit."""
-    if limit == 0:
+def next_columns(x: torch.Tensor, rows: Rows, max_columns: int | None) -> torch.Tensor:
+    """Columns of x (B, ..., C + T, D) that a cache keeps: each row's last token in the last one, at most
+    max_columns."""
+    if max_columns == 0:
         return x[..., :0, :].clone()
     x = rows.shift(x, x.dim() - 2)
-    if limit is None or x.shape[-2] <= limit or not _may_share(x, x):
-        return last_columns(x, limit)
-    kept = x[..., x.shape[-2] - limit :, :]
+    if max_columns is None or x.shape[-2] <= max_columns or not _may_share(x, x):
+        return last_columns(x, max_columns)
+    kept = x[..., x.shape[-2] - max_columns :, :]
     room = _room_of(x)
-    return kept if room is not None and room.columns == limit + _spare(limit) else _with_room(kept, limit)
+    return (
+        kept
+        if room is not None and room.columns == max_columns + _spare(max_columns)
+        else _with_room(kept, max_columns)
+    )
 
 
-def _spare(limit: int) -> int:
-    """Spare columns behind `limit`: decode steps between two copies of the past. Few, since they cost memory."""
-    return max(2, limit // 8)
+def _spare(max_columns: int) -> int:
+    """Spare columns behind `max_columns`: decode steps between two copies of the past. Few, since they cost memory."""
+    return max(2, max_columns // 8)
 
 
-def _with_room(x: torch.Tensor, limit: int) -> torch.Tensor:
-    """A copy of x (..., C, D), C <= limit, in memory with spare columns."""
-    memory = x.new_empty(*x.shape[:-2], limit + _spare(limit), x.shape[-1])
+def _with_room(x: torch.Tensor, max_columns: int) -> torch.Tensor:
+    """A copy of x (..., C, D), C <= max_columns, in memory with spare columns."""
+    memory = x.new_empty(*x.shape[:-2], max_columns + _spare(max_columns), x.shape[-1])
     copy = memory[..., : x.shape[-2], :].copy_(x)
-    memory.untyped_storage().room = Room(limit + _spare(limit), x.shape[-1], x.shape[-2])
+    memory.untyped_storage().room = Room(max_columns + _spare(max_columns), x.shape[-1], x.shape[-2])
     return copy
 
 

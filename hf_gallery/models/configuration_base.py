@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .adapters import name_targets
+
 logger = logging.getLogger(__name__)
 
 BYTES = 262  # ids of the byte tokenizer: 256 bytes and 6 special tokens
@@ -85,12 +87,17 @@ class GalleryConfig(PreTrainedConfig):
         if self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; it must be 1 or more")
 
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers. PEFT reads it when it is about to choose where its adapters go."""
+        name_targets(self.model_type)
+        return super().to_dict()
+
     @property
     def n_positions(self) -> int:
         """Tokens of the longest input, under the first name that lm-eval looks for: as many as learned positions
         reach, unless they begin anew in each segment; UNLIMITED for models that read on for ever."""
-        limit = getattr(self, "longest_input", None)
-        return UNLIMITED if limit is None or getattr(self, "segment_length", None) is not None else limit
+        longest = getattr(self, "longest_input", None)
+        return UNLIMITED if longest is None or getattr(self, "segment_length", None) is not None else longest
 
     @property
     def cache_capacity(self) -> int | None:

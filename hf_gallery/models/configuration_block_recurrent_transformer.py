@@ -32,7 +32,7 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     layer_norm_eps: float = 1e-6
     block_length: int = 512  # W: the window, and the tokens between two states
     recurrent_layers: list[int] | None = None  # layers with a state, counted from 0; default the third from the top
-    num_state_vectors: int = 512  # S
+    num_state_vectors: int = 512  # Z
     gate_type: str = "fixed"  # fixed: a learned constant a channel; lstm: forget and input gates
     recurrence_type: str = "skip"  # skip: attention and a gate; dual: then a feed-forward and a second gate
     initial_scale: float = 1.0  # where each head's learned scale starts; scores of unit vectors are within it

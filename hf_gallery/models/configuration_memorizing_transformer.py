@@ -39,7 +39,7 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
     segment_length: int = 512  # memory is searched before a segment, and appended to after it
     mem_len: int = 512  # C: keys of before the segment that local attention sees
     memory_layers: list[int] | None = None  # layers with a memory, counted from 0; default the fourth from the top
-    memory_size: int = 8192  # M: pairs kept for each row and head, first in, first out
+    memory_size: int = 8192  # N at most: pairs kept for each row and head, first in, first out
     memory_topk: int = 32  # k: pairs that each query and head retrieves, the paper's number
     memory_backend: str = "exact"  # one of memory.BACKENDS. exact: torch, streaming
     num_positions: int | None = None  # length of a learned table of positions; None: T5's bias, as published

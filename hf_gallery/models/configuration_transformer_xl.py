@@ -24,7 +24,7 @@ class GalleryTransformerXLConfig(GalleryConfig):
 
     num_hidden_layers: int = 12
     segment_length: int = 512  # L: tokens that attend to each other with gradient; code: tgt_len
-    mem_len: int = 512  # M: tokens kept from before the segment; 0 = none
+    mem_len: int = 512  # tokens kept from before the segment; 0 = none
     same_length: bool = False  # every query sees mem_len keys, itself among them; else all memory and its own segment
     clamp_len: int = -1  # distances beyond it count as it; -1 = off
     untie_r: bool = False  # position biases u and v of each layer's own; False shares them over layers

@@ -20,25 +20,25 @@ class ForwardContext:
     """One forward, as every layer sees it.
 
     device: of the input; parameters may be elsewhere, offloaded. cached: columns of time that the cache holds,
-    C. keep: a cache wants the new state, `limit` columns of it (None = all). infers: no gradients are recorded.
-    facts: what the cache keeps of each row for the whole model. packed: several documents may lie in a row of the
-    input. tables: of the layers, which follow from weights alone; None where no cache can keep them. known: see
+    C. keeps_state: a cache wants the new state, `max_columns` columns of it (None = all). no_grad: no gradients are
+    recorded. facts: what the cache keeps of each row for the whole model. packed: several documents may lie in a row
+    of the input. tables: of the layers, which follow from weights alone; None where no cache can keep them. memo: see
     `once`.
     """
 
     rows: Rows
     device: torch.device | None = None
     cached: int = 0
-    keep: bool = False
-    limit: int | None = None
-    infers: bool = False
+    keeps_state: bool = False
+    max_columns: int | None = None
+    no_grad: bool = False
     output_attentions: bool = False
     output_hidden_states: bool = False
     packed: bool = False
     implementation: str = "eager"
     facts: NextState = field(default_factory=dict)
     tables: dict[int, torch.Tensor] | None = None
-    known: dict = field(default_factory=dict)
+    memo: dict = field(default_factory=dict)
 
     def widened(self, kind: type[Wider], **own) -> Wider:
         """The same as a variant's Context, with its own fields."""
@@ -46,9 +46,9 @@ class ForwardContext:
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
         """Returns what several layers need alike, worked out by the first that asks for it."""
-        if key not in self.known:
-            self.known[key] = work()
-        return self.known[key]
+        if key not in self.memo:
+            self.memo[key] = work()
+        return self.memo[key]
 
     def table(self, layer: int, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A layer's table, which follows from weights alone: the cache's, while the weights stay as they are."""
@@ -58,16 +58,16 @@ class ForwardContext:
             self.tables[layer] = work()
         return self.tables[layer]
 
-    def extend(self, state: State, limit: int | None = None, **new: torch.Tensor):
+    def extend(self, state: State, max_columns: int | None = None, **new: torch.Tensor):
         """[cached | new] columns (B, ..., C + T, D) for each name, in order, and last the layer's next state.
 
-        limit: of this layer's columns, where it keeps fewer than others do.
+        max_columns: of this layer's columns, where it keeps fewer than others do.
         """
-        limit = self.limit if limit is None or self.limit is None else limit
-        joined = {name: append_columns(state.get(name), x, limit) for name, x in new.items()}
-        kept = self.columns(limit, **joined) if self.keep else {}
+        max_columns = self.max_columns if max_columns is None or self.max_columns is None else max_columns
+        joined = {name: append_columns(state.get(name), x, max_columns) for name, x in new.items()}
+        kept = self.columns(max_columns, **joined) if self.keeps_state else {}
         return *joined.values(), kept
 
-    def columns(self, limit: int | None, **joined: torch.Tensor) -> NextState:
-        """Columns of [cached | new] that a cache keeps, `limit` of them."""
-        return {name: Columns(next_columns(x, self.rows, limit)) for name, x in joined.items()}
+    def columns(self, max_columns: int | None, **joined: torch.Tensor) -> NextState:
+        """Columns of [cached | new] that a cache keeps, `max_columns` of them."""
+        return {name: Columns(next_columns(x, self.rows, max_columns)) for name, x in joined.items()}

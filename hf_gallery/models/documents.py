@@ -6,7 +6,7 @@ document). A document computes what it computes alone. So each gets a row of its
 and state are its own, and the results go back to the columns where its tokens stand. Documents of like length make one
 batch of rows, so that few columns are padding.
 
-Letters: see spans.py. N documents, M tokens of all rows in reading order.
+Letters: see spans.py. Of a shape (documents,) and (tokens,) is a number for each, of all rows in reading order.
 """
 
 from __future__ import annotations
@@ -20,25 +20,27 @@ MOST_PADDING = 1.5  # columns that a batch of documents may have for each of its
 
 
 class Documents:
-    """The documents in the rows of an input, N of them in reading order. Bookkeeping is on the CPU.
+    """The documents in the rows of an input, in reading order. Bookkeeping is on the CPU.
 
-    rows: the input's rows as they stand. starts: (M,), True at the first token of each document; a row's first token
-    is one. fresh: (B,), True where a row's first document begins anew, though the row has a past.
+    rows: the input's rows as they stand. starts: (tokens,), True at the first token of each document; a row's first
+    token is one. fresh: (B,), True where a row's first document begins anew, though the row has a past.
     """
 
     def __init__(self, rows: Rows, starts: torch.Tensor, fresh: torch.Tensor):
         self.batch, self.columns = rows.batch, rows.columns
-        self.tokens = token_columns(rows)  # (M,) of [0, B * columns)
-        self.of_token = starts.cumsum(0) - 1  # (M,) the document of each token
-        self.first = starts.nonzero().squeeze(1)  # (N,) the token that each begins with
-        self.lengths = torch.bincount(self.of_token, minlength=len(self.first))  # (N,)
-        self.row = torch.div(self.tokens[self.first], self.columns, rounding_mode="floor")  # (N,)
-        self.leads = torch.ones_like(self.row, dtype=torch.bool)  # (N,) the first document of its row
+        self.tokens = token_columns(rows)  # (tokens,) of [0, B * columns)
+        self.of_token = starts.cumsum(0) - 1  # (tokens,) the document of each token
+        self.first = starts.nonzero().squeeze(1)  # (documents,) the token that each begins with
+        self.lengths = torch.bincount(self.of_token, minlength=len(self.first))  # (documents,)
+        self.row = torch.div(self.tokens[self.first], self.columns, rounding_mode="floor")  # (documents,)
+        self.leads = torch.ones_like(self.row, dtype=torch.bool)  # (documents,) the first document of its row
         self.leads[1:] = self.row[1:] != self.row[:-1]
-        self.is_last = torch.ones_like(self.leads)  # (N,) the last one
+        self.is_last = torch.ones_like(self.leads)  # (documents,) the last one
         self.is_last[:-1] = self.leads[1:]
         self.behind = rows.seen  # (B,) tokens behind each row
-        self.seen = torch.where(self.leads & ~fresh[self.row], rows.seen[self.row], 0)  # (N,) and each document
+        self.seen = torch.where(
+            self.leads & ~fresh[self.row], rows.seen[self.row], 0
+        )  # (documents,) and each document
         self.are_rows = bool(self.leads.all()) and not bool((fresh & (rows.seen > 0)).any())
 
     def __len__(self):
@@ -46,7 +48,7 @@ class Documents:
 
     @property
     def positions(self) -> torch.Tensor:
-        """The place of each token in its document, (M,)."""
+        """The place of each token in its document, (tokens,)."""
         return torch.arange(len(self.tokens)) - self.first[self.of_token] + self.seen[self.of_token]
 
     @property
@@ -64,8 +66,8 @@ class Documents:
         return DocumentRows(self.batch, self.columns, index, lengths, self.seen[which])
 
     def alike(self, wanted: torch.Tensor, together: bool = False) -> list[torch.Tensor]:
-        """The documents that `wanted` (N,) picks, in batches of like length: with at most MOST_PADDING columns for
-        each token, the longest first. together: all in one."""
+        """The documents that `wanted` (documents,) picks, in batches of like length: with at most MOST_PADDING columns
+        for each token, the longest first. together: all in one."""
         which = wanted.nonzero().squeeze(1)
         if together or not len(which):
             return [which] if len(which) else []
@@ -107,7 +109,7 @@ class Documents:
         return targets
 
     def pooled(self, hidden: torch.Tensor, last: bool) -> torch.Tensor:
-        """hidden (B, columns, E) at the first or last token of each document, (N, E)."""
+        """hidden (B, columns, E) at the first or last token of each document, (documents, E)."""
         at = self.first + self.lengths - 1 if last else self.first
         return hidden.flatten(0, 1)[self.tokens[at].to(hidden.device)]
 
@@ -122,7 +124,7 @@ class Documents:
 
         Raises ValueError for a document without one: `name` has no `what`.
         """
-        marked = marks.cpu().flatten()[self.tokens].long()  # (M,)
+        marked = marks.cpu().flatten()[self.tokens].long()  # (tokens,)
         count = marked.cumsum(0)
         count = count - (count - marked)[self.first][self.of_token]  # up to each token, in its own document
         without = count[self.first + self.lengths - 1] == 0
@@ -137,7 +139,7 @@ class Documents:
 
 
 def token_columns(rows: Rows) -> torch.Tensor:
-    """The tokens of the input's rows in reading order, as columns of [0, B * columns): (M,)."""
+    """The tokens of the input's rows in reading order, as columns of [0, B * columns): (tokens,)."""
     if rows.mask is None:
         return torch.arange(rows.batch * rows.columns)
     return rows.mask.cpu().flatten().nonzero().squeeze(1)
@@ -192,7 +194,7 @@ def find_documents(
 
 
 def _of_tokens(name: str, x: torch.Tensor, rows: Rows, tokens: torch.Tensor) -> torch.Tensor:
-    """Whole numbers x (B or 1, columns) at the tokens, (M,)."""
+    """Whole numbers x (B or 1, columns) at the tokens, (tokens,)."""
     b, t = rows.batch, rows.columns
     if x.dtype not in (torch.long, torch.int):
         raise ValueError(f"{name} has type {x.dtype}; it must be torch.long or torch.int")
@@ -202,7 +204,7 @@ def _of_tokens(name: str, x: torch.Tensor, rows: Rows, tokens: torch.Tensor) -> 
 
 
 def _by_position(positions: torch.Tensor, leads: torch.Tensor) -> torch.Tensor:
-    """Starts of documents by positions (M,): where they start again. They do so at 0, or all at one other number
+    """Starts of documents by positions (tokens,): where they start again. They do so at 0, or all at one other number
     with which the rows begin too; positions that jump in any other way tell of no documents."""
     jumps = ~leads
     jumps[1:] &= positions[1:] != positions[:-1] + 1

@@ -1,13 +1,14 @@
 """Dilated windows and global tokens of Longformer (Beltagy, Peters, Cohan 2020, section 3.1) as intervals of columns.
 
-A window dilated by g holds every g-th key. Columns cut into g rows of every g-th column make it a plain window again:
+A window dilated by g holds every g-th key. Columns cut into g phases, of every g-th column each, make it a plain
+window again:
 
-    columns    0 1 2 3 4 5 6 7 8           row 0   0 3 6
-    g = 3                              ->  row 1   1 4 7      a query in column 7 with a window of 2 sees 1, 4, 7:
-                                           row 2   2 5 8      the interval [0, 2] of row 1
+    columns    0 1 2 3 4 5 6 7 8           phase 0   0 3 6
+    g = 3                              ->  phase 1   1 4 7      a query in column 7 with a window of 2 sees 1, 4, 7:
+                                           phase 2   2 5 8      the interval [0, 2] of phase 1
 
 Global tokens that a query's window does not hold are seen through a second, short list of keys. Letters: see spans.py.
-g dilation, G global tokens, S folded key columns, T' folded queries.
+g dilation and phases, G global tokens, S and T' keys and queries of a phase.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from .spans import Spans
 
 
 class Folding:
-    """Columns [cached | new] cut into g rows of every g-th column, for a window dilated by g. g = 1 moves nothing.
+    """Columns [cached | new] cut into g phases of every g-th column, for a window dilated by g. g = 1 moves nothing.
 
-    Columns are padded in front so that they end together; queries too, to whole rows of g.
+    Columns are padded in front so that they end together; queries too, to a multiple of g.
     """
 
     def __init__(self, rows: Rows, cached: int, dilation: int):
         self.g, self.rows, self.cached = dilation, rows, cached
         columns = cached + rows.width
         self.front = -columns % dilation  # before the keys
-        self.early = (self.front + cached) % dilation  # before the queries, within their first row of g
+        self.early = (self.front + cached) % dilation  # before the queries, within their first g
 
     def keys(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, C + T, D) to (B * g, H, S, D)."""
@@ -73,14 +74,14 @@ class Folding:
     def outside(self, globals_: GlobalTokens, left: int, right: int) -> tuple[torch.Tensor, list[Spans]]:
         """The global keys that a query sees and its window does not hold, as intervals of a list of global keys.
 
-        The list of a folded row holds first the keys of other phases, which no window of the row holds, then those of
+        The list of a row's phase holds first the keys of other phases, which no window of it holds, then those of
         its own phase, each by position. Returns the order (B * g, G) of each list, and disjoint intervals of it.
         """
         b = len(self.rows.seen)
         p, real = (x.expand(b, -1, -1) for x in self.positions())  # (B, g, T')
         position = globals_.positions[:, None].expand(-1, self.g, -1)  # (B, g, G)
         missing = position < 0
-        same = (position - p[..., :1]) % self.g == 0  # a key of the row's own phase
+        same = (position - p[..., :1]) % self.g == 0  # a key of the queries' own phase
         others = _sorted(position, ~same & ~missing)
         own = _sorted(position, same & ~missing)
         start = (~same & ~missing).sum(-1, keepdim=True)  # (B, g, 1): where the list's own phase begins
@@ -99,7 +100,7 @@ class Folding:
         return order.flatten(0, 1), [self._spans(first, end - 1, real) for first, end in intervals]
 
     def _spans(self, lower, upper, real) -> Spans:
-        """Intervals (B or 1, g, T') of the folded rows, empty where there is no token."""
+        """Intervals (B or 1, g, T') of the phases, empty where there is no token."""
         upper = torch.where(real, upper, lower - 1)
         if self.g > 1:
             lower, upper = (x.expand(len(self.rows.seen), -1, -1) for x in (lower, upper))
@@ -111,9 +112,9 @@ def _sorted(position, chosen):
     return position.masked_fill(~chosen, torch.iinfo(position.dtype).max).sort(dim=-1).values
 
 
-def _count_below(positions, limit):
-    """Counts the sorted positions (B, g, G) below limit (B, g, T')."""
-    return torch.searchsorted(positions, limit.contiguous())
+def _count_below(positions, bound):
+    """Counts the sorted positions (B, g, G) below bound (B, g, T')."""
+    return torch.searchsorted(positions, bound.contiguous())
 
 
 @dataclass
@@ -137,7 +138,7 @@ class GlobalTokens:
 
 
 def in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """x (B, H, G, D) for each folded row in its own order (B * g, G): (B * g, H, G, D)."""
+    """x (B, H, G, D) for each phase in its own order (B * g, G): (B * g, H, G, D)."""
     g = len(order) // len(x)
     order = order.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.repeat_interleave(g, dim=0).gather(2, order)

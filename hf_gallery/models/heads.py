@@ -47,8 +47,8 @@ def reads(*names: str):
 
     def widen(head: type) -> type:
         inherited = head.forward
-        shared = next(vars(base)["forward"] for base in head.__mro__[1:] if "forward" in vars(base))
-        signature = inspect.signature(shared)
+        inherited = next(vars(base)["forward"] for base in head.__mro__[1:] if "forward" in vars(base))
+        signature = inspect.signature(inherited)
         own = list(signature.parameters.values())
         own = [parameter for parameter in own if parameter.name not in names]
         own[3:3] = [own[1].replace(name=name, annotation=torch.Tensor | None) for name in names]  # after the mask
@@ -69,10 +69,10 @@ def name_causal(kind: type):
     """Tells transformers that a class predicts the next token. Its Trainer shifts labels by itself where it smooths
     them (label_smoothing_factor), for the classes named in this table; of all others it takes each label for the
     token in its own column. lm-eval looks a model type up in the same table."""
-    name, known = kind.__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    if name not in known.values():  # a model type has one entry; further classes of it stand under their own names
+    name, mapping = kind.__name__, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if name not in mapping.values():  # a model type has one entry; further classes of it stand under their own names
         model_type = getattr(getattr(kind, "config_class", None), "model_type", None)
-        known[name if not model_type or model_type in known else model_type] = name
+        mapping[name if not model_type or model_type in mapping else model_type] = name
 
 
 class CausalLMHead(GalleryGenerationMixin):
@@ -136,11 +136,11 @@ class CausalLMHead(GalleryGenerationMixin):
             loss_arguments["shift_labels"] = documents.next_tokens(labels)
         elif labels is not None and attention_mask is not None:
             loss_arguments["shift_labels"] = next_tokens(labels, attention_mask)
-        logits, loss = self.score(outputs.last_hidden_state, labels, logits_to_keep, loss_arguments)
+        logits, loss = self.logits_and_loss(outputs.last_hidden_state, labels, logits_to_keep, loss_arguments)
         more = {name: outputs[name] for name in outputs if name in self.output_type.__dataclass_fields__}
         return self.output_type(**more | {"loss": loss, "logits": logits})
 
-    def score(self, hidden, labels, logits_to_keep, loss_arguments):
+    def logits_and_loss(self, hidden, labels, logits_to_keep, loss_arguments):
         """Logits (B, T, V) of hidden (B, T, E), and the loss if there are labels."""
         logits = vocabulary_scores(self.lm_head, keep_logits(hidden, logits_to_keep))
         if labels is None and "shift_labels" not in loss_arguments:
@@ -218,8 +218,9 @@ class SequenceClassificationHead:
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Arguments as in the bare model. labels (B,), or (B, num_labels) for several at once. num_items_in_batch: the
-        labels of all batches of an update, whose losses then add up to their mean. logits (B, num_labels). Where N
-        documents are packed in the rows, labels and logits are theirs, in reading order: (N,) and (N, num_labels)."""
+        labels of all batches of an update, whose losses then add up to their mean. logits (B, num_labels). Where
+        documents are packed in the rows, labels and logits are theirs, in reading order: (documents,) and (documents,
+        num_labels)."""
         items = kwargs.pop("num_items_in_batch", None)
         check_arguments(self, kwargs, self.model.arguments() | {"token_type_ids", "num_items_in_batch"})
         kwargs |= {"position_ids": position_ids}
@@ -248,7 +249,7 @@ class SequenceClassificationHead:
         return self.output_type(**more | {"loss": loss, "logits": logits})
 
     def pool(self, hidden, attention_mask, documents: Documents | None):
-        """The input of `classifier`, from hidden (B, T, E): (B, E), or (N, E) where N documents are packed."""
+        """The input of `classifier`, from hidden (B, T, E): (B, E), or (documents, E) where documents are packed."""
         return pooled_rows(hidden, attention_mask, documents, last=True)
 
 
@@ -543,7 +544,7 @@ def pooled_rows(
     hidden: torch.Tensor, attention_mask: torch.Tensor | None, documents: Documents | None, last: bool
 ) -> torch.Tensor:
     """The hidden state (B, E) of each row's first or last token in hidden (B, T, E), padding left out; where documents
-    are packed, of each document's (N, E).
+    are packed, of each document's (documents, E).
 
     Raises ValueError if a row has no token.
     """
@@ -564,13 +565,23 @@ def pooled_rows(
 
 
 def vocabulary_scores(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Scores (B, T, V) of hidden (B, T, E). PEFT's trainable tokens multiply by a tied head's table and leave its bias
-    out (0.21, TrainableTokensLayer.forward_adapters); what the head makes of zeros says whether it is to be added."""
+    """Scores (B, T, V) of hidden (B, T, E), with the bias that PEFT leaves out of a tied head. Its trainable tokens,
+    alone or beside LoRA, multiply by the table only (0.21, TrainableTokensLayer.forward_adapters); what the head makes
+    of zeros says whether the bias is to be added.
+
+    Raises ValueError where PEFT has put a head without bias in this one's place: merged, it would stay so."""
     scores = lm_head(hidden)
-    adapter = getattr(lm_head, "token_adapter", None)
-    if adapter is None or adapter.get_base_layer().bias is None:
+    for copy in getattr(lm_head, "modules_to_save", {}).values():
+        if getattr(copy, "bias", None) is None and getattr(lm_head.original_module, "bias", None) is not None:
+            raise ValueError(
+                "PEFT has tied a copy of lm_head without its bias to the embedding of modules_to_save; leave "
+                "ensure_weight_tying out, or use trainable_token_indices"
+            )
+    adapter = getattr(lm_head, "token_adapter", lm_head)
+    bias = adapter.get_base_layer().bias if hasattr(adapter, "trainable_tokens_delta") else None
+    if bias is None:
         return scores
-    return scores + (adapter.get_base_layer().bias - lm_head(torch.zeros_like(hidden[:1, :1])))
+    return scores + (bias - lm_head(torch.zeros_like(hidden[:1, :1])))
 
 
 def check_kept(logits_to_keep, columns: torch.Tensor | None):

@@ -2,7 +2,7 @@
 
 One store for each row and head. A pair of position p lies in slot p mod memory_size, so the store is a ring: what
 falls out is the oldest. How full a row's ring is follows from the row's own count of tokens, so emptying a row costs
-nothing. Letters: see spans.py; N slots in use, k pairs retrieved.
+nothing. Letters: see spans.py. N slots in use, A pairs appended, k pairs retrieved.
 """
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ _BLOCK = 16
 
 
 def _first(scores, start, upper, n, topk):
-    """The topk largest of scores (B, H, T, W), those of the columns of a ring of n from `start` on, largest first, and
-    their columns. Of equal ones those that stand nearest before upper (B, T) in the ring come first."""
+    """The topk largest of scores (B, H, T, width), those of the columns of a ring of n from `start` on, largest first,
+    and their columns. Of equal ones those that stand nearest before upper (B, T) in the ring come first."""
     count = min(topk, scores.shape[-1])
     best, at = _topk(scores, min(topk + 1, scores.shape[-1]))  # one more: is one that stays outside equal to the last?
     alike = (best[..., 1:] == best[..., :-1]) & (best[..., 1:] > -math.inf)
@@ -100,7 +100,7 @@ def _in_order(best, at, tied, upper, n):
     """Scores (B, H, T, any) and their columns, largest first, equal ones by age; those of the queries that are tied
     (B, H, T) are put in order, all others are."""
     if bool(tied.any()):
-        columns = at[tied]  # (R, any): R queries have ties
+        columns = at[tied]  # (tied, any): of the queries that have ties
         age = (_of(upper, tied) - 1 - columns) % n  # how many are more recent
         by_age = age.argsort(-1)
         best[tied], order = best[tied].gather(-1, by_age).sort(dim=-1, descending=True, stable=True)
@@ -109,13 +109,14 @@ def _in_order(best, at, tied, upper, n):
 
 
 def _of(upper, which):
-    """upper (B, T) of the queries in `which` (B, H, T), one below the other: (R, 1)."""
+    """upper (B, T) of the queries in `which` (B, H, T), one below the other: (tied, 1)."""
     return upper[:, None].expand_as(which)[which][:, None]
 
 
 def _newest(scores, last, turn, count):
-    """Columns (R, count) of the `count` largest of scores (R, W), whose smallest is last (R, 1): of the many that are
-    equal to it the most recent, which are the last ones before turn (R, 1), and then those before the row's end."""
+    """Columns (tied, count) of the `count` largest of scores (tied, width), whose smallest is last (tied, 1): of the
+    many that are equal to it the most recent, which are the last ones before turn (tied, 1), and then those before the
+    end."""
     larger, equal = scores > last, scores == last
     room = count - larger.sum(-1, keepdim=True, dtype=torch.int32)
     passed = equal.cumsum(-1, dtype=torch.int32)  # how many equal ones stand up to each column
@@ -129,7 +130,7 @@ def _newest(scores, last, turn, count):
 def _topk(scores, topk):
     """topk of the last dimension N, found among the blocks with the largest maxima: the k best lie in at most k.
 
-    Column c belongs to block c mod (N / 16), so that maxima are taken over whole rows at once.
+    Column c belongs to block c mod (N / 16), so that maxima are taken over whole blocks at once.
     """
     n = scores.shape[-1]
     count = n // _BLOCK
@@ -187,15 +188,15 @@ class FaissSearch:
 
     def _index(self, keys, at, place):
         """The index over keys (N, D) at columns `at`; kept under `place`, where their memory is a ring's."""
-        known = getattr(keys.untyped_storage(), INDEXES, {}) if place is not None else {}
-        index = known.get((self, place))
+        indexes = getattr(keys.untyped_storage(), INDEXES, {}) if place is not None else {}
+        index = indexes.get((self, place))
         if index is None:
             index = self.make(keys.shape[1], len(at))
             data = keys[at].float().cpu().numpy()
             if not index.is_trained:
                 index.train(data)
             index.add(data)
-            known[self, place] = index
+            indexes[self, place] = index
         return index
 
 
@@ -234,10 +235,10 @@ def require_backend(name: str):
         )
 
 
-def query_tile(batch: int, heads: int, width: int, topk: int, size: int) -> int:
+def query_tile(batch: int, num_heads: int, width: int, topk: int, size: int) -> int:
     """Number of queries to serve at once. Each gets k pairs of its own, so all of a long input's would not fit; and as
     the memory moves on within it, few at a time keep what they search together not much longer than `size`."""
-    return max(16, min(max(64, size), 2**24 // (batch * heads * width * topk)))
+    return max(16, min(max(64, size), 2**24 // (batch * num_heads * width * topk)))
 
 
 def retrieve(
@@ -262,7 +263,7 @@ def retrieve(
             some = keys[:, :, first:last]
             scores, at = BACKENDS[backend](query.detach(), some, lower - first, upper - first, topk)
             results.append((scores, at + first + ends[-1]))
-            if keys.is_contiguous() and values.is_contiguous():  # a ring, whose rows are picked where they lie
+            if keys.is_contiguous() and values.is_contiguous():  # a ring, whose pairs are picked where they lie
                 parts.append((keys, values, ends[-1]))
             else:  # only what these queries reach: tiles that each copied all of a long input would be quadratic
                 parts.append((some, values[:, :, first:last], ends[-1] + first))
@@ -277,7 +278,7 @@ def retrieve(
         for source_keys, source_values, start in parts:
             inside = (columns >= start) & (columns < start + source_keys.shape[2])
             at = (columns - start).clamp(0, source_keys.shape[2] - 1)
-            some_keys, some_values = (_rows_of(x, at) for x in (source_keys, source_values))
+            some_keys, some_values = (_pick_pairs(x, at) for x in (source_keys, source_values))
             keys = some_keys if keys is None else torch.where(inside[..., None], some_keys, keys)
             values = some_values if values is None else torch.where(inside[..., None], some_values, values)
     return keys, values, found, columns
@@ -292,7 +293,7 @@ def _reach(lower, upper, n):
     return first, max(first + 1, int(torch.where(some, upper, 0).max()))
 
 
-def _rows_of(x, at):
+def _pick_pairs(x, at):
     """x (B, H, N, D) at columns (B, H, T, k): (B, H, T, k, D)."""
     b, h, n, d = x.shape
     start = torch.arange(b * h, device=x.device).view(b, h, 1, 1) * n

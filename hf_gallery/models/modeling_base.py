@@ -14,7 +14,6 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
-from .adapters import name_targets
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .loading import check_weights
@@ -24,14 +23,14 @@ from .rows import Rows
 class GalleryPreTrainedModel(PreTrainedModel):
     """Base of every gallery model.
 
-    `heads` of a variant maps the Auto classes to its class names: all of them go into a saved folder's auto_map, so
-    that one checkpoint opens under every head.
+    `auto_classes` of a variant maps the Auto classes to its class names: all of them go into a saved folder's
+    auto_map, so that one checkpoint opens under every head.
     """
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values", "cache"]
-    heads: dict[str, str] = {}
+    auto_classes: dict[str, str] = {}
     takes_pairs = False  # what a layer keeps of a token is its key and value, so that a prefix may be made of them
     implementations: dict[str, str] = {}  # of attention, with what each is
     embeds_positions = True  # whether position_ids may be anything; a backbone may know distances only
@@ -47,7 +46,6 @@ class GalleryPreTrainedModel(PreTrainedModel):
         config.check_special_ids()  # again: fields may have been set since, from_pretrained(vocab_size=...) does so
         super().__init__(config, *inputs, **kwargs)
         self.loss_type = self.head_loss or self.loss_type
-        name_targets(config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested = requested_attention or "eager"
@@ -96,11 +94,11 @@ class GalleryPreTrainedModel(PreTrainedModel):
         config_module = type(self.config).__module__.split(".")[-1]
         # transformers' server and its decision pipeline take any causal model, but find one in a folder's code by this
         # name only.
-        heads = dict(self.heads)
-        if "AutoModelForCausalLM" in heads:
-            heads["AutoModelForDecision"] = heads["AutoModelForCausalLM"]
+        classes = dict(self.auto_classes)
+        if "AutoModelForCausalLM" in classes:
+            classes["AutoModelForDecision"] = classes["AutoModelForCausalLM"]
         self.config.auto_map = {"AutoConfig": f"{config_module}.{type(self.config).__name__}"} | {
-            auto: f"{module}.{name}" for auto, name in heads.items()
+            auto: f"{module}.{name}" for auto, name in classes.items()
         }
         return super().save_pretrained(save_directory, **kwargs)
 
@@ -118,6 +116,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """A forward. The cache that is given, as past_key_values or as cache, advances when all of it, head and loss
         too, has succeeded."""
         name_cache(kwargs, "past_key_values")
+        kwargs.pop("skip_logits", None)  # a leave, which Trainer gives under use_liger_kernel: they are there anyway
         cache = next((x for x in (*args, *kwargs.values()) if hasattr(x, "held")), None)
         with nullcontext() if cache is None else cache.held():
             return super().__call__(*args, **kwargs)

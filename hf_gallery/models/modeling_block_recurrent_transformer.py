@@ -1,7 +1,7 @@
 """The Block-Recurrent Transformer (Hutchins, Schlag, Wu, Dyer, Neyshabur 2022, arXiv 2203.07852).
 
     every layer       sliding-window attention: query p sees [p - W, p - 1], T5 bias, unit queries and keys, scaled
-    a recurrent layer also has S state vectors, which block j of W tokens enters as s_j:
+    a recurrent layer also has Z state vectors, which block j of W tokens enters as s_j:
       vertical        tokens of block j read s_j besides their window; one map joins both     section 3, recurrent cell
       horizontal      s_j reads itself and tokens of blocks j - 1 and j; a gate makes s_(j+1)                section 3
 
@@ -23,7 +23,7 @@ The absolute value of the scales, as here, is taken in the code of 2025 only; th
 The same by loops over blocks and tokens, to read beside the paper: tests/plain/block_recurrent_transformer.py.
 
 Blocks start at each row's own first token. All but the state runs over all blocks at once. Gradients flow through all
-blocks of one forward, and not between forwards. Letters: see spans.py. W block_length, S num_state_vectors, J blocks.
+blocks of one forward, and not between forwards. Letters: see spans.py. W block_length, Z num_state_vectors, J blocks.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ from .backbone import Backbone, LayerResults
 from .blocks import (
     AttentionDropout,
     FeedForward,
-    MeliadLayer,
+    PreNormLayer,
     ScaledEmbedding,
-    ScaledHeads,
+    ScaledQueryKeyValue,
     T5Bias,
     init_scaled,
     merge_heads,
@@ -64,7 +64,7 @@ class Context(ForwardContext):
     """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     block_length: int
-    fed: tuple[torch.Tensor, torch.Tensor] | None = None  # feedback: keys and values (B, H, S, D) of the state
+    fed: tuple[torch.Tensor, torch.Tensor] | None = None  # feedback: keys and values (B, H, Z, D) of the state vectors
 
     def window(self, cached: int) -> Spans:
         """[p - W, p - 1] in the columns [cached | new]."""
@@ -117,15 +117,15 @@ class Blocks:
         parts = _pick(x, self.column).split(self.length, dim=2)
         return [torch.cat(pair, dim=2) for pair in zip(parts, parts[1:], strict=False)]
 
-    def window_spans(self, j: int, states: int) -> Spans:
-        """The same for all `states` queries: [first real column, last one]. Complete blocks end in real columns."""
+    def window_spans(self, j: int, vectors: int) -> Spans:
+        """The same for all `vectors` queries: [first real column, last one]. Complete blocks end in real columns."""
         real = self.real[:, j * self.length : (j + 2) * self.length]
-        lower = (~real).long().cumprod(1).sum(1)[:, None].expand(-1, states)  # (B, S)
+        lower = (~real).long().cumprod(1).sum(1)[:, None].expand(-1, vectors)  # (B, Z)
         return Spans(lower, torch.full_like(lower, 2 * self.length - 1))
 
 
 def _pick(x, at):
-    """Columns at (B, any) of x (B, H, N, D)."""
+    """Columns at (B, any) of x (B, H, any, D)."""
     at = at.to(x.device)[:, None, :, None]
     return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
 
@@ -137,7 +137,7 @@ class LSTMGate(nn.Linear):
 
 
 class StateGate(nn.Module):
-    """The gate between new content and an old state. hidden: what the content was made from."""
+    """The gate between new content and old state vectors. hidden: what the content was made from."""
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, hidden: int):
         super().__init__()
@@ -148,28 +148,28 @@ class StateGate(nn.Module):
         else:
             self.gate_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, state, content, hidden):
-        """state, content (B, S, E), hidden (B, S, any) to the next state (B, S, E)."""
+    def forward(self, vectors, content, hidden):
+        """vectors, content (B, Z, E), hidden (B, Z, any) to the next vectors (B, Z, E)."""
         if self.lstm:
             forget = torch.sigmoid(self.forget_gate(hidden) + 1.0)
-            return state * forget + content * torch.sigmoid(self.input_gate(hidden) - 1.0)
+            return vectors * forget + content * torch.sigmoid(self.input_gate(hidden) - 1.0)
         gate = torch.sigmoid(self.gate_bias)
-        return state * gate + content * (1 - gate)
+        return vectors * gate + content * (1 - gate)
 
 
 class RecurrentState(nn.Module):
-    """The state's side of a recurrent layer: the horizontal direction."""
+    """The state vectors of a recurrent layer: the horizontal direction."""
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__()
-        self.heads, self.block_length = config.num_attention_heads, config.block_length
-        inner = self.heads * config.head_dim
+        self.num_heads, self.block_length = config.num_attention_heads, config.block_length
+        inner = self.num_heads * config.head_dim
         self.initial = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
         self.ids = nn.Parameter(torch.zeros(config.num_state_vectors, config.hidden_size))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.project = ScaledHeads(config)
+        self.project = ScaledQueryKeyValue(config)
         self.cross_q_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.cross_scale = nn.Parameter(torch.ones(self.heads))
+        self.cross_scale = nn.Parameter(torch.ones(self.num_heads))
         self.o_proj = nn.Linear(2 * inner, config.hidden_size, bias=False)
         self.gate = StateGate(config, 2 * inner)
         self.dual = config.recurrence_type == "dual"
@@ -179,16 +179,16 @@ class RecurrentState(nn.Module):
             self.feed_forward_gate = StateGate(config, config.intermediate_size)
 
     def forward(self, state: dict, context: Context, tokens=None):
-        """The keys and values (B, H, S, D) of the state that the next token's block enters with. With tokens, which
-        are queries (B, H, T, D), and keys and values (B, H, C + T, D): what the queries read (B, H, T, D), and the
-        layer's next state. The only loop over blocks is here."""
+        """The keys and values (B, H, Z, D) of the state vectors that the next token's block enters with. With tokens,
+        which are queries (B, H, T, D), and keys and values (B, H, C + T, D): what the queries read (B, H, T, D), and
+        the layer's next state. The only loop over blocks is here."""
         rows = context.rows
-        current = self._entering(state, rows)
+        vectors = self._entering(state, rows)  # (B, Z, E)
         pair = None if tokens is None else context.fed
         if pair is None:
             # Kept ones, while the state and the weights stay as they were.
             kept = "state_keys" in state
-            pair = (state["state_keys"], state["state_values"]) if kept else self._keys_values(current)
+            pair = (state["state_keys"], state["state_values"]) if kept else self._keys_values(vectors)
         if tokens is None:
             return pair
         query, keys, values = tokens
@@ -199,24 +199,24 @@ class RecurrentState(nn.Module):
         for j in range(blocks.count):
             pairs.append(pair)
             done = blocks.complete[:, j]
-            read = context.keep or j + 1 < blocks.count  # somebody will read the next state
+            read = context.keeps_state or j + 1 < blocks.count  # somebody will read what comes next
             if read and bool(done.any()):
                 windows = windows or (blocks.windows(keys), blocks.windows(values))
-                spans = blocks.window_spans(j, current.shape[1])
-                ahead = self._advance(current, pair, (windows[0][j], windows[1][j]), spans, context)
-                current = (
-                    ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, current)
+                spans = blocks.window_spans(j, vectors.shape[1])
+                ahead = self._advance(vectors, pair, (windows[0][j], windows[1][j]), spans, context)
+                vectors = (
+                    ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
                 )
-                if j + 1 < blocks.count or context.infers:
-                    pair = self._keys_values(current)
-        key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, S, D)
-        new: NextState = {"state": Folded(current)}
-        if context.infers:  # a token of the same block reads them again
+                if j + 1 < blocks.count or context.no_grad:
+                    pair = self._keys_values(vectors)
+        key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, Z, D)
+        new: NextState = {"state": Folded(vectors)}
+        if context.no_grad:  # a token of the same block reads them again
             new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
-        return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keep else {}
+        return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keeps_state else {}
 
     def _entering(self, state, rows) -> torch.Tensor:
-        """The state (B, S, E) that the next token's block enters with: learned until a row's first block is over."""
+        """The vectors (B, Z, E) that the next token's block enters with: learned until a row's first block is over."""
         initial = self.initial.expand(len(rows.seen), -1, -1)
         if "state" not in state:
             return initial
@@ -225,28 +225,29 @@ class RecurrentState(nn.Module):
             return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
-    def _keys_values(self, state):
-        """The keys and values (B, H, S, D) of a state (B, S, E), which tokens and the state itself read."""
-        return self.project.keys_values(self.norm(state) + self.ids)
+    def _keys_values(self, vectors):
+        """Keys and values (B, H, Z, D) of state vectors (B, Z, E), for tokens and for the vectors themselves."""
+        return self.project.keys_values(self.norm(vectors) + self.ids)
 
-    def _advance(self, state, pair, tokens, spans, context):
-        """The state (B, S, E) after a block. pair: its keys and values (B, H, S, D); tokens: theirs (B, H, 2 W, D)."""
-        z = self.norm(state) + self.ids
+    def _advance(self, vectors, pair, tokens, spans, context):
+        """The state vectors (B, Z, E) after a block. pair: their keys and values (B, H, Z, D); tokens: those of the
+        tokens (B, H, 2 W, D)."""
+        z = self.norm(vectors) + self.ids
         query, _ = self.project(z)
-        cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.heads), self.cross_scale)
+        cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.num_heads), self.cross_scale)
         own = read_state(query, *pair, context)
         cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
-        hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, S, 2 H D)
-        state = self.gate(state, self.o_proj(hidden), hidden)
+        hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, Z, 2 H D)
+        vectors = self.gate(vectors, self.o_proj(hidden), hidden)
         if self.dual:
             ffn = self.feed_forward
-            hidden = ffn.act(ffn.up_proj(self.feed_forward_norm(state)))
-            state = self.feed_forward_gate(state, ffn.down_proj(hidden), hidden)
-        return state
+            hidden = ffn.act(ffn.up_proj(self.feed_forward_norm(vectors)))
+            vectors = self.feed_forward_gate(vectors, ffn.down_proj(hidden), hidden)
+        return vectors
 
 
 def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
-    """Attention of queries (B, H, any, D), their scale in them, over all of a state's keys and values (B, H, S, D)."""
+    """Attention of queries (B, H, any, D), their scale in them, over keys and values (B, H, Z, D) of state vectors."""
     everything = context.everything(query.shape[2], key.shape[2])
     return attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
 
@@ -256,15 +257,15 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, layer: int):
         super().__init__()
-        self.heads, self.block_length = config.num_attention_heads, config.block_length
-        inner = self.heads * config.head_dim
-        self.project = ScaledHeads(config)
-        self.relative_bias = T5Bias(self.heads)
+        self.num_heads, self.block_length = config.num_attention_heads, config.block_length
+        inner = self.num_heads * config.head_dim
+        self.project = ScaledQueryKeyValue(config)
+        self.relative_bias = T5Bias(self.num_heads)
         self.recurrent = layer in config.recurrent_layers
         self.reads_state = self.recurrent or config.feedback
         if self.reads_state:
             self.cross_q_proj = nn.Linear(config.hidden_size, inner, bias=False)
-            self.cross_scale = nn.Parameter(torch.ones(self.heads))
+            self.cross_scale = nn.Parameter(torch.ones(self.num_heads))
         self.o_proj = nn.Linear((2 if self.reads_state else 1) * inner, config.hidden_size, bias=False)
         if self.recurrent:
             self.recurrence = RecurrentState(config)
@@ -274,16 +275,16 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
         query, scale = self.project(x)  # (B, H, T, D), (H,)
         key, value = self.project.keys_values(x)  # (B, H, T, D)
-        limit = None if self.recurrent else self.block_length
-        keys, values, new = context.extend(state, limit, keys=key, values=value)  # (B, H, C + T, D)
+        max_columns = None if self.recurrent else self.block_length
+        keys, values, new = context.extend(state, max_columns, keys=key, values=value)  # (B, H, C + T, D)
         cached = keys.shape[2] - key.shape[2]
         spans = context.window(cached)
-        # One distance only where the window is still empty: a table needs a row all the same.
+        # One distance only where the window is still empty: a table needs an entry all the same.
         position = self.relative_bias(max(1, spans.distances(cached)[1]), scale)
         options = dict(scale=1.0, dropout=self.dropout.rate)
         out, probabilities = attend_shown(context, query, Keys(keys, values, spans, position), **options)
         if self.reads_state:
-            cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.heads), self.cross_scale)
+            cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.num_heads), self.cross_scale)
             if self.recurrent:
                 cross, new_state = self.recurrence(state, context, (cross_query, keys, values))
                 new |= new_state
@@ -294,9 +295,9 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         return self.o_proj(merge_heads(out)), new, probabilities
 
 
-class GalleryBlockRecurrentTransformerLayer(MeliadLayer):
-    """One layer. State: keys, values (B, H, C, D); a recurrent layer's also state (B, S, E), and after a forward
-    without gradients that state's keys and values, state_keys and state_values (B, H, S, D)."""
+class GalleryBlockRecurrentTransformerLayer(PreNormLayer):
+    """One layer. State: keys, values (B, H, C, D); a recurrent layer's also state (B, Z, E), its vectors, and after a
+    forward without gradients their keys and values, state_keys and state_values (B, H, Z, D)."""
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, layer: int):
         super().__init__()
@@ -307,7 +308,7 @@ class GalleryBlockRecurrentTransformerLayer(MeliadLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x, context: Context, state: dict):
-        """As MeliadLayer's. Without x, of a recurrent layer: what its RecurrentState gives without tokens."""
+        """As PreNormLayer's. Without x, of a recurrent layer: what its RecurrentState gives without tokens."""
         return self.self_attn.recurrence(state, context) if x is None else super().forward(x, context, state)
 
 
@@ -318,7 +319,7 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
     config_class = GalleryBlockRecurrentTransformerConfig
     _no_split_modules = ["GalleryBlockRecurrentTransformerLayer"]
     implementations = OWN_IMPLEMENTATIONS
-    heads = {
+    auto_classes = {
         "AutoModel": "GalleryBlockRecurrentTransformerModel",
         "AutoModelForCausalLM": "GalleryBlockRecurrentTransformerForCausalLM",
         "AutoModelForSequenceClassification": "GalleryBlockRecurrentTransformerForSequenceClassification",
@@ -405,9 +406,9 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
             part = Context(
                 rows=part_rows,
                 block_length=w,
-                keep=True,
-                limit=self.config.cache_capacity,
-                infers=context.infers,
+                keeps_state=True,
+                max_columns=self.config.cache_capacity,
+                no_grad=context.no_grad,
                 implementation=context.implementation,
             )
             # In a context of its own: a checkpointed layer computes it again, from what it was computed from.

@@ -53,7 +53,7 @@ from .modeling_base import GalleryPreTrainedModel, with_config
 from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
-from .stack import TokenStack, init_stack, mark_branches
+from .stack import AbsoluteEmbeddings, init_stack, mark_branches
 from .states import Fixed, Places
 
 
@@ -74,8 +74,8 @@ class GalleryLongformerAttention(nn.Module):
 
     def __init__(self, config: GalleryLongformerConfig, layer: int):
         super().__init__()
-        self.layer, self.heads, self.width = layer, config.num_attention_heads, config.hidden_size
-        inner = self.heads * config.head_dim
+        self.layer, self.num_heads, self.width = layer, config.num_attention_heads, config.hidden_size
+        inner = self.num_heads * config.head_dim
         window, self.dilation = (config.per_layer(f"attention_{name}")[layer] for name in ("window", "dilation"))
         self.left, self.right = (window, 0) if config.is_decoder else (window // 2, window // 2)
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
@@ -89,18 +89,18 @@ class GalleryLongformerAttention(nn.Module):
         self.relative = config.position_embedding_type == "relative"
         if self.relative:
             self.r_proj = nn.Linear(config.hidden_size, inner, bias=False)
-            self.content_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # u of Transformer-XL
-            self.position_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # v of Transformer-XL
+            self.content_bias = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))  # u of Transformer-XL
+            self.position_bias = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))  # v of Transformer-XL
         self.dropout = AttentionDropout(config.attention_dropout)
 
     def forward(self, x, context: Context, state: dict):
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
-        query, key, value = (split_heads(f(x), self.heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        query, key, value = (split_heads(f(x), self.num_heads) for f in (self.q_proj, self.k_proj, self.v_proj))
         keys, values, new = context.extend(state, keys=key, values=value)  # (B, H, C + T, D)
         global_pairs = None
         if context.globals is not None:
             global_pairs = self._global_pairs(key, value, context.globals, state)
-            if context.keep:
+            if context.keeps_state:
                 names = ("global_keys", "global_values")
                 new |= {name: Fixed(x) for name, x in zip(names, global_pairs, strict=True)}
         position = None
@@ -135,8 +135,8 @@ class GalleryLongformerAttention(nn.Module):
         result = attend(queries, folded_keys, folded_values, window, position=position, return_lse=True, **options)
         global_keys, global_values = (in_order(z, order) for z in global_pairs)  # (B * g, H, G, D)
         for spans in outside:
-            far = attend(queries, global_keys, global_values, spans, return_lse=True, **options)
-            result = join(result, far)
+            beyond = attend(queries, global_keys, global_values, spans, return_lse=True, **options)
+            result = join(result, beyond)
         return folding.unfold(result[0])
 
     def _global_pairs(self, key, value, globals_, state):
@@ -153,8 +153,11 @@ class GalleryLongformerAttention(nn.Module):
     def _of_globals(self, x, context):
         """The global tokens' attention over everything, by maps of their own: query (B, H, Gn, D), key and value
         (B, H, T, D), intervals."""
-        query = context.globals.take(split_heads(self.q_global_proj(x), self.heads))
-        key, value = split_heads(self.k_global_proj(x), self.heads), split_heads(self.v_global_proj(x), self.heads)
+        query = context.globals.take(split_heads(self.q_global_proj(x), self.num_heads))
+        key, value = (
+            split_heads(self.k_global_proj(x), self.num_heads),
+            split_heads(self.v_global_proj(x), self.num_heads),
+        )
         first = context.everything
         count = query.shape[2]
         spans = context.once(
@@ -171,7 +174,7 @@ class GalleryLongformerAttention(nn.Module):
         """r of the distances in the window, farthest first: (H, left + 1 + right, D)."""
         distances = torch.arange(self.left, -self.right - 1, -1, device=query.device) * self.dilation
         sinusoid = sinusoids(distances, self.width, "concatenated", query.dtype)
-        return split_heads(self.r_proj(sinusoid)[None], self.heads)[0]
+        return split_heads(self.r_proj(sinusoid)[None], self.num_heads)[0]
 
     def _look(self, query, keys, values, position, of_globals, context):
         """The same attention with all T x S scores, for its maps: (B, H, T, D), and the probabilities (B, H, T, S)."""
@@ -194,20 +197,18 @@ class GalleryLongformerAttention(nn.Module):
 
     def _window_map(self, query, keys, position, context):
         """Probabilities (B, H, T, S) over each query's window and the global tokens, by the same maps for all."""
-        visible, window, row = context.once(
-            (self.left, self.dilation, "dense"), lambda: self._visible(context, keys.device)
-        )
+        place = (self.left, self.dilation, "dense")
+        visible, window, entry = context.once(place, lambda: self._visible(context, keys.device))
         dtype = compute_dtype(query)
         scores = query.to(dtype) @ keys.to(dtype).mT
         if position is not None:
-            term = (position.query.to(dtype) @ position.table.to(dtype).mT).gather(-1, row.expand_as(scores))
+            term = (position.query.to(dtype) @ position.table.to(dtype).mT).gather(-1, entry.expand_as(scores))
             scores = scores + term.masked_fill(~window[:, None], 0.0)  # a global token has no distance
         scores = (scores * query.shape[-1] ** -0.5).masked_fill(~visible[:, None], -math.inf)
         return scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
 
     def _visible(self, context, device):
-        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's row of the table of positions
-        (1, T, S)."""
+        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's table entry (1, T, S)."""
         rows, s = context.rows, context.cached + context.rows.width
         p = rows.positions
         key = p[:, :1] - context.cached + torch.arange(s)  # (B or 1, S)
@@ -221,8 +222,8 @@ class GalleryLongformerAttention(nn.Module):
             mark.scatter_(1, context.globals.index.cpu(), True)
             visible = visible | mark[:, None, :-1]
         visible = visible & real[:, None] & (p <= rows.last)[..., None]
-        row = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
-        return visible.to(device), window.to(device), row.clamp(0, self.left + self.right).to(device)
+        entry = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
+        return visible.to(device), window.to(device), entry.clamp(0, self.left + self.right).to(device)
 
 
 class GalleryLongformerLayer(ResidualLayer):
@@ -256,7 +257,7 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
     implementations = OWN_IMPLEMENTATIONS | {
         "eager": "their own tiles or kernels, which join the window with the global tokens"
     }
-    heads = {
+    auto_classes = {
         "AutoModel": "GalleryLongformerModel",
         "AutoModelForCausalLM": "GalleryLongformerForCausalLM",
         "AutoModelForMaskedLM": "GalleryLongformerForMaskedLM",
@@ -272,7 +273,7 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
                 nn.init.normal_(getattr(module, name), 0.0, self.config.initializer_range)
 
 
-class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedModel):
+class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreTrainedModel):
     """The bare Longformer: an encoder, or a decoder if config.is_decoder.
 
     >>> import torch
@@ -339,8 +340,8 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
     def _global_tokens(self, rows: Rows, past, mask):
         """The global tokens, None if there are none, and what the cache must remember of them."""
         b = len(rows.lengths)
-        known = None if past is None else past.rows.get("global_positions")  # (B, G), one more than the position
-        if mask is None and known is None:
+        earlier = None if past is None else past.facts.get("global_positions")  # (B, G), one more than the position
+        if mask is None and earlier is None:
             return None, {}
         if mask is None:
             index = torch.zeros(b, 0, dtype=torch.long)
@@ -348,15 +349,15 @@ class GalleryLongformerModel(TokenStack, Backbone, GalleryLongformerPreTrainedMo
             packed = rows.pack(mask[:, -rows.columns :].cpu() != 0)  # (B, T)
             count = packed.sum(1)
             most = int(count.max())
-            if most == 0 and known is None:
+            if most == 0 and earlier is None:
                 return None, {}
             index = (~packed).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
             index = torch.where(torch.arange(most) < count[:, None], index, rows.width)
         positions = torch.where(index < rows.width, rows.seen[:, None] + index, -1)
         if not self.config.is_decoder:
             return GlobalTokens(positions, index, None, causal=False), {}
-        if known is not None:
-            positions = torch.cat([known - 1, positions], dim=1)
+        if earlier is not None:
+            positions = torch.cat([earlier - 1, positions], dim=1)
         order = (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
         pick = order[:, : max(1, int((positions >= 0).sum(1).max()))]
         positions = positions.gather(1, pick)

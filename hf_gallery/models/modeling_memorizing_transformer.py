@@ -28,7 +28,7 @@ trained GPT-2 can be given a memory: with its gates closed it is GPT-2, on piece
 
 The same by loops over queries and heads, to read beside the paper: tests/plain/memorizing_transformer.py.
 
-Letters: see spans.py. L segment_length, M memory_size, k memory_topk.
+Letters: see spans.py. L segment_length, N slots of the memory, k memory_topk.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ from .backbone import Backbone
 from .blocks import (
     AttentionDropout,
     FeedForward,
-    Heads,
-    MeliadLayer,
+    PreNormLayer,
+    QueryKeyValue,
     ScaledEmbedding,
-    ScaledHeads,
+    ScaledQueryKeyValue,
     T5Bias,
     init_scaled,
     merge_heads,
@@ -103,7 +103,7 @@ class Context(ForwardContext):
 
     spans: Spans
     parts: Parts | None
-    far: int
+    farthest: int
     segment_length: int
     memory_size: int
     retrievals: dict | None = None
@@ -145,7 +145,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
     def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
         super().__init__()
         self.layer = layer
-        self.project = (ScaledHeads if config.normalize_qk else Heads)(config, config.attention_bias)
+        self.project = (ScaledQueryKeyValue if config.normalize_qk else QueryKeyValue)(config, config.attention_bias)
         if config.num_positions is None:
             self.relative_bias = T5Bias(config.num_attention_heads)
         inner = config.num_attention_heads * config.head_dim
@@ -162,7 +162,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         query, scale = self.project(x)  # (B, H, T, D), (H,)
         key, value = self.project.keys_values(x)  # (B, H, T, D)
         keys, values, new = without_gradients(context, state, key, value)  # (B, H, C + T, D)
-        position = self.relative_bias(context.far, scale) if hasattr(self, "relative_bias") else None
+        position = self.relative_bias(context.farthest, scale) if hasattr(self, "relative_bias") else None
         out, probabilities = self._local(query, key, value, keys, values, position, state, context)
         if self.remembers:
             retrieved, new_memory = self._remember(query, keys, values, context, state)
@@ -205,7 +205,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         elif context.retrievals is not None:
             shape = (*query.shape[:3], self.topk)
             context.retrievals[self.layer] = Retrieval(torch.full(shape, -1, device=device), query.new_zeros(shape))
-        if not context.keep:
+        if not context.keeps_state:
             return retrieved, {}
         first, count = where["stored"], where["count"]
         column = (first - context.rows.seen + context.cached)[:, None] + torch.arange(int(count.max()))
@@ -213,7 +213,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         new = {}
         for name, old, x in zip(("memory_keys", "memory_values"), ring, (keys, values), strict=True):
             pairs = x.detach().gather(2, column.expand(-1, x.shape[1], -1, x.shape[3]))
-            new[name] = Appended(old, pairs, first, count, context.memory_size, context.infers)
+            new[name] = Appended(old, pairs, first, count, context.memory_size, context.no_grad)
         return retrieved, new
 
     def _positions(self, columns, found, slots, context):
@@ -236,7 +236,7 @@ def make_norm(config: GalleryMemorizingTransformerConfig) -> nn.Module:
     return kind(config.hidden_size, eps=config.layer_norm_eps)
 
 
-class GalleryMemorizingTransformerLayer(MeliadLayer):
+class GalleryMemorizingTransformerLayer(PreNormLayer):
     """One layer. State: keys, values (B, H, C, D); a memory layer's also memory_keys, memory_values (B, H, N, D)."""
 
     def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
@@ -257,7 +257,7 @@ class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
     implementations = OWN_IMPLEMENTATIONS | {
         "eager": "their own tiles or kernels, which join local attention and cache"
     }
-    heads = {
+    auto_classes = {
         "AutoModel": "GalleryMemorizingTransformerModel",
         "AutoModelForCausalLM": "GalleryMemorizingTransformerForCausalLM",
         "AutoModelForSequenceClassification": "GalleryMemorizingTransformerForSequenceClassification",
@@ -349,7 +349,7 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
             Context,
             spans=spans,
             parts=parts,
-            far=max(0, spans.distances(cached)[1]),
+            farthest=max(0, spans.distances(cached)[1]),
             segment_length=length,
             memory_size=config.memory_size,
             retrievals={} if output_retrievals else None,

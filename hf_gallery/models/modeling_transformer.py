@@ -52,7 +52,7 @@ from .modeling_base import (
 )
 from .rows import Rows
 from .spans import Spans
-from .stack import TokenStack, init_stack, mark_branches
+from .stack import AbsoluteEmbeddings, init_stack, mark_branches
 from .states import Fixed
 
 
@@ -70,8 +70,8 @@ class GalleryTransformerAttention(nn.Module):
 
     def __init__(self, config: GalleryTransformerConfig):
         super().__init__()
-        self.heads = config.num_attention_heads
-        inner = self.heads * config.head_dim
+        self.num_heads = config.num_attention_heads
+        inner = self.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
@@ -80,11 +80,11 @@ class GalleryTransformerAttention(nn.Module):
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, E) to keys and values (B, H, S, D)."""
-        return split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
+        return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
 
     def forward(self, x, keys: Keys, context: Context, keys_too: bool = True):
         """x (B, T, E) to (B, T, E) and, if asked for, probabilities (B, H, T, S). keys_too: the last T are x's own."""
-        query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
+        query = split_heads(self.q_proj(x), self.num_heads)  # (B, H, T, D)
         out, probabilities = attend_shown(context, query, keys, dropout=self.dropout.rate, keys_too=keys_too)
         return self.o_proj(merge_heads(out)), probabilities
 
@@ -127,7 +127,7 @@ class GalleryTransformerLayer(ResidualLayer):
             keys = Keys(key, value, context.source_spans)
             y, cross_probabilities = self.cross_attn(y, keys, context, keys_too=False)
             x = self.add(x, y, self.cross_attn_norm)
-            if context.keep:
+            if context.keeps_state:
                 new |= {"cross_keys": Fixed(key), "cross_values": Fixed(value)}
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         x = self.add(x, y, self.feed_forward_norm)
@@ -142,7 +142,7 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
     _no_split_modules = ["GalleryTransformerLayer"]
     takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {"sdpa": "torch's fused kernels"}
-    heads = {
+    auto_classes = {
         "AutoModel": "GalleryTransformerModel",
         "AutoModelForCausalLM": "GalleryTransformerForCausalLM",
         "AutoModelForMaskedLM": "GalleryTransformerForMaskedLM",
@@ -154,7 +154,7 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
         init_stack(module, self.config)
 
 
-class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrainedModel):
+class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPreTrainedModel):
     """Embeddings and layers: an encoder, a decoder, or a decoder with cross-attention."""
 
     _auto_class = None
@@ -207,8 +207,8 @@ class GalleryTransformerStack(TokenStack, Backbone, GalleryTransformerPreTrained
         if not self.cross_attention:
             return None, None, {}
         b = len(rows.lengths)
-        if past is not None and "source_length" in past.rows:
-            source, lengths = encoder_hidden_states, past.rows["source_length"]
+        if past is not None and "source_length" in past.facts:
+            source, lengths = encoder_hidden_states, past.facts["source_length"]
         elif encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_outputs, or a cache that holds their keys; got neither")
         else:

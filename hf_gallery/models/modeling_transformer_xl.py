@@ -17,7 +17,7 @@ keys and values; with gradients it holds the states they are made from.
 
 The same by loops over queries and heads, to read beside the paper: tests/plain/transformer_xl.py.
 
-Letters: see spans.py. L segment_length, M mem_len.
+Letters: see spans.py. L segment_length.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Context(ForwardContext):
     """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
 
     spans: Spans  # the [cached | new] columns that each query sees
-    far: int  # the greatest distance of the table of positions
-    relative: torch.Tensor | None  # (R, E) sinusoids of the distances far, ..., 1, 0; None if all tables are made
+    farthest: int  # the greatest distance of the table of positions
+    relative: torch.Tensor | None  # (R, E) sinusoids of the distances farthest, ..., 1, 0; None if all tables are made
     parts: Parts | None  # with gradients; None without
     biases: tuple[torch.Tensor, torch.Tensor] | None  # u, v (H, D), if layers share them
     start: torch.Tensor | None = None  # (B or 1, C) the columns before a row's first token, where they hold zeros
@@ -62,26 +62,26 @@ class GalleryTransformerXLAttention(nn.Module):
 
     def __init__(self, config: GalleryTransformerXLConfig, layer: int):
         super().__init__()
-        self.layer, self.heads = layer, config.num_attention_heads
-        inner = self.heads * config.head_dim
+        self.layer, self.num_heads = layer, config.num_attention_heads
+        inner = self.num_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.r_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
         if config.untie_r:
-            self.content_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # u
-            self.position_bias = nn.Parameter(torch.zeros(self.heads, config.head_dim))  # v
+            self.content_bias = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))  # u
+            self.position_bias = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))  # v
         self.untie_r = config.untie_r
         self.dropout = AttentionDropout(config.attention_dropout)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, E) to keys and values (B, H, S, D)."""
-        return split_heads(self.k_proj(x), self.heads), split_heads(self.v_proj(x), self.heads)
+        return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
 
     def table(self, context: Context) -> torch.Tensor:
-        """r of the distances far, ..., 0: (H, R, D)."""
-        return context.table(self.layer, lambda: split_heads(self.r_proj(context.relative)[None], self.heads)[0])
+        """r of the distances farthest, ..., 0: (H, R, D)."""
+        return context.table(self.layer, lambda: split_heads(self.r_proj(context.relative)[None], self.num_heads)[0])
 
     def forward(self, x, own, joined, before, context: Context):
         """x (B, T, E). Pairs of keys and values (B, H, ., D): own (T), joined with the past before them (C + T), and
@@ -90,9 +90,9 @@ class GalleryTransformerXLAttention(nn.Module):
         Returns (B, T, E) and, if asked for, probabilities (B, H, T, C + T).
         """
         u, v = (self.content_bias, self.position_bias) if self.untie_r else context.biases
-        query = split_heads(self.q_proj(x), self.heads)  # (B, H, T, D)
+        query = split_heads(self.q_proj(x), self.num_heads)  # (B, H, T, D)
         content, position = query + u[:, None].to(query), query + v[:, None].to(query)
-        relative = Position(self.table(context), context.far, position)
+        relative = Position(self.table(context), context.farthest, position)
         dropout = self.dropout.rate
         if context.parts is not None:
             parts = context.parts
@@ -122,13 +122,13 @@ class GalleryTransformerXLLayer(ResidualLayer):
         own = self.self_attn.keys_values(y)
         past = self._past(state, context, x)
         joined = before = None
-        if context.parts is None or (context.keep and "keys" in state):
-            limit = context.limit if context.keep else None
-            joined = tuple(append_columns(x, y, limit) for x, y in zip(past or (None, None), own, strict=True))
+        if context.parts is None or (context.keeps_state and "keys" in state):
+            max_columns = context.max_columns if context.keeps_state else None
+            joined = tuple(append_columns(x, y, max_columns) for x, y in zip(past or (None, None), own, strict=True))
         if context.parts is not None:
             before = self._before(x, past, context.parts)
         y, probabilities = self.self_attn(y, own, joined, before, context)
-        new = self._next_state(x, joined, state, context) if context.keep else {}
+        new = self._next_state(x, joined, state, context) if context.keeps_state else {}
         x = self.add(x, y, self.self_attn_norm)
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         return self.add(x, y, self.feed_forward_norm), new, probabilities
@@ -158,9 +158,9 @@ class GalleryTransformerXLLayer(ResidualLayer):
 
     def _next_state(self, x, joined, state, context):
         if context.parts is not None and "keys" not in state:
-            return context.columns(context.limit, hidden=append_columns(state.get("hidden"), x.detach()))
+            return context.columns(context.max_columns, hidden=append_columns(state.get("hidden"), x.detach()))
         keys, values = joined
-        return context.columns(context.limit, keys=keys.detach(), values=values.detach())
+        return context.columns(context.max_columns, keys=keys.detach(), values=values.detach())
 
     def _attention_input(self, x):
         return self.self_attn_norm(x) if self.pre else x
@@ -182,7 +182,7 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryTransformerXLConfig
     config_class = GalleryTransformerXLConfig
     _no_split_modules = ["GalleryTransformerXLLayer"]
-    heads = {
+    auto_classes = {
         "AutoModel": "GalleryTransformerXLModel",
         "AutoModelForCausalLM": "GalleryTransformerXLForCausalLM",
         "AutoModelForSequenceClassification": "GalleryTransformerXLForSequenceClassification",
@@ -229,18 +229,18 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
                 "stay"
             )
         table = embedding.tables[-1]
-        rows = table.num_embeddings + size - embedding.num_embeddings
-        self._resize_rows(table.weight, rows, mean_resizing)
-        table.num_embeddings, embedding.ends[-1] = rows, size
+        words = table.num_embeddings + size - embedding.num_embeddings
+        self._resize_table(table.weight, words, mean_resizing)
+        table.num_embeddings, embedding.ends[-1] = words, size
         if head is not None:
-            self._resize_rows(head.weights[-1], rows, mean_resizing)
-            head.biases[-1].data = F.pad(head.biases[-1].data, (0, rows - len(head.biases[-1])))
+            self._resize_table(head.weights[-1], words, mean_resizing)
+            head.biases[-1].data = F.pad(head.biases[-1].data, (0, words - len(head.biases[-1])))
             head.ends[-1] = size
         return embedding
 
-    def _resize_rows(self, table: nn.Parameter, rows: int, mean_resizing: bool):
+    def _resize_table(self, table: nn.Parameter, words: int, mean_resizing: bool):
         resized = nn.Embedding(*table.shape, _weight=table.data)
-        table.data = self._get_resized_embeddings(resized, rows, mean_resizing=mean_resizing).weight.data
+        table.data = self._get_resized_embeddings(resized, words, mean_resizing=mean_resizing).weight.data
 
 
 class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
@@ -288,12 +288,12 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         spans, parts = segment_spans(
             rows, cached, config.segment_length, config.mem_len, config.same_length, least=least
         )
-        far, tables = max(0, spans.distances(cached)[1]), common.tables
+        farthest, tables = max(0, spans.distances(cached)[1]), common.tables
         if tables is not None:
-            far = config.cache_capacity  # one table for all forwards to come
+            farthest = config.cache_capacity  # one table for all forwards to come
         relative = None
         if tables is None or len(tables) < len(self.layers):
-            distances = torch.arange(far, -1, -1, device=common.device)
+            distances = torch.arange(farthest, -1, -1, device=common.device)
             if config.clamp_len > 0:
                 distances = distances.clamp(max=config.clamp_len)
             relative = sinusoids(distances, config.hidden_size, "concatenated", self.dtype)
@@ -302,7 +302,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         return common.widened(
             Context,
             spans=spans,
-            far=far,
+            farthest=farthest,
             relative=relative,
             parts=parts,
             biases=None if config.untie_r else (self.content_bias, self.position_bias),
@@ -356,9 +356,9 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
                 ties[f"lm_head.projs.{i}"] = f"model.embed_tokens.projs.{i if len(tables) > 1 else 0}"
         return ties
 
-    def score(self, hidden, labels, logits_to_keep, loss_arguments):
+    def logits_and_loss(self, hidden, labels, logits_to_keep, loss_arguments):
         if not isinstance(self.lm_head, AdaptiveSoftmax):
-            return super().score(hidden, labels, logits_to_keep, loss_arguments)
+            return super().logits_and_loss(hidden, labels, logits_to_keep, loss_arguments)
         targets = loss_arguments.get("shift_labels")
         if targets is None and labels is not None:
             targets = F.pad(labels, (0, 1), value=-100)[:, 1:]

@@ -33,5 +33,5 @@ def t5_buckets(distance: torch.Tensor, buckets: int = 32, max_distance: int = 12
     """
     exact = buckets // 2
     growth = torch.log(distance.clamp(min=1).to(torch.float64) / exact) / math.log(max_distance / exact)
-    far = exact + (growth * (buckets - exact)).to(torch.long)
-    return torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+    logarithmic = exact + (growth * (buckets - exact)).to(torch.long)
+    return torch.where(distance < exact, distance, logarithmic.clamp(max=buckets - 1))

@@ -129,7 +129,8 @@ class Rows:
 class DocumentRows(Rows):
     """Rows that are documents: several may lie in one row of the input (batch, columns), one behind another.
 
-    index: (N, T), the column of [0, batch * columns) of each token, any behind a document's last. lengths, seen: (N,).
+    index: (documents, T), the column of [0, batch * columns) of each token, any behind a document's last. lengths,
+    seen: (documents,).
     """
 
     def __init__(self, batch: int, columns: int, index: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor):

@@ -70,23 +70,23 @@ def attend_segments(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend_shown` whose gradient stops at the segment's border: over a segment's own keys and over those before it,
     one softmax for both. position: of [cached | new] columns."""
-    nearest = Keys(*own, parts.own, _nearest(position, parts.own))
+    own_keys = Keys(*own, parts.own, _own_position(position, parts.own))
     if parts.before is None:
-        return attend_shown(context, query, nearest, **options)
+        return attend_shown(context, query, own_keys, **options)
     key, value = before
     first = key.shape[2]  # the column of the first new key
     if parts.crosses:
         first -= query.shape[2]
     elif position is not None:
         # `attend` counts distances from the end of the keys that it gets: without the new ones that is T nearer.
-        position = position._replace(far=position.far - query.shape[2])
+        position = position._replace(farthest=position.farthest - query.shape[2])
     older = Keys(key, value, parts.before, position)
-    return attend_shown(context, query, nearest._replace(start=first), older, **options)
+    return attend_shown(context, query, own_keys._replace(start=first), older, **options)
 
 
-def _nearest(position: Position | None, own: Spans) -> Position | None:
-    """The rows of the table that a segment's own keys read."""
+def _own_position(position: Position | None, own: Spans) -> Position | None:
+    """The entries of the table that a segment's own keys read."""
     if position is None:
         return None
-    near = max(0, own.distances(0)[1])
-    return position._replace(table=position.table[:, position.far - near :], far=near)
+    reach = max(0, own.distances(0)[1])
+    return position._replace(table=position.table[:, position.farthest - reach :], farthest=reach)

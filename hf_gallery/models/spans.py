@@ -3,8 +3,8 @@
 Every variant of the gallery is such an interval (plus at most one extra source), so masks never exist as T x S
 matrices: two integers a query say everything, and tiles of scores outside all intervals are never computed.
 
-Letters, for the whole package: B batch rows, T queries (the new tokens), S key columns, C cached columns,
-H heads, D head size, E hidden size, V vocabulary, R rows of a table of distances.
+Letters, for the whole package: B rows of the batch, T queries (the new tokens), S keys, C cached columns,
+H heads, D size of a head, E hidden size, V vocabulary, R entries of a table of positions.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ class Spans:
             )
         self.lower = lower
         self.upper = upper
-        self._known: dict = {}
+        self._memo: dict = {}
 
     def _once(self, key, work):
-        if key not in self._known:
-            self._known[key] = work()
-        return self._known[key]
+        if key not in self._memo:
+            self._memo[key] = work()
+        return self._memo[key]
 
     def clamp(self, columns: int) -> Spans:
         """The same intervals cut to the columns [0, columns) that exist."""
@@ -93,15 +93,15 @@ class Spans:
 
         return self._once(("band", offset, columns), work)
 
-    def tiles(self, rows: slice, size: int) -> list[tuple[int, int, int, int]]:
-        """For each tile of `size` queries of the given rows: (first, last, full_first, full_last).
+    def tiles(self, group: slice, size: int) -> list[tuple[int, int, int, int]]:
+        """For each tile of `size` queries of a group of rows: (first, last, full_first, full_last).
 
         Every key that some query of the tile sees lies in [first, last]; all of its queries see all of
         [full_first, full_last]. first > last where the whole tile sees nothing.
         """
 
         def work():
-            lower, upper = (x if x.shape[0] == 1 else x[rows] for x in (self.lower, self.upper))
+            lower, upper = (x if x.shape[0] == 1 else x[group] for x in (self.lower, self.upper))
             empty = upper < lower
             bounds = []
             for x, fill, outside, reduce in (
@@ -114,8 +114,8 @@ class Spans:
                 bounds.append(reduce(x.view(x.shape[0], -1, size), dim=(0, 2)))  # (tiles,)
             return [tuple(tile) for tile in torch.stack(bounds, dim=1).tolist()]
 
-        shared = self.lower.shape[0] == 1
-        return self._once(("tiles", 0 if shared else (rows.start, rows.stop), size), work)
+        broadcast = self.lower.shape[0] == 1
+        return self._once(("tiles", 0 if broadcast else (group.start, group.stop), size), work)
 
     def visible(self, columns: int) -> torch.Tensor:
         """The dense mask (B or 1, T, columns), True where the query sees the column. For small cases and tests."""

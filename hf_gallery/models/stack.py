@@ -14,7 +14,7 @@ from .positions import sinusoids
 from .rows import Rows
 
 
-class TokenStack:
+class AbsoluteEmbeddings:
     """Embeddings of tokens, positions and types, for a PreTrainedModel with a GalleryStackConfig."""
 
     def build_embeddings(self, config):

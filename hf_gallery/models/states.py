@@ -54,11 +54,11 @@ class Columns(Kept):
 
     def take_back(self, removed, seen):
         x, shortest = self.tensor, int(removed.min())
-        keep = x.shape[-2] - shortest
+        remaining = x.shape[-2] - shortest
         # A row that loses more than others moves to the right, so that its last token comes last again.
-        column = torch.arange(keep) - (removed - shortest)[:, None]  # (B, keep)
-        shape = [len(removed), *[1] * (x.dim() - 3), keep, 1]
-        column = column.clamp(min=0).to(x.device).view(shape).expand(*x.shape[:-2], keep, x.shape[-1])
+        column = torch.arange(remaining) - (removed - shortest)[:, None]  # (B, remaining)
+        shape = [len(removed), *[1] * (x.dim() - 3), remaining, 1]
+        column = column.clamp(min=0).to(x.device).view(shape).expand(*x.shape[:-2], remaining, x.shape[-1])
         return replace(self, tensor=x.gather(-2, column))
 
     def last(self, count):

@@ -49,7 +49,7 @@ def read(run, gradients):
 
 
 def tensors(cache):
-    return [x for x in tree_leaves([cache.states, cache.rows, cache.seen]) if isinstance(x, torch.Tensor)]
+    return [x for x in tree_leaves([cache.states, cache.facts, cache.seen]) if isinstance(x, torch.Tensor)]
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["inferring", "training"])

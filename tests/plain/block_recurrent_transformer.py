@@ -68,7 +68,7 @@ def window(attn, query, keys, values, p, border, w):
 
 
 def next_state(part, state, keys, values, c):
-    """The state (S, E) after a block, from the one it entered with, its tokens and those of the block before."""
+    """The state (Z, E) after a block, from the one it entered with, its tokens and those of the block before."""
     z = norm(state, part.norm) + part.ids  # section 3: learned state ids
     own = look(split(z, part.project.q_proj, c, part.project.scale), *state_pairs(part, state, c))
     cross = look(split(z, part.cross_q_proj, c, part.cross_scale), keys, values)
@@ -90,18 +90,18 @@ def gated(gate, state, content, hidden):
 
 
 def state_pairs(part, state, c):
-    """The keys and values (H, S, D) of a state, which tokens and the state itself read."""
+    """The keys and values (H, Z, D) of a state, which tokens and the state itself read."""
     z = norm(state, part.norm) + part.ids
     return split(z, part.project.k_proj, c, length=1), split(z, part.project.v_proj, c)
 
 
 def look(query, key, value):
-    """Softmax attention of query (H, N, D) over all of key and value (H, M, D): (N, H * D)."""
+    """Softmax attention of query (H, any, D) over all of key and value (H, S, D): (any, H * D)."""
     return ((query @ key.mT).softmax(-1) @ value).transpose(0, 1).flatten(1)
 
 
 def split(x, layer, c, scale=None, length=None):
-    """x (N, E) by a map, in heads (H, N, D): as it is, of length 1, or of the length |scale| (H,)."""
+    """x (any, E) by a map, in heads (H, any, D): as it is, of length 1, or of the length |scale| (H,)."""
     y = linear(x, layer).unflatten(-1, (-1, c.head_dim)).transpose(0, 1)
     if scale is not None:
         return unit(y) * scale.abs()[:, None, None]

@@ -101,7 +101,7 @@ def by_definition(query, key, value, spans, *, position=None, scale=None):
         for c in seen:
             score = (query[i, j, k] * key[i, j, c]).sum()
             if position is not None:
-                entry = position.table[j, position.far - (s - t + k - c)]
+                entry = position.table[j, position.farthest - (s - t + k - c)]
                 score = score + (entry if position.query is None else (position.query[i, j, k] * entry).sum())
             scores.append(score * scale)
         if seen:
@@ -184,7 +184,7 @@ def test_gradcheck(position):
     inputs, spans = problem(b=2, h=2, t=5, s=7, d=3, dv=2, position=position, seed=3)
 
     def function(query, key, value, table=None, position_query=None):
-        place = None if table is None else Position(table, inputs["position"].far, position_query)
+        place = None if table is None else Position(table, inputs["position"].farthest, position_query)
         out, lse = attend(query, key, value, spans, position=place, return_lse=True)
         return out, lse.masked_fill(lse == -math.inf, 0.0)
 
@@ -451,7 +451,7 @@ def test_gradcheck_with_dropout(position):
 
     def function(query, key, value, table=None, position_query=None):
         torch.manual_seed(5)
-        place = None if table is None else Position(table, inputs["position"].far, position_query)
+        place = None if table is None else Position(table, inputs["position"].farthest, position_query)
         return attend(query, key, value, spans, position=place, dropout=0.4)
 
     assert torch.autograd.gradcheck(function, tuple(tensors(inputs).values()))
@@ -467,7 +467,7 @@ def test_dropout_gradient_over_many_tiles():
     def function(step):
         moved = {name: leaf(x.detach() + step * directions[name]) for name, x in named.items()}
         torch.manual_seed(9)
-        place = Position(moved["table"], inputs["position"].far, moved["position_query"])
+        place = Position(moved["table"], inputs["position"].farthest, moved["position_query"])
         out = attend(moved["query"], moved["key"], moved["value"], spans, position=place, dropout=0.3)
         return (out * weight).sum(), moved
 

@@ -101,7 +101,7 @@ def test_what_else_knows_it(tmp_path):
 
 def test_an_encoder_alone_is_saved_and_opens(tmp_path):
     """An architecture need not have a causal model."""
-    kind = type("GalleryToyModel", (GalleryToyModel,), {"heads": {"AutoModel": "GalleryToyModel"}})
+    kind = type("GalleryToyModel", (GalleryToyModel,), {"auto_classes": {"AutoModel": "GalleryToyModel"}})
     kind.__module__ = GalleryToyModel.__module__
     model = kind(GalleryToyConfig(**SIZES))
     code = tmp_path / "code"

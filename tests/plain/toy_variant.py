@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_gallery.models.attention import attend
 from hf_gallery.models.backbone import Backbone
-from hf_gallery.models.blocks import FeedForward, Heads, MeliadLayer, merge_heads
+from hf_gallery.models.blocks import FeedForward, PreNormLayer, QueryKeyValue, merge_heads
 from hf_gallery.models.configuration_base import MOST, GalleryConfig
 from hf_gallery.models.context import ForwardContext
 from hf_gallery.models.heads import CausalLMHead
@@ -39,7 +39,7 @@ class Context(ForwardContext):
 class GalleryToyAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.project = Heads(config)
+        self.project = QueryKeyValue(config)
         self.o_proj = nn.Linear(config.num_attention_heads * config.head_dim, config.hidden_size, bias=False)
 
     def forward(self, x, context: Context, state: dict):
@@ -50,7 +50,7 @@ class GalleryToyAttention(nn.Module):
         return self.o_proj(merge_heads(out)), new, None
 
 
-class GalleryToyLayer(MeliadLayer):
+class GalleryToyLayer(PreNormLayer):
     def __init__(self, config):
         super().__init__()
         self.self_attn, self.self_attn_norm = GalleryToyAttention(config), nn.LayerNorm(config.hidden_size)
@@ -61,7 +61,7 @@ class GalleryToyLayer(MeliadLayer):
 class GalleryToyPreTrainedModel(GalleryPreTrainedModel):
     config_class = GalleryToyConfig
     implementations = {"eager": "their own tiles"}
-    heads = {"AutoModel": "GalleryToyModel", "AutoModelForCausalLM": "GalleryToyForCausalLM"}
+    auto_classes = {"AutoModel": "GalleryToyModel", "AutoModelForCausalLM": "GalleryToyForCausalLM"}
 
     def _init_weights(self, module):
         init_linear(module, self.config.initializer_range)

@@ -1,7 +1,9 @@
 """The documents say what is there: files, functions and drawings of docs/ARCHITECTURE.md, and the links of all."""
 
 import ast
+import io
 import re
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,41 @@ def test_the_architecture_names_all():
     for path in (ROOT / "hf_gallery" / "models").glob("*.py"):
         if not path.name.startswith(("__", "configuration_", "modeling_", "attention_")):
             assert f"`hf_gallery/models/{path.name}`" in ARCHITECTURE, path.name
+
+
+def letters_of_shapes(text):
+    """The letters in shapes such as (B or 1, H, C + T, D): brackets of sizes and nothing else."""
+    size = r"(?:[A-Z][a-z]?\'?|\d+|any|columns|batch|rows|\.\.\.|k|g|t|s|n)"
+    for shape in re.findall(
+        rf"(?<!\w)\((?:{size}(?: (?:or|[*+]) {size}| {size})*, ?)+(?:{size}(?: (?:or|[*+]) {size})*)?\)", text
+    ):
+        yield from re.findall(r"[A-Z][a-z]?", shape)
+
+
+def test_a_letter_of_a_shape_has_one_meaning():
+    """The letters of shapes in the library's comments are those of the table, and each stands there once."""
+    table = ARCHITECTURE.split("| letter | meaning | letter | meaning |")[1].split("\n\n")[0]
+    cells = [cell for line in table.splitlines()[2:] for cell in line.strip("|").split("|")[::2]]
+    listed = [letter for cell in cells for letter in re.findall(r"[A-Za-z]+", cell)]
+    assert len(set(listed)) == len(listed)
+    used = {}
+    for path in (ROOT / "hf_gallery" / "models").glob("*.py"):
+        tokens = tokenize.generate_tokens(io.StringIO(path.read_text(encoding="utf-8")).readline)
+        said = "\n".join(t.string for t in tokens if t.type == tokenize.COMMENT or t.string.startswith('"""'))
+        used |= dict.fromkeys(letters_of_shapes(said), path.name)
+    assert {"B", "T", "S", "C", "H", "D", "E"} <= set(used)
+    assert not (unlisted := {letter: path for letter, path in used.items() if letter not in listed}), unlisted
+
+
+@pytest.mark.parametrize("name", ["limit", "keep", "infers", "far", "near"])
+def test_a_name_with_two_meanings_does_not_come_back(name):
+    """Fields and arguments of the forward's plan and of the caches; see Words and letters."""
+    for path in (ROOT / "hf_gallery" / "models").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            found = getattr(node, "attr", None) or getattr(node, "arg", None)
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+                found = node.target.id
+            assert found != name, f"{path.name}:{node.lineno}"
 
 
 TOKENS = 12

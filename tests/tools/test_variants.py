@@ -41,7 +41,7 @@ def test_what_follows_from_an_entry(name):
     for kind_name, kind in variant.classes.items():
         assert getattr(hf_gallery, kind_name) is kind and kind_name in hf_gallery.__all__
     config = variant.make_config(hidden_size=16, num_attention_heads=2, intermediate_size=32)
-    for auto, kind_name in variant.heads.items():
+    for auto, kind_name in variant.auto_classes.items():
         assert type(getattr(transformers, auto).from_config(config)).__name__ == kind_name
     assert variant.contestants and all(CONTESTANTS[c.name].model is variant.causal for c in variant.contestants)
     assert any(about.config is variant.config and about.name in COLUMNS for about in SETTINGS)
