@@ -145,7 +145,7 @@ def test_any_number_of_contestants_is_drawn(results, tmp_path):
 
 
 def test_all_columns_belong_to_a_family_and_its_part(results):
-    """What the parts show is what the table shows, with the families' prefixes in their titles."""
+    """The parts show what the table shows, with the families' prefixes in their titles."""
     heads, rows = report.table(results)
     shown = [(title, len(part_heads) - 1) for title, part_heads, _ in report.parts(results)]
     assert sum(count for _, count in shown) == len(heads) - 1
