@@ -65,9 +65,9 @@ def search_exact(query, keys, lower, upper, topk):
                 tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop, n)[:, None], -math.inf)
             found = _first(tile, start, upper[:, some], n, topk)
             if best is not None:
-                both = (torch.cat(pair, -1) for pair in zip(best, found, strict=True))
+                both, both_at = (torch.cat(pair, -1) for pair in zip(best, found, strict=True))
                 everybody = torch.ones(b, h, tile.shape[2], dtype=torch.bool, device=tile.device)
-                found = tuple(x[..., :topk] for x in _in_order(*both, everybody, upper[:, some], n))
+                found = tuple(x[..., :topk] for x in _in_order(both, both_at, everybody, upper[:, some], n))
             best = found
         scores.append(best[0])
         columns.append(best[1])
