@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .adapters import name_targets
+
 logger = logging.getLogger(__name__)
 
 BYTES = 262  # ids of the byte tokenizer: 256 bytes and 6 special tokens
@@ -85,6 +87,11 @@ class GalleryConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
         if self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; it must be 1 or more")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers. PEFT reads it when it is about to choose where its adapters go."""
+        name_targets(self.model_type)
+        return super().to_dict()
 
     @property
     def n_positions(self) -> int:

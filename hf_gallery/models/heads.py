@@ -525,13 +525,23 @@ def pooled_rows(
 
 
 def vocabulary_scores(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Scores (B, T, V) of hidden (B, T, E). PEFT's trainable tokens multiply by a tied head's table and leave its bias
-    out (0.21, TrainableTokensLayer.forward_adapters); what the head makes of zeros says whether it is to be added."""
+    """Scores (B, T, V) of hidden (B, T, E), with the bias that PEFT leaves out of a tied head. Its trainable tokens,
+    alone or beside LoRA, multiply by the table only (0.21, TrainableTokensLayer.forward_adapters); what the head makes
+    of zeros says whether the bias is to be added.
+
+    Raises ValueError where PEFT has put a head without bias in this one's place: merged, it would stay so."""
     scores = lm_head(hidden)
-    adapter = getattr(lm_head, "token_adapter", None)
-    if adapter is None or adapter.get_base_layer().bias is None:
+    for copy in getattr(lm_head, "modules_to_save", {}).values():
+        if getattr(copy, "bias", None) is None and getattr(lm_head.original_module, "bias", None) is not None:
+            raise ValueError(
+                "PEFT has tied a copy of lm_head without its bias to the embedding of modules_to_save; leave "
+                "ensure_weight_tying out, or use trainable_token_indices"
+            )
+    adapter = getattr(lm_head, "token_adapter", lm_head)
+    bias = adapter.get_base_layer().bias if hasattr(adapter, "trainable_tokens_delta") else None
+    if bias is None:
         return scores
-    return scores + (adapter.get_base_layer().bias - lm_head(torch.zeros_like(hidden[:1, :1])))
+    return scores + (bias - lm_head(torch.zeros_like(hidden[:1, :1])))
 
 
 def check_kept(logits_to_keep, columns: torch.Tensor | None):

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
-from .adapters import name_targets
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .loading import check_weights
@@ -46,7 +45,6 @@ class GalleryPreTrainedModel(PreTrainedModel):
     def __init__(self, config, *inputs, **kwargs):
         super().__init__(config, *inputs, **kwargs)
         self.loss_type = self.head_loss or self.loss_type
-        name_targets(config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested = requested_attention or "eager"
@@ -117,6 +115,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """A forward. The cache that is given, as past_key_values or as cache, advances when all of it, head and loss
         too, has succeeded."""
         name_cache(kwargs, "past_key_values")
+        kwargs.pop("skip_logits", None)  # a leave, which Trainer gives under use_liger_kernel: they are there anyway
         cache = next((x for x in (*args, *kwargs.values()) if hasattr(x, "held")), None)
         with nullcontext() if cache is None else cache.held():
             return super().__call__(*args, **kwargs)

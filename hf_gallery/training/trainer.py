@@ -125,6 +125,12 @@ class SegmentTrainer(Trainer):
         model = self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
         if hasattr(model, "can_generate") and not model.can_generate():
             raise self._no_cache("NoneType")
+        adapter = getattr(self.model, "active_peft_config", None)
+        if getattr(adapter, "is_prompt_learning", False):
+            raise ValueError(
+                f"model is tuned by {type(adapter).__name__}, whose virtual tokens PEFT puts before every segment of "
+                "a document, or in place of its cache; use LoRA, or transformers.Trainer on whole documents"
+            )
         args = self.args
         if args.n_gpu > 1:
             raise ValueError(

@@ -51,7 +51,7 @@ def test_runs_are_of_this_code(name):
     preset = PRESETS[results["preset"]].shortened(results["share"])
     collected = benchmark.collect(preset, results["cells"])
     assert collected == {key: value for key, value in results.items() if key != "peers"}  # peers are measured apart
-    assert report.table(results) and report.markdown(results)
+    assert report.parts(results) and report.markdown(results)
     tasks = {"recall": "recall", "text": "text", "cost": "cost"}
     for cell in results["cells"]:
         settings = results["settings"][tasks.get(cell["task"], "abilities")]
