@@ -238,11 +238,13 @@ class Backbone(GalleryPreTrainedModel):
         attentions: list | None = [] if context.output_attentions else None
         new = []
         for layer, state in zip(self.layers, states, strict=True):
-            x, next_state, probabilities = layer(x, context, state, *more)
+            # Side by side: reentrant checkpoints give gradients to the tensors that a layer returns, and not to what
+            # lies in a tuple of them.
+            x, next_state, *probabilities = layer(x, context, state, *more)
             new.append(next_state)
             x = shown(x, hidden, context)
             if attentions is not None:
-                attentions.append(probabilities)
+                attentions.append(probabilities[0] if len(probabilities) == 1 else tuple(probabilities))
         return LayerResults(x, new, hidden, attentions)
 
     def run_in_blocks(

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from test_trainer import FIVE
 from transformers import AutoConfig
-from variants import PAD, VOCAB, assert_equal, causal, over, runner, tolerance, words
+from variants import COLUMNS, PAD, VOCAB, assert_equal, causal, over, runner, tolerance, words
 
 CONFIGS = pytest.mark.parametrize("kind", [v.config for v in FIVE], ids=[v.name for v in FIVE])
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
@@ -32,6 +32,28 @@ def test_special_ids_are_the_byte_tokenizers_with_its_vocabulary_only(kind, tmp_
     assert kind(vocab_size=100, pad_token_id=7).pad_token_id == 7
     with pytest.raises(ValueError, match="pad_token_id is 256, outside the vocabulary of vocab_size 100"):
         kind(vocab_size=100, pad_token_id=256)
+
+
+@over(lambda variant, head: variant.name in COLUMNS)
+@pytest.mark.parametrize("name", ["pad_token_id", "decoder_start_token_id"])
+def test_a_model_is_built_with_ids_of_its_vocabulary(variant, head, name, tmp_path):
+    """A vocabulary that is set on a finished config, as from_pretrained(vocab_size=...) does, must hold the ids too:
+    the model would save and not load again."""
+    config = variant.make_config(head)
+    if getattr(config, name, None) is None:
+        return
+    config.save_pretrained(tmp_path)
+    kind = variant.heads[head].kind
+    config.vocab_size = 50
+    late = type(config).from_pretrained(tmp_path, vocab_size=50)
+    for wrong in (config, late):
+        for other in SPECIAL:
+            if other != name and hasattr(wrong, other):
+                setattr(wrong, other, 1)
+        with pytest.raises(ValueError, match=f"{name} is 9., outside the vocabulary of vocab_size 50"):
+            kind(wrong)
+        setattr(wrong, name, 1)
+        assert kind(wrong).config.vocab_size == 50
 
 
 @CONFIGS
