@@ -127,7 +127,7 @@ def test_padding_in_every_chunk(variant, head, kind, form):
 
 @streams()
 def test_left_padded_prompt_then_decoding(variant, head):
-    """What generate() does with prompts of unequal length."""
+    """generate() with prompts of unequal length."""
     run = runner(variant, head)
     rows = [words(n + 8, seed=n) for n in (11, 4, 1)]
     mask = torch.cat([padded((11, 4, 1), "left", 11), torch.ones(3, 8, dtype=torch.long)], dim=1)
@@ -246,7 +246,7 @@ class Packed:
         return [x[row, at] for row, at in zip(self.row, self.at, strict=True)]
 
     def lay(self, pieces, fill):
-        """What the documents' tokens hold, (tokens,) each, laid into (B, columns)."""
+        """Lays what the documents' tokens hold, (tokens,) each, into (B, columns)."""
         x = torch.full(self.ids.shape, fill, dtype=pieces[0].dtype)
         for row, at, piece in zip(self.row, self.at, pieces, strict=True):
             x[row, at] = piece

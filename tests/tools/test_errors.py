@@ -13,7 +13,7 @@ from variants import VARIANTS, VOCAB, assert_equal, causal, over, result_of, run
 import hf_gallery as gallery
 from hf_gallery import GalleryCache, GalleryLongformerConfig, GalleryTransformerConfig, GalleryTransformerXLConfig
 
-# What is wrong with 6 more tokens for a cache of 2 rows that has seen 11 columns, and what the message must say.
+# Faults of 6 more tokens for a cache of 2 rows that has seen 11 columns, and what the message must say.
 INPUTS = {
     "id at vocab_size": (dict(bad_id=VOCAB), rf"input_ids.*\b{VOCAB}\b.*vocab"),
     "id far away": (dict(bad_id=10**9), r"input_ids.*1000000000.*vocab"),

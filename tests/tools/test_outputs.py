@@ -1,4 +1,4 @@
-"""What a model returns beside its result, hidden states and attentions, asked for in the call or in the config."""
+"""Hidden states and attentions, which a model returns beside its result: asked for in the call or in the config."""
 
 import pytest
 import torch

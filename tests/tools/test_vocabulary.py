@@ -77,7 +77,7 @@ def resized(run, size, **options):
 @over()
 @pytest.mark.parametrize("size", [VOCAB + 1, VOCAB + 40])
 def test_a_vocabulary_grows(variant, head, size, tmp_path):
-    """What is said of the old words stays; new ones are read, scored, saved and loaded."""
+    """Old words keep their logits; new ones are read, scored, saved and loaded."""
     run = runner(variant, head)
     if variant.name == "transformer" and head == "seq2seq":
         run = runner(variant, head, final_logits_bias=True)
@@ -152,7 +152,7 @@ PROMPTS = {
 @pytest.mark.parametrize("kind", list(PROMPTS))
 @causal()
 def test_virtual_tokens_stand_before_a_text(variant, kind, tmp_path):
-    """What the model says of them is what it says of embeddings; they learn, are saved, and text is generated."""
+    """Ids give what their embeddings give; they learn, are saved, and text is generated."""
     run = runner(variant, "causal")
     bare = run.model
     model = get_peft_model(bare, PROMPTS[kind]).eval()
