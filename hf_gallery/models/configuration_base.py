@@ -75,8 +75,7 @@ class GalleryConfig(PreTrainedConfig):
         for name in ("layer_norm_eps", "initializer_range"):
             self.check_positive(name)
         self.choose_default_ids()
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            self.check_ids(name)
+        self.check_special_ids()
         for name in ("tie_word_embeddings", "use_cache"):
             self.check_flag(name)
         # The gallery's own attention is the default; transformers would choose sdpa where a model supports it.
@@ -160,6 +159,11 @@ class GalleryConfig(PreTrainedConfig):
         value = getattr(self, name)
         if not isinstance(value, (int, float)) or value <= 0:
             raise ValueError(f"{name} is {value!r}; it must be a positive number")
+
+    def check_special_ids(self):
+        """Raises ValueError unless what every model needs of them fits the vocabulary."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            self.check_ids(name)
 
     def check_ids(self, name: str):
         """Raises ValueError unless the field is an id of the vocabulary, several, or None."""

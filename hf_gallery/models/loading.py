@@ -15,11 +15,16 @@ from torch import nn
 MISSING = 2**28  # weights that may be missing, whatever the files hold: new heads, new tokens
 
 
+class WrongWeightsError(ValueError, RuntimeError):
+    """Weights that are not of the model that a config describes. A RuntimeError too, as transformers' own is, for
+    whoever catches that."""
+
+
 def check_weights(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None, may_differ: bool
 ):
-    """Raises ValueError unless a model on the meta device is one of the weights in a state_dict, or in safetensors
-    files: with shapes that agree, but where they `may_differ`, and of about as many parameters."""
+    """Raises WrongWeightsError unless a model on the meta device is one of the weights in a state_dict, or in
+    safetensors files: with shapes that agree, but where they `may_differ`, and of about as many parameters."""
     given = _shapes(state_dict, files)
     if given is None:
         return
@@ -38,13 +43,13 @@ def check_weights(
             missing += weight.numel()
     if differ:
         more = f", and {len(differ) - 5} more" if len(differ) > 5 else ""
-        raise ValueError(
+        raise WrongWeightsError(
             f"the weights are not of the model that the config describes: {'; '.join(differ[:5])}{more}. Correct the "
             "config, or give ignore_mismatched_sizes=True to draw these weights anew"
         )
     held = sum(torch.Size(shape).numel() for shape in given.values())
     if missing > max(MISSING, 8 * held):
-        raise ValueError(
+        raise WrongWeightsError(
             f"the config describes a model with {missing:,} weights beside the {held:,} that there are; it is not of "
             "the model that was saved, so correct it"
         )

@@ -43,6 +43,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
         cls._supports_flex_attn = "flex_attention" in cls.implementations
 
     def __init__(self, config, *inputs, **kwargs):
+        config.check_special_ids()  # again: fields may have been set since, from_pretrained(vocab_size=...) does so
         super().__init__(config, *inputs, **kwargs)
         self.loss_type = self.head_loss or self.loss_type
 

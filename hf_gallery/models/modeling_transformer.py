@@ -110,7 +110,7 @@ class GalleryTransformerLayer(ResidualLayer):
         mark_branches(ends, config)
 
     def forward(self, x, context: Context, state: dict, source=None):
-        """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, (self, cross) attentions."""
+        """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, own and cross attentions."""
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
         key, value, new = context.extend(state, keys=key, values=value)  # (B, H, C + T, D)
@@ -131,7 +131,7 @@ class GalleryTransformerLayer(ResidualLayer):
                 new |= {"cross_keys": Fixed(key), "cross_values": Fixed(value)}
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         x = self.add(x, y, self.feed_forward_norm)
-        return x, new, (probabilities, cross_probabilities)
+        return x, new, probabilities, cross_probabilities
 
 
 class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):

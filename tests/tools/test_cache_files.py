@@ -137,7 +137,7 @@ def test_what_is_no_file(tmp_path):
 
 @causal_models
 def test_states_that_no_model_left(variant, head, tmp_path):
-    """What the configuration knows is checked when a model takes the cache: names, shapes, types, lengths."""
+    """Facts of the configuration are checked when a model takes the cache: names, shapes, types, lengths."""
     run = runner(variant, head)
     saved(run, tmp_path / "book")
     header, data = opened(tmp_path / "book")

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -249,3 +250,15 @@ def test_a_config_of_ten_gigabytes(sources, tmp_path):
         file.truncate(10 * 2**30)
     with cheap(), pytest.raises(ValueError, match="config.json has 10,737,418,240 bytes"):
         convert(tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize("by_auto", [True, False], ids=["AutoModel", "class"])
+def test_wrong_weights_are_the_error_that_transformers_has(by_auto, tmp_path):
+    """A RuntimeError, which tools catch, and a ValueError, as all that does not fit."""
+    model = next(v for v in VARIANTS if "sequence" in v.heads).make("sequence")
+    model.save_pretrained(tmp_path)
+    kind = AutoModelForSequenceClassification if by_auto else type(model)
+    for error in (RuntimeError, ValueError):
+        with pytest.raises(error, match="classifier.weight has the shape"):
+            kind.from_pretrained(tmp_path, num_labels=42)
+    assert kind.from_pretrained(tmp_path, num_labels=42, ignore_mismatched_sizes=True).classifier.out_features == 42
