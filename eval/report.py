@@ -159,10 +159,9 @@ def page(results: dict[str, Any]) -> str:
     words = [(title, heads, rows, "words") for title, heads, rows in conclusions(results)]
     own = results.get("peers")
     beside = [(_peers_title(own), *peers.table(own), "peers")] if own else []
-    share = "" if results["share"] == 1 else f" with {results['share']:.0%} of this preset's training steps"
     return _PAGES.get_template("page.html").render(
         title=f"hf-gallery: {results['preset']} run",
-        share=share,
+        share=results["share"],
         contestants=[(entry["label"], entry["reach"]) for entry in results["summary"].values()],
         tables=[*measured, *words, *beside],
         plots=[(title, caption) for title, caption, _ in plots],
