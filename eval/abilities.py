@@ -269,8 +269,8 @@ class OfAbility(OfEach):
         best = leaders(totals, guess)
 
         def right(name: str, entry: dict[str, Any]) -> str:
-            correct, asked = totals[name]
-            return f"{100 * correct / asked:.0f} %{' *' if name in best else ''}" if asked else "-"
+            found = totals[name]
+            return f"{100 * found.share:.0f} %{' *' if name in best else ''}" if found.asked else "-"
 
         return [Column(FAMILY, results["abilities"][self.name]["title"], right, f"{100 * guess:.0f} %")]
 

@@ -51,10 +51,10 @@ def measured(run: Run, preset: Preset, corpus: str, device: torch.device) -> lis
 def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """All of a run in one value: the cells as measured, and by contestant what the table and the page show.
 
-    recall: distance -> asked and correct, added up over seeds; the same for abilities, by name and level, and
-    recall_by_memory_size by size. bits_per_byte, by_stretch and training_curve: by seed, and by_stretch_of_memory_size
-    by size and seed; by_position, by_last_use and text_by_memory_size: bits and bytes, added up over seeds. cost: as
-    measured.
+    recall: distance -> asked and correct, added up over seeds, and by_unit, those of each example, seed after seed;
+    the same for abilities, by name and level, and recall_by_memory_size by size. bits_per_byte, by_document,
+    by_stretch and training_curve: by seed, and by_document_of_memory_size and by_stretch_of_memory_size by size and
+    seed; by_position, by_last_use and text_by_memory_size: bits and bytes, added up over seeds. cost: as measured.
     """
     present = {name for cell in cells for name in (cell["contestant"], *cell["settings"].get("contestants", ()))}
     asked = {cell["task"] for cell in cells}

@@ -1,7 +1,7 @@
 """Claims of the papers, held against what a run measured: reproduced, contradicted, or not decided.
 
-A claim is decided where chance alone would give the difference more rarely than 1 in 20. Answers are compared as
-shares (significance.two_proportions), text by stretches of the same bytes (significance.same_text).
+A claim is decided where chance alone would give the difference more rarely than 1 in 20. Answers are compared by
+example (significance.answers_differ), text by document (significance.texts_differ).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from statistics import mean
 from typing import Any
 
 from .contestants import CONTESTANTS
-from .significance import SURE, pooled, same_text, two_proportions
+from .significance import Answers, Chance, answers_differ, pooled, texts_differ
 
 REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
 ATTENTION_ONLY = tuple(c.name for c in CONTESTANTS.values() if c.carries in ("nothing", "keys"))
@@ -87,16 +87,19 @@ def _text_with_neighbours(results: dict[str, Any]) -> Judged:
 def _text_with_memory_size(results: dict[str, Any]) -> Judged:
     """The same trained model, read with its whole memory and with the smallest."""
     entry = results["summary"].get("memorizing_transformer", {})
-    sums, stretches = entry.get("text_by_memory_size", {}), entry.get("by_stretch_of_memory_size", {})
+    sums = entry.get("text_by_memory_size", {})
     if len(sums) < 2:
         return None
     sizes = sorted(sums, key=int)
     bits = [sums[size]["bits"] / sums[size]["bytes"] for size in sizes]
     curve = ", ".join(f"{b:.3f} with {int(size):,} keys" for b, size in zip(bits, sizes, strict=True))
-    chance = same_text(*({"by_stretch": stretches[size]} for size in (sizes[-1], sizes[0])))
+    kept = [name for name in ("by_document", "by_stretch") if f"{name}_of_memory_size" in entry]
+    chance = texts_differ(
+        *({name: entry[f"{name}_of_memory_size"][size] for name in kept} for size in (sizes[-1], sizes[0]))
+    )
     if chance is None:
         return None
-    evidence = f"{curve} (bits per byte; the last against the first: {_rarity(chance)})"
+    evidence = f"{curve} (bits per byte; the last against the first: {chance})"
     return _outcome(bits[0] - bits[-1], chance), evidence
 
 
@@ -141,7 +144,7 @@ def _permutations(results: dict[str, Any]) -> Judged:
     attention = [name for name in ATTENTION_ONLY if name in scores]
     if "block_recurrent_transformer" not in scores or not attention:
         return None
-    best = max(attention, key=lambda name: scores[name][0] / scores[name][1])
+    best = max(attention, key=lambda name: scores[name].share)
     both = [scores["block_recurrent_transformer"], scores[best]]
     return _shares(both, "Block-Recurrent", results["summary"][best]["label"], "right over all lengths")
 
@@ -174,46 +177,40 @@ def _at_the_far_end(results: dict[str, Any], names: tuple[str, str], labels: tup
     return _shares([_recall_at(results, name, windows) for name in names], *labels, f"right at {windows:g} windows")
 
 
-def _recall_at(results: dict[str, Any], name: str, windows: float) -> tuple[int, int]:
-    """Right answers and questions of a contestant at a distance of `windows` windows."""
+def _recall_at(results: dict[str, Any], name: str, windows: float) -> Answers:
+    """The answers of a contestant at a distance of `windows` windows."""
     recall = results["summary"].get(name, {}).get("recall", {})
     return pooled({d: score for d, score in recall.items() if int(d) == windows * results["window"]["recall"]})
 
 
-def _recall_from(results: dict[str, Any], name: str, windows: float) -> tuple[int, int]:
-    """Right answers and questions of a contestant at distances of `windows` windows or more."""
+def _recall_from(results: dict[str, Any], name: str, windows: float) -> Answers:
+    """The answers of a contestant at distances of `windows` windows or more."""
     recall = results["summary"].get(name, {}).get("recall", {})
     return pooled({d: score for d, score in recall.items() if int(d) >= windows * results["window"]["recall"]})
 
 
-def _shares(scores: list[tuple[int, int]], first: str, second: str, what: str) -> Judged:
+def _shares(scores: list[Answers], first: str, second: str, what: str) -> Judged:
     """Whether the first of two shares is surely the larger."""
-    chance = two_proportions(*scores[0], *scores[1])
+    chance = answers_differ(*scores)
     if chance is None:
         return None
-    shares = [100 * correct / asked for correct, asked in scores]
-    evidence = f"{first} {shares[0]:.0f} %, {second} {shares[1]:.0f} % {what} ({_rarity(chance)})"
+    shares = [100 * score.share for score in scores]
+    evidence = f"{first} {shares[0]:.0f} %, {second} {shares[1]:.0f} % {what} ({chance})"
     return _outcome(shares[0] - shares[1], chance), evidence
 
 
 def _texts(results: dict[str, Any], first: str, second: str, *labels: str) -> Judged:
-    """Whether the first of two contestants surely needs fewer bits for the same stretches of text."""
+    """Whether the first of two contestants surely needs fewer bits for the same text."""
     entries = [results["summary"].get(name, {}) for name in (first, second)]
-    if not all("by_stretch" in entry for entry in entries):
-        return None
-    chance = same_text(*entries)
+    chance = texts_differ(*entries)
     if chance is None:
         return None
     bits = [mean(entry["bits_per_byte"]) for entry in entries]
-    evidence = f"{labels[0]} {bits[0]:.3f}, {labels[1]} {bits[1]:.3f} bits per byte ({_rarity(chance)})"
+    evidence = f"{labels[0]} {bits[0]:.3f}, {labels[1]} {bits[1]:.3f} bits per byte ({chance})"
     return _outcome(bits[1] - bits[0], chance), evidence
 
 
-def _outcome(gain: float, chance: float) -> str:
-    if chance >= SURE:
+def _outcome(gain: float, chance: Chance) -> str:
+    if not chance.sure:
         return UNDECIDED
     return REPRODUCED if gain > 0 else CONTRADICTED
-
-
-def _rarity(chance: float) -> str:
-    return "p < 0.001" if chance < 0.001 else f"p = {chance:.3f}"

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from hf_gallery.data import corpus_version
 from .abilities import OfAbility
 from .contestants import Contestant
 from .presets import ClassificationSettings
+from .significance import DOCUMENT, by_unit
 from .task import Job, plain
 from .training import Tick, learn
 
@@ -138,20 +139,29 @@ def _batch(stretches: list[np.ndarray]) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": mask}
 
 
-def questions(
-    found: dict[str, Source], settings: ClassificationSettings, length: int, seed: int
-) -> list[tuple[np.ndarray, int]]:
-    """Stretches of at most `length` bytes to be asked about, with their labels: no two overlap, all labels alike
-    often, settings.examples or as many as there are, drawn by the seed."""
+class Question(NamedTuple):
+    """A stretch to be asked about, its label, and the number of the text that it was cut from, over all sources."""
+
+    stretch: np.ndarray
+    label: int
+    text: int
+
+
+def questions(found: dict[str, Source], settings: ClassificationSettings, length: int, seed: int) -> list[Question]:
+    """Stretches of at most `length` bytes to be asked about: no two overlap, all labels alike often, settings.examples
+    or as many as there are, drawn by the seed."""
     random = np.random.default_rng([seed, 102, length])
     window = settings.sizes.window
-    stretches = []
-    for source in found.values():
+    asked: list[list[Question]] = []
+    first = 0  # number of the source's first text
+    for label, source in enumerate(found.values()):
         extents = [_extent(text, length, window) for text in source.test]
         places = [(i, at) for i, n in enumerate(extents) for at in range(0, len(source.test[i]) - n + 1, n)]
-        stretches.append([source.test[i][at : at + extents[i]] for i, at in random.permutation(places)])
-    each = min([settings.examples // len(found), *map(len, stretches)])
-    return [(stretch, label) for label, own in enumerate(stretches) for stretch in own[: max(1, each)]]
+        drawn = random.permutation(places)
+        asked.append([Question(source.test[i][at : at + extents[i]], label, first + int(i)) for i, at in drawn])
+        first += len(source.test)
+    each = min([settings.examples // len(found), *map(len, asked)])
+    return [question for own in asked for question in own[: max(1, each)]]
 
 
 def units(settings: ClassificationSettings) -> int:
@@ -168,30 +178,35 @@ def measure(
     tick: Tick,
 ) -> dict[str, Any]:
     """Trains a fresh classifier on stretches of all lengths and asks it about held-out ones. Returns its size, the
-    labels and, for each length, how many stretches were asked about, how many answers were right, and how often a
-    guess is."""
+    labels and, for each length, how many stretches were asked about, how many answers were right, also of each text,
+    and how often a guess is."""
     found = sources(corpus, settings)
     batches = Stretches(found, settings, seed)
     model = learn(contestant, settings, batches, seed, device, tick, labels=len(found), bf16=settings.bf16)
+    asked = {length: questions(found, settings, length, seed) for length in settings.lengths}
+    texts = sorted({question.text for own in asked.values() for question in own})
     scores = {}
-    for length in settings.lengths:
-        asked = ask(model, questions(found, settings, length, seed), max(1, settings.tokens // length), device)
-        scores[str(length)] = asked | {"chance": 1 / len(found), "trained": True}
+    for length, own in asked.items():
+        score = ask(model, own, texts, max(1, settings.tokens // length), device)
+        scores[str(length)] = score | {"chance": 1 / len(found), "trained": True}
         tick(1)
     return {"parameters": model.num_parameters(), "labels": list(found), "levels": scores}
 
 
 @torch.no_grad()
 def ask(
-    model: PreTrainedModel, asked: list[tuple[np.ndarray, int]], rows: int, device: torch.device
-) -> dict[str, int]:
-    """{asked, correct} over stretches with their labels, `rows` at a time."""
-    correct = 0
+    model: PreTrainedModel, asked: list[Question], texts: list[int], rows: int, device: torch.device
+) -> dict[str, Any]:
+    """{asked, correct, by_unit} over stretches, `rows` at a time; the units are the texts of these numbers."""
+    counts = {text: 0 for text in texts}
+    right = dict(counts)
     for group in (asked[i : i + rows] for i in range(0, len(asked), rows)):
-        batch = _batch([stretch for stretch, _ in group])
+        batch = _batch([question.stretch for question in group])
         chosen = model(**{name: x.to(device) for name, x in batch.items()}).logits.argmax(-1).tolist()
-        correct += sum(answer == label for answer, (_, label) in zip(chosen, group, strict=True))
-    return {"asked": len(asked), "correct": correct}
+        for answer, question in zip(chosen, group, strict=True):
+            counts[question.text] += 1
+            right[question.text] += answer == question.label
+    return by_unit(DOCUMENT, right.values(), counts.values())
 
 
 class Bytes(OfAbility):

@@ -10,25 +10,25 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .significance import SURE, paired, two_proportions
+from .significance import DOCUMENT, SEED, SURE, Chance, answers, answers_differ, paired, texts_differ
 
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """One number of one contestant in both runs. chance: the probability of so large a difference between equal
-    contestants, None where one measurement cannot tell."""
+    """One number of one contestant in both runs. chance: that of so large a difference between equal contestants, None
+    where one measurement cannot tell."""
 
     contestant: str
     what: str
     unit: str
     before: float
     after: float
-    chance: float | None = None
+    chance: Chance | None = None
 
     @property
     def sure(self) -> bool:
         """Whether the difference is more than chance."""
-        return self.chance is not None and self.chance < SURE
+        return self.chance is not None and self.chance.sure
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Difference]:
@@ -46,12 +46,12 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Differenc
         for what, levels, others in curves:
             for level in (k for k in levels if k in others):
                 x, y = levels[level], others[level]
-                chance = two_proportions(x["correct"], x["asked"], y["correct"], y["asked"])
+                chance = answers_differ(answers(x), answers(y))
                 before, after = (100 * s["correct"] / max(1, s["asked"]) for s in (x, y))
                 found.append(Difference(a["label"], what.format(level), "%", before, after, chance))
         if "bits_per_byte" in a and "bits_per_byte" in b:
             x, y = a["bits_per_byte"], b["bits_per_byte"]
-            found.append(Difference(a["label"], "bits per byte", "bits", mean(x), mean(y), paired(x, y)))
+            found.append(Difference(a["label"], "bits per byte", "bits", mean(x), mean(y), _texts(a, b)))
         if "cost" in a and "cost" in b:
             x, y = a["cost"], b["cost"]
             for key, what, unit, scale in (
@@ -67,6 +67,16 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[Differenc
                     what_at = f"{what} {int(c):,} tokens"
                     found.append(Difference(a["label"], what_at, unit, x[key][c] / scale, y[key][c] / scale))
     return found
+
+
+def _texts(first: dict[str, Any], second: dict[str, Any]) -> Chance | None:
+    """The chance of the difference in bits per byte: by document where both runs read the same, else by seed."""
+    found = texts_differ(first, second)
+    if found is not None and found.unit == DOCUMENT:
+        return found
+    bits = first["bits_per_byte"], second["bits_per_byte"]
+    by_seed = paired(*bits)
+    return None if by_seed is None else Chance(by_seed, SEED, min(map(len, bits)))
 
 
 def show(names: tuple[str, str], found: list[Difference], console: Console) -> None:

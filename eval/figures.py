@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 
 from .contestants import CONTESTANTS
-from .significance import wilson
+from .significance import QUESTION, answers, interval, text_interval
 
 # In the order of the contestants, and taken in turns by whatever else there are several of.
 COLOURS = [c.colour for c in CONTESTANTS.values()]
@@ -59,7 +59,7 @@ def _recall(results: dict[str, Any], entries: Entries) -> list[Plot]:
     figure.update_xaxes(title=axis)
     caption = (
         "Share of right answers by the distance from where something was written to where it is asked for. "
-        "Bars are 95 % intervals (Wilson)."
+        f"Bars are 95 % intervals ({_drawn(results)})."
     )
     plots.append(("What each remembers", caption, figure))
     own = results["settings"]["recall"]["sizes"]["memory_size"]
@@ -74,6 +74,13 @@ def _recall(results: dict[str, Any], entries: Entries) -> list[Plot]:
         caption = f"The same trained model, read with that many stored keys per head; it trained with {own:,}."
         plots.append((f"{entry['label']}: how much memory is enough?", caption, figure))
     return plots
+
+
+def _drawn(results: dict[str, Any]) -> str:
+    """How the intervals of recall were found."""
+    scores = (score for entry in results["summary"].values() for score in entry.get("recall", {}).values())
+    units = {answers(score).unit for score in scores}
+    return "Wilson, by question" if QUESTION in units else "examples drawn anew"
 
 
 def _abilities(results: dict[str, Any], entries: Entries) -> list[Plot]:
@@ -99,14 +106,19 @@ def _text(results: dict[str, Any], entries: Entries) -> list[Plot]:
     plots: list[Plot] = []
     bits = [(i, e["label"], e["bits_per_byte"]) for i, _, e in entries if "bits_per_byte" in e]
     if bits:
+        means = [mean(b) for _, _, b in bits]
+        bands = [band for _, _, e in entries if "bits_per_byte" in e and (band := text_interval(e)) is not None]
+        banded = len(bands) == len(bits)
         figure = go.Figure(
             go.Bar(
                 y=[label for _, label, _ in bits],
-                x=[mean(b) for _, _, b in bits],
+                x=means,
+                error_x=_error(means, bands) if banded else None,
                 orientation="h",
                 marker={"color": [COLOURS[i % len(COLOURS)] for i, _, _ in bits]},
-                text=[f"{mean(b):.3f}" for _, _, b in bits],
+                text=[f"{b:.3f}" for b in means],
                 textposition="inside",
+                insidetextanchor="start",
                 hovertemplate="%{y}: %{x:.4f}<extra></extra>",
             )
         )
@@ -123,7 +135,8 @@ def _text(results: dict[str, Any], entries: Entries) -> list[Plot]:
             (
                 "How well each models text",
                 "Held-out documents, each read from its first byte to its last with the state carried along. "
-                "The dotted line is a model that knows how frequent each byte is and nothing else.",
+                "The dotted line is a model that knows how frequent each byte is and nothing else."
+                + (" Bars are 95 % intervals over other documents." if banded else ""),
                 figure,
             )
         )
@@ -188,7 +201,7 @@ def _curves(curves: list[tuple[int, str, list[dict[str, Any]]]], levels: list[st
     figure = go.Figure()
     for i, label, scores in curves:
         share = [s["correct"] / max(1, s["asked"]) for s in scores]
-        limits = [wilson(s["correct"], s["asked"]) for s in scores]
+        limits = [interval(answers(s)) for s in scores]
         figure.add_scatter(
             x=levels,
             y=share,
@@ -196,10 +209,7 @@ def _curves(curves: list[tuple[int, str, list[dict[str, Any]]]], levels: list[st
             mode="lines+markers",
             line={"color": COLOURS[i % len(COLOURS)]},
             marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-            error_y={
-                "array": [high - y for (_, high), y in zip(limits, share, strict=True)],
-                "arrayminus": [y - low for (low, _), y in zip(limits, share, strict=True)],
-            },
+            error_y=_error(share, limits),
             customdata=[[s["correct"], s["asked"]] for s in scores],
             hovertemplate="%{y:.1%} at %{x} (%{customdata[0]} of %{customdata[1]})",
         )
@@ -207,6 +217,14 @@ def _curves(curves: list[tuple[int, str, list[dict[str, Any]]]], levels: list[st
     figure.update_yaxes(title="right answers", tickformat=".0%", range=[-0.02, 1.04])
     figure.update_xaxes(type="category")
     return figure
+
+
+def _error(values: list[float], limits: list[tuple[float, float]]) -> dict[str, list[float]]:
+    """Bars from the lower limit of each value to its upper one."""
+    return {
+        "array": [high - y for (_, high), y in zip(limits, values, strict=True)],
+        "arrayminus": [y - low for (low, _), y in zip(limits, values, strict=True)],
+    }
 
 
 def _bit_curves(curves: list[tuple[int, str, dict[str, dict[str, float]]]], axis: str) -> go.Figure:

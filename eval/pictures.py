@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from hf_gallery.models.files import whole_file
 
 from .figures import COLOURS, SYMBOLS, distances, place, times
-from .significance import wilson
+from .significance import answers, interval
 
 MARKERS = {  # matplotlib's names of plotly's symbols
     "circle": "o", "circle-open": "o", "x": "x", "cross": "P", "square": "s", "diamond": "D", "triangle-up": "^",
@@ -39,7 +39,7 @@ def forgetting_curves(results: dict[str, Any], path: Path) -> None:
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[SYMBOLS[i % len(SYMBOLS)]]
         scores = [entry["recall"][str(d)] for d in found]
         share = [s["correct"] / max(1, s["asked"]) for s in scores]
-        limits = [wilson(s["correct"], s["asked"]) for s in scores]
+        limits = [interval(answers(s)) for s in scores]
         below, above = zip(*((y - low, high - y) for y, (low, high) in zip(share, limits, strict=True)), strict=True)
         axes.errorbar(places, share, yerr=(below, above), label=entry["label"], color=colour, marker=marker, capsize=2)
     axes.axhline(results["chance"], linestyle=":", color="#444444", label="chance")

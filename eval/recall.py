@@ -14,6 +14,7 @@ from hf_gallery.data import slot_recall
 from .contestants import Contestant, smaller_memories
 from .figures import distances, times
 from .presets import RecallSettings
+from .significance import EXAMPLE, by_unit
 from .task import Column, Family, Job, OfEach, add_up, plain, share
 from .training import Tick, learn
 
@@ -68,7 +69,8 @@ def measure(
     contestant: Contestant, settings: RecallSettings, seed: int, device: torch.device, tick: Tick
 ) -> dict[str, Any]:
     """Trains a fresh model and asks it at each distance. Returns its size and, for each distance in tokens, how many
-    questions were asked and how many answers were right; and the same with smaller memories, where it has one."""
+    questions were asked and how many answers were right, also of each example; and the same with smaller memories,
+    where it has one."""
     model = learn(contestant, settings, Curriculum(settings, seed), seed, device, tick)
     distances = settings.distances()
     scores = {}
@@ -90,8 +92,9 @@ def measure(
 @torch.no_grad()
 def ask(
     model: PreTrainedModel, settings: RecallSettings, distance: int, seed: int, device: torch.device
-) -> dict[str, int]:
-    """{asked, correct} over test examples whose questions all stand `distance` tokens after what they ask for."""
+) -> dict[str, Any]:
+    """{asked, correct, by_unit} over test examples whose questions all stand `distance` tokens after what they ask
+    for."""
     rows = slot_recall(
         settings.examples,
         settings.length,
@@ -101,15 +104,15 @@ def ask(
         seed=seed,
         split="test",
     ).with_format("torch")
-    asked = correct = 0
+    asked, correct = [], []
     for start in range(0, settings.examples, 64):
         batch = rows[start : start + 64]
         logits = model(input_ids=batch["input_ids"].to(device)).logits[:, :-1]  # (B, T - 1, V)
         labels = batch["labels"][:, 1:].to(device)  # (B, T - 1)
         scored = labels >= 0
-        asked += int(scored.sum())
-        correct += int(((logits.argmax(-1) == labels) & scored).sum())
-    return {"asked": asked, "correct": correct}
+        asked += scored.sum(1).tolist()
+        correct += ((logits.argmax(-1) == labels) & scored).sum(1).tolist()
+    return by_unit(EXAMPLE, correct, asked)
 
 
 class Recall(OfEach):

@@ -54,15 +54,13 @@ class Family:
 @dataclasses.dataclass(frozen=True)
 class Column:
     """One column of the tables. cell: what it says of a contestant, from its name and its summary, "-" where nothing
-    was measured. baseline: its cell in the last row. prefix: where it is not the family's own. leads: whether it
-    stands before those of all other tasks."""
+    was measured. baseline: its cell in the last row. prefix: where it is not the family's own."""
 
     family: Family
     heading: str
     cell: Callable[[str, dict[str, Any]], str]
     baseline: str = "-"
     prefix: str | None = None
-    leads: bool = False
 
     @property
     def whole(self) -> str:
@@ -124,12 +122,19 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def add_up(totals: dict[str, Any], found: dict[str, Any]) -> None:
-    """Adds up by label what can be counted; all else is the same for every seed."""
+    """Adds up by label what can be counted, and lays units of answers one behind another; all else is the same for
+    every seed."""
     for label, counts in found.items():
         counted = [key for key in ("asked", "correct", "bits", "bytes", "words") if key in counts]
-        total = totals.setdefault(label, counts | dict.fromkeys(counted, 0))
+        known = totals.get(label)
+        if known is None:
+            totals[label] = dict(counts)
+            continue
         for key in counted:
-            total[key] += counts[key]
+            known[key] += counts[key]
+        if "by_unit" in known and "by_unit" in counts:
+            own, more = known["by_unit"], counts["by_unit"]
+            known["by_unit"] = own | {key: f"{own[key]} {more[key]}" for key in ("asked", "correct")}
 
 
 def share(score: dict[str, Any] | None) -> str:

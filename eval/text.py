@@ -75,8 +75,8 @@ def measure(
 ) -> dict[str, Any]:
     """Trains a fresh model on the training documents, its cache carried from step to step, and reads the held-out
     documents from their first byte to their last. Returns its size, bits per byte, scored bytes, bytes trained on,
-    seconds of training, its bits per byte while it trained, bits by position, by stretch and of rare words (see
-    `by_position`, `by_stretch`, `by_last_use`), and where it has a memory, bits with smaller ones."""
+    seconds of training, its bits per byte while it trained, bits by position, document, stretch and of rare words (see
+    `by_position`, `by_document`, `by_stretch`, `by_last_use`), and with smaller memories, where it has one."""
     model = build(contestant, settings.sizes, seed)
     with training_arguments(
         device,
@@ -104,7 +104,10 @@ def measure(
     by_memory_size = {}
     for size in smaller_memories(model):
         smaller = read(model, found, settings.lanes, settings.length, device)
-        by_memory_size[str(size)] = _sums(smaller) | {"by_stretch": by_stretch(smaller)}
+        by_memory_size[str(size)] = _sums(smaller) | {
+            "by_document": by_document(smaller),
+            "by_stretch": by_stretch(smaller),
+        }
     tick(units(settings) - settings.steps)
     scored = sum(len(x) for x in bits)
     return {
@@ -117,6 +120,7 @@ def measure(
             str(entry["step"]): entry["loss"] / math.log(2) for entry in trainer.state.log_history if "loss" in entry
         },
         "by_position": by_position(bits),
+        "by_document": by_document(bits),
         "by_stretch": by_stretch(bits),
         "by_last_use": by_last_use(bits, found, frequent_words(corpus["train"])),
         "by_memory_size": by_memory_size,
@@ -165,9 +169,15 @@ def by_position(bits: list[np.ndarray]) -> dict[str, dict[str, float]]:
     return found
 
 
+def by_document(bits: list[np.ndarray]) -> dict[str, list[float]]:
+    """{bits, bytes} of each document, in their order: two models that read the same ones are compared document by
+    document."""
+    return {"bits": [float(x.sum()) for x in bits], "bytes": [len(x) for x in bits]}
+
+
 def by_stretch(bits: list[np.ndarray]) -> list[float]:
-    """Bits per byte of each stretch of STRETCH bytes, one document after another: two models that read the same bytes
-    are compared stretch by stretch."""
+    """Bits per byte of each stretch of STRETCH bytes, one document after another: what results hold that were measured
+    before `by_document` was, so that one run may hold both."""
     return [float(part.mean()) for x in bits for part in np.array_split(x, max(1, len(x) // STRETCH))]
 
 
@@ -252,14 +262,18 @@ class Text(OfEach):
         entry["parameters"] = result["parameters"]
         for name in ("bits_per_byte", "by_stretch", "training_curve"):
             entry.setdefault(name, []).append(result[name])
+        if "by_document" in result:
+            entry.setdefault("by_document", []).append(result["by_document"])
         for name in ("by_position", "by_last_use"):
             add_up(entry.setdefault(name, {}), result[name])
         if not result["by_memory_size"]:
             return
         whole = {key: sum(s[key] for s in result["by_position"].values()) for key in ("bits", "bytes")}
-        own = {str(results["settings"]["text"]["sizes"]["memory_size"]): whole | {"by_stretch": result["by_stretch"]}}
+        kept = [name for name in ("by_document", "by_stretch") if name in result]
+        own = {str(results["settings"]["text"]["sizes"]["memory_size"]): whole | {name: result[name] for name in kept}}
         for size, score in (result["by_memory_size"] | own).items():
-            entry.setdefault("by_stretch_of_memory_size", {}).setdefault(size, []).append(score["by_stretch"])
+            for name in kept:
+                entry.setdefault(f"{name}_of_memory_size", {}).setdefault(size, []).append(score[name])
             sums = {key: score[key] for key in ("bits", "bytes")}
             add_up(entry.setdefault("text_by_memory_size", {}), {size: sums})
 
@@ -273,6 +287,6 @@ class Text(OfEach):
             return f"{mean(entry['bits_per_byte']):.3f}" if entry.get("bits_per_byte") else "-"
 
         return [
-            Column(family, "parameters", parameters, leads=True),
+            Column(family, "parameters", parameters),
             Column(family, "bits/byte", bits, "-" if order0 is None else f"{order0:.3f}"),
         ]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from statistics import mean
 from typing import Any
 
-from .significance import SURE, pooled, same_text, two_proportions, wilson
+from .significance import Answers, answers, answers_differ, interval, pooled, texts_differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +27,7 @@ def winners(results: dict[str, Any]) -> list[Best]:
     distances = sorted({int(d) for entry in entries.values() for d in entry.get("recall", {})})
     if distances:
         far = distances[-1]
-        scores = {
-            name: (e["recall"][str(far)]["correct"], e["recall"][str(far)]["asked"])
-            for name, e in entries.items()
-            if "recall" in e
-        }
+        scores = {name: answers(e["recall"][str(far)]) for name, e in entries.items() if "recall" in e}
         windows = far / results["window"]["recall"]
         found.append(_most(f"recall at {windows:g} windows", scores, results["chance"]))
     for name, about in results["abilities"].items():
@@ -49,8 +45,8 @@ def winners(results: dict[str, Any]) -> list[Best]:
     return found
 
 
-def total(entry: dict[str, Any], ability: str) -> tuple[int, int]:
-    """Right answers and questions of a contestant, over all levels."""
+def total(entry: dict[str, Any], ability: str) -> Answers:
+    """The answers of a contestant, over all levels."""
     return pooled(entry.get("abilities", {}).get(ability, {}))
 
 
@@ -61,24 +57,23 @@ def blind(results: dict[str, Any], ability: str) -> float:
     return sum(s["chance"] * s["asked"] for s in levels) / max(1, sum(s["asked"] for s in levels))
 
 
-def leaders(scores: dict[str, tuple[int, int]], chance: float) -> list[str]:
-    """By contestant right answers and questions: who has the largest share, and who might be as good."""
-    asked = {name: score for name, score in scores.items() if score[1]}
+def leaders(scores: dict[str, Answers], chance: float) -> list[str]:
+    """Contestants by their answers: who has the largest share of right ones, and who might be as good."""
+    asked = {name: score for name, score in scores.items() if score.asked}
     if not asked:
         return []
-    first = max(asked, key=lambda name: asked[name][0] / asked[name][1])
-    if wilson(*asked[first])[0] <= chance:
+    first = max(asked, key=lambda name: asked[name].share)
+    if interval(asked[first])[0] <= chance:
         return []
-    alike = [n for n in asked if n != first and (two_proportions(*asked[n], *asked[first]) or 0.0) >= SURE]
-    return [first, *alike]
+    differences = {name: answers_differ(asked[name], asked[first]) for name in asked if name != first}
+    return [first, *(name for name, found in differences.items() if found is not None and not found.sure)]
 
 
-def _most(what: str, scores: dict[str, tuple[int, int]], chance: float) -> Best:
+def _most(what: str, scores: dict[str, Answers], chance: float) -> Best:
     best = leaders(scores, chance)
     if not best:
         return Best(what, [], f"nobody surely above a guess, {100 * chance:.0f} %")
-    correct, asked = scores[best[0]]
-    return Best(what, best, f"{100 * correct / asked:.0f} %")
+    return Best(what, best, f"{100 * scores[best[0]].share:.0f} %")
 
 
 def _least(costs: dict[str, dict[str, Any]]) -> list[Best]:
@@ -100,5 +95,5 @@ def _least(costs: dict[str, dict[str, Any]]) -> list[Best]:
 
 def _sure(first: dict[str, Any], second: dict[str, Any]) -> bool:
     """Whether two contestants need different bits for the same text."""
-    chance = same_text(first, second)
-    return chance is not None and chance < SURE
+    chance = texts_differ(first, second)
+    return chance is not None and chance.sure

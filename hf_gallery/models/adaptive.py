@@ -77,7 +77,6 @@ class AdaptiveEmbedding(nn.Module):
                 x = x.to(part.dtype).index_copy(0, at, part)
         return x.view(*input_ids.shape, self.embedding_dim) * self.embed_scale
 
-
     def _of_all_clusters(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The same without asking which clusters occur: every table is read at every token."""
         x, borders = None, zip(self.ends[:-1], self.ends[1:], strict=True)

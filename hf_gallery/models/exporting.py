@@ -16,7 +16,7 @@ def is_exporting() -> bool:
 
 
 def records_gradients() -> bool:
-    """Whether autograd follows this forward. What is exported is there to infer, also where nobody has said no_grad."""
+    """Whether autograd follows this forward. What is exported only infers, also where nobody has said no_grad."""
     return torch.is_grad_enabled() and not is_exporting()
 
 

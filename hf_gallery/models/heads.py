@@ -103,7 +103,8 @@ class CausalLMHead(GalleryGenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Arguments as in the bare model. labels (B, T) are shifted inside, as in transformers; shift_labels (B, T),
         column t holding the token after column t, are not. -100 is left out; so is padding, which neither predicts nor
-        is predicted, and no document predicts the one packed behind it. logits (B, T, V).
+        is predicted (where it stands before a row, Llama has it predict the first token), and no document predicts the
+        one packed behind it. logits (B, T, V).
         """
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
         columns = input_ids if inputs_embeds is None else inputs_embeds
@@ -306,8 +307,8 @@ class QuestionAnsweringHead:
         end_positions: torch.LongTensor | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        """Arguments as in the bare model. start_positions, end_positions (B,): columns of the answer; those outside
-        the input are left out of the loss. The logits of padding are the least number.
+        """Arguments as in the bare model. start_positions, end_positions (B,): columns of the answer's first and last
+        token; those behind the input, as T, are left out of the loss. The logits of padding are the least number.
         """
         check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
         own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
@@ -318,6 +319,12 @@ class QuestionAnsweringHead:
                 "start_positions and end_positions are columns of a row with one text, and documents are packed in "
                 "the rows; give each text a row of its own to train"
             )
+        columns = input_ids if inputs_embeds is None else inputs_embeds
+        start_positions = checked_answers("start_positions", start_positions, columns, attention_mask)
+        end_positions = checked_answers("end_positions", end_positions, columns, attention_mask)
+        if (start_positions is None) != (end_positions is None):
+            missing = "start_positions" if start_positions is None else "end_positions"
+            raise ValueError(f"{missing} is missing; give start_positions and end_positions for a loss, or neither")
         kwargs |= self.question_inputs(input_ids, attention_mask, documents, kwargs)
         outputs = self.model(
             **own, token_type_ids=token_type_ids, position_ids=position_ids, **kwargs | {"use_cache": False}
@@ -327,7 +334,7 @@ class QuestionAnsweringHead:
             logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
         start_logits, end_logits = logits.unbind(-1)  # (B, T) each
         loss = None
-        if start_positions is not None and end_positions is not None:
+        if start_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -488,6 +495,39 @@ def checked_classes(labels: torch.Tensor | None, count: int) -> torch.Tensor | N
     return labels.long()
 
 
+def checked_answers(
+    name: str, places: torch.Tensor | None, columns: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The columns (B,) in which answers begin or end, if given, as torch.long.
+
+    Raises ValueError or TypeError unless they are whole numbers from 0, one for each row of the input's columns
+    (B, T, ...), and none is padding. transformers' loss takes those below 0 for column 0.
+    """
+    check_tensors({name: places})
+    if places is None:
+        return None
+    b, t = columns.shape[:2]
+    if places.dtype not in WHOLE or places.shape not in ((b,), (b, 1)):  # a second dimension comes of DataParallel
+        raise ValueError(
+            f"{name} has type {places.dtype} and shape {tuple(places.shape)}; {b} rows need ({b},) of torch.long or "
+            "torch.int"
+        )
+    places = places.long().view(b)
+    if bool((places < 0).any()):
+        raise ValueError(
+            f"{name} holds {int(places.min())}; give columns from 0, or one behind the input, {t}, to leave a row out"
+        )
+    if attention_mask is not None:
+        token = attention_mask.to(places.device).gather(1, places.clamp(max=t - 1)[:, None]).squeeze(1) != 0  # (B,)
+        wrong = ((places < t) & ~token).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"{name} holds {int(places[wrong[0]])} for row {wrong[0]}, a column of padding by attention_mask; "
+                "an answer begins and ends at tokens"
+            )
+    return places
+
+
 def check_count(labels: torch.Tensor, count: int, config):
     """Raises ValueError unless labels fit `count` texts: whole numbers (count,), or floating ones, for several classes
     at once (count, num_labels) and for one value to be met (count,)."""
@@ -528,13 +568,23 @@ def pooled_rows(
 
 
 def vocabulary_scores(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-    """Scores (B, T, V) of hidden (B, T, E). PEFT's trainable tokens multiply by a tied head's table and leave its bias
-    out (0.21, TrainableTokensLayer.forward_adapters); what the head makes of zeros says whether it is to be added."""
+    """Scores (B, T, V) of hidden (B, T, E), with the bias that PEFT leaves out of a tied head. Its trainable tokens,
+    alone or beside LoRA, multiply by the table only (0.21, TrainableTokensLayer.forward_adapters); what the head makes
+    of zeros says whether the bias is to be added.
+
+    Raises ValueError where PEFT has put a head without bias in this one's place: merged, it would stay so."""
     scores = lm_head(hidden)
-    adapter = getattr(lm_head, "token_adapter", None)
-    if adapter is None or adapter.get_base_layer().bias is None:
+    for copy in getattr(lm_head, "modules_to_save", {}).values():
+        if getattr(copy, "bias", None) is None and getattr(lm_head.original_module, "bias", None) is not None:
+            raise ValueError(
+                "PEFT has tied a copy of lm_head without its bias to the embedding of modules_to_save; leave "
+                "ensure_weight_tying out, or use trainable_token_indices"
+            )
+    adapter = getattr(lm_head, "token_adapter", lm_head)
+    bias = adapter.get_base_layer().bias if hasattr(adapter, "trainable_tokens_delta") else None
+    if bias is None:
         return scores
-    return scores + (adapter.get_base_layer().bias - lm_head(torch.zeros_like(hidden[:1, :1])))
+    return scores + (bias - lm_head(torch.zeros_like(hidden[:1, :1])))
 
 
 def check_kept(logits_to_keep, columns: torch.Tensor | None):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -66,9 +66,9 @@ def search_exact(query, keys, lower, upper, topk):
                 tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop, n)[:, None], -math.inf)
             found = _first(tile, start, upper[:, some], n, topk)
             if best is not None:
-                both = (torch.cat(pair, -1) for pair in zip(best, found, strict=True))
+                both, both_at = (torch.cat(pair, -1) for pair in zip(best, found, strict=True))
                 everybody = torch.ones(b, h, tile.shape[2], dtype=torch.bool, device=tile.device)
-                found = tuple(x[..., :topk] for x in _in_order(*both, everybody, upper[:, some], n))
+                found = tuple(x[..., :topk] for x in _in_order(both, both_at, everybody, upper[:, some], n))
             best = found
         scores.append(best[0])
         columns.append(best[1])
@@ -131,7 +131,7 @@ def _newest(scores, last, turn, count):
     """Columns (tied, count) of the `count` largest of scores (tied, width), whose smallest is last (tied, 1): of the
     many that are equal to it the most recent, which are the last ones before turn (tied, 1), and then those before the
     end."""
-    larger, equal = scores > last, scores == last
+    larger, equal = ~(scores <= last), scores == last  # NaN is larger than all, as topk has it
     room = count - larger.sum(-1, keepdim=True, dtype=torch.int32)
     passed = equal.cumsum(-1, dtype=torch.int32)  # how many equal ones stand up to each column
     before = F.pad(passed, (1, 0)).gather(-1, turn)  # and before the turn
@@ -255,16 +255,29 @@ def query_tile(batch: int, num_heads: int, width: int, topk: int, size: int) -> 
     return max(16, min(max(64, size), 2**24 // (batch * num_heads * width * topk)))
 
 
+class Source(NamedTuple):
+    """Stored pairs: keys and values (B, H, N, D), and the ring interval [lower, upper) (B, T) of their columns that
+    each query may see, see SearchBackend."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+
+    def of_queries(self, part: slice) -> Source:
+        return self._replace(lower=self.lower[:, part], upper=self.upper[:, part])
+
+    def on(self, device: torch.device) -> Source:
+        """The same with its intervals on a device."""
+        return self._replace(lower=self.lower.to(device), upper=self.upper.to(device))
+
+
 def retrieve(
-    backend: str,
-    query: torch.Tensor,
-    sources: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
-    topk: int,
+    backend: str, query: torch.Tensor, sources: list[Source], topk: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The topk stored pairs with the largest dot product, for every query, over all sources.
 
-    query (B, H, T, D). A source is (keys, values, lower, upper): (B, H, N, D) twice and the ring interval (B, T) of
-    its columns that each query may see, see SearchBackend. Sources come in the order of their pairs' positions.
+    query (B, H, T, D). Sources come in the order of their pairs' positions.
 
     Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
@@ -272,7 +285,9 @@ def retrieve(
     search = BACKENDS[backend]
     if is_exporting():
         if backend not in ("exact", "faiss_flat"):
-            raise ValueError(f'memory_backend is {backend!r}, whose index no graph can hold; set it to "exact" to export')
+            raise ValueError(
+                f'memory_backend is {backend!r}, whose index no graph can hold; set it to "exact" to export'
+            )
         search = search_naive
     # Under autocast the products of scores would be in half precision, and the k best others than the best.
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):

@@ -15,7 +15,6 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin, GenerationMode
 
-from .adapters import name_targets
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .exporting import is_exporting, require
@@ -46,9 +45,9 @@ class GalleryPreTrainedModel(PreTrainedModel):
         cls._supports_flex_attn = "flex_attention" in cls.implementations
 
     def __init__(self, config, *inputs, **kwargs):
+        config.check_special_ids()  # again: fields may have been set since, from_pretrained(vocab_size=...) does so
         super().__init__(config, *inputs, **kwargs)
         self.loss_type = self.head_loss or self.loss_type
-        name_targets(config.model_type)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested = requested_attention or "eager"
@@ -119,6 +118,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """A forward. The cache that is given, as past_key_values or as cache, advances when all of it, head and loss
         too, has succeeded."""
         name_cache(kwargs, "past_key_values")
+        kwargs.pop("skip_logits", None)  # a leave, which Trainer gives under use_liger_kernel: they are there anyway
         cache = next((x for x in (*args, *kwargs.values()) if hasattr(x, "held")), None)
         with nullcontext() if cache is None else cache.held():
             return super().__call__(*args, **kwargs)

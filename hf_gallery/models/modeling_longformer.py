@@ -114,26 +114,25 @@ class GalleryLongformerAttention(nn.Module):
         if context.output_attentions or is_exporting():
             out, probabilities = self._look(query, keys, values, position, of_globals, context)
         else:
-            out = self._local(query, keys, values, position, global_pairs, context, options)
+            out = self._local(query, (keys, values), global_pairs, position, context, options)
             if of_globals is not None:
                 out = context.globals.put(out, attend(*of_globals, **options))
         if not context.causal and of_globals is None:
             out = with_gradients_for(out, self.q_global_proj, self.k_global_proj, self.v_global_proj)
         return self.o_proj(merge_heads(out)), new, probabilities
 
-    def _local(self, query, keys, values, position, global_pairs, context, options):
+    def _local(self, query, pair, global_pairs, position, context, options):
         folding = context.folding(self.dilation)
         window = context.once((self.left, self.dilation, "window"), lambda: folding.window(self.left, self.right))
-        queries, folded_keys, folded_values = folding.queries(query), folding.keys(keys), folding.keys(values)
+        queries, keys, values = folding.queries(query), *map(folding.keys, pair)
         if position is not None:
             position = position._replace(query=folding.queries(position.query))
         if global_pairs is None:
-            out = attend(queries, folded_keys, folded_values, window, position=position, **options)
-            return folding.unfold(out)
+            return folding.unfold(attend(queries, keys, values, window, position=position, **options))
         order, outside = context.once(
             (self.left, self.dilation, "outside"), lambda: folding.outside(context.globals, self.left, self.right)
         )
-        result = attend(queries, folded_keys, folded_values, window, position=position, return_lse=True, **options)
+        result = attend(queries, keys, values, window, position=position, return_lse=True, **options)
         global_keys, global_values = (in_order(z, order) for z in global_pairs)  # (B * g, H, G, D)
         for spans in outside:
             beyond = attend(queries, global_keys, global_values, spans, return_lse=True, **options)

@@ -36,8 +36,8 @@ from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbeddin
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .context import ForwardContext
-from .gradients import with_gradients_for
 from .exporting import is_exporting
+from .gradients import with_gradients_for
 from .heads import (
     CausalLMHead,
     ConditionalGenerationHead,
@@ -111,7 +111,7 @@ class GalleryTransformerLayer(ResidualLayer):
         mark_branches(ends, config)
 
     def forward(self, x, context: Context, state: dict, source=None):
-        """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, (self, cross) attentions."""
+        """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, own and cross attentions."""
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
         key, value, new = context.extend(state, keys=key, values=value)  # (B, H, C + T, D)
@@ -132,7 +132,7 @@ class GalleryTransformerLayer(ResidualLayer):
                 new |= {"cross_keys": Fixed(key), "cross_values": Fixed(value)}
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         x = self.add(x, y, self.feed_forward_norm)
-        return x, new, (probabilities, cross_probabilities)
+        return x, new, probabilities, cross_probabilities
 
 
 class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):

@@ -287,8 +287,9 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             start, least = self._start(rows, cached), -config.mem_len
             cached = cached if start is None else start.shape[1]
         spans, parts = segment_spans(
-            rows, cached, config.segment_length, config.mem_len, config.same_length, least=least
-        )
+            rows, cached, segment_length=config.segment_length, mem_len=config.mem_len,
+            same_length=config.same_length, least=least,
+        )  # fmt: skip
         farthest, tables = max(0, spans.distances(cached)[1]), common.tables
         if tables is not None:
             farthest = config.cache_capacity  # one table for all forwards to come

@@ -63,9 +63,7 @@ class Rows:
         # Whether all rows end with the last packed column.
         self.is_full = index is None or (not is_exporting() and bool((lengths == width).all()))
         # Rows that move together need one interval for all.
-        self.uniform = self.is_full and (
-            bool((seen == seen[0]).all()) if starts_together is None else starts_together
-        )
+        self.uniform = self.is_full and (bool((seen == seen[0]).all()) if starts_together is None else starts_together)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, columns, ...) to (B, T, ...): each row's tokens first, then zeros."""

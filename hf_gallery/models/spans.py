@@ -1,7 +1,7 @@
 """Intervals: the key columns that each query may see.
 
 Every variant of the gallery is such an interval (plus at most one extra source), so masks never exist as T x S
-matrices: two integers a query say everything, and tiles of scores outside all intervals are never computed.
+matrices: two integers per query say everything, and tiles of scores outside all intervals are never computed.
 
 Letters, for the whole package: B rows of the batch, T queries (the new tokens), S keys, C cached columns,
 H heads, D size of a head, E hidden size, V vocabulary, R entries of a table of positions.
@@ -59,7 +59,7 @@ class Spans:
     def distances(self, offset: int) -> tuple[int, int]:
         """The least and greatest distance from a query to a key it sees; query t stands at column offset + t.
 
-        (0, -1) if nobody sees anything. Under torch.export, which asks no tensor, the least and greatest that there are.
+        (0, -1) if nobody sees anything. Under torch.export the least and greatest that can be.
         """
         if is_exporting():
             return 1 - self.lower.shape[1], offset + self.lower.shape[1] - 1

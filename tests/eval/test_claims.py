@@ -1,4 +1,4 @@
-"""What a run concludes: claims of the papers, and who does best, on made-up numbers with known answers."""
+"""Conclusions of a run: claims of the papers, and who does best, on made-up numbers with known answers."""
 
 import copy
 
@@ -147,7 +147,8 @@ def test_nobody_wins_who_only_guesses(results):
 
 
 def test_statistics():
-    assert pooled({"a": score(3, 10), "b": score(4, 20)}) == (7, 30)
+    found = pooled({"a": score(3, 10), "b": score(4, 20)})
+    assert (found.correct, found.asked, found.unit) == (7, 30, "question")
     assert two_proportions(50, 100, 50, 100) == 1.0
     assert paired([1.0, 2.0, 3.0], [1.0, 2.0, 3.0]) == 1.0
     assert paired([1.0, 2.0, 3.0], [2.0, 3.1, 3.9]) < 0.05

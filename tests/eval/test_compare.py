@@ -53,7 +53,7 @@ def test_seeds_are_paired(results):
     first["summary"]["longformer"]["bits_per_byte"] = before
     second["summary"]["longformer"]["bits_per_byte"] = after
     (d,) = [d for d in differences(first, second) if d.what == "bits per byte" and d.contestant == "Longformer"]
-    assert math.isclose(d.chance, ttest_rel(before, after).pvalue, rel_tol=1e-9) and d.sure
+    assert math.isclose(d.chance.probability, ttest_rel(before, after).pvalue, rel_tol=1e-9) and d.sure
 
 
 def test_the_command(tmp_path, results):

@@ -105,7 +105,7 @@ def test_rolling_equals_the_bits_of_the_benchmark(variant):
 
 
 def test_stock_rolling_throws_the_past_away():
-    """What hf-gallery is for: with windows of 64, lm-eval's own model forgets what its own cache would hold."""
+    """The model type hf-gallery is needed: with windows of 64, lm-eval's own forgets what its cache would hold."""
     (variant,) = (v for v in VARIANTS if v.name == "transformer_xl_long_memory")
     model = make(variant)
     asked = requests("loglikelihood_rolling", [(TEXTS[0],)])

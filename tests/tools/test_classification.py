@@ -61,17 +61,19 @@ def test_nothing_that_is_asked_was_trained_on():
     assert len(trained) > 1000
     for length in SETTINGS.lengths:
         asked = classification.questions(found, SETTINGS, length, 0)
-        assert np.bincount([label for _, label in asked]).tolist() == [min(20, 160 // length)] * 3
-        shown = [stretch.tobytes().decode() for stretch, _ in asked]
+        assert np.bincount([question.label for question in asked]).tolist() == [min(20, 160 // length)] * 3
+        shown = [question.stretch.tobytes().decode() for question in asked]
         assert all(
-            len(s) == length and s in documents[names[label]] for s, (_, label) in zip(shown, asked, strict=True)
+            len(s) == length and s in documents[names[label]] for s, (_, label, _) in zip(shown, asked, strict=True)
         )
-        own = pieces([stretch for stretch, _ in asked])
+        own = pieces([question.stretch for question in asked])
         whole = [piece for piece in own if chr(piece[0]) in names]
         assert len(whole) == len(set(whole))  # no two overlap
         assert not trained & {p for p in whole if documents[chr(p[0])].index(p.decode()) % 4 == 0}
     other = classification.questions(found, SETTINGS, 8, 1)
-    assert [s.tobytes() for s, _ in other] != [s.tobytes() for s, _ in classification.questions(found, SETTINGS, 8, 0)]
+    assert [q.stretch.tobytes() for q in other] != [
+        q.stretch.tobytes() for q in classification.questions(found, SETTINGS, 8, 0)
+    ]
 
 
 def test_batches_are_the_same_for_all_and_grow():
@@ -93,8 +95,8 @@ def test_labels_of_a_dataset():
     found = classification.sources(corpus, SETTINGS)
     assert list(found) == ["0", "1"] and [len(s.test) for s in found.values()] == [2, 1]
     asked = classification.questions(found, SETTINGS, 32, 0)
-    assert {(bytes(s), label) for s, label in asked} <= {(b"bad " * 8, 0), (b"bad " * 2, 0), (b"good good go", 1)}
-    assert sorted(label for _, label in asked) == [0, 1]
+    assert {(bytes(s), label) for s, label, _ in asked} <= {(b"bad " * 8, 0), (b"bad " * 2, 0), (b"good good go", 1)}
+    assert sorted(question.label for question in asked) == [0, 1]
     batch = classification._batch([np.arange(8, dtype=np.uint8), np.arange(4, dtype=np.uint8)])
     assert batch["attention_mask"].tolist() == [[1] * 8, [0] * 4 + [1] * 4]
     assert batch["input_ids"][1].tolist() == [0] * 4 + [0, 1, 2, 3]
@@ -178,8 +180,13 @@ def test_guesses_are_counted_as_such():
             assert len(input_ids) <= 2
             return type("", (), {"logits": torch.tensor([[1.0, 0.0]] * len(input_ids))})
 
-    asked = [(np.zeros(4 * n, dtype=np.uint8), label) for n, label in ((1, 0), (2, 1), (3, 0), (1, 0), (1, 1))]
-    assert classification.ask(Zero(), asked, 2, CPU) == {"asked": 5, "correct": 3}
+    asked = [
+        classification.Question(np.zeros(4 * n, dtype=np.uint8), label, text)
+        for n, label, text in ((1, 0, 3), (2, 1, 7), (3, 0, 3), (1, 0, 5), (1, 1, 7))
+    ]
+    score = classification.ask(Zero(), asked, [3, 5, 7], 2, CPU)
+    units = {"unit": "document", "asked": "2 1 2", "correct": "2 1 0"}
+    assert score == {"asked": 5, "correct": 3, "by_unit": units}
 
 
 def test_the_command_shows_it_as_an_ability(tiny, tmp_path):  # noqa: F811

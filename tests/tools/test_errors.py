@@ -13,7 +13,7 @@ from variants import VARIANTS, VOCAB, assert_equal, causal, over, result_of, run
 import hf_gallery as gallery
 from hf_gallery import GalleryCache, GalleryLongformerConfig, GalleryTransformerConfig, GalleryTransformerXLConfig
 
-# What is wrong with 6 more tokens for a cache of 2 rows that has seen 11 columns, and what the message must say.
+# Faults of 6 more tokens for a cache of 2 rows that has seen 11 columns, and what the message must say.
 INPUTS = {
     "id at vocab_size": (dict(bad_id=VOCAB), rf"input_ids.*\b{VOCAB}\b.*vocab"),
     "id far away": (dict(bad_id=10**9), r"input_ids.*1000000000.*vocab"),
@@ -353,6 +353,13 @@ CONFIGS = [
     *[(kind, dict(eos_token_id="a"), "eos_token_id.*'a'") for kind in KINDS],
     *[(kind, dict(use_cache="yes"), "use_cache.*yes") for kind in KINDS],
     *[(kind, dict(num_labels=0), r"num_labels.*\b0\b") for kind in KINDS],
+    *[(kind, dict(num_labels=True), "num_labels is True") for kind in KINDS],
+    *[(kind, dict(problem_type="ranking"), "problem_type.*ranking.*regression") for kind in KINDS],
+    *[(kind, dict(layer_norm_eps=float("nan")), "layer_norm_eps is nan") for kind in KINDS],
+    *[(kind, dict(initializer_range=float("inf")), "initializer_range is inf") for kind in KINDS],
+    *[(kind, dict(eos_token_id=True), "eos_token_id is True") for kind in KINDS],
+    *[(kind, dict(pad_token_id=[1, 2]), r"pad_token_id is \[1, 2\]") for kind in KINDS],
+    (gallery.GalleryMemorizingTransformerConfig, dict(initial_scale=float("nan")), "initial_scale is nan"),
     (GalleryTransformerConfig, dict(decoder_start_token_id=500), r"decoder_start_token_id.*\b500\b"),
     (gallery.GalleryMemorizingTransformerConfig, dict(initial_scale=0.0), r"initial_scale.*0\.0"),
     (gallery.GalleryBlockRecurrentTransformerConfig, dict(initial_scale=-1.0), r"initial_scale.*-1\.0"),
@@ -652,7 +659,42 @@ def test_an_encoder_decoder_takes_no_packed_documents():
 
 
 @over(lambda variant, head: head.question)
-def test_packed_answers_and_retrievals_are_refused(variant, head):
+def test_places_of_answers(variant, head):
+    """Columns of tokens, one a row, in whole numbers; a column behind the input is left out, as in transformers. What
+    its loss would take for column 0, or turn into the logarithm of nothing, is refused."""
+    run = runner(variant, head)
+    inputs = run.inputs(words(2, 20), torch.ones(2, 20, dtype=torch.long))
+    inputs["attention_mask"][1, 15:] = 0
+    start, end = torch.tensor([4, 5]), torch.tensor([6, 20])
+    expected = run.model(**inputs, start_positions=start, end_positions=end).loss
+    same = dict(start_positions=start.int()[:, None], end_positions=torch.tensor([6, 99]))
+    assert expected.isfinite() and torch.equal(run.model(**inputs, **same).loss, expected)
+    for name, other in (("start_positions", "end_positions"), ("end_positions", "start_positions")):
+        for wrong, error, message in (
+            (start.float(), ValueError, "float32"),
+            (start == 4, ValueError, "bool"),
+            (start.tolist(), TypeError, "is a list"),
+            (start.numpy(), TypeError, "is a ndarray"),
+            (start[:1], ValueError, r"\(1,\).*2 rows"),
+            (torch.tensor(4), ValueError, r"\(\).*2 rows"),
+            (torch.tensor([-1, 4]), ValueError, "holds -1.*20"),
+            (torch.tensor([15, 15]), ValueError, "holds 15 for row 1.*padding"),
+        ):
+            with pytest.raises(error, match=f"{name}.*{message}"):
+                run.model(**inputs, **{name: wrong, other: start})
+        with pytest.raises(ValueError, match=f"{other} is missing"):
+            run.model(**inputs, **{name: start})
+
+
+@over(lambda variant, head: variant.config.model_type == "gallery_memorizing_transformer")
+def test_packed_retrievals_are_refused(variant, head):
+    run = runner(variant, head)
+    with pytest.raises(ValueError, match="output_retrievals is True, and documents are packed"):
+        run.model(words(2, 12), output_retrievals=True, **packing_of_two(run))
+
+
+@over(lambda variant, head: head.question)
+def test_packed_answers_are_refused(variant, head):
     run = runner(variant, head)
     ids = torch.cat([run.inputs(words(2, 6))["input_ids"]] * 2, dim=1)
     with pytest.raises(ValueError, match="start_positions.*packed"):

@@ -3,14 +3,14 @@ not, and gives what the model gives."""
 
 import pytest
 import torch
-from variants import COLUMNS, VARIANTS, assert_equal, causal, missing, over, result_of, runner, words
+from variants import COLUMNS, VARIANTS, assert_equal, missing, over, result_of, runner, words
 
 BATCH = torch.export.Dim("batch", min=1, max=64)
 TOKENS = torch.export.Dim("tokens", min=2, max=512)
 
 
 def exported(run, arguments, tokens=TOKENS):
-    """The graph of a model's forward: arguments of two dimensions may grow in both. tokens: None for a fixed length."""
+    """The graph of a model's forward, whose arguments may grow in both dimensions. tokens: None for a fixed length."""
     shapes = {name: {0: BATCH} | ({1: tokens} if tokens else {}) for name in arguments}
     if "decoder_input_ids" in arguments:
         source = torch.export.Dim("source", min=2, max=512)

@@ -24,8 +24,8 @@ from hf_gallery.data import byte_tokenizer
 from hf_gallery.training import SegmentTrainer
 
 TOKENIZER = byte_tokenizer()
-# As in most training: with padding on the left, the column before a text's first token predicts that token, so the
-# number of predicted tokens would depend on what a text is batched with.
+# As in most training: Trainer divides a loss by all labels behind a row's first column, and with padding on the left
+# that counts a text's first token, which nothing predicts here.
 TOKENIZER.padding_side = "right"
 # One of each architecture, with all of its heads.
 FIVE = [v for v in VARIANTS if v.name in COLUMNS]

@@ -723,6 +723,16 @@ def test_more_that_is_refused(tmp_path):
         trainer(encoder, tmp_path, max_steps=1).train()
 
 
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_virtual_tokens_before_every_segment_are_refused(kind, smoothing, tmp_path):
+    """A prefix would take the place of the cache, and a prompt stand before each segment in the midst of a text."""
+    peft = pytest.importorskip("peft")
+    tuned = peft.get_peft_model(VARIANTS[0].make(), getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ValueError, match=f"tuned by {kind}, whose virtual tokens .* use LoRA"):
+        trainer(tuned, tmp_path, label_smoothing_factor=smoothing)
+
+
 def test_the_config_keeps_its_cache(tmp_path):
     """Trainer writes use_cache=False into the config, with which a loaded checkpoint would forget its past."""
     model = VARIANTS[0].make()
