@@ -23,3 +23,14 @@ def records_gradients() -> bool:
 def require(held: torch.Tensor, message: str) -> None:
     """Asserts in the exported graph that `held` is true everywhere."""
     torch._assert_async(held.all(), message)
+
+
+def fixed_length(tokens: int) -> int:
+    """`tokens`, T of what is exported. Raises ValueError if it is to stay open where blocks are read one after the
+    other, since a graph has no loop over them."""
+    if isinstance(tokens, torch.SymInt):
+        raise ValueError(
+            "torch.export is asked for any number of tokens; this model reads block after block, so export it for one "
+            "length, and let only the batch be dynamic"
+        )
+    return tokens

@@ -51,7 +51,7 @@ from .blocks import (
 )
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
-from .exporting import is_exporting
+from .exporting import fixed_length, is_exporting
 from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
@@ -88,7 +88,7 @@ class Blocks:
         self.rows, self.length, w = rows, length, length
         self.phase = rows.seen % w  # (B,) tokens of the first block that are already behind
         reach = self.phase + rows.lengths  # (B,) tokens from the first block's start
-        most = fixed_width(rows) if is_exporting() else int(reach.max())
+        most = fixed_length(rows.width) if is_exporting() else int(reach.max())
         self.count = max(1, -(-most // w))  # J; one also where no row has a token
         self.complete = reach[:, None] >= (1 + torch.arange(self.count)) * w  # (B, J): the block ends in this forward
         begins = is_exporting() or bool((self.phase == 0).all())  # what is exported has no past
@@ -131,17 +131,6 @@ def _pick(x, at):
     """Columns at (B, any) of x (B, H, any, D)."""
     at = at.to(x.device)[:, None, :, None]
     return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def fixed_width(rows: Rows) -> int:
-    """T of what is exported. Raises ValueError if it is to stay open: blocks follow one another, and a graph has no
-    loop."""
-    if isinstance(rows.width, torch.SymInt):
-        raise ValueError(
-            "torch.export is asked for any number of tokens; a Block-Recurrent Transformer reads block after block, "
-            "so export it for one length, and let only the batch be dynamic"
-        )
-    return rows.width
 
 
 class LSTMGate(nn.Linear):
@@ -234,7 +223,7 @@ class RecurrentState(nn.Module):
         if "state" not in state:
             return initial
         fresh = rows.seen < self.block_length
-        if not bool(fresh.any()):
+        if not is_exporting() and not bool(fresh.any()):
             return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
@@ -381,6 +370,8 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         return [layer.recurrence for layer in layers]  # the state's keys and values do
 
     def plan(self, common, past, **inputs) -> Context:
+        if is_exporting():
+            fixed_length(common.rows.width)
         return common.widened(Context, block_length=self.config.block_length)
 
     def finish(self, x):

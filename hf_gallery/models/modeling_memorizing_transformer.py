@@ -61,6 +61,7 @@ from .blocks import (
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
+from .exporting import is_exporting
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
