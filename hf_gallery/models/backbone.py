@@ -64,6 +64,8 @@ class Backbone(GalleryPreTrainedModel):
     _auto_class = "AutoModel"
     output_type: type = BaseModelOutputWithPast
     gradient_checkpointing = False
+    embed_tokens: nn.Module
+    layers: nn.ModuleList
     causal = True  # a query sees nothing after it; an encoder keeps no cache
     embeds_positions = False  # else position_ids must say where the tokens stand anyway
     prefix = ""  # of its arguments' names, in messages

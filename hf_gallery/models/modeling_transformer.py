@@ -53,7 +53,7 @@ from .modeling_base import (
 from .rows import Rows
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack, mark_branches
-from .states import Fixed
+from .states import Fixed, State
 
 
 @dataclass(kw_only=True)
@@ -109,7 +109,7 @@ class GalleryTransformerLayer(ResidualLayer):
         )
         mark_branches(ends, config)
 
-    def forward(self, x, context: Context, state: dict, source=None):
+    def forward(self, x: torch.Tensor, context: Context, state: State, source: torch.Tensor | None = None):
         """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, own and cross attentions."""
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
