@@ -185,6 +185,8 @@ class CacheHeader:
         """Every tensor belongs somewhere, and has the rows of all."""
         self.places: dict[tuple[str, ...], str] = {}
         rows = self.shapes.get("seen", (0,))
+        if len(rows) != 1:
+            raise self.wrong(f"seen has shape {rows}")
         for name, shape in self.shapes.items():
             place = _PLACE.fullmatch(name)
             if place is None:
@@ -200,7 +202,7 @@ class CacheHeader:
                 raise self.wrong(f"tensor {name!r} has shape {shape}, where there are {rows[0]} rows")
             if parts[0] in ("rows", "states") and self._kind(parts) is Columns and len(shape) < 3:
                 raise self.wrong(f"tensor {name!r} has shape {shape}, without columns")
-        if len(rows) != 1 or ("seen" in self.shapes) != bool(rows[0]) or math.prod(rows) > _MOST:
+        if ("seen" in self.shapes) != bool(rows[0]) or math.prod(rows) > _MOST:
             raise self.wrong(f"seen has shape {rows}")
         layers = {int(parts[1]) for parts in self.places if parts[0] == "states"}
         if layers != set(range(len(layers))) or self.layers != len(layers) or bool(layers) != bool(rows[0]):

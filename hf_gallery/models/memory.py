@@ -118,7 +118,7 @@ def _newest(scores, last, turn, count):
     """Columns (tied, count) of the `count` largest of scores (tied, width), whose smallest is last (tied, 1): of the
     many that are equal to it the most recent, which are the last ones before turn (tied, 1), and then those before the
     end."""
-    larger, equal = scores > last, scores == last
+    larger, equal = ~(scores <= last), scores == last  # NaN is larger than all, as topk has it
     room = count - larger.sum(-1, keepdim=True, dtype=torch.int32)
     passed = equal.cumsum(-1, dtype=torch.int32)  # how many equal ones stand up to each column
     before = F.pad(passed, (1, 0)).gather(-1, turn)  # and before the turn
