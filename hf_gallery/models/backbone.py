@@ -61,7 +61,7 @@ class LayerResults:
 class Backbone(GalleryPreTrainedModel):
     """Layers under embeddings. `__init__` of a variant makes embed_tokens and layers."""
 
-    _auto_class = "AutoModel"
+    _auto_class: Any = "AutoModel"  # transformers annotates its default, None
     output_type: type = BaseModelOutputWithPast
     gradient_checkpointing = False
     embed_tokens: nn.Module

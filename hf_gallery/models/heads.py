@@ -78,6 +78,7 @@ def name_causal(kind: type):
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
+    _auto_class = "AutoModelForCausalLM"
     output_type = CausalLMOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForCausalLM"
 
@@ -153,6 +154,7 @@ class CausalLMHead(GalleryGenerationMixin):
 class MaskedLMHead:
     """The token that belongs in each column: a dense map with norm, then `lm_head` (Devlin et al. 2018)."""
 
+    _auto_class = "AutoModelForMaskedLM"
     head_loss = "ForMaskedLM"
 
     @can_return_tuple
@@ -200,6 +202,7 @@ class MaskedLMHead:
 class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
+    _auto_class = "AutoModelForSequenceClassification"
     output_type = SequenceClassifierOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForSequenceClassification"
 
@@ -256,6 +259,7 @@ class SequenceClassificationHead:
 class TokenClassificationHead:
     """A label for each token: dropout, then `classifier` on every hidden state."""
 
+    _auto_class = "AutoModelForTokenClassification"
     head_loss = "ForTokenClassification"
 
     @can_return_tuple
@@ -292,6 +296,7 @@ class TokenClassificationHead:
 class QuestionAnsweringHead:
     """Start and end of an answer in each row: `qa_outputs` on every hidden state."""
 
+    _auto_class = "AutoModelForQuestionAnswering"
     head_loss = "ForQuestionAnswering"
 
     @can_return_tuple
@@ -351,6 +356,8 @@ class QuestionAnsweringHead:
 class ConditionalGenerationHead(GalleryGenerationMixin):
     """The target's next token from the source and the target so far: `lm_head` on the decoder's hidden states, and
     where config.final_logits_bias asks for it a bias on the logits."""
+
+    _auto_class = "AutoModelForSeq2SeqLM"
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""

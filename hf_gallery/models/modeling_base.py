@@ -29,7 +29,6 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _auto_class: str | None = None  # type: ignore[assignment]  # transformers' annotation is its default's, None
     _skip_keys_device_placement = ["past_key_values", "cache"]
     auto_classes: dict[str, str] = {}
     takes_pairs = False  # what a layer keeps of a token is its key and value, so that a prefix may be made of them

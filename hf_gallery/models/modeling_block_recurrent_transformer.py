@@ -416,7 +416,6 @@ class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecu
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
@@ -440,8 +439,6 @@ class GalleryBlockRecurrentTransformerForSequenceClassification(
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)

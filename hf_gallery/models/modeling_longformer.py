@@ -377,7 +377,6 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GalleryLongformerConfig):
@@ -426,7 +425,6 @@ class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedMode
     torch.Size([1, 15, 262])
     """
 
-    _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GalleryLongformerConfig):
@@ -451,8 +449,6 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
@@ -492,8 +488,6 @@ class GalleryLongformerForTokenClassification(TokenClassificationHead, GalleryLo
     torch.Size([1, 15, 2])
     """
 
-    _auto_class = "AutoModelForTokenClassification"
-
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -517,8 +511,6 @@ class GalleryLongformerForQuestionAnswering(QuestionAnsweringHead, GalleryLongfo
     >>> model(torch.tensor([ids])).start_logits.shape
     torch.Size([1, 21])
     """
-
-    _auto_class = "AutoModelForQuestionAnswering"
 
     def __init__(self, config: GalleryLongformerConfig):
         config.check_ids("sep_token_id")

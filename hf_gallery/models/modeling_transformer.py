@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -243,7 +244,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
     torch.Size([1, 15, 32])
     """
 
-    _auto_class = "AutoModel"
+    _auto_class: Any = "AutoModel"
 
     def __init__(self, config: GalleryTransformerConfig):
         super().__init__(config)
@@ -375,7 +376,6 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):
@@ -398,7 +398,6 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 15, 262])
     """
 
-    _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):
@@ -424,8 +423,6 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryTransformerConfig):
         one_stack(config, "GalleryTransformerForSequenceClassification")
@@ -457,7 +454,6 @@ class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, Gall
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForSeq2SeqLM"
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):

@@ -336,8 +336,6 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
-
     def __init__(self, config: GalleryTransformerXLConfig):
         super().__init__(config)
         self.model = GalleryTransformerXLModel(config)
@@ -380,8 +378,6 @@ class GalleryTransformerXLForSequenceClassification(SequenceClassificationHead, 
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryTransformerXLConfig):
         super().__init__(config)
