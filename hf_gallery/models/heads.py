@@ -119,6 +119,7 @@ class CausalLMHead(GalleryGenerationMixin):
         if not getattr(self.config, "type_vocab_size", None):
             kwargs.pop("token_type_ids", None)  # tokenizers give them unasked, and causal models leave them aside
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -174,6 +175,7 @@ class MaskedLMHead:
         columns = input_ids if inputs_embeds is None else inputs_embeds
         labels = checked_labels("labels", labels, columns, self.config.vocab_size)
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -229,6 +231,7 @@ class SequenceClassificationHead:
         if labels is not None and columns is not None:
             check_count(labels, len(columns) if documents is None else len(documents), self.config)
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -274,6 +277,7 @@ class TokenClassificationHead:
         columns = input_ids if inputs_embeds is None else inputs_embeds
         labels = checked_labels("labels", labels, columns, self.num_labels, "num_labels")
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -319,7 +323,11 @@ class QuestionAnsweringHead:
             )
         kwargs |= self.question_inputs(input_ids, attention_mask, documents, kwargs)
         outputs = self.model(
-            **own, token_type_ids=token_type_ids, position_ids=position_ids, **kwargs | {"use_cache": False}
+            return_dict=True,
+            **own,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            **kwargs | {"use_cache": False},
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
         if attention_mask is not None:  # no answer is there, and the others' probabilities are those of the row alone
@@ -394,6 +402,7 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
         labels = checked_labels("labels", labels, decoded, self.config.vocab_size)
         check_kept(logits_to_keep, decoded)
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
