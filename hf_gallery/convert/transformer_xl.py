@@ -145,6 +145,7 @@ class ModelPt:
         self,
         source: Source,
         to: str,
+        *,
         segment_length: int | None = None,
         mem_len: int | None = None,
         clamp_len: int = -1,

@@ -6,6 +6,7 @@ have taken all memory by then, or hours.
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -24,7 +25,7 @@ def check_weights(
     model: nn.Module, state_dict: Mapping[str, torch.Tensor] | None, files: Sequence[str] | None, may_differ: bool
 ):
     """Raises WrongWeightsError unless a model on the meta device is one of the weights in a state_dict, or in
-    safetensors files: with shapes that agree, but where they `may_differ`, and of about as many parameters."""
+    files: with shapes that agree, but where they `may_differ`, and of about as many parameters."""
     given = _shapes(state_dict, files)
     if given is None:
         return
@@ -56,13 +57,33 @@ def check_weights(
 
 
 def _shapes(state_dict, files) -> dict[str, tuple[int, ...]] | None:
-    """Shapes by name; None for torch files, which would have to be read whole."""
+    """Shapes by name; None where there are none, or a torch file does not read: transformers says what is wrong."""
     if state_dict is not None:
         return {name: tuple(x.shape) for name, x in state_dict.items()}
-    if not files or not all(str(file).endswith(".safetensors") for file in files):
-        return None
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in files:
-        with safe_open(path, framework="pt") as file:  # reads the header
-            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return shapes
+    for path in files or ():
+        found = _safetensors_shapes(path) if str(path).endswith(".safetensors") else _torch_shapes(path)
+        if found is None:
+            return None
+        shapes |= found
+    return shapes or None
+
+
+def _safetensors_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    with safe_open(path, framework="pt") as file:  # reads the header
+        return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+
+
+def _torch_shapes(path: str) -> dict[str, tuple[int, ...]] | None:
+    """Shapes of a torch file's tensors. No number of theirs is read, but where the file is older than torch 1.6."""
+    try:
+        state = torch.load(path, map_location="meta", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception:  # a reader of damaged bytes may raise anything
+        return None
+    if not isinstance(state, dict):
+        return None
+    tensors = {name: x for name, x in state.items() if isinstance(x, torch.Tensor)}
+    for name, x in tensors.items():
+        if x.numel() * x.element_size() > x.untyped_storage().nbytes():  # one number in a million places
+            raise WrongWeightsError(f"{path} holds {name}, which is no plain tensor; save the model again")
+    return {name: tuple(x.shape) for name, x in tensors.items()}

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ from .modeling_base import (
 from .rows import Rows
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack, mark_branches
-from .states import Fixed
+from .states import Fixed, State
 
 
 @dataclass(kw_only=True)
@@ -109,7 +110,7 @@ class GalleryTransformerLayer(ResidualLayer):
         )
         mark_branches(ends, config)
 
-    def forward(self, x, context: Context, state: dict, source=None):
+    def forward(self, x: torch.Tensor, context: Context, state: State, source: torch.Tensor | None = None):
         """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, own and cross attentions."""
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
@@ -212,6 +213,11 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
         elif encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_outputs, or a cache that holds their keys; got neither")
         else:
+            if encoder_hidden_states.dim() != 3:
+                raise ValueError(
+                    f"encoder_outputs have shape {tuple(encoder_hidden_states.shape)}; they must be (batch, tokens, "
+                    "hidden_size)"
+                )
             s = encoder_hidden_states.shape[1]
             if encoder_hidden_states.shape[0] != b:
                 raise ValueError(
@@ -243,7 +249,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
     torch.Size([1, 15, 32])
     """
 
-    _auto_class = "AutoModel"
+    _auto_class: Any = "AutoModel"
 
     def __init__(self, config: GalleryTransformerConfig):
         super().__init__(config)
@@ -334,6 +340,8 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **flags
             )
+        if isinstance(encoder_outputs, torch.Tensor):
+            raise TypeError("encoder_outputs is a Tensor; give what get_encoder() returns, or (hidden states,)")
         source = None if encoder_outputs is None else encoder_outputs[0]
         decoded = self.decoder(
             input_ids=decoder_input_ids,
@@ -375,7 +383,6 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):
@@ -398,7 +405,6 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 15, 262])
     """
 
-    _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):
@@ -424,8 +430,6 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryTransformerConfig):
         one_stack(config, "GalleryTransformerForSequenceClassification")
@@ -457,7 +461,6 @@ class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, Gall
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForSeq2SeqLM"
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):
