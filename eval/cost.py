@@ -218,7 +218,7 @@ class Stream:
         self.last = logits[:, -1].argmax(-1, keepdim=True)
 
 
-# What `slopes` has, as the tables call it.
+# Names of `slopes`, as the tables have them.
 SLOPES = {
     "training_seconds": "step",
     "training_peak_bytes": "step bytes",

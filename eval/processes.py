@@ -14,7 +14,8 @@ import psutil
 import torch
 from accelerate.utils import str_to_bool
 
-# What launchers tell a process of the others; a Trainer that read it would join them in training one model.
+# Variables by which launchers tell a process of the others; a Trainer that read it would join them in training one
+# model.
 LAUNCHED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ACCELERATE = "ACCELERATE_"  # begins what accelerate tells: precision, compilation and more, which the preset decides
 USE_CPU = ACCELERATE + "USE_CPU"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import html
 import json
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from plotly.offline import get_plotlyjs
 from rich.console import Console
 from rich.table import Table
@@ -65,19 +65,13 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     write_page(folder / PAGE, results)
 
 
-# ---- the table: one row for each contestant, the same in the terminal and on the page
+# ---- the tables: one row for each contestant, the same in the terminal and on the page
 
 
 def columns(results: dict[str, Any]) -> list[Column]:
     """Of all tasks in their order, those in which something was measured."""
     found = (column for task in TASKS.values() for column in task.columns(results))
     return [c for c in found if any(c.cell(name, entry) != "-" for name, entry in results["summary"].items())]
-
-
-def table(results: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows. Recall stands under the distance in windows; what was not measured is a dash."""
-    found = sorted(columns(results), key=lambda column: not column.leads)
-    return ["variant", *(c.whole for c in found)], _rows(results, found, "chance; order-0 bytes")
 
 
 def _rows(results: dict[str, Any], columns: list[Column], baseline: str) -> list[list[str]]:
@@ -90,7 +84,8 @@ def _rows(results: dict[str, Any], columns: list[Column], baseline: str) -> list
 
 
 def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """The table cut into parts of a page's width: title, headings and rows of each that has something to show."""
+    """What was measured, in tables of a terminal's width: title, headings and rows of each that has something to show.
+    What was not measured is a dash."""
     families: dict[Family, list[Column]] = {}
     for column in columns(results):
         families.setdefault(column.family, []).append(column)
@@ -158,117 +153,44 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def page(results: dict[str, Any]) -> str:
-    """One HTML file with everything in it: table, plots, and how each number was measured."""
-    heads, rows = table(results)
-    body = [f"<h1>hf-gallery: {html.escape(results['preset'])} run</h1>", _introduction(results)]
-    body.append(_html_table(heads, rows))
-    body += [
-        f"<h2>{html.escape(title)}</h2>{_html_table(heads, rows, 'words')}"
-        for title, heads, rows in _with_peers(results)
-    ]
+    """One HTML file with everything in it: tables, plots, and how each number was measured."""
     plots = figures(results)
-    for i, (title, caption, _) in enumerate(plots):
-        body.append(
-            f"<section><h2>{html.escape(title)}</h2><div class='plot' id='plot{i}'></div>"
-            f"<p>{html.escape(caption)}</p></section>"
-        )
-    body.append(_provenance(results))
-    specs = json.dumps([json.loads(figure.to_json()) for _, _, figure in plots]).replace("</", "<\\/")
-    return _PAGE.format(
-        title=html.escape(f"hf-gallery: {results['preset']} run"),
-        body="\n".join(body),
+    measured = [(title, heads, rows, "") for title, heads, rows in parts(results)]
+    words = [(title, heads, rows, "words") for title, heads, rows in conclusions(results)]
+    own = results.get("peers")
+    beside = [(_peers_title(own), *peers.table(own), "peers")] if own else []
+    return _PAGES.get_template("page.html").render(
+        title=f"hf-gallery: {results['preset']} run",
+        share=results["share"],
+        contestants=[(entry["label"], entry["reach"]) for entry in results["summary"].values()],
+        tables=[*measured, *words, *beside],
+        plots=[(title, caption) for title, caption, _ in plots],
+        origins=_origins(results),
+        settings=json.dumps(results["settings"], indent=1),
         plotly=get_plotlyjs(),
-        specs=specs,
+        specs=[json.loads(figure.to_json()) for _, _, figure in plots],
     )
 
 
-def _html_table(heads: list[str], rows: list[list[str]], kind: str = "") -> str:
-    top = "".join(f"<th scope='col'>{html.escape(head)}</th>" for head in heads)
-    lines = (
-        f"<tr><th scope='row'>{html.escape(row[0])}</th>" + "".join(f"<td>{html.escape(x)}</td>" for x in row[1:])
-        for row in rows
-    )
-    return (
-        f"<div class='wide'><table class='{kind}'><thead><tr>{top}</tr></thead>"
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
+_PAGES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "templates"),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
 
 
-def _introduction(results: dict[str, Any]) -> str:
-    lines = "".join(
-        f"<li><b>{html.escape(entry['label'])}</b> sees {html.escape(entry['reach'])}</li>"
-        for entry in results["summary"].values()
-    )
-    share = "" if results["share"] == 1 else f" with {results['share']:.0%} of this preset's training steps"
-    return (
-        "<p>Models of one width, depth and window, and of the same number of parameters to within 3 %, trained on the "
-        f"same batches{share}. They differ in what a query sees:</p><ul>{lines}</ul>"
-    )
-
-
-def _provenance(results: dict[str, Any]) -> str:
-    """Provenance of each number: settings, and for every cell its file, seconds, machine, versions and command."""
-    rows = []
+def _origins(results: dict[str, Any]) -> list[list[str]]:
+    """The file, seconds, date, machine, versions and command of every cell."""
     measured = [(f"cells/{c['task']}.{c['contestant']}.{c['seed']}.json", c) for c in results["cells"]]
     if results.get("peers"):
         measured.append(("peers/results.json", results["peers"]))
+    rows = []
     for file, entry in measured:
         p = entry["provenance"]
         machine = f"{p['machine']['processor']}, {p['machine']['torch_threads']} threads, {p['machine']['device']}"
         versions = ", ".join(f"{name} {v}" for name, v in p["versions"].items())
         took = f"{entry['seconds']:.0f} s" if "seconds" in entry else "-"
-        texts = (file, took, p["date"], machine, versions, p["command"])
-        rows.append("<tr>" + "".join(f"<td>{html.escape(str(x))}</td>" for x in texts) + "</tr>")
-    head = "".join(f"<th>{x}</th>" for x in ("cell", "took", "date", "machine", "versions", "command"))
-    settings = html.escape(json.dumps(results["settings"], indent=1))
-    return (
-        "<details><summary>Where each number comes from</summary>"
-        f"<div class='wide'><table class='left'><thead><tr>{head}</tr></thead>"
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-        f"<pre>{settings}</pre></details>"
-    )
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,">
-<title>{title}</title>
-<style>
-:root {{ color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d0d0d0; }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8e8e8; --paper: #16181c; --line: #41454d; }} }}
-body {{ font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 72rem; margin: 0 auto; padding: 1rem; }}
-h1 {{ font-size: 1.6rem; }} h2 {{ font-size: 1.2rem; margin-bottom: 0; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 0.9rem; font-variant-numeric: tabular-nums; }}
-th, td {{ white-space: nowrap; padding: 0.3rem 0.6rem; border-bottom: 1px solid var(--line); text-align: right; }}
-th[scope=row], .left td, .left th {{ text-align: left; white-space: nowrap; }}
-.words td, .words th, .words th[scope=row] {{ text-align: left; white-space: normal; min-width: 7rem; }}
-tbody th {{ position: sticky; left: 0; background: var(--paper); font-weight: 600; }}
-thead th {{ vertical-align: bottom; white-space: normal; }}
-.plot {{ min-height: 420px; }}
-@media print {{ details {{ display: none; }} section {{ break-inside: avoid; }} }}
-</style>
-</head>
-<body>
-{body}
-<script>{plotly}</script>
-<script>
-const specs = {specs};
-const dark = window.matchMedia("(prefers-color-scheme: dark)");
-function draw() {{
-  const ink = getComputedStyle(document.documentElement).getPropertyValue("--ink").trim();
-  specs.forEach((spec, i) => {{
-    const layout = Object.assign({{}}, spec.layout, {{ font: {{ color: ink, size: 13 }} }});
-    Plotly.react("plot" + i, spec.data, layout, {{ responsive: true, displaylogo: false, displayModeBar: false }});
-  }});
-}}
-draw();
-dark.addEventListener("change", draw);
-</script>
-</body>
-</html>
-"""
+        rows.append([file, took, p["date"], machine, versions, p["command"]])
+    return rows

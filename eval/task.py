@@ -54,15 +54,13 @@ class Family:
 @dataclasses.dataclass(frozen=True)
 class Column:
     """One column of the tables. cell: what it says of a contestant, from its name and its summary, "-" where nothing
-    was measured. baseline: its cell in the last row. prefix: where it is not the family's own. leads: whether it
-    stands before those of all other tasks."""
+    was measured. baseline: its cell in the last row. prefix: where it is not the family's own."""
 
     family: Family
     heading: str
     cell: Callable[[str, dict[str, Any]], str]
     baseline: str = "-"
     prefix: str | None = None
-    leads: bool = False
 
     @property
     def whole(self) -> str:

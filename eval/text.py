@@ -287,6 +287,6 @@ class Text(OfEach):
             return f"{mean(entry['bits_per_byte']):.3f}" if entry.get("bits_per_byte") else "-"
 
         return [
-            Column(family, "parameters", parameters, leads=True),
+            Column(family, "parameters", parameters),
             Column(family, "bits/byte", bits, "-" if order0 is None else f"{order0:.3f}"),
         ]

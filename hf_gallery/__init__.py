@@ -4,6 +4,12 @@ Public here are GalleryCache and, of every architecture in variants.py, the conf
 this makes the Auto classes of transformers know them.
 """
 
+from .spinning import is_command as _is_command
+from .spinning import spin_briefly as _spin_briefly
+
+if _is_command():  # before the next lines import torch
+    _spin_briefly()
+
 from .models.cache import GalleryCache as GalleryCache
 from .variants import VARIANTS as _VARIANTS
 

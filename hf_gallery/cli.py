@@ -124,6 +124,7 @@ def train(
         ),
     ],
     out: Annotated[Path, typer.Argument(help="Folder of the trained model; its checkpoints go there too.")],
+    *,
     corpus: Annotated[
         str, typer.Option(help="stdlib, a folder of text, pg19, wikitext-103, enwik8, or hf:NAME.")
     ] = "stdlib",
@@ -237,6 +238,7 @@ def _setting(text: str) -> tuple[str, Any]:
 def generate(
     model: ModelArgument,
     prompt: Annotated[str, typer.Argument(help="What to continue; - or nothing reads it from stdin.")] = "-",
+    *,
     document: Annotated[
         Path | None,
         typer.Option(

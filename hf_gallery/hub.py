@@ -27,8 +27,8 @@ from .variants import Variant
 
 logger = logging.getLogger(__name__)
 
-# What goes to the Hub beside weights and code, by exact name: what opening a model reads, and what tells about it. A
-# folder may hold much else, checkpoints, optimiser states, keys and caches of texts, and none of that is anybody's
+# Files that go to the Hub beside weights and code, by exact name: what opening a model reads, and what tells about it.
+# A folder may hold much else, checkpoints, optimiser states, keys and caches of texts, and none of that is anybody's
 # business; so no name here is a pattern.
 ABOUT = ("config.json", "generation_config.json", "README.md")
 RIGHTS = tuple(f"{name}{ending}" for name in ("LICENSE", "NOTICE") for ending in ("", ".txt", ".md"))

@@ -176,7 +176,7 @@ TABLE = (
         about="The text is read in segments, and each layer also attends to what it computed for the `mem_len` tokens "
         "before the segment. Positions are relative, so what is remembered needs no new positions.",
         limits=(
-            "It reaches back one memory a layer, and no farther.",
+            "It reaches back one memory per layer, and no farther.",
             "No gradient crosses from a segment into the one before: it learns to read its memory, not to write it.",
         ),
         model=GalleryTransformerXLModel,
@@ -207,7 +207,7 @@ TABLE = (
         "the paper's character model; encoder heads serve classification, token classification and question "
         "answering.",
         limits=(
-            "The causal model reaches back one window a layer, times its dilation.",
+            "The causal model reaches back one window per layer, times its dilation.",
             "Absolute learned positions, as the released checkpoints have them, end at `max_position_embeddings`; "
             "relative ones do not.",
         ),

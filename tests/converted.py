@@ -1,4 +1,4 @@
-"""What every converted folder must do: obey laws 1 to 4, generate, and open in an environment without hf_gallery.
+"""Laws of every converted folder: obey laws 1 to 4, generate, and open in an environment without hf_gallery.
 
 The laws' own tests are called, with a variant whose model comes from the folder. They need a vocabulary as large as
 theirs (VOCAB), whose first ids are plain words.

@@ -1,4 +1,4 @@
-"""What a computation costs, counted and not timed: products of matrices, bytes alive, bytes made."""
+"""Costs of a computation, counted and not timed: products of matrices, bytes alive, bytes made."""
 
 import weakref
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What transformers has renamed since the oldest release that setup.py allows, by the name that the one here has."""
+"""Names that transformers has changed since the oldest release that setup.py allows, as the one here has them."""
 
 import dataclasses
 

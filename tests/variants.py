@@ -47,8 +47,8 @@ class Variant:
     horizon: tokens after which the bytes of the cache stop growing; None where they grow with the input.
     linear: the cost per token does not grow with the input, however long.
     limit: the longest input, where there is one.
-    period: every so many tokens the same happens again, say a segment ends.
-    border: gradients stop where a segment of so many tokens begins; None where they reach all that is seen.
+    period: tokens after which the same happens again, say a segment ends.
+    border: length of the segments at whose beginnings gradients stop; None where they reach all that is seen.
     croppable: tokens can be taken back from its cache.
     reentrant: its layers stand reentrant gradient checkpoints.
     shallow: what else to set for a model of two layers.
@@ -223,7 +223,8 @@ def memorizing(name, heads, *, needs=None, **settings):
     )
 
 
-# What gives the Memorizing Transformer GPT-2's layers; positions start anew every 15 tokens, in whole segments.
+# Settings that give the Memorizing Transformer GPT-2's layers; positions start anew every 15 tokens, in whole
+# segments.
 GPT2_WITH_MEMORY = dict(
     segment_length=5,
     num_positions=19,
@@ -395,7 +396,7 @@ def ask(ids, mask=None):
 
 
 def result_of(output):
-    """What a model says: its hidden states, its logits, or (B, T, 2) the logits of an answer's start and end."""
+    """A model's results: its hidden states, its logits, or (B, T, 2) the logits of an answer's start and end."""
     if "last_hidden_state" in output:
         return output["last_hidden_state"]
     if "start_logits" in output:

@@ -144,7 +144,7 @@ class Works:
 
 
 def result(outcomes: list[tuple[str, str]]) -> tuple[str, tuple[str, ...]]:
-    """What a cell says, and its footnotes, from the (outcome, reason) of all its tests."""
+    """A cell's text, and its footnotes, from the (outcome, reason) of all its tests."""
     kinds = {outcome for outcome, _ in outcomes}
     said = "no" if "failed" in kinds else "yes" if "passed" in kinds else "skipped"
     return said, tuple(sorted({reason for outcome, reason in outcomes if outcome == "skipped"}))
@@ -181,7 +181,7 @@ def render(cells: dict[Cell, tuple[str, tuple[str, ...]]], columns: Columns) -> 
 
 
 def inside(text: str) -> str:
-    """What stands between the comments."""
+    """The text between the comments."""
     if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
         raise ValueError(f"the file must hold {BEGIN} and then {END}, once each, around its table")
     return text.split(BEGIN)[1].split(END)[0]

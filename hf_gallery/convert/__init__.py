@@ -31,7 +31,8 @@ FORMATS: Sequence[Format] = [
     Marian(),
 ]
 
-# What a conversion reads of a repository: configs and tokenizer files, then weights of the first kind that is there.
+# Files that a conversion reads of a repository: configs and tokenizer files, then weights of the first kind that is
+# there.
 ABOUT = ["*.json", "*.txt", "*.model", "*.spm", "vocab.pkl", "vocab.bin"]
 WEIGHTS = [["model*.safetensors"], ["pytorch_model*.bin"], ["model.pt"]]
 

@@ -7,7 +7,7 @@ next-sentence head beside a masked language model: both are left out.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import BertConfig, PreTrainedConfig, RobertaConfig
@@ -90,7 +90,7 @@ class Bert:
             )
         copies: dict[str, str] = {}
         if head == "ForMaskedLM":
-            made, copies = masked_head(source, theirs, origin, *(ROBERTA_HEAD if roberta else BERT_HEAD))
+            made, copies = masked_head(source, theirs, origin, ROBERTA_HEAD if roberta else BERT_HEAD)
             take |= made
         elif head == "ForSequenceClassification" and roberta:
             take |= first_token_head()
@@ -112,13 +112,24 @@ class Bert:
 IGNORED = (r"(.+\.)?embeddings\.(position|token_type)_ids", r"(.+\.)?pooler\..*|cls\.seq_relationship\..*")
 
 # The map, its norm, the output map, and its bias.
-BERT_HEAD = (
+
+
+class MaskedHead(NamedTuple):
+    """Names that a masked language model's head has in the source."""
+
+    dense: str
+    norm: str
+    decoder: str
+    bias: str
+
+
+BERT_HEAD = MaskedHead(
     "cls.predictions.transform.dense",
     "cls.predictions.transform.LayerNorm",
     "cls.predictions.decoder",
     "cls.predictions.bias",
 )
-ROBERTA_HEAD = ("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
+ROBERTA_HEAD = MaskedHead("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
 
 
 def position_offset(theirs: PreTrainedConfig) -> int:
@@ -182,15 +193,15 @@ def global_maps(to: str, origin: str, config: Any, suffix: str) -> dict[str, Tak
 
 
 def masked_head(
-    source: Source, theirs: PreTrainedConfig, origin: str, dense: str, norm: str, decoder: str, bias: str
+    source: Source, theirs: PreTrainedConfig, origin: str, head: MaskedHead
 ) -> tuple[dict[str, Take], dict[str, str]]:
     """The head of a masked language model, and which source tensors are copies of others."""
     only(theirs.to_dict(), tie_word_embeddings=(True,))
-    if dense.startswith("lm_head"):
+    if head is ROBERTA_HEAD:
         only(theirs.to_dict(), hidden_act=("gelu",))  # of RoBERTa's head, whatever that of the layers
-    kept, copies = alias(source, bias, f"{decoder}.bias")
-    copies[f"{decoder}.weight"] = f"{origin}embeddings.word_embeddings.weight"
-    take = affine("transform", dense) | affine("transform_norm", norm) | {"lm_head.bias": Take((kept,))}
+    kept, copies = alias(source, head.bias, f"{head.decoder}.bias")
+    copies[f"{head.decoder}.weight"] = f"{origin}embeddings.word_embeddings.weight"
+    take = affine("transform", head.dense) | affine("transform_norm", head.norm) | {"lm_head.bias": Take((kept,))}
     return take, copies
 
 

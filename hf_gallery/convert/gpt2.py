@@ -39,6 +39,7 @@ class GPT2:
         self,
         source: Source,
         to: str,
+        *,
         attention_window: int | list[int] | None = None,
         max_position_embeddings: int | None = None,
         memory_layers: list[int] | None = None,

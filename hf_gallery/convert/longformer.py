@@ -56,7 +56,7 @@ class Longformer:
         take = encoder(backbone, origin, config) | global_maps(backbone, origin, config, "_global")
         copies: dict[str, str] = {}
         if head == "ForMaskedLM":
-            made, copies = masked_head(source, theirs, origin, *ROBERTA_HEAD)
+            made, copies = masked_head(source, theirs, origin, ROBERTA_HEAD)
             take |= made
         elif head == "ForSequenceClassification":
             take |= first_token_head()

@@ -31,7 +31,7 @@ from ..models.modeling_transformer_xl import (
 from .checkpoint import Plan, Source, Take, as_config, only
 from .transfo_xl_vocabulary import vocabulary_tokenizer
 
-# What a config.json that leaves a field out means by it: the defaults of transformers 4.35.2, TransfoXLConfig.
+# Values of the fields that a config.json leaves out: the defaults of transformers 4.35.2, TransfoXLConfig.
 DEFAULTS: dict[str, Any] = dict(
     vocab_size=267735,
     cutoffs=[20000, 40000, 200000],
@@ -145,6 +145,7 @@ class ModelPt:
         self,
         source: Source,
         to: str,
+        *,
         segment_length: int | None = None,
         mem_len: int | None = None,
         clamp_len: int = -1,

@@ -12,7 +12,8 @@ Letters: see spans.py.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,13 +23,14 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.utils import can_return_tuple
 
+from .block_rows import BlockRows
 from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
 from .documents import PACKING, Documents
 from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
 from .rows import Rows, unpack
-from .states import NextState, State
+from .states import NextState, State, tensors_of
 from .weights import version_of
 
 
@@ -59,9 +61,11 @@ class LayerResults:
 class Backbone(GalleryPreTrainedModel):
     """Layers under embeddings. `__init__` of a variant makes embed_tokens and layers."""
 
-    _auto_class = "AutoModel"
+    _auto_class: Any = "AutoModel"  # transformers annotates its default, None
     output_type: type = BaseModelOutputWithPast
     gradient_checkpointing = False
+    embed_tokens: nn.Module
+    layers: nn.ModuleList
     causal = True  # a query sees nothing after it; an encoder keeps no cache
     embeds_positions = False  # else position_ids must say where the tokens stand anyway
     prefix = ""  # of its arguments' names, in messages
@@ -236,12 +240,47 @@ class Backbone(GalleryPreTrainedModel):
         attentions: list | None = [] if context.output_attentions else None
         new = []
         for layer, state in zip(self.layers, states, strict=True):
-            x, next_state, probabilities = layer(x, context, state, *more)
+            # Side by side: reentrant checkpoints give gradients to the tensors that a layer returns, and not to what
+            # lies in a tuple of them.
+            x, next_state, *probabilities = layer(x, context, state, *more)
             new.append(next_state)
             x = shown(x, hidden, context)
             if attentions is not None:
-                attentions.append(probabilities)
+                attentions.append(probabilities[0] if len(probabilities) == 1 else tuple(probabilities))
         return LayerResults(x, new, hidden, attentions)
+
+    def run_in_blocks(
+        self,
+        x: torch.Tensor,
+        context: ForwardContext,
+        states: list[State],
+        length: int,
+        enter: Callable[[Any, list[State]], ForwardContext],
+    ) -> LayerResults:
+        """As run_layers, but each row's blocks of `length` tokens go through all layers one after the other: for what
+        a layer gets from the block before of a layer above it.
+
+        enter: makes a block's Context, of one without what crosses blocks and the states that the block before left.
+        """
+        cut = BlockRows(context.rows, length)
+        results = []
+        for part, rows in cut.split(x):
+            own = replace(
+                context,
+                rows=rows,
+                keeps_state=True,
+                max_columns=self.config.cache_capacity,
+                packed=True,  # hidden states are joined below
+                memo={},
+            )
+            result = Backbone.run_layers(self, part, enter(own, states), states)
+            states = [tensors_of(state) for state in result.states]
+            results.append(result)
+        hidden = None
+        if context.output_hidden_states:
+            hidden = [cut.join(parts) for parts in zip(*(result.hidden or [] for result in results), strict=True)]
+            hidden = hidden if context.packed else [context.rows.unpack(x) for x in hidden]
+        return LayerResults(cut.join([result.x for result in results]), results[-1].states, hidden, None)
 
 
 def shown(x: torch.Tensor, hidden: list | None, context: ForwardContext) -> torch.Tensor:

@@ -29,8 +29,8 @@ from .rows import Rows
 from .states import Columns, Derived, Kept, NextState, Places, State, tensors_of
 from .weights import Version, WeightSample, sample_weights
 
-# What transformers calls the cache in its outputs and in generate(): renamed in 5.24. Forwards of the gallery take it
-# by either name.
+# Name that transformers gives the cache in its outputs and in generate(): changed in 5.24. Forwards of the gallery
+# take it by either name.
 CACHE_NAME = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
@@ -98,6 +98,11 @@ class GalleryCache(Cache):
 
     def __init__(self, config):
         super().__init__(layers=[])
+        if not hasattr(config, "cache_capacity") and not isinstance(config, MadeFor):
+            raise TypeError(
+                f"config is a {type(config).__name__}; give the configuration of a gallery model, "
+                "GalleryCache(model.config)"
+            )
         made_for = config if isinstance(config, MadeFor) else MadeFor(cache_identity(config), config.cache_capacity)
         self.identity = made_for.identity
         self.capacity = made_for.capacity  # columns of time that a layer keeps; None = all
@@ -549,7 +554,7 @@ def row_numbers(name: str, rows: Any, batch: int) -> torch.Tensor:
 
     Raises TypeError for what is neither, ValueError for rows that there are not.
     """
-    wanted = "it must be a list or tensor of row numbers, or a mask of booleans, one a row"
+    wanted = "it must be a list or tensor of row numbers, or a mask of booleans, one per row"
     if not isinstance(rows, (torch.Tensor, list, tuple, range)) and not hasattr(rows, "__array__"):
         raise TypeError(f"{name} is {rows!r}; {wanted}")
     try:

@@ -185,6 +185,8 @@ class CacheHeader:
         """Every tensor belongs somewhere, and has the rows of all."""
         self.places: dict[tuple[str, ...], str] = {}
         rows = self.shapes.get("seen", (0,))
+        if len(rows) != 1:
+            raise self.wrong(f"seen has shape {rows}")
         for name, shape in self.shapes.items():
             place = _PLACE.fullmatch(name)
             if place is None:
@@ -200,7 +202,7 @@ class CacheHeader:
                 raise self.wrong(f"tensor {name!r} has shape {shape}, where there are {rows[0]} rows")
             if parts[0] in ("rows", "states") and self._kind(parts) is Columns and len(shape) < 3:
                 raise self.wrong(f"tensor {name!r} has shape {shape}, without columns")
-        if len(rows) != 1 or ("seen" in self.shapes) != bool(rows[0]) or math.prod(rows) > _MOST:
+        if ("seen" in self.shapes) != bool(rows[0]) or math.prod(rows) > _MOST:
             raise self.wrong(f"seen has shape {rows}")
         layers = {int(parts[1]) for parts in self.places if parts[0] == "states"}
         if layers != set(range(len(layers))) or self.layers != len(layers) or bool(layers) != bool(rows[0]):
@@ -209,8 +211,8 @@ class CacheHeader:
         fits = all(i < len(self.history) and shape == (rows[0], self.history[i]) for i, shape in masks.items())
         if not fits or sum(self.history) > self.columns or self.columns > _MOST or 0 in self.history:
             raise self.wrong("its history is of other columns than its own")
-        wanted = None if self.weights is None else (len(self.weights[0]), NUMBERS)
-        if self.shapes.get("weights") != wanted:
+        sample = None if self.weights is None else (len(self.weights[0]), NUMBERS)
+        if self.shapes.get("weights") != sample:
             raise self.wrong("its sample of weights has no numbers, or no names")
 
     def _kind(self, parts: tuple[str, ...]) -> type[Kept]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import math
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -19,6 +20,10 @@ UNLIMITED = 2**48  # tokens; more than any text has, and still what torch takes 
 MOST = 2**20  # tokens of a window, block, segment or memory of a layer; labels
 DEEPEST = 2**10  # layers
 WIDEST = 2**24  # any other count
+
+
+SEVERAL = ("eos_token_id", "decoder_start_token_id")
+PROBLEMS = ["regression", "single_label_classification", "multi_label_classification"]  # of a classifier
 
 
 class ByteTokenizerId(int):
@@ -75,18 +80,20 @@ class GalleryConfig(PreTrainedConfig):
         for name in ("layer_norm_eps", "initializer_range"):
             self.check_positive(name)
         self.choose_default_ids()
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            self.check_ids(name)
+        self.check_special_ids()
         for name in ("tie_word_embeddings", "use_cache"):
             self.check_flag(name)
         # The gallery's own attention is the default; transformers would choose sdpa where a model supports it.
         kwargs.setdefault("attn_implementation", "eager")
         labels = kwargs.get("num_labels")
-        if labels is not None and (not isinstance(labels, int) or not 1 <= labels <= MOST):  # each gets a name
+        whole = isinstance(labels, int) and not isinstance(labels, bool)
+        if labels is not None and (not whole or not 1 <= labels <= MOST):  # each gets a name
             raise ValueError(f"num_labels is {labels!r}; it must be a whole number of at least 1 and at most {MOST}")
         super().__post_init__(**kwargs)
         if self.num_labels < 1:
             raise ValueError(f"num_labels is {self.num_labels}; it must be 1 or more")
+        if self.problem_type is not None:
+            self.check_choice("problem_type", PROBLEMS)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers. PEFT reads it when it is about to choose where its adapters go."""
@@ -156,16 +163,24 @@ class GalleryConfig(PreTrainedConfig):
             raise ValueError(f"{name} is {value!r}; it is a probability, so give a number in [0, 1)")
 
     def check_positive(self, name: str):
-        """Raises ValueError unless the field is a number above 0."""
+        """Raises ValueError unless the field is a finite number above 0."""
         value = getattr(self, name)
-        if not isinstance(value, (int, float)) or value <= 0:
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             raise ValueError(f"{name} is {value!r}; it must be a positive number")
 
+    def check_special_ids(self):
+        """Raises ValueError unless what every model needs of them fits the vocabulary."""
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            self.check_ids(name)
+
     def check_ids(self, name: str):
-        """Raises ValueError unless the field is an id of the vocabulary, several, or None."""
+        """Raises ValueError unless the field is an id of the vocabulary, several where a text may end or begin with
+        any of them, or None."""
         ids = getattr(self, name)
-        for value in ids if isinstance(ids, (list, tuple)) else [ids]:
-            if value is not None and (not isinstance(value, int) or not 0 <= value < self.vocab_size):
+        several = isinstance(ids, (list, tuple)) and name in SEVERAL
+        for value in ids if several else [ids]:
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and (not whole or not 0 <= value < self.vocab_size):
                 raise ValueError(
                     f"{name} is {value!r}, outside the vocabulary of vocab_size {self.vocab_size}; give an id in "
                     f"[0, {self.vocab_size}) or None"

@@ -56,7 +56,6 @@ class GalleryTransformerConfig(GalleryStackConfig):
         for name in ("is_encoder_decoder", "final_logits_bias"):
             self.check_flag(name)
         super().__post_init__(**kwargs)
-        self.check_ids("decoder_start_token_id")
 
     @property
     def cache_capacity(self) -> int | None:
@@ -76,3 +75,7 @@ class GalleryTransformerConfig(GalleryStackConfig):
     @property
     def cache_facts(self) -> dict[str, str]:
         return {"source_length": "cross_keys"} if self.is_encoder_decoder else {}
+
+    def check_special_ids(self):
+        super().check_special_ids()
+        self.check_ids("decoder_start_token_id")

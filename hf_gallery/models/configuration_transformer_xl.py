@@ -36,7 +36,7 @@ class GalleryTransformerXLConfig(GalleryConfig):
     # Which column of the adaptive softmax's head is a tail cluster's: "forward" as transformers' port computes it,
     # "reversed" as the authors' code does (utils/proj_adaptive_softmax.py). Matters for published weights only.
     cluster_order: str = "forward"
-    # What stands before a row's first token: "empty", nothing, as in the authors' code; or "zeros", mem_len states of
+    # States before a row's first token: "empty", nothing, as in the authors' code; or "zeros", mem_len states of
     # zeros that take part in the softmax, as in transformers' port.
     initial_memory: str = "empty"
     projection_init_range: float = 0.01

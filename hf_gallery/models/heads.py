@@ -78,6 +78,7 @@ def name_causal(kind: type):
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
+    _auto_class = "AutoModelForCausalLM"
     output_type = CausalLMOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForCausalLM"
 
@@ -88,21 +89,22 @@ class CausalLMHead(GalleryGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as in the bare model. labels (B, T) are shifted inside, as in transformers; shift_labels (B, T),
         column t holding the token after column t, are not. -100 is left out; so is padding, which neither predicts nor
-        is predicted, and no document predicts the one packed behind it. logits (B, T, V).
+        is predicted (where it stands before a row, Llama has it predict the first token), and no document predicts the
+        one packed behind it. logits (B, T, V).
         """
         loss_arguments = {name: kwargs.pop(name) for name in LOSS_ARGUMENTS if kwargs.get(name) is not None}
         columns = input_ids if inputs_embeds is None else inputs_embeds
@@ -142,8 +144,11 @@ class CausalLMHead(GalleryGenerationMixin):
 
     def logits_and_loss(self, hidden, labels, logits_to_keep, loss_arguments):
         """Logits (B, T, V) of hidden (B, T, E), and the loss if there are labels."""
+        learns = labels is not None or "shift_labels" in loss_arguments
+        if learns:
+            check_all_kept(logits_to_keep, hidden)
         logits = vocabulary_scores(self.lm_head, keep_logits(hidden, logits_to_keep))
-        if labels is None and "shift_labels" not in loss_arguments:
+        if not learns:
             return logits, None
         return logits, self.loss_function(
             logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
@@ -153,17 +158,18 @@ class CausalLMHead(GalleryGenerationMixin):
 class MaskedLMHead:
     """The token that belongs in each column: a dense map with norm, then `lm_head` (Devlin et al. 2018)."""
 
+    _auto_class = "AutoModelForMaskedLM"
     head_loss = "ForMaskedLM"
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -201,13 +207,14 @@ class MaskedLMHead:
 class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
+    _auto_class = "AutoModelForSequenceClassification"
     output_type = SequenceClassifierOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForSequenceClassification"
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
@@ -215,7 +222,7 @@ class SequenceClassificationHead:
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Arguments as in the bare model. labels (B,), or (B, num_labels) for several at once. num_items_in_batch: the
@@ -258,17 +265,18 @@ class SequenceClassificationHead:
 class TokenClassificationHead:
     """A label for each token: dropout, then `classifier` on every hidden state."""
 
+    _auto_class = "AutoModelForTokenClassification"
     head_loss = "ForTokenClassification"
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         **kwargs,
     ) -> TokenClassifierOutput:
         """Arguments as in the bare model. labels (B, T), -100 to leave one out. logits (B, T, num_labels)."""
@@ -295,22 +303,23 @@ class TokenClassificationHead:
 class QuestionAnsweringHead:
     """Start and end of an answer in each row: `qa_outputs` on every hidden state."""
 
+    _auto_class = "AutoModelForQuestionAnswering"
     head_loss = "ForQuestionAnswering"
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
-        """Arguments as in the bare model. start_positions, end_positions (B,): columns of the answer; those outside
-        the input are left out of the loss. The logits of padding are the least number.
+        """Arguments as in the bare model. start_positions, end_positions (B,): columns of the answer's first and last
+        token; those behind the input, as T, are left out of the loss. The logits of padding are the least number.
         """
         check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
         own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
@@ -321,6 +330,12 @@ class QuestionAnsweringHead:
                 "start_positions and end_positions are columns of a row with one text, and documents are packed in "
                 "the rows; give each text a row of its own to train"
             )
+        columns = input_ids if inputs_embeds is None else inputs_embeds
+        start_positions = checked_answers("start_positions", start_positions, columns, attention_mask)
+        end_positions = checked_answers("end_positions", end_positions, columns, attention_mask)
+        if (start_positions is None) != (end_positions is None):
+            missing = "start_positions" if start_positions is None else "end_positions"
+            raise ValueError(f"{missing} is missing; give start_positions and end_positions for a loss, or neither")
         kwargs |= self.question_inputs(input_ids, attention_mask, documents, kwargs)
         outputs = self.model(
             return_dict=True,
@@ -334,7 +349,7 @@ class QuestionAnsweringHead:
             logits = logits.masked_fill((attention_mask == 0)[..., None], torch.finfo(logits.dtype).min)
         start_logits, end_logits = logits.unbind(-1)  # (B, T) each
         loss = None
-        if start_positions is not None and end_positions is not None:
+        if start_positions is not None:
             loss = self.loss_function(start_logits, end_logits, start_positions, end_positions)
         return QuestionAnsweringModelOutput(
             loss=loss,
@@ -352,6 +367,8 @@ class QuestionAnsweringHead:
 class ConditionalGenerationHead(GalleryGenerationMixin):
     """The target's next token from the source and the target so far: `lm_head` on the decoder's hidden states, and
     where config.final_logits_bias asks for it a bias on the logits."""
+
+    _auto_class = "AutoModelForSeq2SeqLM"
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
@@ -375,15 +392,15 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs=None,
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -401,6 +418,8 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
         decoded = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         labels = checked_labels("labels", labels, decoded, self.config.vocab_size)
         check_kept(logits_to_keep, decoded)
+        if labels is not None:
+            check_all_kept(logits_to_keep, decoded)
         outputs = self.model(
             return_dict=True,
             input_ids=input_ids,
@@ -496,12 +515,51 @@ def checked_classes(labels: torch.Tensor | None, count: int) -> torch.Tensor | N
     return labels.long()
 
 
+def checked_answers(
+    name: str, places: torch.Tensor | None, columns: torch.Tensor, attention_mask: torch.Tensor | None
+) -> torch.Tensor | None:
+    """The columns (B,) in which answers begin or end, if given, as torch.long.
+
+    Raises ValueError or TypeError unless they are whole numbers from 0, one for each row of the input's columns
+    (B, T, ...), and none is padding. transformers' loss takes those below 0 for column 0.
+    """
+    check_tensors({name: places})
+    if places is None:
+        return None
+    b, t = columns.shape[:2]
+    if places.dtype not in WHOLE or places.shape not in ((b,), (b, 1)):  # a second dimension comes of DataParallel
+        raise ValueError(
+            f"{name} has type {places.dtype} and shape {tuple(places.shape)}; {b} rows need ({b},) of torch.long or "
+            "torch.int"
+        )
+    places = places.long().view(b)
+    if bool((places < 0).any()):
+        raise ValueError(
+            f"{name} holds {int(places.min())}; give columns from 0, or one behind the input, {t}, to leave a row out"
+        )
+    if attention_mask is not None:
+        token = attention_mask.to(places.device).gather(1, places.clamp(max=t - 1)[:, None]).squeeze(1) != 0  # (B,)
+        wrong = ((places < t) & ~token).nonzero().flatten().tolist()
+        if wrong:
+            raise ValueError(
+                f"{name} holds {int(places[wrong[0]])} for row {wrong[0]}, a column of padding by attention_mask; "
+                "an answer begins and ends at tokens"
+            )
+    return places
+
+
 def check_count(labels: torch.Tensor, count: int, config):
-    """Raises ValueError unless labels fit `count` texts: whole numbers (count,), or floating ones, for several classes
-    at once (count, num_labels) and for one value to be met (count,)."""
+    """Raises ValueError unless labels fit `count` texts and the loss that transformers takes for them: a class each,
+    in whole numbers (count,); several at once, floating (count, num_labels); values to be met (count, num_labels)."""
     floating, one = labels.is_floating_point(), config.num_labels == 1
-    fits = labels.shape == (count, config.num_labels) or (labels.shape == (count,) and (one or not floating))
-    if not fits or (floating and config.problem_type == "single_label_classification"):
+    each, several = labels.shape == (count,), labels.shape == (count, config.num_labels)
+    fits = {
+        "regression": several or (each and one),
+        "single_label_classification": each and not floating,
+        "multi_label_classification": several and floating,
+    }
+    chosen = "multi_label_classification" if floating else "single_label_classification"
+    if not fits[config.problem_type or ("regression" if one else chosen)]:
         raise ValueError(
             f"labels has type {labels.dtype} and shape {tuple(labels.shape)}; {count} texts need whole numbers "
             f"({count},) or, with several classes at once, a floating type ({count}, {config.num_labels}) and "
@@ -553,9 +611,19 @@ def vocabulary_scores(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.T
     return scores + (bias - lm_head(torch.zeros_like(hidden[:1, :1])))
 
 
+def check_all_kept(logits_to_keep, columns: torch.Tensor):
+    """Raises ValueError if logits_to_keep leaves out any of the columns (B, T, ...): a loss needs them all."""
+    t = columns.shape[1]
+    if not isinstance(logits_to_keep, int) or logits_to_keep not in (0, t):
+        raise ValueError(
+            f"logits_to_keep is {logits_to_keep}, and labels are given: a loss needs the logits of all {t} columns; "
+            "leave one of them out"
+        )
+
+
 def check_kept(logits_to_keep, columns: torch.Tensor | None):
     """Raises ValueError or TypeError unless logits_to_keep says which of the input's columns (B, T, ...) to keep."""
-    if not isinstance(columns, torch.Tensor) or columns.dim() < 2:
+    if not isinstance(columns, torch.Tensor) or columns.dim() < 2 or not columns.shape[1]:
         return  # what is wrong with them is said elsewhere
     t = columns.shape[1]
     if isinstance(logits_to_keep, int):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .attention_problem import compute_dtype
 from .states import Folded
 
+faiss: Any
 try:
     import faiss
 except ImportError:  # only the faiss backends need it
@@ -57,7 +58,7 @@ def search_exact(query, keys, lower, upper, topk):
     scores, columns = [], []
     for first in range(0, t, height):
         some = slice(first, first + height)
-        best = None
+        best: Any = None
         for start in range(0, n, width):
             stop = min(start + width, n)
             tile = query[:, :, some] @ keys[:, :, start:stop].to(dtype).mT  # (B, H, height, width)
@@ -65,9 +66,9 @@ def search_exact(query, keys, lower, upper, topk):
                 tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop, n)[:, None], -math.inf)
             found = _first(tile, start, upper[:, some], n, topk)
             if best is not None:
-                both = (torch.cat(pair, -1) for pair in zip(best, found, strict=True))
+                both, both_at = (torch.cat(pair, -1) for pair in zip(best, found, strict=True))
                 everybody = torch.ones(b, h, tile.shape[2], dtype=torch.bool, device=tile.device)
-                found = tuple(x[..., :topk] for x in _in_order(*both, everybody, upper[:, some], n))
+                found = tuple(x[..., :topk] for x in _in_order(both, both_at, everybody, upper[:, some], n))
             best = found
         scores.append(best[0])
         columns.append(best[1])
@@ -117,7 +118,7 @@ def _newest(scores, last, turn, count):
     """Columns (tied, count) of the `count` largest of scores (tied, width), whose smallest is last (tied, 1): of the
     many that are equal to it the most recent, which are the last ones before turn (tied, 1), and then those before the
     end."""
-    larger, equal = scores > last, scores == last
+    larger, equal = ~(scores <= last), scores == last  # NaN is larger than all, as topk has it
     room = count - larger.sum(-1, keepdim=True, dtype=torch.int32)
     passed = equal.cumsum(-1, dtype=torch.int32)  # how many equal ones stand up to each column
     before = F.pad(passed, (1, 0)).gather(-1, turn)  # and before the turn
@@ -241,16 +242,29 @@ def query_tile(batch: int, num_heads: int, width: int, topk: int, size: int) -> 
     return max(16, min(max(64, size), 2**24 // (batch * num_heads * width * topk)))
 
 
+class Source(NamedTuple):
+    """Stored pairs: keys and values (B, H, N, D), and the ring interval [lower, upper) (B, T) of their columns that
+    each query may see, see SearchBackend."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    lower: torch.Tensor
+    upper: torch.Tensor
+
+    def of_queries(self, part: slice) -> Source:
+        return self._replace(lower=self.lower[:, part], upper=self.upper[:, part])
+
+    def on(self, device: torch.device) -> Source:
+        """The same with its intervals on a device."""
+        return self._replace(lower=self.lower.to(device), upper=self.upper.to(device))
+
+
 def retrieve(
-    backend: str,
-    query: torch.Tensor,
-    sources: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]],
-    topk: int,
+    backend: str, query: torch.Tensor, sources: list[Source], topk: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """The topk stored pairs with the largest dot product, for every query, over all sources.
 
-    query (B, H, T, D). A source is (keys, values, lower, upper): (B, H, N, D) twice and the ring interval (B, T) of
-    its columns that each query may see, see SearchBackend. Sources come in the order of their pairs' positions.
+    query (B, H, T, D). Sources come in the order of their pairs' positions.
 
     Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
@@ -274,14 +288,18 @@ def retrieve(
             scores, pick = scores.sort(dim=-1, descending=True, stable=True)
             scores, columns = scores[..., :topk], columns.gather(-1, pick[..., :topk])
         found = scores > -math.inf
-        keys = values = None
+        picked_keys: Any = None
+        picked_values: Any = None
         for source_keys, source_values, start in parts:
             inside = (columns >= start) & (columns < start + source_keys.shape[2])
             at = (columns - start).clamp(0, source_keys.shape[2] - 1)
             some_keys, some_values = (_pick_pairs(x, at) for x in (source_keys, source_values))
-            keys = some_keys if keys is None else torch.where(inside[..., None], some_keys, keys)
-            values = some_values if values is None else torch.where(inside[..., None], some_values, values)
-    return keys, values, found, columns
+            if picked_keys is None:
+                picked_keys, picked_values = some_keys, some_values
+            else:
+                picked_keys = torch.where(inside[..., None], some_keys, picked_keys)
+                picked_values = torch.where(inside[..., None], some_values, picked_values)
+    return picked_keys, picked_values, found, columns
 
 
 def _reach(lower, upper, n):
@@ -374,6 +392,7 @@ def append_to_ring(
     most = int(count.max())
     if most == 0:
         return ring
+    assert ring is not None  # with something to append `ring_with_room` makes one
     offset = torch.arange(most)
     kept = (offset < count[:, None]) & (offset >= count[:, None] - size)  # (B, most)
     row, column = kept.nonzero(as_tuple=True)

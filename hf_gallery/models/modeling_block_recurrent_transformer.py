@@ -30,13 +30,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
 
 from .attention import OWN_IMPLEMENTATIONS, attend
 from .attention_maps import Keys, attend_shown
-from .backbone import Backbone, LayerResults
+from .backbone import Backbone
 from .blocks import (
     AttentionDropout,
     FeedForward,
@@ -56,7 +57,7 @@ from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .spans import Spans
-from .states import Derived, Folded, NextState, tensors_of
+from .states import Derived, Folded, LayerOutput, NextState, State
 
 
 @dataclass(kw_only=True)
@@ -178,7 +179,7 @@ class RecurrentState(nn.Module):
             self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
             self.feed_forward_gate = StateGate(config, config.intermediate_size)
 
-    def forward(self, state: dict, context: Context, tokens=None):
+    def forward(self, state: State, context: Context, tokens: tuple[torch.Tensor, ...] | None = None):
         """The keys and values (B, H, Z, D) of the state vectors that the next token's block enters with. With tokens,
         which are queries (B, H, T, D), and keys and values (B, H, C + T, D): what the queries read (B, H, T, D), and
         the layer's next state. The only loop over blocks is here."""
@@ -235,7 +236,8 @@ class RecurrentState(nn.Module):
         z = self.norm(vectors) + self.ids
         query, _ = self.project(z)
         cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.num_heads), self.cross_scale)
-        own = read_state(query, *pair, context)
+        key, value = pair
+        own = read_state(query, key, value, context)
         cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
         hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, Z, 2 H D)
         vectors = self.gate(vectors, self.o_proj(hidden), hidden)
@@ -249,7 +251,8 @@ class RecurrentState(nn.Module):
 def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
     """Attention of queries (B, H, any, D), their scale in them, over keys and values (B, H, Z, D) of state vectors."""
     everything = context.everything(query.shape[2], key.shape[2])
-    return attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
+    out = attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
+    return cast(torch.Tensor, out)
 
 
 class GalleryBlockRecurrentTransformerAttention(nn.Module):
@@ -271,7 +274,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
             self.recurrence = RecurrentState(config)
         self.dropout = AttentionDropout(config.attention_dropout)
 
-    def forward(self, x, context: Context, state: dict):
+    def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
         query, scale = self.project(x)  # (B, H, T, D), (H,)
         key, value = self.project.keys_values(x)  # (B, H, T, D)
@@ -307,7 +310,9 @@ class GalleryBlockRecurrentTransformerLayer(PreNormLayer):
         self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x, context: Context, state: dict):
+    def forward(
+        self, x: torch.Tensor | None, context: Context, state: State
+    ) -> LayerOutput | tuple[torch.Tensor, torch.Tensor]:
         """As PreNormLayer's. Without x, of a recurrent layer: what its RecurrentState gives without tokens."""
         return self.self_attn.recurrence(state, context) if x is None else super().forward(x, context, state)
 
@@ -371,12 +376,19 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         return self.dropout(self.norm(x))
 
     def run_layers(self, x, context, states, *more):
-        if self.config.feedback:
-            return self._run_block_by_block(x, context, states)
-        return super().run_layers(x, context, states, *more)
+        if not self.config.feedback:
+            return super().run_layers(x, context, states, *more)
+        self._check_feedback(context)
+        return self.run_in_blocks(x, context, states, self.config.block_length, self._feed)
 
-    def _run_block_by_block(self, x, context, states) -> LayerResults:
-        """As run_layers, with feedback: a layer of block j reads the state that block j - 1 left in a layer above."""
+    def _feed(self, context: Context, states: list[State]) -> Context:
+        """Feedback: all layers of block j read the state that block j - 1 left in the recurrent one."""
+        recurrent = next(i for i, layer in enumerate(self.layers) if layer.self_attn.recurrent)
+        # In a context of its own: a checkpointed layer computes it again, from what it was computed from.
+        return replace(context, fed=self.layers[recurrent](None, context, states[recurrent]))
+
+    def _check_feedback(self, context: Context):
+        """Raises ValueError for what blocks that run one by one cannot give."""
         if context.output_attentions:
             raise ValueError(
                 "output_attentions is True and config.feedback is True: blocks run one by one, so there is no one "
@@ -389,51 +401,6 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                     "use_reentrant is True and config.feedback is True: reentrant checkpoints cut the gradients that "
                     "the state carries from block to block; enable gradient checkpointing with use_reentrant=False"
                 )
-        rows, w = context.rows, self.config.block_length
-        blocks = Blocks(rows, 0, w)
-        recurrent = self.config.recurrent_layers[0]
-        outs, seen = [], rows.seen
-        # Of each block, the packed tokens (B, width) of the rows' own; picked once and split, for a pick from all of x
-        # for each block would cost its whole gradient each time.
-        ends = (torch.arange(blocks.count + 1)[:, None] * w - blocks.phase).clamp(min=0)
-        ends = torch.minimum(ends, rows.lengths)  # (J + 1, B)
-        widths = [max(1, int(count)) for count in (ends[1:] - ends[:-1]).amax(1)]
-        places = [start[:, None] + torch.arange(width) for start, width in zip(ends, widths, strict=False)]
-        pick = torch.cat(places, dim=1).clamp(max=rows.width - 1).to(x.device)
-        pieces = x.gather(1, pick[:, :, None].expand(-1, -1, x.shape[2])).split(widths, dim=1)
-        for y, at, stop in zip(pieces, places, ends[1:], strict=True):
-            part_rows = Rows(len(seen), y.shape[1], (at < stop[:, None]).to(x.device), seen)
-            part = Context(
-                rows=part_rows,
-                block_length=w,
-                keeps_state=True,
-                max_columns=self.config.cache_capacity,
-                no_grad=context.no_grad,
-                implementation=context.implementation,
-            )
-            # In a context of its own: a checkpointed layer computes it again, from what it was computed from.
-            part = replace(part, fed=self.layers[recurrent](None, part, states[recurrent]))
-            hidden, new = [y], []
-            for layer, state in zip(self.layers, states, strict=True):
-                y, state, _ = layer(y, part, state)
-                hidden.append(y)
-                new.append(state)
-            states, seen = [tensors_of(state) for state in new], part_rows.seen + part_rows.lengths
-            outs.append(hidden)
-        joined = []
-        token = blocks.token_at.to(x.device)  # (B, T) place of each packed token in the row's blocks
-        start = blocks.phase.to(x.device)[:, None]
-        for parts in zip(*outs, strict=True):
-            padded = [nn.functional.pad(part, (0, 0, 0, w - part.shape[1])) for part in parts]
-            # A row's first block starts in the middle where its first tokens came in an earlier forward.
-            place = torch.where(token < w, token - start, token)
-            joined.append(
-                torch.cat(padded, dim=1).gather(1, place.clamp(min=0)[:, :, None].expand(-1, -1, x.shape[2]))
-            )
-        hidden = None
-        if context.output_hidden_states:
-            hidden = joined if context.packed else [*map(rows.unpack, joined)]
-        return LayerResults(joined[-1], new, hidden, None)
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):
@@ -449,7 +416,6 @@ class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecu
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
@@ -473,8 +439,6 @@ class GalleryBlockRecurrentTransformerForSequenceClassification(
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)

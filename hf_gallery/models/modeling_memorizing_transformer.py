@@ -45,7 +45,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutputWithPast,
 )
 
-from .attention import OWN_IMPLEMENTATIONS
+from .attention import OWN_IMPLEMENTATIONS, Position
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import (
@@ -62,10 +62,11 @@ from .blocks import (
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
 from .heads import CausalLMHead, SequenceClassificationHead
-from .memory import Appended, attend_retrieved, query_tile, require_backend, retrieve
+from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
-from .segments import Parts, attend_segments, segment_spans
+from .segments import Pair, Parts, attend_segments, segment_spans
 from .spans import Spans
+from .states import LayerOutput, NextState, State
 
 
 class Retrieval(NamedTuple):
@@ -74,6 +75,16 @@ class Retrieval(NamedTuple):
 
     positions: torch.Tensor
     weights: torch.Tensor
+
+
+class Found(NamedTuple):
+    """Attention of queries over the pairs found for them: out (B, H, T, D), its weights (B, H, T, k), which of the k
+    there are, and their columns, see `retrieve`."""
+
+    out: torch.Tensor
+    weights: torch.Tensor
+    is_found: torch.Tensor
+    columns: torch.Tensor
 
 
 @dataclass
@@ -108,35 +119,62 @@ class Context(ForwardContext):
     memory_size: int
     retrievals: dict | None = None
 
-    def memory_intervals(self) -> dict:
-        """The places of each query's memory, the same in all memory layers.
+    def memory_intervals(self) -> MemoryIntervals:
+        return self.once("memory", lambda: MemoryIntervals(self))
 
-        stored (B,): positions in the ring before this forward. ring: (B, T) twice, its interval of slots. columns:
-        the same over [cached | new], for segments that end within this forward; None if none does.
-        """
-        return self.once("memory", self._intervals)
 
-    def _intervals(self) -> dict:
-        rows, size = self.rows, self.memory_size
-        length = self.segment_length
-        p = rows.seen[:, None] + torch.arange(rows.width)  # (B, T)
-        segment = p - p % length
-        stored = (rows.seen - rows.seen % length)[:, None]  # (B, 1)
-        first = (segment - size).clamp(min=0)  # the oldest position that the query's memory holds
-        lower = torch.minimum(first, stored) % size
-        upper = lower + (stored - first).clamp(min=0)
-        columns = None
-        if bool((segment > stored).any()):
-            start = (rows.seen - self.cached)[:, None]  # the position in column 0
-            after = torch.maximum(stored, first) - start
-            columns = (after, torch.maximum(segment - start, after))
+class MemoryIntervals:
+    """Places of the memory of each query, the same in all memory layers.
+
+    The memory of a query in the segment that begins at s is the positions [s - memory_size, s). Those that earlier
+    forwards have stored are in the ring, those of segments that ended since are in the columns [cached | new]:
+
+        positions   oldest .......... stored .......... segment ... p
+                    ring [lower, upper)      columns [lower, upper)
+
+    stored (B,): positions that earlier forwards have stored, those of whole segments. appended (B,): how many this
+    one stores. ring: an interval of slots, columns: one of columns, each (lower, upper), (B, T); columns is None if
+    no segment ends before a query of this forward. start (B,): the position in column 0.
+    """
+
+    def __init__(self, context: Context):
+        rows, length, self.size = context.rows, context.segment_length, context.memory_size
+        position = rows.seen[:, None] + torch.arange(rows.width)  # (B, T)
+        segment = position - position % length
+        oldest = (segment - self.size).clamp(min=0)
+        self.start = rows.seen - context.cached
+        self.stored = rows.seen - rows.seen % length
         end = rows.seen + rows.lengths
-        return {
-            "stored": stored[:, 0],
-            "ring": (lower, upper),
-            "columns": columns,
-            "count": end - end % length - stored[:, 0],
-        }
+        self.appended = end - end % length - self.stored
+        stored, start = self.stored[:, None], self.start[:, None]
+        slot = torch.minimum(oldest, stored) % self.size
+        self.ring = slot, slot + (stored - oldest).clamp(min=0)
+        self.columns = None
+        if bool((segment > stored).any()):
+            column = torch.maximum(oldest, stored) - start
+            self.columns = column, torch.maximum(segment - start, column)
+
+    def sources(self, ring: Pair | None, joined: Pair) -> list[Source]:
+        """The pairs in the ring and in the columns, in the order of their positions, with what each query may see."""
+        sources = []
+        if ring is not None:
+            sources.append(Source(*ring, *self.ring))
+        if self.columns is not None:
+            keys, values = joined
+            sources.append(Source(keys.detach(), values.detach(), *self.columns))
+        return [x.on(joined[0].device) for x in sources]
+
+    def positions(self, columns: torch.Tensor, slots: int) -> torch.Tensor:
+        """Positions in the row of the columns (B, H, T, k) that `retrieve` found: slots of the ring, then columns."""
+        stored, start = (x.to(columns.device).view(-1, 1, 1, 1) for x in (self.stored, self.start))
+        turns = torch.div(stored - 1 - columns, self.size, rounding_mode="floor")  # of the ring since
+        return torch.where(columns < slots, columns + turns * self.size, columns - slots + start)
+
+    def appended_columns(self, x: torch.Tensor) -> torch.Tensor:
+        """The part (B, H, A, D) of x (B, H, C + T, D) that this forward stores, any behind a row's own."""
+        column = (self.stored - self.start)[:, None] + torch.arange(int(self.appended.max()))
+        column = column.clamp(0, x.shape[2] - 1).to(x.device)[:, None, :, None]
+        return x.gather(2, column.expand(-1, x.shape[1], -1, x.shape[3]))
 
 
 class GalleryMemorizingTransformerAttention(nn.Module):
@@ -157,71 +195,68 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             self.topk, self.backend = config.memory_topk, config.memory_backend
         self.dropout = AttentionDropout(config.attention_dropout)
 
-    def forward(self, x, context: Context, state: dict):
+    def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
         """x (B, T, E). Returns (B, T, E), the next state, and local probabilities (B, H, T, C + T) or None."""
         query, scale = self.project(x)  # (B, H, T, D), (H,)
         key, value = self.project.keys_values(x)  # (B, H, T, D)
         keys, values, new = without_gradients(context, state, key, value)  # (B, H, C + T, D)
         position = self.relative_bias(context.farthest, scale) if hasattr(self, "relative_bias") else None
-        out, probabilities = self._local(query, key, value, keys, values, position, state, context)
+        out, probabilities = self._local(query, (key, value), (keys, values), position, context, state)
         if self.remembers:
-            retrieved, new_memory = self._remember(query, keys, values, context, state)
+            retrieved, memory = self._remember(query, (keys, values), context, state)
             gate = torch.sigmoid(self.gate_bias)[:, None, None].to(out.dtype)
             out = out * (1 - gate) + retrieved * gate
-            new |= new_memory
+            new |= memory
         return self.o_proj(merge_heads(out)), new, probabilities
 
-    def _local(self, query, key, value, keys, values, position, state, context):
+    def _local(self, query, own: Pair, joined: Pair, position: Position | None, context: Context, state: State):
         options = dict(scale=1.0, dropout=self.dropout.rate)
         if context.parts is None:
-            return attend_shown(context, query, Keys(keys, values, context.spans, position), **options)
-        before = (keys, values) if context.parts.crosses else (state.get("keys"), state.get("values"))
-        return attend_segments(context, query, (key, value), before, context.parts, position, **options)
+            return attend_shown(context, query, Keys(*joined, context.spans, position), **options)
+        before = joined if context.parts.crosses else (state.get("keys"), state.get("values"))
+        return attend_segments(context, query, own, before, context.parts, position, **options)
 
     @torch.compiler.disable  # where the memory's columns lie depends on the rows: see `attend`
-    def _remember(self, query, keys, values, context, state):
-        """The memory's contribution (B, H, T, D), and its next state."""
+    def _remember(
+        self, query: torch.Tensor, joined: Pair, context: Context, state: State
+    ) -> tuple[torch.Tensor, NextState]:
+        """The memory's contribution (B, H, T, D), and its next state: searched first, appended to afterwards."""
         where = context.memory_intervals()
-        device = query.device
-        ring = state.get("memory_keys"), state.get("memory_values")
-        sources = []
-        if ring[0] is not None:
-            sources.append((*ring, *(x.to(device) for x in where["ring"])))
-        if where["columns"] is not None:
-            sources.append((keys.detach(), values.detach(), *(x.to(device) for x in where["columns"])))
-        retrieved = torch.zeros_like(query)
-        if sources:
-            b, h, t, d = query.shape
-            tile, results = query_tile(b, h, d, self.topk, context.memory_size), []
-            for part in (slice(start, start + tile) for start in range(0, t, tile)):
-                seen = [(k, v, lower[:, part], upper[:, part]) for k, v, lower, upper in sources]
-                *pairs, found, columns = retrieve(self.backend, query[:, :, part], seen, self.topk)
-                results.append((*attend_retrieved(query[:, :, part], *pairs, found), found, columns))
-            retrieved, weights, found, columns = (torch.cat(x, dim=2) for x in zip(*results, strict=True))
-            if context.retrievals is not None:
-                slots = ring[0].shape[2] if ring[0] is not None else 0
-                positions = self._positions(columns, found, slots, context)
-                context.retrievals[self.layer] = Retrieval(positions, weights)
-        elif context.retrievals is not None:
-            shape = (*query.shape[:3], self.topk)
-            context.retrievals[self.layer] = Retrieval(torch.full(shape, -1, device=device), query.new_zeros(shape))
+        ring = (state["memory_keys"], state["memory_values"]) if "memory_keys" in state else None
+        sources = where.sources(ring, joined)
+        found = self._search(query, sources, where.size) if sources else None
+        if context.retrievals is not None:
+            slots = 0 if ring is None else ring[0].shape[2]
+            context.retrievals[self.layer] = self._retrieval(query, found, slots, where)
+        retrieved = torch.zeros_like(query) if found is None else found.out
         if not context.keeps_state:
             return retrieved, {}
-        first, count = where["stored"], where["count"]
-        column = (first - context.rows.seen + context.cached)[:, None] + torch.arange(int(count.max()))
-        column = column.clamp(0, keys.shape[2] - 1).to(device)[:, None, :, None]
-        new = {}
-        for name, old, x in zip(("memory_keys", "memory_values"), ring, (keys, values), strict=True):
-            pairs = x.detach().gather(2, column.expand(-1, x.shape[1], -1, x.shape[3]))
-            new[name] = Appended(old, pairs, first, count, context.memory_size, context.no_grad)
+        new: NextState = {}
+        for name, old, x in zip(("memory_keys", "memory_values"), ring or (None, None), joined, strict=True):
+            pairs = where.appended_columns(x.detach())
+            new[name] = Appended(old, pairs, where.stored, where.appended, where.size, context.no_grad)
         return retrieved, new
 
-    def _positions(self, columns, found, slots, context):
-        rows, size = context.rows, context.memory_size
-        stored = context.memory_intervals()["stored"].to(columns.device).view(-1, 1, 1, 1)
-        in_ring = columns + torch.div(stored - 1 - columns, size, rounding_mode="floor") * size
-        in_columns = columns - slots + (rows.seen - context.cached).to(columns.device).view(-1, 1, 1, 1)
-        return torch.where(columns < slots, in_ring, in_columns).masked_fill(~found, -1)
+    def _search(self, query: torch.Tensor, sources: list[Source], size: int) -> Found:
+        """The k pairs of all sources that suit each query best, and its attention over them; queries in tiles."""
+        b, h, t, d = query.shape
+        tile, results = query_tile(b, h, d, self.topk, size), []
+        for start in range(0, t, tile):
+            part = slice(start, start + tile)
+            keys, values, is_found, columns = retrieve(
+                self.backend, query[:, :, part], [x.of_queries(part) for x in sources], self.topk
+            )
+            out, weights = attend_retrieved(query[:, :, part], keys, values, is_found)
+            results.append((out, weights, is_found, columns))
+        return Found(*(torch.cat(x, dim=2) for x in zip(*results, strict=True)))
+
+    def _retrieval(self, query: torch.Tensor, found: Found | None, slots: int, where: MemoryIntervals) -> Retrieval:
+        """The pairs that were found, as they are shown."""
+        if found is None:
+            shape = (*query.shape[:3], self.topk)
+            return Retrieval(torch.full(shape, -1, device=query.device), query.new_zeros(shape))
+        positions = where.positions(found.columns, slots).masked_fill(~found.is_found, -1)
+        return Retrieval(positions, found.weights)
 
 
 @torch.compiler.disable  # torch 2.13 fails on a compiled part that returns views and the same views detached
@@ -344,7 +379,7 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     def plan(self, common, past, output_retrievals=False, **inputs) -> Context:
         config, cached = self.config, common.cached
         length, period = config.segment_length, config.position_period
-        spans, parts = segment_spans(common.rows, cached, length, config.mem_len, period=period)
+        spans, parts = segment_spans(common.rows, cached, segment_length=length, mem_len=config.mem_len, period=period)
         return common.widened(
             Context,
             spans=spans,
@@ -372,7 +407,6 @@ class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTra
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     output_type = MemorizingCausalLMOutput
 
@@ -398,7 +432,6 @@ class GalleryMemorizingTransformerForSequenceClassification(
     torch.Size([1, 2])
     """
 
-    _auto_class = "AutoModelForSequenceClassification"
     output_type = MemorizingSequenceClassifierOutput
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):

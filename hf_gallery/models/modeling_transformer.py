@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -53,7 +54,7 @@ from .modeling_base import (
 from .rows import Rows
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack, mark_branches
-from .states import Fixed
+from .states import Fixed, State
 
 
 @dataclass(kw_only=True)
@@ -109,8 +110,8 @@ class GalleryTransformerLayer(ResidualLayer):
         )
         mark_branches(ends, config)
 
-    def forward(self, x, context: Context, state: dict, source=None):
-        """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, (self, cross) attentions."""
+    def forward(self, x: torch.Tensor, context: Context, state: State, source: torch.Tensor | None = None):
+        """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, own and cross attentions."""
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
         key, value, new = context.extend(state, keys=key, values=value)  # (B, H, C + T, D)
@@ -131,7 +132,7 @@ class GalleryTransformerLayer(ResidualLayer):
                 new |= {"cross_keys": Fixed(key), "cross_values": Fixed(value)}
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
         x = self.add(x, y, self.feed_forward_norm)
-        return x, new, (probabilities, cross_probabilities)
+        return x, new, probabilities, cross_probabilities
 
 
 class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
@@ -212,6 +213,11 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
         elif encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_outputs, or a cache that holds their keys; got neither")
         else:
+            if encoder_hidden_states.dim() != 3:
+                raise ValueError(
+                    f"encoder_outputs have shape {tuple(encoder_hidden_states.shape)}; they must be (batch, tokens, "
+                    "hidden_size)"
+                )
             s = encoder_hidden_states.shape[1]
             if encoder_hidden_states.shape[0] != b:
                 raise ValueError(
@@ -243,7 +249,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
     torch.Size([1, 15, 32])
     """
 
-    _auto_class = "AutoModel"
+    _auto_class: Any = "AutoModel"
 
     def __init__(self, config: GalleryTransformerConfig):
         super().__init__(config)
@@ -339,6 +345,8 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
                 inputs_embeds=inputs_embeds,
                 **flags,
             )
+        if isinstance(encoder_outputs, torch.Tensor):
+            raise TypeError("encoder_outputs is a Tensor; give what get_encoder() returns, or (hidden states,)")
         source = None if encoder_outputs is None else encoder_outputs[0]
         decoded = self.decoder(
             return_dict=True,
@@ -381,7 +389,6 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):
@@ -404,7 +411,6 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 15, 262])
     """
 
-    _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):
@@ -430,8 +436,6 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryTransformerConfig):
         one_stack(config, "GalleryTransformerForSequenceClassification")
@@ -463,7 +467,6 @@ class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, Gall
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForSeq2SeqLM"
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):

@@ -29,6 +29,7 @@ class Parts:
 def segment_spans(
     rows: Rows,
     cached: int,
+    *,
     segment_length: int,
     mem_len: int,
     same_length: bool = False,

@@ -1,7 +1,7 @@
 """Intervals: the key columns that each query may see.
 
 Every variant of the gallery is such an interval (plus at most one extra source), so masks never exist as T x S
-matrices: two integers a query say everything, and tiles of scores outside all intervals are never computed.
+matrices: two integers per query say everything, and tiles of scores outside all intervals are never computed.
 
 Letters, for the whole package: B rows of the batch, T queries (the new tokens), S keys, C cached columns,
 H heads, D size of a head, E hidden size, V vocabulary, R entries of a table of positions.

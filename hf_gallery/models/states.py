@@ -95,6 +95,8 @@ class Places(Kept):
 
 State = dict[str, torch.Tensor]  # as a layer reads it
 NextState = dict[str, Kept]  # as a layer returns it
+# Of a layer: x (B, T, E), its next state, and probabilities (B, H, T, C + T) where output_attentions asks for them.
+LayerOutput = tuple[torch.Tensor, NextState, torch.Tensor | None]
 
 KINDS: dict[str, type[Kept]] = {kind.kind: kind for kind in (Columns, Fixed, Folded, Derived, Places)}
 

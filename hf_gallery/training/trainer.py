@@ -202,7 +202,7 @@ class SegmentTrainer(Trainer):
         inputs = dict(inputs)
         reset, position, following = inputs.pop("reset"), tuple(inputs.pop("position")), tuple(inputs.pop("following"))
         evaluating = self._evaluation is not None
-        carried = self._evaluation if evaluating else self._training
+        carried = self._evaluation or self._training
         if bool(reset.all()):
             carried.cache = None  # nothing goes on: begin anew, and let go of columns that no row needs
         elif carried.cache is None or carried.position != position:
@@ -227,7 +227,7 @@ class SegmentTrainer(Trainer):
             num_items_in_batch=num_items_in_batch,
         )
         cache = cache_of(outputs) if isinstance(outputs, dict) else None
-        if not hasattr(cache, "reset_rows") or not hasattr(cache, "detach"):
+        if cache is None or not (hasattr(cache, "reset_rows") and hasattr(cache, "detach")):
             raise self._no_cache(type(cache).__name__)
         carried.cache, carried.position = cache.detach(), following
         if evaluating:
@@ -248,12 +248,12 @@ class SegmentTrainer(Trainer):
     ):
         """As Trainer's, with a cache of its own, and with the mean loss over tokens: Trainer takes the mean over
         steps, which weighs a token by how full its step was and so depends on the number of lanes."""
-        self._evaluation = _Carried()
+        self._evaluation = carried = _Carried()
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
-            total = torch.tensor([[self._evaluation.loss, self._evaluation.tokens]], dtype=torch.float64)
+            total = torch.tensor([[carried.loss, carried.tokens]], dtype=torch.float64)
         finally:
             self._evaluation = None
         if self.args.world_size > 1:
@@ -264,8 +264,8 @@ class SegmentTrainer(Trainer):
             metrics["bits_per_token"] = metrics["loss"] / math.log(2)
             if _is_byte_level(self.processing_class):
                 metrics["bits_per_byte"] = metrics["bits_per_token"]
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
-        return output
+        own = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        return output._replace(metrics=(output.metrics or {}) | own)
 
     # ---- checkpoints
 
@@ -285,7 +285,7 @@ class SegmentTrainer(Trainer):
             if state is not None and self.args.auto_find_batch_size:
                 count = state["setup"]["per_device_train_batch_size"]  # as Trainer will
             lanes = self._make_lanes(self.train_dataset, count, is_training=True)
-            carried = _Carried() if state is None else self._resumed(folder, state, lanes)
+            carried = _Carried() if folder is None or state is None else self._resumed(folder, state, lanes)
             self._train_lanes, self._training = lanes, carried
             if folder is not None:
                 resume_from_checkpoint = folder
@@ -304,12 +304,13 @@ class SegmentTrainer(Trainer):
         weights and before trainer_state.json, which makes a checkpoint whole, and not if args.save_only_model."""
         super()._save_rng_state(output_dir)
         names = {"rank": self.args.process_index}
-        cache = self._training.cache
+        cache, lanes = self._training.cache, self._train_lanes
+        assert lanes is not None, "train() makes the lanes before it saves"
         if cache is not None:
             cache.save(os.path.join(output_dir, CACHE_FILE.format(**names)))
         state = {
             "position": self._training.position,
-            "setup": self._setup(self._train_lanes),
+            "setup": self._setup(lanes),
             "config": _comparable(self.model.config),
             "cache": cache is not None,
         }

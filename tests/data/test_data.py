@@ -37,7 +37,7 @@ TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 def elsewhere(code, *arguments, **environment):
-    """What `code` prints as JSON in a process of its own, in which strings hash otherwise than here."""
+    """The JSON that `code` prints in a process of its own, in which strings hash otherwise than here."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONHASHSEED": "4", "OMP_NUM_THREADS": "1"} | environment,

@@ -90,7 +90,7 @@ def read_story(text):
 
 
 def tell(sentences, question):
-    """What a reader of these sentences answers, None where they do not say."""
+    """A reader's answer to these sentences, None where they do not say."""
     room, bearer, rooms = {}, {}, {}
     for sentence in sentences:
         if m := re.fullmatch(r" (\w+) (goes to|takes|drops) the (\w+)\.", sentence):

@@ -1,4 +1,4 @@
-"""What a run concludes: claims of the papers, and who does best, on made-up numbers with known answers."""
+"""Conclusions of a run: claims of the papers, and who does best, on made-up numbers with known answers."""
 
 import copy
 

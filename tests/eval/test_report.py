@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from bs4 import BeautifulSoup
 from matplotlib import pyplot
 from typer.testing import CliRunner
 
@@ -95,6 +96,32 @@ def test_square_brackets_in_a_run_are_shown(run):
     assert compared.exit_code == 0 and "Long[/]former" in compared.output
 
 
+def test_what_results_hold_is_text_on_the_page(results):
+    """No label, reach, setting or command of a file is taken for HTML, nor ends the script that draws."""
+    strange = "<b>&amp;</b></script><script>alert('x')</script>"
+    changed = copy.deepcopy(results)
+    changed["summary"]["longformer"].update(label=strange, reach=strange)
+    changed["settings"]["about"] = changed["cells"][0]["provenance"]["command"] = strange
+    for ability in changed["abilities"].values():
+        ability["title"] = ability["about"] = strange
+    page = BeautifulSoup(report.page(changed), "html.parser")
+    assert len(page.find_all("script")) == 2 and page.find("b").text == results["summary"]["transformer_full"]["label"]
+    scripts = "".join(script.text for script in page.find_all("script"))
+    assert strange not in scripts and "\\u003cb\\u003e" in scripts
+    shown = page.get_text()
+    assert shown.count(strange) > 20 and "&amp;amp;" not in page.find("ul").text
+
+
+def test_a_page_shows_every_table(results):
+    page = BeautifulSoup(report.page(results), "html.parser")
+    titles = [title for title, *_ in [*report.parts(results), *report.conclusions(results)]]
+    plots = [title for title, _, _ in report.figures(results)]
+    assert [h.text for h in page.find_all("h2")] == [*titles, report._peers_title(results["peers"]), *plots]
+    for (_, heads, rows), table in zip(report.parts(results), page.find_all("table"), strict=False):
+        cells = [[cell.text for cell in row.find_all(["th", "td"])] for row in table.find_all("tr")]
+        assert cells == [heads, *rows]
+
+
 CHANGES = {
     "no window": lambda r: r.pop("window"),
     "a list for the summary": lambda r: r.update(summary=[1, 2]),
@@ -145,10 +172,10 @@ def test_any_number_of_contestants_is_drawn(results, tmp_path):
 
 
 def test_all_columns_belong_to_a_family_and_its_part(results):
-    """What the parts show is what the table shows, with the families' prefixes in their titles."""
-    heads, rows = report.table(results)
-    shown = [(title, len(part_heads) - 1) for title, part_heads, _ in report.parts(results)]
-    assert sum(count for _, count in shown) == len(heads) - 1
-    assert heads[:3] == ["variant", "parameters", "recall 1/4x"] and len({len(row) for row in rows}) == 1
+    """The parts show every column, once, with the families' prefixes in their titles."""
+    parts = report.parts(results)
+    assert sum(len(heads) - 1 for _, heads, _ in parts) == len(report.columns(results))
+    assert parts[0][1][:2] == ["variant", "1/4x"]
+    assert all(len(row) == len(heads) for _, heads, rows in parts for row in rows)
     for column in report.columns(results):
         assert dataclasses.is_dataclass(column) and column.heading in column.whole

@@ -24,7 +24,7 @@ def quick():
 
 
 def recall(results, name, windows):
-    """Right answers and questions of a contestant at a distance of so many windows."""
+    """Right answers and questions of a contestant at a distance of that number of windows."""
     score = results["summary"][name]["recall"][str(round(windows * results["window"]["recall"]))]
     return score["correct"], score["asked"]
 
@@ -51,7 +51,7 @@ def test_runs_are_of_this_code(name):
     preset = PRESETS[results["preset"]].shortened(results["share"])
     collected = benchmark.collect(preset, results["cells"])
     assert collected == {key: value for key, value in results.items() if key != "peers"}  # peers are measured apart
-    assert report.table(results) and report.markdown(results)
+    assert report.parts(results) and report.markdown(results)
     tasks = {"recall": "recall", "text": "text", "cost": "cost"}
     for cell in results["cells"]:
         settings = results["settings"][tasks.get(cell["task"], "abilities")]
@@ -113,7 +113,7 @@ def test_a_token_after_a_long_text_costs_what_it_costs_after_a_short_one():
 
 
 def test_the_gallery_beside_its_peers():
-    """What reaches its aim; what does not is said, with its figures, in eval/results/README.md."""
+    """Results reach their aims; those that do not are told, with their figures, in eval/results/README.md."""
     measured = load("peers")["peers"]
     for name in ("longformer", "transformer_xl_decode", "transformer"):
         assert measured[name]["ratio"] >= measured[name]["target"], name

@@ -59,7 +59,7 @@ def the_authors_model(checkout):
 
 @torch.no_grad()
 def outputs_of(model, ids):
-    """What the model gives for one segment after the other."""
+    """The model's results for one segment after the other."""
     outputs, mems, states = {"ids": ids}, (), []
     model.layers[0].register_forward_pre_hook(lambda layer, inputs: states.append(inputs[0]))
     for layer in model.layers:

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from renamed import checkpoint_activations
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
-from variants import COLUMNS, WORDS, ask, assert_equal, causal, over, result_of, runner, streams, words
+from variants import COLUMNS, VARIANTS, WORDS, ask, assert_equal, causal, over, result_of, runner, streams, words
 
 from hf_gallery.models.documents import Documents
 from hf_gallery.models.rows import Rows
@@ -126,7 +127,7 @@ def test_padding_in_every_chunk(variant, head, kind, form):
 
 @streams()
 def test_left_padded_prompt_then_decoding(variant, head):
-    """What generate() does with prompts of unequal length."""
+    """generate() with prompts of unequal length."""
     run = runner(variant, head)
     rows = [words(n + 8, seed=n) for n in (11, 4, 1)]
     mask = torch.cat([padded((11, 4, 1), "left", 11), torch.ones(3, 8, dtype=torch.long)], dim=1)
@@ -178,6 +179,52 @@ def test_any_padding_in_any_chunks(variant, data):
         assert_equal(result[i, mask[i].bool()], want, f"row {i}")
 
 
+# ---- what a causal loss counts
+
+
+@pytest.mark.parametrize("kind", ["left", "right", "middle", "holes"])
+@causal()
+def test_the_loss_of_a_padded_batch_is_that_of_its_rows(variant, kind):
+    """Each token but a row's first is predicted, by the token before it, and never by padding. So the loss is the mean
+    over all rows' predictions, however they are padded."""
+    run = runner(variant, "causal", dtype=torch.float64)
+    rows = [words(n, seed=n) for n in LENGTHS]
+    mask = padded(LENGTHS, kind)
+    ids = scatter(rows, mask)
+    labels = ids.masked_fill(mask == 0, -100)
+    with torch.no_grad():
+        loss = run.model(ids, attention_mask=mask, labels=labels).loss
+        one_by_one = [run.model(row[None], labels=row[None]).loss * (len(row) - 1) for row in rows if len(row) > 1]
+        summed = run.model(ids, attention_mask=mask, labels=labels, num_items_in_batch=7).loss
+    torch.testing.assert_close(loss, sum(one_by_one) / sum(n - 1 for n in LENGTHS), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(summed, sum(one_by_one) / 7, rtol=1e-6, atol=1e-6)
+
+
+def test_where_the_loss_of_a_padded_batch_differs_from_llamas():
+    """Llama has the padding before a row predict its first token: one prediction more, which that row alone has not.
+    Without a label for it (-100) both count the same."""
+    sizes = dict(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=37)
+    llama = LlamaForCausalLM(LlamaConfig(**sizes, attn_implementation="eager")).eval()
+    rows = [words(n, seed=n) for n in LENGTHS]
+    ours = runner(next(v for v in VARIANTS if v.name == "transformer"), "causal").model
+
+    def predictions(model, kind, first_too):
+        """How many predictions the loss is a mean of."""
+        mask = padded(LENGTHS, kind, max(LENGTHS) + 2)
+        ids = scatter(rows, mask)
+        labels = ids.masked_fill((mask == 0) | ((mask.cumsum(1) == 1) & (not first_too)), -100)
+        given = dict(input_ids=ids, attention_mask=mask, labels=labels)
+        with torch.no_grad():
+            mean, total = model(**given).loss, model(**given, num_items_in_batch=1).loss
+        return round(float(total / mean))
+
+    alone = sum(n - 1 for n in LENGTHS)
+    assert [predictions(llama, "right", first) for first in (True, False)] == [alone, alone]
+    assert [predictions(llama, "left", first) for first in (True, False)] == [alone + len(rows), alone]
+    for kind in ("left", "right"):
+        assert [predictions(ours, kind, first) for first in (True, False)] == [alone, alone]
+
+
 # ---- packing: documents one behind another in a row give what they give alone
 
 FORMS = ("position_ids", "cu_seq_lens", "seq_idx", "all of them")
@@ -199,7 +246,7 @@ class Packed:
         return [x[row, at] for row, at in zip(self.row, self.at, strict=True)]
 
     def lay(self, pieces, fill):
-        """What the documents' tokens hold, (tokens,) each, laid into (B, columns)."""
+        """Lays what the documents' tokens hold, (tokens,) each, into (B, columns)."""
         x = torch.full(self.ids.shape, fill, dtype=pieces[0].dtype)
         for row, at, piece in zip(self.row, self.at, pieces, strict=True):
             x[row, at] = piece
@@ -385,22 +432,35 @@ def test_packed_in_any_chunks(variant, data):
 # ---- what stands in padding is nobody's
 
 
-@over(lambda variant, head: not head.source and not head.question)
-def test_padding_may_hold_anything(variant, head):
-    """NaN and infinity in the embeddings of padding change no result, no loss and no gradient."""
+@pytest.mark.parametrize("attends", [False, True], ids=["", "attentions"])
+@over()
+def test_padding_may_hold_anything(variant, head, attends):
+    """NaN and infinity in the embeddings of padding, a source's too, change no result, no loss and no gradient."""
     run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
-    rows = [words(n, seed=n) for n in (19, 8, 1, 13)]
+    if attends and variant.settings.get("feedback"):
+        pytest.skip("blocks run one by one, so there is no one map")
+    lengths = (19, 8, 3, 13)
     parameters = list(run.model.parameters())
     for kind in ("left", "right", "holes"):
-        mask = padded((19, 8, 1, 13), kind, 22)
-        embeds = run.model.get_input_embeddings()(scatter(rows, mask)).detach()
+        mask = padded(lengths, kind, 22)
+        texts = {"": (scatter([words(n, seed=n) for n in lengths], mask), mask)}
+        more = {}
+        if run.head.source:
+            texts = {"": run.sources(range(4)), "decoder_": texts[""]}
+        if run.head.question:  # it is not found in embeddings
+            more["global_attention_mask"] = mask * (mask.cumsum(1) <= 2)
         outcomes = []
         for value in (0.0, torch.nan, torch.inf):
-            given = embeds.masked_fill((mask == 0)[..., None], value).requires_grad_()
-            result = run.model(inputs_embeds=given, attention_mask=mask)
-            result = result_of(result)
-            total = result.square().sum()
-            outcomes.append((result, *torch.autograd.grad(total, [given, *parameters], allow_unused=True)))
+            given, masks = [], {}
+            for prefix, (ids, some) in texts.items():
+                embeds = run.model.get_input_embeddings()(ids).detach()
+                given.append(embeds.masked_fill((some == 0)[..., None], value).requires_grad_())
+                masks |= {f"{prefix}inputs_embeds": given[-1], f"{prefix}attention_mask": some}
+            output = run.model(**masks, **more, output_attentions=attends)
+            result = result_of(output)
+            seen = result if run.head.pooled else result[mask == 1]  # logits of an answer are least at padding
+            gradients = torch.autograd.grad(seen.square().sum(), [*given, *parameters], allow_unused=True)
+            outcomes.append((result, *(output.get("attentions") or ()), *gradients))
         for other in outcomes[1:]:
             assert all(torch.equal(x, y) for x, y in zip(other, outcomes[0], strict=True) if x is not None)
 

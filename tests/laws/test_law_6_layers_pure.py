@@ -179,7 +179,7 @@ def test_a_layer_called_twice_gives_the_same(variant, head, gradients):
 
 @streams()
 def test_two_continuations_of_one_state_do_not_disturb_each_other(variant, head):
-    """What a layer makes of a state stays as it is when the same state is continued in another way."""
+    """A layer's next state stays as it is when the same state is continued in another way."""
     run = runner(variant, head)
     checked = []
 

@@ -82,7 +82,7 @@ def inputs_of(run):
 
 
 def results_here(run, inputs):
-    """What the model gives in this process."""
+    """The model's results in this process."""
     with torch.no_grad():
         result = {"result": result_of(run.model(**inputs))}
         if run.model.can_generate():

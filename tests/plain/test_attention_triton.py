@@ -65,7 +65,7 @@ def test_all_kernels_equal_the_definition():
 
 
 def compiled(*arguments):
-    """What the kernels take of a GPU, by a process that compiles them for one that is not there."""
+    """Resources that the kernels take of a GPU, by a process that compiles them for one that is not there."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
     found = subprocess.run(
         [sys.executable, "-m", "eval.compiled", *arguments],

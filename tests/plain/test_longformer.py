@@ -41,7 +41,7 @@ HEADS = {
 
 
 def plan_for(them):
-    """What the converter makes of transformers' model, without files."""
+    """Converts transformers' model, without files."""
     config = them.config.to_dict() | {"architectures": [type(them).__name__]}
     return Longformer().plan(SimpleNamespace(config=config, tensors=them.state_dict()), "longformer")
 

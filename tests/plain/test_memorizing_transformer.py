@@ -272,6 +272,24 @@ def test_of_equal_scores_the_most_recent_come_first(tile, interval, topk, dtype,
     assert torch.equal(columns.masked_fill(scores == -math.inf, -1), places)
 
 
+@pytest.mark.parametrize("topk", [1, 6, 32])
+def test_a_key_of_nan_is_found_first_and_harms_no_other_row(topk):
+    """A training that has diverged gives NaN, as elsewhere, and fails nowhere; equal scores stand beside it."""
+    query, keys = (torch.randint(-1, 2, (2, 3, size, 4), generator=torch.Generator().manual_seed(size)).float()
+                   for size in (5, 200))  # fmt: skip
+    low, high = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 200)
+    scores, columns = memory.search_exact(query, keys, low, high, topk)
+    broken = keys.clone()
+    broken[0, 1, 3:8] = torch.nan
+    got, at = memory.search_exact(query, broken, low, high, topk)
+    count = min(topk, 5)
+    assert got[0, 1, :, :count].isnan().all() and (at[0, 1, :, :count] >= 3).all() and (at[0, 1, :, :count] < 8).all()
+    assert got[0, 1, :, count:].isfinite().all()
+    others = torch.ones(2, 3, dtype=torch.bool)
+    others[0, 1] = False
+    assert torch.equal(got[others], scores[others]) and torch.equal(at[others], columns[others])
+
+
 def test_of_equal_scores_a_later_source_comes_first():
     """The ring first, then what this forward has read: positions rise from source to source."""
     query, keys = (torch.randint(-1, 2, (2, 3, size, 4), generator=torch.Generator().manual_seed(size)).float()
@@ -282,7 +300,7 @@ def test_of_equal_scores_a_later_source_comes_first():
     order = torch.tensor([c % 40 for c in range(7, 47)] + list(range(43, 60)))  # by position
     _, expected = brute_force(query, keys[:, :, order], torch.zeros(2, 5), torch.full((2, 5), len(order)), 9)
     assert found.all() and torch.equal(columns, order[expected])
-    assert torch.equal(found_keys, memory._rows_of(keys, columns))
+    assert torch.equal(found_keys, memory._pick_pairs(keys, columns))
 
 
 @pytest.mark.parametrize("backend", EXACT)

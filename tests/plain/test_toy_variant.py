@@ -55,7 +55,7 @@ def registered():
 
 
 class Toy(Converted):
-    """What converted.py calls the laws with, of a variant that is in no folder."""
+    """Stands in for a converted folder: a variant that is in none."""
 
     make = Variant.make
 

@@ -358,7 +358,7 @@ def test_out_must_be_empty(source, tmp_path):
 
 
 def test_the_current_folder_and_paths_from_it(source, tmp_path, monkeypatch):
-    """What is there stays the folder that it was, so that the shell that stands in it still does."""
+    """A folder that is there stays the same folder, so that a shell that stands in it still does."""
     expected = weights(convert(source, tmp_path / "expected"))
     (tmp_path / "here").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "linked")
@@ -392,7 +392,7 @@ def test_a_conversion_that_fails_leaves_nothing(source, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_taken_meanwhile(source, tmp_path, monkeypatch):
-    """What came there while the conversion worked is not written over."""
+    """A file that came there while the conversion worked is not written over."""
     made = hf_gallery.convert.carry_out
     (tmp_path / "out").mkdir()
 
@@ -427,7 +427,7 @@ def test_an_empty_folder_that_cannot_be_filled(source, tmp_path, monkeypatch):
 
 
 def test_settings_that_are_no_options():
-    """What convert() takes itself cannot come among the options as well."""
+    """Arguments of convert() itself cannot come among the options as well."""
     for name in ("source", "out", "to", "revision"):
         with pytest.raises(ValueError, match=f"{name} is no option of a format but an argument of the conversion"):
             check_settings({"segment_length": 4, name: "x"})

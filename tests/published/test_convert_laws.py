@@ -1,4 +1,4 @@
-"""What the conversions of transformers' own models write obeys the laws, generates, and opens without hf_gallery."""
+"""Conversions of transformers' own models obey the laws, generate, and open without hf_gallery."""
 
 import pytest
 from converted import converted, generates, obeys_the_laws, open_without_the_library

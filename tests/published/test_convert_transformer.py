@@ -184,7 +184,7 @@ def test_classifiers(name, dtype, tmp_path):
 
 @torch.no_grad()
 def test_attention_maps(tmp_path):
-    """What the heads look at, where there are tokens."""
+    """The attention maps, where there are tokens."""
     theirs = published("BertModel", torch.float64)
     theirs.set_attn_implementation("eager")
     ids, inputs = bert_input(theirs)
@@ -219,7 +219,7 @@ def test_bert_under_its_published_names(tmp_path):
 
 
 def translations(model, source, mask):
-    """What greedy and beam search write, by the settings that came with the model."""
+    """Texts of greedy and beam search, by the settings that came with the model."""
     return [model.generate(source, attention_mask=mask, max_new_tokens=12, num_beams=n) for n in (1, 4)]
 
 

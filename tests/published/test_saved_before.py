@@ -1,4 +1,5 @@
-"""What commit 93bd5cf saved opens as before: folders under every head, caches, a checkpoint of a training, results.
+"""Everything that commit 93bd5cf saved opens as before: folders under every head, caches, a checkpoint of a training,
+results.
 
 golden/make_saved.py made it with that commit, and says what each file holds.
 """

@@ -103,6 +103,8 @@ def test_headers_from_outside(tmp_path):
         "a shape below 0": header | {"states.0.keys": keys | {"shape": [2, -3, 4, 10]}},
         "a shape that is no list": header | {"states.0.keys": keys | {"shape": 12}},
         "an entry that is no object": header | {"states.0.keys": 3},
+        "rows without a number": header | {"seen": header["seen"] | {"shape": []}},
+        "rows of two dimensions": header | {"seen": header["seen"] | {"shape": [1, 2]}},
         "no rows": {k: x for k, x in header.items() if k != "seen"},
     }
     for name, changed in headers.items():
@@ -137,7 +139,7 @@ def test_what_is_no_file(tmp_path):
 
 @causal_models
 def test_states_that_no_model_left(variant, head, tmp_path):
-    """What the configuration knows is checked when a model takes the cache: names, shapes, types, lengths."""
+    """Facts of the configuration are checked when a model takes the cache: names, shapes, types, lengths."""
     run = runner(variant, head)
     saved(run, tmp_path / "book")
     header, data = opened(tmp_path / "book")

@@ -1,4 +1,4 @@
-"""What a cache keeps besides the past follows from weights, and follows their change; a saved cache knows its weights.
+"""Tables and derived state of a cache follow the weights when they change; a saved cache knows its weights.
 
 The reference is the same past in a cache that keeps nothing but the past.
 """

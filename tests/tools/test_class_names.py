@@ -1,4 +1,4 @@
-"""What transformers, TRL, PEFT and lm-eval decide by the name of a class or by a model type, and that each decides of
+"""Decisions of transformers, TRL, PEFT and lm-eval by the name of a class or by a model type, and that each decides of
 our models as it does of GPT-2 or BERT."""
 
 import importlib.util
@@ -284,7 +284,7 @@ def test_the_loss_goes_by_the_head_and_not_by_the_name(variant, head):
 
 
 def test_references_take_their_loss_by_name():
-    """What the test above is held against."""
+    """Classes that the test above is held against."""
     assert gpt2().loss_function is LOSS_MAPPING["ForCausalLM"]
     small = BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     assert BertForMaskedLM(small).loss_function is LOSS_MAPPING["ForMaskedLM"]

@@ -177,7 +177,7 @@ def test_a_training_killed_while_it_saves_goes_on(texts, tmp_path, where, step, 
 
 @contextmanager
 def told():
-    """What the package warns of, in a string."""
+    """The package's warnings, in a string."""
     written = io.StringIO()
     handler = logging.StreamHandler(written)
     logging.getLogger("hf_gallery").addHandler(handler)
@@ -300,7 +300,7 @@ def unfinished(folder):
 
 
 def changed(**fields):
-    """What sets fields of config.json."""
+    """Makes a function that sets fields of config.json."""
 
     def change(folder):
         about = json.loads((folder / "config.json").read_text())
@@ -501,7 +501,7 @@ def test_settings_that_are_the_conversions_own_arguments(tmp_path):
 
 @pytest.mark.parametrize("code", [0, 1])
 def test_eval_hands_over(saved, monkeypatch, code):
-    """What lm-eval is asked, and that its exit code is the command's."""
+    """Arguments that lm-eval gets; its exit code is the command's."""
     asked = []
     monkeypatch.setattr("hf_gallery.harness.main", lambda argv: asked.append(argv) or code)
     result = invoke("eval", saved, "--tasks", "gallery_lm", "--model_args", "prefill_chunk_size=8", "--limit", "2")
@@ -554,7 +554,7 @@ def shown_commands(name):
 
 
 def test_the_readmes_lines_are_short_forms_of_the_guides():
-    """What the README shows is the beginning of a line that runs below."""
+    """Every line of the README is the beginning of one that runs below."""
     guide = (ROOT / "docs" / "GUIDE.md").read_text(encoding="utf-8").splitlines()
     for line in re.findall(r"^hf-gallery .+$", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE):
         assert any(full.startswith(line) for full in guide), line

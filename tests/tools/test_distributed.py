@@ -81,7 +81,7 @@ DOCUMENTS = [17, 3, 40, 8, 21, 1, 33, 5, 16, 29]  # tokens; some end within a bl
 
 
 def some_parts_idle(folder):
-    """What makes the trainers of runs in which not every batch uses every parameter, by names of the runs."""
+    """Makers of the trainers of runs in which not every batch uses every parameter, by names of the runs."""
     model = {v.name: v for v in VARIANTS}
 
     def plain(head, variant, again, **settings):

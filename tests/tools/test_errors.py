@@ -7,13 +7,13 @@ import logging
 import pytest
 import torch
 from test_law_6_layers_pure import assert_unchanged, snapshot
-from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, LlamaConfig, PreTrainedModel
 from variants import VARIANTS, VOCAB, assert_equal, causal, over, result_of, runner, streams, words
 
 import hf_gallery as gallery
 from hf_gallery import GalleryCache, GalleryLongformerConfig, GalleryTransformerConfig, GalleryTransformerXLConfig
 
-# What is wrong with 6 more tokens for a cache of 2 rows that has seen 11 columns, and what the message must say.
+# Faults of 6 more tokens for a cache of 2 rows that has seen 11 columns, and what the message must say.
 INPUTS = {
     "id at vocab_size": (dict(bad_id=VOCAB), rf"input_ids.*\b{VOCAB}\b.*vocab"),
     "id far away": (dict(bad_id=10**9), r"input_ids.*1000000000.*vocab"),
@@ -223,6 +223,10 @@ def test_bad_input_of_the_encoder_decoder():
         model(source, decoder_input_ids=torch.full((2, 6), VOCAB))
     with pytest.raises(ValueError, match=r"encoder_outputs.*\b29\b.*\b30\b"):
         model(encoder_outputs=(encoded[0][..., :29],), decoder_input_ids=target)
+    with pytest.raises(TypeError, match="encoder_outputs is a Tensor"):
+        model(encoder_outputs=encoded[0], decoder_input_ids=target)
+    with pytest.raises(ValueError, match=r"encoder_outputs have shape \(2, 30\)"):
+        model(encoder_outputs=(encoded[0][:, 0],), decoder_input_ids=target)
     with pytest.raises(ValueError, match="position_ids.*encoder-decoder"):
         model.model(source, decoder_input_ids=target, position_ids=torch.arange(9)[None])
     with pytest.raises(ValueError, match=r"encoder_outputs.*\b2\b.*\b3\b"):
@@ -253,6 +257,8 @@ def test_position_ids_and_token_types():
         model(ids, token_type_ids=torch.full((2, 6), -1))
     with pytest.raises(ValueError, match=r"token_type_ids.*\(2, 5\)"):
         model(ids, token_type_ids=torch.zeros(2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="token_type_ids.*float32"):
+        model(ids, token_type_ids=torch.zeros(2, 6))
     with pytest.raises(ValueError, match="token_type_ids.*type_vocab_size"):
         VARIANTS[0].make("encoder")(ids, token_type_ids=torch.zeros(2, 6, dtype=torch.long))
 
@@ -353,6 +359,13 @@ CONFIGS = [
     *[(kind, dict(eos_token_id="a"), "eos_token_id.*'a'") for kind in KINDS],
     *[(kind, dict(use_cache="yes"), "use_cache.*yes") for kind in KINDS],
     *[(kind, dict(num_labels=0), r"num_labels.*\b0\b") for kind in KINDS],
+    *[(kind, dict(num_labels=True), "num_labels is True") for kind in KINDS],
+    *[(kind, dict(problem_type="ranking"), "problem_type.*ranking.*regression") for kind in KINDS],
+    *[(kind, dict(layer_norm_eps=float("nan")), "layer_norm_eps is nan") for kind in KINDS],
+    *[(kind, dict(initializer_range=float("inf")), "initializer_range is inf") for kind in KINDS],
+    *[(kind, dict(eos_token_id=True), "eos_token_id is True") for kind in KINDS],
+    *[(kind, dict(pad_token_id=[1, 2]), r"pad_token_id is \[1, 2\]") for kind in KINDS],
+    (gallery.GalleryMemorizingTransformerConfig, dict(initial_scale=float("nan")), "initial_scale is nan"),
     (GalleryTransformerConfig, dict(decoder_start_token_id=500), r"decoder_start_token_id.*\b500\b"),
     (gallery.GalleryMemorizingTransformerConfig, dict(initial_scale=0.0), r"initial_scale.*0\.0"),
     (gallery.GalleryBlockRecurrentTransformerConfig, dict(initial_scale=-1.0), r"initial_scale.*-1\.0"),
@@ -559,9 +572,18 @@ def test_types_of_classes(variant, head):
         (labels.tolist(), TypeError, "labels is a list"),
         (labels[:1], ValueError, r"labels.*\(1,\).*\(2,\)"),
         (labels.float(), ValueError, r"labels.*float32.*\(2,\).*\(2, 3\)"),
+        (torch.ones(2, 3).long(), ValueError, r"labels.*int64.*\(2, 3\).*\(2,\)"),
     ):
         with pytest.raises(error, match=message):
             run.model(ids, labels=wrong)
+    several = runner(variant, head, num_labels=3, problem_type="multi_label_classification").model
+    values = runner(variant, head, num_labels=3, problem_type="regression").model
+    for model in (several, values):
+        assert model(ids, labels=torch.ones(2, 3)).loss.isfinite()
+        with pytest.raises(ValueError, match=r"labels.*int64.*\(2,\)"):
+            model(ids, labels=labels)
+    with pytest.raises(ValueError, match=r"labels.*int64.*a floating type \(2, 3\)"):
+        several(ids, labels=torch.ones(2, 3).long())
 
 
 @over()
@@ -570,7 +592,8 @@ def test_lists_and_arrays(variant, head):
     run = runner(variant, head)
     arguments = run.inputs(words(2, 6), torch.ones(2, 6, dtype=torch.long))
     for name, value in arguments.items():
-        for wrong, kind in ((value.tolist(), "list"), (value.numpy(), "ndarray")):
+        odd = [("ids", "str"), ({"full_attention": None}, "dict")] if "mask" in name else [("ids", "str")]
+        for wrong, kind in ((value.tolist(), "list"), (value.numpy(), "ndarray"), *odd):
             with pytest.raises(TypeError, match=f"{name} is a {kind}"):
                 run.model(**arguments | {name: wrong})
 
@@ -595,6 +618,35 @@ def test_logits_to_keep(variant, head):
     ):
         with pytest.raises(error, match=message):
             run.model(**arguments, logits_to_keep=wrong)
+    labels = words(2, 6)
+    assert torch.equal(
+        run.model(**arguments, labels=labels, logits_to_keep=6).loss, run.model(**arguments, labels=labels).loss
+    )
+    for wrong in () if variant.settings.get("cutoffs") else (3, torch.arange(6)):  # whose loss scores by itself
+        with pytest.raises(ValueError, match="logits_to_keep is .*labels are given.*all 6 columns"):
+            run.model(**arguments, labels=labels, logits_to_keep=wrong)
+
+
+@over(lambda variant, head: variant.config.model_type == "gallery_longformer")
+def test_global_tokens_are_marked_by_ones(variant, head):
+    run = runner(variant, head)
+    inputs = run.inputs(words(2, 6))
+    for wrong in (2, -1, 0.5, torch.nan):
+        mask = torch.zeros(2, 6)
+        mask[0, 2] = wrong
+        with pytest.raises(ValueError, match="global_attention_mask holds values from .* 1 at global tokens"):
+            run.model(**inputs, global_attention_mask=mask)
+    ones = torch.zeros(2, 6, dtype=torch.long)
+    ones[:, 2] = 1
+    expected = result_of(run.model(**inputs, global_attention_mask=ones))
+    for mask in (ones.float(), ones == 1, ones.int()):
+        assert torch.equal(result_of(run.model(**inputs, global_attention_mask=mask)), expected)
+
+
+@pytest.mark.parametrize("config", [None, "transformer", LlamaConfig()], ids=["None", "a name", "Llama's"])
+def test_a_cache_of_no_gallery_model(config):
+    with pytest.raises(TypeError, match=r"config is a .*give the configuration of a gallery model"):
+        GalleryCache(config)
 
 
 LAYING = {
@@ -652,7 +704,42 @@ def test_an_encoder_decoder_takes_no_packed_documents():
 
 
 @over(lambda variant, head: head.question)
-def test_packed_answers_and_retrievals_are_refused(variant, head):
+def test_places_of_answers(variant, head):
+    """Columns of tokens, one a row, in whole numbers; a column behind the input is left out, as in transformers. What
+    its loss would take for column 0, or turn into the logarithm of nothing, is refused."""
+    run = runner(variant, head)
+    inputs = run.inputs(words(2, 20), torch.ones(2, 20, dtype=torch.long))
+    inputs["attention_mask"][1, 15:] = 0
+    start, end = torch.tensor([4, 5]), torch.tensor([6, 20])
+    expected = run.model(**inputs, start_positions=start, end_positions=end).loss
+    same = dict(start_positions=start.int()[:, None], end_positions=torch.tensor([6, 99]))
+    assert expected.isfinite() and torch.equal(run.model(**inputs, **same).loss, expected)
+    for name, other in (("start_positions", "end_positions"), ("end_positions", "start_positions")):
+        for wrong, error, message in (
+            (start.float(), ValueError, "float32"),
+            (start == 4, ValueError, "bool"),
+            (start.tolist(), TypeError, "is a list"),
+            (start.numpy(), TypeError, "is a ndarray"),
+            (start[:1], ValueError, r"\(1,\).*2 rows"),
+            (torch.tensor(4), ValueError, r"\(\).*2 rows"),
+            (torch.tensor([-1, 4]), ValueError, "holds -1.*20"),
+            (torch.tensor([15, 15]), ValueError, "holds 15 for row 1.*padding"),
+        ):
+            with pytest.raises(error, match=f"{name}.*{message}"):
+                run.model(**inputs, **{name: wrong, other: start})
+        with pytest.raises(ValueError, match=f"{other} is missing"):
+            run.model(**inputs, **{name: start})
+
+
+@over(lambda variant, head: variant.config.model_type == "gallery_memorizing_transformer")
+def test_packed_retrievals_are_refused(variant, head):
+    run = runner(variant, head)
+    with pytest.raises(ValueError, match="output_retrievals is True, and documents are packed"):
+        run.model(words(2, 12), output_retrievals=True, **packing_of_two(run))
+
+
+@over(lambda variant, head: head.question)
+def test_packed_answers_are_refused(variant, head):
     run = runner(variant, head)
     ids = torch.cat([run.inputs(words(2, 6))["input_ids"]] * 2, dim=1)
     with pytest.raises(ValueError, match="start_positions.*packed"):

@@ -77,7 +77,7 @@ def test_train_on_folder(tmp_path):
 
 
 def answers(folder, text, prompts):
-    """What the model says after the text and each prompt, as the example prints it."""
+    """The model's continuation of the text and each prompt, as the example prints it."""
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     for prompt in prompts:
         ids = tokenizer(text + prompt, return_tensors="pt")

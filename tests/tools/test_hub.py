@@ -175,7 +175,7 @@ def test_there_and_back(hub, tmp_path, monkeypatch):
 
 
 def check_repository(hub, repo, saved, folder):
-    """What is there is what was saved, with a card; and its tokenizer opens."""
+    """The repository holds what was saved, with a card; and its tokenizer opens."""
     files = hub.files(repo)
     for path in saved.iterdir():
         assert files[path.name] == path.read_bytes() or path.name == "config.json", path.name
@@ -308,8 +308,8 @@ def test_links_lead_nowhere_else(online, saved, tmp_path):
 
 
 def test_code_goes_by_what_imports_it(online, saved):
-    """What the model's files import from beside them goes, and what those import, and the tokenizer's own; a file that
-    nobody imports, or only by an absolute name, stays."""
+    """Files that the model's import from beside them go along, and those that these import, and the tokenizer's own; a
+    file that nobody imports, or only by an absolute name, stays."""
     code = {"helper": "from .deeper import x\n", "deeper": "import secrets\nx = 1\n", "secrets": "KEY = 1\n"}
     code |= {
         "tokenization_own": "from .helper import x\nclass OwnTokenizer: pass\n",
@@ -409,7 +409,7 @@ def cut(path):
 
 
 def tensors(change):
-    """What puts the folder's weights through `change`."""
+    """Makes a function that puts the folder's weights through `change`."""
 
     def damage(folder):
         save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
@@ -422,7 +422,7 @@ def without(name):
 
 
 def config(**fields):
-    """What sets fields of config.json."""
+    """Makes a function that sets fields of config.json."""
 
     def damage(folder):
         about = json.loads((folder / "config.json").read_text())
@@ -432,7 +432,7 @@ def config(**fields):
 
 
 def index(weight_map):
-    """What puts an index in place of the weights."""
+    """Makes a function that puts an index in place of the weights."""
 
     def damage(folder):
         (folder / "model.safetensors").unlink()

@@ -10,7 +10,7 @@ MASK[0, :6] = 0
 
 
 def outputs(run):
-    """What the model says of a padded batch, and where it keeps a cache, of the tokens that follow."""
+    """The model's results for a padded batch, and where it keeps a cache, for the tokens that follow."""
     results, cache = [], None
     for ids, mask in ((words(2, 17), MASK), (words(2, 5, seed=1), None)):
         inputs = run.inputs(ids, mask) | ({"past_key_values": cache, "use_cache": True} if run.head.stream else {})

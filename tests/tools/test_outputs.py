@@ -1,9 +1,10 @@
-"""What a model returns beside its result, hidden states and attentions, asked for in the call or in the config."""
+"""Hidden states and attentions, which a model returns beside its result: asked for in the call or in the config."""
 
 import pytest
 import torch
+from renamed import checkpoint_activations
 from transformers import AutoConfig
-from variants import assert_equal, over, result_of, runner, words
+from variants import COLUMNS, assert_equal, over, result_of, runner, words
 
 
 def fields(output, kind):
@@ -160,3 +161,43 @@ def test_dropout_leaves_the_attentions_that_are_returned(variant, head):
         dropped = run.model(**inputs, output_attentions=True)
     assert_equal(maps_of(dropped)[0], maps_of(whole)[0])  # of the first layer, which no dropout stands before
     assert (result_of(dropped) - result_of(whole)).abs().max() > 1e-3
+
+
+def learned(model, inputs, call):
+    """Result, maps and all gradients of a loss on both."""
+    model.zero_grad()
+    output = call(**inputs, output_attentions=True)
+    (result_of(output).square().sum() + sum(x.square().sum() for x in maps_of(output))).backward()
+    found = [result_of(output), *maps_of(output), *(p.grad for p in model.parameters())]
+    return [x.detach().clone() if x is not None else torch.zeros(0) for x in found]
+
+
+def in_training(variant, head, **settings):
+    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0, **settings)
+    mask = torch.ones(2, 23, dtype=torch.long)
+    mask[0, :3] = 0
+    return run.model.train(), run.inputs(words(2, 23), mask) | ({"use_cache": False} if run.head.stream else {})
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
+@shows_maps
+def test_a_loss_on_attentions_passes_checkpoints(variant, head, reentrant):
+    """Where activations are computed again the maps are the same, and what is learned from them is too. A gradient is
+    retained on none of them by reentrant checkpoints, which compute without a graph at first; nor is it on Llama's."""
+    model, inputs = in_training(variant, head, dtype=torch.float64)
+    expected = learned(model, inputs, model)
+    checkpoint_activations(model, {"use_reentrant": reentrant})
+    for got, want in zip(learned(model, inputs, model), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.works("torch.compile")
+@over(lambda variant, head: variant.name in COLUMNS and "LM" in head.auto)
+def test_a_loss_on_attentions_of_a_compiled_model(variant, head):
+    """Compiled forward and backward give the maps and the gradients that the model gives."""
+    torch.compiler.reset()
+    model, inputs = in_training(variant, head, dtype=torch.float64)
+    expected = learned(model, inputs, model)
+    for got, want in zip(learned(model, inputs, torch.compile(model, backend="aot_eager")), expected, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)

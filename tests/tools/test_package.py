@@ -1,4 +1,4 @@
-"""What a user meets first: what installs, what imports, what is documented, and a README that works."""
+"""Things that a user meets first: what installs, what imports, what is documented, and a README that works."""
 
 import ast
 import importlib
@@ -32,7 +32,7 @@ from eval.presets import PRESETS
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for folder in ("hf_gallery", "eval", "tests") for p in sorted((ROOT / folder).rglob("*.py"))]
 MODELS = sorted((ROOT / "hf_gallery" / "models").glob("*.py"))
-# What comes with transformers, so that a model's code runs wherever transformers loads it.
+# Packages that come with transformers, so that a model's code runs wherever transformers loads it.
 CARRIED = {"torch", "transformers", "safetensors"}
 
 
@@ -385,7 +385,7 @@ RESULTS = (ROOT / "docs" / "RESULTS.md").read_text(encoding="utf-8")
 
 
 def test_the_numbers_shown_are_those_of_the_results():
-    """What stands between the command and its end is what the command prints now."""
+    """The text between the command and its end is what the command prints now."""
     blocks = re.findall(r"<!-- python -m eval (.+?) -->\n(.+?)\n<!-- end -->", RESULTS, re.DOTALL)
     assert blocks
     for command, shown in blocks:

@@ -38,7 +38,7 @@ def saved(tmp_path):
 
 
 def read(tokenizer, model, text, **options):
-    """What the model says of a text, alone and without padding."""
+    """The model's results for a text, alone and without padding."""
     with torch.no_grad():
         return model(**tokenizer(text, return_tensors="pt", **options))
 
@@ -170,7 +170,7 @@ def test_question_answering(variant, saved):
 @pytest.mark.works("answering questions")
 @with_head("question")
 def test_answers_are_read_off_the_text(variant, saved):
-    """What that pipeline did: a question and a text go in as a pair, an answer is a span of the text."""
+    """Does what that pipeline did: a question and a text go in as a pair, an answer is a span of the text."""
     _, tokenizer, model = saved(variant, "question")
     question = "what is wide?"
     pairs = [f"{question}{tokenizer.sep_token}{text}" for text in TEXTS]

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -138,6 +139,30 @@ def test_weights_that_are_not_the_configs(variant, head, remote, tmp_path):
     assert opened.config.intermediate_size == 43
 
 
+@pytest.mark.parametrize("zipped", [True, False], ids=["torch", "torch before 1.6"])
+def test_torch_files_that_are_not_the_configs(zipped, tmp_path):
+    """Of them shapes are read too, and no memory is taken for what they do not hold."""
+    model = next(v for v in VARIANTS if v.limit and "causal" in v.heads).make("causal")
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state, path = model.state_dict(), tmp_path / "pytorch_model.bin"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    kept = (tmp_path / "config.json").read_text()
+    for name, said in (("vocab_size", "embed_tokens.weight has"), ("type_vocab_size", "503,[0-9,]* weights beside")):
+        described(tmp_path, **{name: 2**24})
+        with cheap(), pytest.raises(ValueError, match=said):
+            type(model).from_pretrained(tmp_path)
+        (tmp_path / "config.json").write_text(kept)
+    opened = type(model).from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert_equal(opened(words(1, 9)).logits, model(words(1, 9)).logits)
+    wide = torch.zeros(1).expand(2**24, 30)
+    torch.save(state | {"model.stack.embed_tokens.weight": wide}, path, _use_new_zipfile_serialization=zipped)
+    described(tmp_path, vocab_size=2**24)
+    with cheap(), pytest.raises(ValueError, match="embed_tokens.weight, which is no plain tensor"):
+        type(model).from_pretrained(tmp_path)
+
+
 def test_layers_that_no_file_holds(tmp_path):
     """Some more than there are may be meant; thousands of times as many weights as there are may not."""
     run = runner(next(v for v in VARIANTS if v.name == "transformer"), "causal")
@@ -249,3 +274,15 @@ def test_a_config_of_ten_gigabytes(sources, tmp_path):
         file.truncate(10 * 2**30)
     with cheap(), pytest.raises(ValueError, match="config.json has 10,737,418,240 bytes"):
         convert(tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize("by_auto", [True, False], ids=["AutoModel", "class"])
+def test_wrong_weights_are_the_error_that_transformers_has(by_auto, tmp_path):
+    """A RuntimeError, which tools catch, and a ValueError, as all that does not fit."""
+    model = next(v for v in VARIANTS if "sequence" in v.heads).make("sequence")
+    model.save_pretrained(tmp_path)
+    kind = AutoModelForSequenceClassification if by_auto else type(model)
+    for error in (RuntimeError, ValueError):
+        with pytest.raises(error, match="classifier.weight has the shape"):
+            kind.from_pretrained(tmp_path, num_labels=42)
+    assert kind.from_pretrained(tmp_path, num_labels=42, ignore_mismatched_sizes=True).classifier.out_features == 42

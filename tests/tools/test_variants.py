@@ -16,7 +16,7 @@ from eval.contestants import CONTESTANTS
 from hf_gallery.variants import VARIANTS, markdown, register
 
 ROOT = Path(__file__).parents[2]
-# What each paper claims of its own, and other implementations beside ours: of one architecture after the other.
+# Claims of each paper, and other implementations beside ours: of one architecture after the other.
 EACH = {"eval/claims.py", "eval/peers/comparison.py", "eval/peers/worker.py"}
 
 

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from test_trainer import FIVE
 from transformers import AutoConfig
-from variants import PAD, VOCAB, assert_equal, causal, over, runner, tolerance, words
+from variants import COLUMNS, PAD, VOCAB, assert_equal, causal, over, runner, tolerance, words
 
 CONFIGS = pytest.mark.parametrize("kind", [v.config for v in FIVE], ids=[v.name for v in FIVE])
 SPECIAL = ("pad_token_id", "bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id")
@@ -34,6 +34,28 @@ def test_special_ids_are_the_byte_tokenizers_with_its_vocabulary_only(kind, tmp_
         kind(vocab_size=100, pad_token_id=256)
 
 
+@over(lambda variant, head: variant.name in COLUMNS)
+@pytest.mark.parametrize("name", ["pad_token_id", "decoder_start_token_id"])
+def test_a_model_is_built_with_ids_of_its_vocabulary(variant, head, name, tmp_path):
+    """A vocabulary that is set on a finished config, as from_pretrained(vocab_size=...) does, must hold the ids too:
+    the model would save and not load again."""
+    config = variant.make_config(head)
+    if getattr(config, name, None) is None:
+        return
+    config.save_pretrained(tmp_path)
+    kind = variant.heads[head].kind
+    config.vocab_size = 50
+    late = type(config).from_pretrained(tmp_path, vocab_size=50)
+    for wrong in (config, late):
+        for other in SPECIAL:
+            if other != name and hasattr(wrong, other):
+                setattr(wrong, other, 1)
+        with pytest.raises(ValueError, match=f"{name} is 9., outside the vocabulary of vocab_size 50"):
+            kind(wrong)
+        setattr(wrong, name, 1)
+        assert kind(wrong).config.vocab_size == 50
+
+
 @CONFIGS
 def test_a_saved_configuration_keeps_the_ids_that_it_states(kind, tmp_path):
     """None with the byte tokenizer's vocabulary, and its numbers with a larger one, as earlier versions had them."""
@@ -55,7 +77,7 @@ def resized(run, size, **options):
 @over()
 @pytest.mark.parametrize("size", [VOCAB + 1, VOCAB + 40])
 def test_a_vocabulary_grows(variant, head, size, tmp_path):
-    """What is said of the old words stays; new ones are read, scored, saved and loaded."""
+    """Old words keep their logits; new ones are read, scored, saved and loaded."""
     run = runner(variant, head)
     if variant.name == "transformer" and head == "seq2seq":
         run = runner(variant, head, final_logits_bias=True)
@@ -130,7 +152,7 @@ PROMPTS = {
 @pytest.mark.parametrize("kind", list(PROMPTS))
 @causal()
 def test_virtual_tokens_stand_before_a_text(variant, kind, tmp_path):
-    """What the model says of them is what it says of embeddings; they learn, are saved, and text is generated."""
+    """Ids give what their embeddings give; they learn, are saved, and text is generated."""
     run = runner(variant, "causal")
     bare = run.model
     model = get_peft_model(bare, PROMPTS[kind]).eval()
