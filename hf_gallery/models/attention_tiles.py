@@ -293,7 +293,9 @@ class _Scorer:
         self.offset = tiling.offset
         self.lower, self.upper = (x if x.shape[0] == 1 else x[group] for x in spans.on(query.device))
         self.band = spans.band(self.offset, key.shape[2])
-        self.asked = self.table = self.bias = None
+        self.asked: Any = None
+        self.table: Any = None
+        self.bias: Any = None
         self.toeplitz: dict[tuple, torch.Tensor] = {}
         if position is not None:
             pad = tiling.table_pad

@@ -797,8 +797,8 @@ def _run_backward(
         term = call.term(group)
         common = tensors | dict(term=term.matrix) | call.numbers | term.strides | group.numbers | dict(scale=x.scale)
         if want_query or put_term:
-            dterm, strides = _term_gradient(call, group) if put_term else (nothing, (0, 0, 0, 0))
-            strides = dict(zip(("dterm_b", "dterm_h", "dterm_t", "dterm_base"), strides, strict=True))
+            dterm, steps = _term_gradient(call, group) if put_term else (nothing, (0, 0, 0, 0))
+            strides = dict(zip(("dterm_b", "dterm_h", "dterm_t", "dterm_base"), steps, strict=True))
             launch = call.launch("queries")
             _backward_queries[triton.cdiv(call.t, launch["BLOCK_M"]), len(group)](
                 **common, dq_ptr=dq, dterm_ptr=dterm, **strides, PUT_TERM=put_term, **launch
@@ -827,6 +827,7 @@ def _term_gradient(call: _Call, group: _Group) -> tuple[torch.Tensor, tuple[int,
 
 def _add_term_gradient(call: _Call, group: _Group, dterm: torch.Tensor, grad_asked: torch.Tensor, grad_table):
     """The products' gradient (GROUP, rows, T, R) brought to their factors: two matrix products of torch."""
+    assert call.x.asked is not None and call.x.table is not None  # else there are no products
     rows, heads = (slice(x.start, x.stop) for x in group)
     dterm = dterm.flatten(1, 2)[..., : call.r]  # (GROUP, rows T, R)
     asked = call.x.asked[rows, heads].transpose(0, 1).reshape(len(group.heads), -1, call.d)

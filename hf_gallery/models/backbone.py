@@ -62,9 +62,11 @@ class LayerResults:
 class Backbone(GalleryPreTrainedModel):
     """Layers under embeddings. `__init__` of a variant makes embed_tokens and layers."""
 
-    _auto_class = "AutoModel"
+    _auto_class: Any = "AutoModel"  # transformers annotates its default, None
     output_type: type = BaseModelOutputWithPast
     gradient_checkpointing = False
+    embed_tokens: nn.Module
+    layers: nn.ModuleList
     causal = True  # a query sees nothing after it; an encoder keeps no cache
     embeds_positions = False  # else position_ids must say where the tokens stand anyway
     prefix = ""  # of its arguments' names, in messages

@@ -10,12 +10,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .attention_problem import Position, compute_dtype
 from .context import ForwardContext
 from .positions import t5_buckets
+from .states import LayerOutput, State
 
 
 class ResidualLayer(GradientCheckpointingLayer):
     """A layer with `dropout`, and `pre`: whether norms stand before its parts or after the sums."""
 
     pre: bool
+    dropout: nn.Module
 
     def add(self, x: torch.Tensor, y: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         """The sum of x and what a part has made of it, (B, T, E) each."""
@@ -27,11 +29,17 @@ class PreNormLayer(GradientCheckpointingLayer):
     """A layer as google-research/meliad has it (transformer/transformer_layer.py): self_attn and feed_forward on what
     their norms give, dropout before the one and after the other."""
 
-    def forward(self, x, context: ForwardContext, state: dict):
+    self_attn: nn.Module
+    self_attn_norm: nn.Module
+    feed_forward: nn.Module
+    feed_forward_norm: nn.Module
+    dropout: nn.Module
+
+    def forward(self, x: torch.Tensor, context: ForwardContext, state: State) -> LayerOutput:
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
-        y, state, probabilities = self.self_attn(self.dropout(self.self_attn_norm(x)), context, state)
+        y, new, probabilities = self.self_attn(self.dropout(self.self_attn_norm(x)), context, state)
         x = x + y
-        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), state, probabilities
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x))), new, probabilities
 
 
 class FeedForward(nn.Module):

@@ -211,8 +211,8 @@ class CacheHeader:
         fits = all(i < len(self.history) and shape == (rows[0], self.history[i]) for i, shape in masks.items())
         if not fits or sum(self.history) > self.columns or self.columns > _MOST or 0 in self.history:
             raise self.wrong("its history is of other columns than its own")
-        wanted = None if self.weights is None else (len(self.weights[0]), NUMBERS)
-        if self.shapes.get("weights") != wanted:
+        sample = None if self.weights is None else (len(self.weights[0]), NUMBERS)
+        if self.shapes.get("weights") != sample:
             raise self.wrong("its sample of weights has no numbers, or no names")
 
     def _kind(self, parts: tuple[str, ...]) -> type[Kept]:

@@ -182,7 +182,7 @@ def find_documents(
             f"position_ids start again in the midst of a document of {other}; they must agree in where documents begin"
         )
     fresh = torch.zeros(rows.batch, dtype=torch.bool)
-    if by_position is not None:
+    if by_position is not None and positions is not None:
         fresh[row[leads]] = positions[leads] == 0
     documents = Documents(rows, starts, fresh)
     if counted and positions is not None and not torch.equal(positions, documents.positions):

@@ -79,6 +79,7 @@ def name_causal(kind: type):
 class CausalLMHead(GalleryGenerationMixin):
     """Next-token prediction: `lm_head` on every hidden state."""
 
+    _auto_class = "AutoModelForCausalLM"
     output_type = CausalLMOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForCausalLM"
 
@@ -89,16 +90,16 @@ class CausalLMHead(GalleryGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """Arguments as in the bare model. labels (B, T) are shifted inside, as in transformers; shift_labels (B, T),
@@ -121,6 +122,7 @@ class CausalLMHead(GalleryGenerationMixin):
         if not getattr(self.config, "type_vocab_size", None):
             kwargs.pop("token_type_ids", None)  # tokenizers give them unasked, and causal models leave them aside
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -143,8 +145,11 @@ class CausalLMHead(GalleryGenerationMixin):
 
     def logits_and_loss(self, hidden, labels, logits_to_keep, loss_arguments):
         """Logits (B, T, V) of hidden (B, T, E), and the loss if there are labels."""
+        learns = labels is not None or "shift_labels" in loss_arguments
+        if learns:
+            check_all_kept(logits_to_keep, hidden)
         logits = vocabulary_scores(self.lm_head, keep_logits(hidden, logits_to_keep))
-        if labels is None and "shift_labels" not in loss_arguments:
+        if not learns:
             return logits, None
         return logits, self.loss_function(
             logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
@@ -154,17 +159,18 @@ class CausalLMHead(GalleryGenerationMixin):
 class MaskedLMHead:
     """The token that belongs in each column: a dense map with norm, then `lm_head` (Devlin et al. 2018)."""
 
+    _auto_class = "AutoModelForMaskedLM"
     head_loss = "ForMaskedLM"
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **kwargs,
@@ -176,6 +182,7 @@ class MaskedLMHead:
         columns = input_ids if inputs_embeds is None else inputs_embeds
         labels = checked_labels("labels", labels, columns, self.config.vocab_size)
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -201,13 +208,14 @@ class MaskedLMHead:
 class SequenceClassificationHead:
     """A label for each row, from its last token; `pool` may say otherwise."""
 
+    _auto_class = "AutoModelForSequenceClassification"
     output_type = SequenceClassifierOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForSequenceClassification"
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
@@ -215,7 +223,7 @@ class SequenceClassificationHead:
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> SequenceClassifierOutputWithPast:
         """Arguments as in the bare model. labels (B,), or (B, num_labels) for several at once. num_items_in_batch: the
@@ -231,6 +239,7 @@ class SequenceClassificationHead:
         if labels is not None and columns is not None:
             check_count(labels, len(columns) if documents is None else len(documents), self.config)
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -257,17 +266,18 @@ class SequenceClassificationHead:
 class TokenClassificationHead:
     """A label for each token: dropout, then `classifier` on every hidden state."""
 
+    _auto_class = "AutoModelForTokenClassification"
     head_loss = "ForTokenClassification"
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         **kwargs,
     ) -> TokenClassifierOutput:
         """Arguments as in the bare model. labels (B, T), -100 to leave one out. logits (B, T, num_labels)."""
@@ -276,6 +286,7 @@ class TokenClassificationHead:
         columns = input_ids if inputs_embeds is None else inputs_embeds
         labels = checked_labels("labels", labels, columns, self.num_labels, "num_labels")
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -293,18 +304,19 @@ class TokenClassificationHead:
 class QuestionAnsweringHead:
     """Start and end of an answer in each row: `qa_outputs` on every hidden state."""
 
+    _auto_class = "AutoModelForQuestionAnswering"
     head_loss = "ForQuestionAnswering"
 
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.LongTensor | None = None,
-        end_positions: torch.LongTensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
         **kwargs,
     ) -> QuestionAnsweringModelOutput:
         """Arguments as in the bare model. start_positions, end_positions (B,): columns of the answer's first and last
@@ -327,7 +339,11 @@ class QuestionAnsweringHead:
             raise ValueError(f"{missing} is missing; give start_positions and end_positions for a loss, or neither")
         kwargs |= self.question_inputs(input_ids, attention_mask, documents, kwargs)
         outputs = self.model(
-            **own, token_type_ids=token_type_ids, position_ids=position_ids, **kwargs | {"use_cache": False}
+            return_dict=True,
+            **own,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            **kwargs | {"use_cache": False},
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
         if attention_mask is not None:  # no answer is there, and the others' probabilities are those of the row alone
@@ -353,6 +369,8 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
     """The target's next token from the source and the target so far: `lm_head` on the decoder's hidden states, and
     where config.final_logits_bias asks for it a bias on the logits."""
 
+    _auto_class = "AutoModelForSeq2SeqLM"
+
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
@@ -375,15 +393,15 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
     @can_return_tuple
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs=None,
         past_key_values=None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -401,7 +419,10 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
         decoded = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         labels = checked_labels("labels", labels, decoded, self.config.vocab_size)
         check_kept(logits_to_keep, decoded)
+        if labels is not None:
+            check_all_kept(logits_to_keep, decoded)
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
@@ -529,11 +550,17 @@ def checked_answers(
 
 
 def check_count(labels: torch.Tensor, count: int, config):
-    """Raises ValueError unless labels fit `count` texts: whole numbers (count,), or floating ones, for several classes
-    at once (count, num_labels) and for one value to be met (count,)."""
+    """Raises ValueError unless labels fit `count` texts and the loss that transformers takes for them: a class each,
+    in whole numbers (count,); several at once, floating (count, num_labels); values to be met (count, num_labels)."""
     floating, one = labels.is_floating_point(), config.num_labels == 1
-    fits = labels.shape == (count, config.num_labels) or (labels.shape == (count,) and (one or not floating))
-    if not fits or (floating and config.problem_type == "single_label_classification"):
+    each, several = labels.shape == (count,), labels.shape == (count, config.num_labels)
+    fits = {
+        "regression": several or (each and one),
+        "single_label_classification": each and not floating,
+        "multi_label_classification": several and floating,
+    }
+    chosen = "multi_label_classification" if floating else "single_label_classification"
+    if not fits[config.problem_type or ("regression" if one else chosen)]:
         raise ValueError(
             f"labels has type {labels.dtype} and shape {tuple(labels.shape)}; {count} texts need whole numbers "
             f"({count},) or, with several classes at once, a floating type ({count}, {config.num_labels}) and "
@@ -587,9 +614,19 @@ def vocabulary_scores(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.T
     return scores + (bias - lm_head(torch.zeros_like(hidden[:1, :1])))
 
 
+def check_all_kept(logits_to_keep, columns: torch.Tensor):
+    """Raises ValueError if logits_to_keep leaves out any of the columns (B, T, ...): a loss needs them all."""
+    t = columns.shape[1]
+    if not isinstance(logits_to_keep, int) or logits_to_keep not in (0, t):
+        raise ValueError(
+            f"logits_to_keep is {logits_to_keep}, and labels are given: a loss needs the logits of all {t} columns; "
+            "leave one of them out"
+        )
+
+
 def check_kept(logits_to_keep, columns: torch.Tensor | None):
     """Raises ValueError or TypeError unless logits_to_keep says which of the input's columns (B, T, ...) to keep."""
-    if not isinstance(columns, torch.Tensor) or columns.dim() < 2:
+    if not isinstance(columns, torch.Tensor) or columns.dim() < 2 or not columns.shape[1]:
         return  # what is wrong with them is said elsewhere
     t = columns.shape[1]
     if isinstance(logits_to_keep, int):

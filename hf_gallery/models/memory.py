@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from .attention_problem import compute_dtype
 from .exporting import is_exporting
 from .states import Folded
 
+faiss: Any
 try:
     import faiss
 except ImportError:  # only the faiss backends need it
@@ -58,7 +59,7 @@ def search_exact(query, keys, lower, upper, topk):
     scores, columns = [], []
     for first in range(0, t, height):
         some = slice(first, first + height)
-        best = None
+        best: Any = None
         for start in range(0, n, width):
             stop = min(start + width, n)
             tile = query[:, :, some] @ keys[:, :, start:stop].to(dtype).mT  # (B, H, height, width)
@@ -308,14 +309,18 @@ def retrieve(
             scores, pick = scores.sort(dim=-1, descending=True, stable=True)
             scores, columns = scores[..., :topk], columns.gather(-1, pick[..., :topk])
         found = scores > -math.inf
-        keys = values = None
+        picked_keys: Any = None
+        picked_values: Any = None
         for source_keys, source_values, start in parts:
             inside = (columns >= start) & (columns < start + source_keys.shape[2])
             at = (columns - start).clamp(0, source_keys.shape[2] - 1)
             some_keys, some_values = (_pick_pairs(x, at) for x in (source_keys, source_values))
-            keys = some_keys if keys is None else torch.where(inside[..., None], some_keys, keys)
-            values = some_values if values is None else torch.where(inside[..., None], some_values, values)
-    return keys, values, found, columns
+            if picked_keys is None:
+                picked_keys, picked_values = some_keys, some_values
+            else:
+                picked_keys = torch.where(inside[..., None], some_keys, picked_keys)
+                picked_values = torch.where(inside[..., None], some_values, picked_values)
+    return picked_keys, picked_values, found, columns
 
 
 def _reach(lower, upper, n):
@@ -408,6 +413,7 @@ def append_to_ring(
     most = int(count.max())
     if most == 0:
         return ring
+    assert ring is not None  # with something to append `ring_with_room` makes one
     offset = torch.arange(most)
     kept = (offset < count[:, None]) & (offset >= count[:, None] - size)  # (B, most)
     row, column = kept.nonzero(as_tuple=True)

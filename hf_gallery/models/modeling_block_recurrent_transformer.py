@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import nn
@@ -252,7 +253,8 @@ class RecurrentState(nn.Module):
 def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
     """Attention of queries (B, H, any, D), their scale in them, over keys and values (B, H, Z, D) of state vectors."""
     everything = context.everything(query.shape[2], key.shape[2])
-    return attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
+    out = attend(query, key, value, everything, scale=1.0, implementation=context.implementation)
+    return cast(torch.Tensor, out)
 
 
 class GalleryBlockRecurrentTransformerAttention(nn.Module):
@@ -385,7 +387,7 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
 
     def _feed(self, context: Context, states: list[State]) -> Context:
         """Feedback: all layers of block j read the state that block j - 1 left in the recurrent one."""
-        recurrent = self.config.recurrent_layers[0]
+        recurrent = next(i for i, layer in enumerate(self.layers) if layer.self_attn.recurrent)
         # In a context of its own: a checkpointed layer computes it again, from what it was computed from.
         return replace(context, fed=self.layers[recurrent](None, context, states[recurrent]))
 
@@ -418,7 +420,6 @@ class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecu
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
@@ -442,8 +443,6 @@ class GalleryBlockRecurrentTransformerForSequenceClassification(
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__(config)

@@ -55,7 +55,7 @@ from .positions import sinusoids
 from .rows import Rows
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack, mark_branches
-from .states import Fixed, Places
+from .states import Fixed, LayerOutput, Places, State
 
 
 @dataclass(kw_only=True)
@@ -94,7 +94,7 @@ class GalleryLongformerAttention(nn.Module):
             self.position_bias = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))  # v of Transformer-XL
         self.dropout = AttentionDropout(config.attention_dropout)
 
-    def forward(self, x, context: Context, state: dict):
+    def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
         query, key, value = (split_heads(f(x), self.num_heads) for f in (self.q_proj, self.k_proj, self.v_proj))
         keys, values, new = context.extend(state, keys=key, values=value)  # (B, H, C + T, D)
@@ -243,12 +243,12 @@ class GalleryLongformerLayer(ResidualLayer):
         self.dropout = nn.Dropout(config.hidden_dropout)
         mark_branches([self.self_attn.o_proj, self.feed_forward.down_proj], config)
 
-    def forward(self, x, context: Context, state: dict):
+    def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
-        y, state, probabilities = self.self_attn(self.self_attn_norm(x) if self.pre else x, context, state)
+        y, new, probabilities = self.self_attn(self.self_attn_norm(x) if self.pre else x, context, state)
         x = self.add(x, y, self.self_attn_norm)
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
-        return self.add(x, y, self.feed_forward_norm), state, probabilities
+        return self.add(x, y, self.feed_forward_norm), new, probabilities
 
 
 class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
@@ -328,6 +328,12 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
             raise ValueError(
                 f"global_attention_mask has shape {shape}; it must be ({b}, {t}){also}, 1 at global tokens"
             )
+        if bool(((global_attention_mask != 0) & (global_attention_mask != 1)).any()):
+            low, high = global_attention_mask.min().item(), global_attention_mask.max().item()
+            raise ValueError(
+                f"global_attention_mask holds values from {low} to {high}; it must hold 1 at global tokens and 0 at "
+                "others"
+            )
 
     def tables_follow(self):
         return [layer.self_attn.r_proj for layer in self.layers if layer.self_attn.relative]
@@ -383,7 +389,6 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GalleryLongformerConfig):
@@ -432,7 +437,6 @@ class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedMode
     torch.Size([1, 15, 262])
     """
 
-    _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: GalleryLongformerConfig):
@@ -457,8 +461,6 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
@@ -498,8 +500,6 @@ class GalleryLongformerForTokenClassification(TokenClassificationHead, GalleryLo
     torch.Size([1, 15, 2])
     """
 
-    _auto_class = "AutoModelForTokenClassification"
-
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
         self.num_labels = config.num_labels
@@ -523,8 +523,6 @@ class GalleryLongformerForQuestionAnswering(QuestionAnsweringHead, GalleryLongfo
     >>> model(torch.tensor([ids])).start_logits.shape
     torch.Size([1, 21])
     """
-
-    _auto_class = "AutoModelForQuestionAnswering"
 
     def __init__(self, config: GalleryLongformerConfig):
         config.check_ids("sep_token_id")

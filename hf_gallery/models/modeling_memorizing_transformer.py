@@ -125,7 +125,7 @@ class Context(ForwardContext):
 
 
 class MemoryIntervals:
-    """Where the memory of each query lies, the same in all memory layers.
+    """Places of the memory of each query, the same in all memory layers.
 
     The memory of a query in the segment that begins at s is the positions [s - memory_size, s). Those that earlier
     forwards have stored are in the ring, those of segments that ended since are in the columns [cached | new]:
@@ -408,7 +408,6 @@ class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTra
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
     output_type = MemorizingCausalLMOutput
 
@@ -434,7 +433,6 @@ class GalleryMemorizingTransformerForSequenceClassification(
     torch.Size([1, 2])
     """
 
-    _auto_class = "AutoModelForSequenceClassification"
     output_type = MemorizingSequenceClassifierOutput
 
     def __init__(self, config: GalleryMemorizingTransformerConfig):

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -54,7 +55,7 @@ from .modeling_base import (
 from .rows import Rows
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack, mark_branches
-from .states import Fixed
+from .states import Fixed, State
 
 
 @dataclass(kw_only=True)
@@ -110,7 +111,7 @@ class GalleryTransformerLayer(ResidualLayer):
         )
         mark_branches(ends, config)
 
-    def forward(self, x, context: Context, state: dict, source=None):
+    def forward(self, x: torch.Tensor, context: Context, state: State, source: torch.Tensor | None = None):
         """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, own and cross attentions."""
         y = self.self_attn_norm(x) if self.pre else x
         key, value = self.self_attn.keys_values(y)
@@ -213,6 +214,11 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
         elif encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_outputs, or a cache that holds their keys; got neither")
         else:
+            if encoder_hidden_states.dim() != 3:
+                raise ValueError(
+                    f"encoder_outputs have shape {tuple(encoder_hidden_states.shape)}; they must be (batch, tokens, "
+                    "hidden_size)"
+                )
             s = encoder_hidden_states.shape[1]
             if encoder_hidden_states.shape[0] != b:
                 raise ValueError(
@@ -244,7 +250,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
     torch.Size([1, 15, 32])
     """
 
-    _auto_class = "AutoModel"
+    _auto_class: Any = "AutoModel"
 
     def __init__(self, config: GalleryTransformerConfig):
         super().__init__(config)
@@ -310,6 +316,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         check_arguments(self, kwargs, self.arguments())
         if not self.config.is_encoder_decoder:
             return self.stack(
+                return_dict=True,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -333,10 +340,17 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         read = encoder_outputs is not None or "source_length" in getattr(past_key_values, "rows", {})
         if not read:
             encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **flags
+                return_dict=True,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                **flags,
             )
+        if isinstance(encoder_outputs, torch.Tensor):
+            raise TypeError("encoder_outputs is a Tensor; give what get_encoder() returns, or (hidden states,)")
         source = None if encoder_outputs is None else encoder_outputs[0]
         decoded = self.decoder(
+            return_dict=True,
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             past_key_values=past_key_values,
@@ -376,7 +390,6 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):
@@ -399,7 +412,6 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 15, 262])
     """
 
-    _auto_class = "AutoModelForMaskedLM"
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):
@@ -425,8 +437,6 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryTransformerConfig):
         one_stack(config, "GalleryTransformerForSequenceClassification")
@@ -458,7 +468,6 @@ class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, Gall
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForSeq2SeqLM"
     _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
 
     def __init__(self, config: GalleryTransformerConfig):

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +45,7 @@ from .positions import sinusoids
 from .rows import Rows
 from .segments import Parts, attend_segments, segment_spans
 from .spans import Spans
+from .states import LayerOutput, State
 
 
 @dataclass(kw_only=True)
@@ -117,7 +119,7 @@ class GalleryTransformerXLLayer(ResidualLayer):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x, context: Context, state: dict):
+    def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
         y = self._attention_input(x)
         own = self.self_attn.keys_values(y)
@@ -215,7 +217,7 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         """PEFT's prompt tuning finds an adaptive embedding by this name, and tables by their size."""
         if not is_adaptive(self.config):
             raise AttributeError(f"{type(self).__name__} has no attribute 'embeddings'")
-        words: nn.Module = self.base_model.embed_tokens
+        words: Any = self.base_model.embed_tokens
         return nn.ModuleDict({"word_embeddings": words})
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
@@ -229,7 +231,7 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
                 f"the new vocabulary has {size} tokens, and the last cluster begins at {last}; more than that must "
                 "stay"
             )
-        table = embedding.tables[-1]
+        table: Any = embedding.tables[-1]
         words = table.num_embeddings + size - embedding.num_embeddings
         self._resize_table(table.weight, words, mean_resizing)
         table.num_embeddings, embedding.ends[-1] = words, size
@@ -286,10 +288,8 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         if config.initial_memory == "zeros":
             start, least = self._start(rows, cached), -config.mem_len
             cached = cached if start is None else start.shape[1]
-        spans, parts = segment_spans(
-            rows, cached, segment_length=config.segment_length, mem_len=config.mem_len,
-            same_length=config.same_length, least=least,
-        )  # fmt: skip
+        sizes = {name: getattr(config, name) for name in ("segment_length", "mem_len", "same_length")}
+        spans, parts = segment_spans(rows, cached, **sizes, least=least)
         farthest, tables = max(0, spans.distances(cached)[1]), common.tables
         if tables is not None:
             farthest = config.cache_capacity  # one table for all forwards to come
@@ -338,8 +338,6 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
     torch.Size([1, 4, 262])
     """
 
-    _auto_class = "AutoModelForCausalLM"
-
     def __init__(self, config: GalleryTransformerXLConfig):
         super().__init__(config)
         self.model = GalleryTransformerXLModel(config)
@@ -382,8 +380,6 @@ class GalleryTransformerXLForSequenceClassification(SequenceClassificationHead, 
     >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
     torch.Size([1, 2])
     """
-
-    _auto_class = "AutoModelForSequenceClassification"
 
     def __init__(self, config: GalleryTransformerXLConfig):
         super().__init__(config)
