@@ -98,6 +98,11 @@ class GalleryCache(Cache):
 
     def __init__(self, config):
         super().__init__(layers=[])
+        if not hasattr(config, "cache_capacity") and not isinstance(config, MadeFor):
+            raise TypeError(
+                f"config is a {type(config).__name__}; give the configuration of a gallery model, "
+                "GalleryCache(model.config)"
+            )
         made_for = config if isinstance(config, MadeFor) else MadeFor(cache_identity(config), config.cache_capacity)
         self.identity = made_for.identity
         self.capacity = made_for.capacity  # columns of time that a layer keeps; None = all

@@ -143,8 +143,11 @@ class CausalLMHead(GalleryGenerationMixin):
 
     def logits_and_loss(self, hidden, labels, logits_to_keep, loss_arguments):
         """Logits (B, T, V) of hidden (B, T, E), and the loss if there are labels."""
+        learns = labels is not None or "shift_labels" in loss_arguments
+        if learns:
+            check_all_kept(logits_to_keep, hidden)
         logits = vocabulary_scores(self.lm_head, keep_logits(hidden, logits_to_keep))
-        if labels is None and "shift_labels" not in loss_arguments:
+        if not learns:
             return logits, None
         return logits, self.loss_function(
             logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_arguments
@@ -407,6 +410,8 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
         decoded = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
         labels = checked_labels("labels", labels, decoded, self.config.vocab_size)
         check_kept(logits_to_keep, decoded)
+        if labels is not None:
+            check_all_kept(logits_to_keep, decoded)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -535,11 +540,17 @@ def checked_answers(
 
 
 def check_count(labels: torch.Tensor, count: int, config):
-    """Raises ValueError unless labels fit `count` texts: whole numbers (count,), or floating ones, for several classes
-    at once (count, num_labels) and for one value to be met (count,)."""
+    """Raises ValueError unless labels fit `count` texts and the loss that transformers takes for them: a class each,
+    in whole numbers (count,); several at once, floating (count, num_labels); values to be met (count, num_labels)."""
     floating, one = labels.is_floating_point(), config.num_labels == 1
-    fits = labels.shape == (count, config.num_labels) or (labels.shape == (count,) and (one or not floating))
-    if not fits or (floating and config.problem_type == "single_label_classification"):
+    each, several = labels.shape == (count,), labels.shape == (count, config.num_labels)
+    fits = {
+        "regression": several or (each and one),
+        "single_label_classification": each and not floating,
+        "multi_label_classification": several and floating,
+    }
+    chosen = "multi_label_classification" if floating else "single_label_classification"
+    if not fits[config.problem_type or ("regression" if one else chosen)]:
         raise ValueError(
             f"labels has type {labels.dtype} and shape {tuple(labels.shape)}; {count} texts need whole numbers "
             f"({count},) or, with several classes at once, a floating type ({count}, {config.num_labels}) and "
@@ -591,9 +602,19 @@ def vocabulary_scores(lm_head: torch.nn.Module, hidden: torch.Tensor) -> torch.T
     return scores + (bias - lm_head(torch.zeros_like(hidden[:1, :1])))
 
 
+def check_all_kept(logits_to_keep, columns: torch.Tensor):
+    """Raises ValueError if logits_to_keep leaves out any of the columns (B, T, ...): a loss needs them all."""
+    t = columns.shape[1]
+    if not isinstance(logits_to_keep, int) or logits_to_keep not in (0, t):
+        raise ValueError(
+            f"logits_to_keep is {logits_to_keep}, and labels are given: a loss needs the logits of all {t} columns; "
+            "leave one of them out"
+        )
+
+
 def check_kept(logits_to_keep, columns: torch.Tensor | None):
     """Raises ValueError or TypeError unless logits_to_keep says which of the input's columns (B, T, ...) to keep."""
-    if not isinstance(columns, torch.Tensor) or columns.dim() < 2:
+    if not isinstance(columns, torch.Tensor) or columns.dim() < 2 or not columns.shape[1]:
         return  # what is wrong with them is said elsewhere
     t = columns.shape[1]
     if isinstance(logits_to_keep, int):

@@ -215,7 +215,8 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """The mask of the new columns, (B, T) of booleans; None where all are tokens."""
         if mask is None:
             return None
-        check_tensors({name: mask})
+        if not isinstance(mask, torch.Tensor):
+            raise TypeError(f"{name} is a {type(mask).__name__}; give a tensor, torch.as_tensor({name})")
         past = 0 if cache is None else cache.columns
         if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] not in (t, past + t):
             also = f" or ({b}, {past + t})" if past else ""

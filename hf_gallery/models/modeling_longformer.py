@@ -323,6 +323,12 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
             raise ValueError(
                 f"global_attention_mask has shape {shape}; it must be ({b}, {t}){also}, 1 at global tokens"
             )
+        if bool(((global_attention_mask != 0) & (global_attention_mask != 1)).any()):
+            low, high = global_attention_mask.min().item(), global_attention_mask.max().item()
+            raise ValueError(
+                f"global_attention_mask holds values from {low} to {high}; it must hold 1 at global tokens and 0 at "
+                "others"
+            )
 
     def tables_follow(self):
         return [layer.self_attn.r_proj for layer in self.layers if layer.self_attn.relative]

@@ -213,6 +213,11 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
         elif encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_outputs, or a cache that holds their keys; got neither")
         else:
+            if encoder_hidden_states.dim() != 3:
+                raise ValueError(
+                    f"encoder_outputs have shape {tuple(encoder_hidden_states.shape)}; they must be (batch, tokens, "
+                    "hidden_size)"
+                )
             s = encoder_hidden_states.shape[1]
             if encoder_hidden_states.shape[0] != b:
                 raise ValueError(
@@ -335,6 +340,8 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **flags
             )
+        if isinstance(encoder_outputs, torch.Tensor):
+            raise TypeError("encoder_outputs is a Tensor; give what get_encoder() returns, or (hidden states,)")
         source = None if encoder_outputs is None else encoder_outputs[0]
         decoded = self.decoder(
             input_ids=decoder_input_ids,

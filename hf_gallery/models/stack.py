@@ -78,6 +78,8 @@ class AbsoluteEmbeddings:
         if token_type_ids is not None:
             if not config.type_vocab_size:
                 raise ValueError("token_type_ids are given, but type_vocab_size is 0; leave them out")
+            if token_type_ids.dtype not in (torch.long, torch.int):
+                raise ValueError(f"token_type_ids has type {token_type_ids.dtype}; it must be torch.long or torch.int")
             low, high = (int(x) for x in token_type_ids.aminmax())
             if token_type_ids.shape != (b, t) or low < 0 or high >= config.type_vocab_size:
                 raise ValueError(

@@ -7,7 +7,7 @@ import logging
 import pytest
 import torch
 from test_law_6_layers_pure import assert_unchanged, snapshot
-from transformers import AutoModel, DynamicCache, PreTrainedModel
+from transformers import AutoModel, DynamicCache, LlamaConfig, PreTrainedModel
 from variants import VARIANTS, VOCAB, assert_equal, causal, over, result_of, runner, streams, words
 
 import hf_gallery as gallery
@@ -223,6 +223,10 @@ def test_bad_input_of_the_encoder_decoder():
         model(source, decoder_input_ids=torch.full((2, 6), VOCAB))
     with pytest.raises(ValueError, match=r"encoder_outputs.*\b29\b.*\b30\b"):
         model(encoder_outputs=(encoded[0][..., :29],), decoder_input_ids=target)
+    with pytest.raises(TypeError, match="encoder_outputs is a Tensor"):
+        model(encoder_outputs=encoded[0], decoder_input_ids=target)
+    with pytest.raises(ValueError, match=r"encoder_outputs have shape \(2, 30\)"):
+        model(encoder_outputs=(encoded[0][:, 0],), decoder_input_ids=target)
     with pytest.raises(ValueError, match="position_ids.*encoder-decoder"):
         model.model(source, decoder_input_ids=target, position_ids=torch.arange(9)[None])
     with pytest.raises(ValueError, match=r"encoder_outputs.*\b2\b.*\b3\b"):
@@ -253,6 +257,8 @@ def test_position_ids_and_token_types():
         model(ids, token_type_ids=torch.full((2, 6), -1))
     with pytest.raises(ValueError, match=r"token_type_ids.*\(2, 5\)"):
         model(ids, token_type_ids=torch.zeros(2, 5, dtype=torch.long))
+    with pytest.raises(ValueError, match="token_type_ids.*float32"):
+        model(ids, token_type_ids=torch.zeros(2, 6))
     with pytest.raises(ValueError, match="token_type_ids.*type_vocab_size"):
         VARIANTS[0].make("encoder")(ids, token_type_ids=torch.zeros(2, 6, dtype=torch.long))
 
@@ -566,9 +572,18 @@ def test_types_of_classes(variant, head):
         (labels.tolist(), TypeError, "labels is a list"),
         (labels[:1], ValueError, r"labels.*\(1,\).*\(2,\)"),
         (labels.float(), ValueError, r"labels.*float32.*\(2,\).*\(2, 3\)"),
+        (torch.ones(2, 3).long(), ValueError, r"labels.*int64.*\(2, 3\).*\(2,\)"),
     ):
         with pytest.raises(error, match=message):
             run.model(ids, labels=wrong)
+    several = runner(variant, head, num_labels=3, problem_type="multi_label_classification").model
+    values = runner(variant, head, num_labels=3, problem_type="regression").model
+    for model in (several, values):
+        assert model(ids, labels=torch.ones(2, 3)).loss.isfinite()
+        with pytest.raises(ValueError, match=r"labels.*int64.*\(2,\)"):
+            model(ids, labels=labels)
+    with pytest.raises(ValueError, match=r"labels.*int64.*a floating type \(2, 3\)"):
+        several(ids, labels=torch.ones(2, 3).long())
 
 
 @over()
@@ -577,7 +592,8 @@ def test_lists_and_arrays(variant, head):
     run = runner(variant, head)
     arguments = run.inputs(words(2, 6), torch.ones(2, 6, dtype=torch.long))
     for name, value in arguments.items():
-        for wrong, kind in ((value.tolist(), "list"), (value.numpy(), "ndarray")):
+        odd = [("ids", "str"), ({"full_attention": None}, "dict")] if "mask" in name else [("ids", "str")]
+        for wrong, kind in ((value.tolist(), "list"), (value.numpy(), "ndarray"), *odd):
             with pytest.raises(TypeError, match=f"{name} is a {kind}"):
                 run.model(**arguments | {name: wrong})
 
@@ -602,6 +618,35 @@ def test_logits_to_keep(variant, head):
     ):
         with pytest.raises(error, match=message):
             run.model(**arguments, logits_to_keep=wrong)
+    labels = words(2, 6)
+    assert torch.equal(
+        run.model(**arguments, labels=labels, logits_to_keep=6).loss, run.model(**arguments, labels=labels).loss
+    )
+    for wrong in () if variant.settings.get("cutoffs") else (3, torch.arange(6)):  # whose loss scores by itself
+        with pytest.raises(ValueError, match="logits_to_keep is .*labels are given.*all 6 columns"):
+            run.model(**arguments, labels=labels, logits_to_keep=wrong)
+
+
+@over(lambda variant, head: variant.config.model_type == "gallery_longformer")
+def test_global_tokens_are_marked_by_ones(variant, head):
+    run = runner(variant, head)
+    inputs = run.inputs(words(2, 6))
+    for wrong in (2, -1, 0.5, torch.nan):
+        mask = torch.zeros(2, 6)
+        mask[0, 2] = wrong
+        with pytest.raises(ValueError, match="global_attention_mask holds values from .* 1 at global tokens"):
+            run.model(**inputs, global_attention_mask=mask)
+    ones = torch.zeros(2, 6, dtype=torch.long)
+    ones[:, 2] = 1
+    expected = result_of(run.model(**inputs, global_attention_mask=ones))
+    for mask in (ones.float(), ones == 1, ones.int()):
+        assert torch.equal(result_of(run.model(**inputs, global_attention_mask=mask)), expected)
+
+
+@pytest.mark.parametrize("config", [None, "transformer", LlamaConfig()], ids=["None", "a name", "Llama's"])
+def test_a_cache_of_no_gallery_model(config):
+    with pytest.raises(TypeError, match=r"config is a .*give the configuration of a gallery model"):
+        GalleryCache(config)
 
 
 LAYING = {
