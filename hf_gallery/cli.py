@@ -199,6 +199,7 @@ def train(
 def _model_to_train(model: str, settings: list[str], revision: str | None) -> tuple[Any, Any]:
     """A new small model of a variant with the byte tokenizer, or a saved one with its own."""
     from .data import byte_tokenizer
+    from .models.configuration_base import UNLIMITED
     from .opening import open_causal
     from .variants import VARIANTS
 
@@ -208,6 +209,8 @@ def _model_to_train(model: str, settings: list[str], revision: str | None) -> tu
             raise ValueError(f"--revision is {revision!r}, but {model} is a new model; revisions are the Hub's")
         tokenizer = byte_tokenizer()
         config = VARIANTS[model].make_config(**{"vocab_size": len(tokenizer)} | arguments)
+        if config.n_positions < UNLIMITED:  # a table of positions may be longer than the input that it has room for
+            tokenizer.model_max_length = config.n_positions
         return VARIANTS[model].causal(config), tokenizer
     if not Path(model).exists() and "/" not in model:
         near = difflib.get_close_matches(model, VARIANTS, n=1)

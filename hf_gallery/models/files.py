@@ -13,13 +13,14 @@ from pathlib import Path
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """A new file to write, which takes the place of `path` when the block ends well, and goes when it does not.
 
-    A reader, or a kill, sees the old file or the new one, never a part. Who may read it is what the umask says, as for
-    any file that is made.
+    A reader, or a kill, sees the old file or the new one, never a part. As with any file that is written, a new one
+    may be read by whom the umask says, an old one by whom it could be read before, and where `path` is a link the
+    file that it leads to is replaced.
     """
-    path = Path(path)
-    beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    path = Path(os.path.realpath(path))
+    beside = path.with_name(f".{path.name[:50]}.{uuid.uuid4().hex}.part")
     os.close(os.open(beside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-    mode = beside.stat().st_mode
+    mode = (path if path.exists() else beside).stat().st_mode
     try:
         yield beside
         os.chmod(beside, mode)  # safetensors makes a file of its own there, and keeps it to itself

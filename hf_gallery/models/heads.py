@@ -121,6 +121,7 @@ class CausalLMHead(GalleryGenerationMixin):
         if not getattr(self.config, "type_vocab_size", None):
             kwargs.pop("token_type_ids", None)  # tokenizers give them unasked, and causal models leave them aside
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -180,6 +181,7 @@ class MaskedLMHead:
         columns = input_ids if inputs_embeds is None else inputs_embeds
         labels = checked_labels("labels", labels, columns, self.config.vocab_size)
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -236,6 +238,7 @@ class SequenceClassificationHead:
         if labels is not None and columns is not None:
             check_count(labels, len(columns) if documents is None else len(documents), self.config)
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
@@ -282,6 +285,7 @@ class TokenClassificationHead:
         columns = input_ids if inputs_embeds is None else inputs_embeds
         labels = checked_labels("labels", labels, columns, self.num_labels, "num_labels")
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             token_type_ids=token_type_ids,
@@ -334,7 +338,11 @@ class QuestionAnsweringHead:
             raise ValueError(f"{missing} is missing; give start_positions and end_positions for a loss, or neither")
         kwargs |= self.question_inputs(input_ids, attention_mask, documents, kwargs)
         outputs = self.model(
-            **own, token_type_ids=token_type_ids, position_ids=position_ids, **kwargs | {"use_cache": False}
+            return_dict=True,
+            **own,
+            token_type_ids=token_type_ids,
+            position_ids=position_ids,
+            **kwargs | {"use_cache": False},
         )
         logits = self.qa_outputs(outputs.last_hidden_state)  # (B, T, 2)
         if attention_mask is not None:  # no answer is there, and the others' probabilities are those of the row alone
@@ -413,6 +421,7 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
         if labels is not None:
             check_all_kept(logits_to_keep, decoded)
         outputs = self.model(
+            return_dict=True,
             input_ids=input_ids,
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,

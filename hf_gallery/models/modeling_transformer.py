@@ -315,6 +315,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         check_arguments(self, kwargs, self.arguments())
         if not self.config.is_encoder_decoder:
             return self.stack(
+                return_dict=True,
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -338,12 +339,17 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
         read = encoder_outputs is not None or "source_length" in getattr(past_key_values, "rows", {})
         if not read:
             encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **flags
+                return_dict=True,
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                inputs_embeds=inputs_embeds,
+                **flags,
             )
         if isinstance(encoder_outputs, torch.Tensor):
             raise TypeError("encoder_outputs is a Tensor; give what get_encoder() returns, or (hidden states,)")
         source = None if encoder_outputs is None else encoder_outputs[0]
         decoded = self.decoder(
+            return_dict=True,
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             past_key_values=past_key_values,

@@ -105,24 +105,26 @@ class WeightSample:
         """The first weight by which two models differ; None if none is found.
 
         The same weights in another floating type are the same; weights that could not be read (offloaded ones) are
-        left out.
+        left out, and so are rows of a table that one of the two does not have.
         """
-        for name, twin in zip(self.names, other.names, strict=False):
-            if name != twin:
-                return min(name, twin)
-        if len(self.names) != len(other.names):
-            return max(self.names, other.names, key=len)[min(len(self.names), len(other.names))]
-        for i, name in enumerate(self.names):
-            a, b = self.numbers[i], other.numbers[i]
-            if UNREAD in (self.types[i], other.types[i]):
-                continue
-            if self.types[i] == other.types[i]:
-                same = torch.equal(a.nan_to_num(), b.nan_to_num())
-            else:
-                coarse = max(_EPSILON.get(self.types[i], 1.0), _EPSILON.get(other.types[i], 1.0))
-                same = torch.allclose(a, b, rtol=coarse, atol=1e-7, equal_nan=True)
-            if not same:
+        places = {name: i for i, name in enumerate(other.names)}
+        for name in (*self.names, *other.names):
+            if _whole(name) == name and (name in places) != (name in self.names):
                 return name
+        for i, name in enumerate(self.names):
+            k = places.get(name)
+            if k is None or UNREAD in (self.types[i], other.types[k]):
+                continue
+            a, b = self.numbers[i], other.numbers[k]
+            if self.types[i] != other.types[k]:
+                coarse = max(_EPSILON.get(self.types[i], 1.0), _EPSILON.get(other.types[k], 1.0))
+                same = _whole(name) != name or torch.allclose(a, b, rtol=coarse, atol=1e-7, equal_nan=True)
+            elif _whole(name) != name:  # sums, which another device may add up in another order
+                same = torch.allclose(a, b, rtol=1e-5, atol=1e-7, equal_nan=True)
+            else:
+                same = torch.equal(a.nan_to_num(), b.nan_to_num())
+            if not same:
+                return _whole(name)
         return None
 
 
@@ -134,24 +136,38 @@ _EPSILON = {str(t): torch.finfo(t).eps for t in (torch.float64, torch.float32, t
 def sample_weights(model: nn.Module) -> WeightSample:
     """Numbers of all weights that decide what the model computes: adapters that are switched off do not.
 
-    Of a table of embeddings only the first row counts, so that a vocabulary may grow.
+    Of a table of embeddings, which may have been trained in any of its rows, the first row's, and sums over the rows
+    1, 2 and 3, 4 to 7, and so on, under names like "embed_tokens.weight[4:8]": a vocabulary that grows keeps them.
     """
-    names, types, numbers = [], [], []
+    names: list[str] = []
+    types: list[str] = []
+    numbers: list[torch.Tensor] = []
+
+    def add(name: str, kind: str, x: torch.Tensor):
+        names.append(name)
+        types.append(kind)
+        numbers.append(x)
+
     for prefix, module in _deciding(model):
-        for name, x in module._parameters.items():
+        for own, x in module._parameters.items():
             if x is None:
                 continue
-            names.append(f"{prefix}.{name}".lstrip("."))
+            name = f"{prefix}.{own}".lstrip(".")
             x = x.detach()
             if type(x) is not torch.Tensor and hasattr(x, "dequantize"):
                 x = x.dequantize()
-            types.append(UNREAD if x.is_meta or not x.numel() else str(x.dtype))
-            if types[-1] == UNREAD:
-                numbers.append(torch.full((NUMBERS,), torch.nan))
+            if x.is_meta or not x.numel():
+                add(name, UNREAD, torch.full((NUMBERS,), torch.nan))
                 continue
-            x = (x[0] if isinstance(module, nn.Embedding) else x).reshape(-1)
-            at = torch.linspace(0, len(x) - 1, NUMBERS, dtype=torch.float64).long().to(x.device)
-            numbers.append(x[at].float())
+            kind = str(x.dtype)
+            is_table = isinstance(module, nn.Embedding)
+            first = (x[0] if is_table else x).reshape(-1)
+            add(name, kind, first[_spread(len(first)).to(x.device)].float())
+            if is_table and x.dim() == 2:
+                columns = x[:, _spread(x.shape[1]).to(x.device)].cpu().double()
+                for start, end in _doubling(len(x)):
+                    place = torch.arange(1, end - start + 1, dtype=torch.float64)  # rows that change places count too
+                    add(f"{name}[{start}:{end}]", kind, (columns[start:end] * place[:, None]).sum(0).float())
     by_device: dict[torch.device, list[int]] = {}
     for i, x in enumerate(numbers):
         by_device.setdefault(x.device, []).append(i)
@@ -159,6 +175,24 @@ def sample_weights(model: nn.Module) -> WeightSample:
     for places in by_device.values():  # one wait for each device, not one for each weight
         result[places] = torch.stack([numbers[i] for i in places]).cpu()
     return WeightSample(names, types, result)
+
+
+def _spread(count: int) -> torch.Tensor:
+    """NUMBERS places of [0, count), from the first to the last."""
+    return torch.linspace(0, count - 1, NUMBERS, dtype=torch.float64).long()
+
+
+def _doubling(rows: int):
+    """Borders of the rows 1; 2 and 3; 4 to 7; and so on, the last ones as many as are left."""
+    start = 1
+    while start < rows:
+        yield start, min(2 * start, rows)
+        start *= 2
+
+
+def _whole(name: str) -> str:
+    """The name of the weight that a sample's name is of."""
+    return name.split("[")[0]
 
 
 def _deciding(module: nn.Module, prefix: str = ""):

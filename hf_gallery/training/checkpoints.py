@@ -7,6 +7,7 @@ needs to go on bit for bit are there and read; what else stands in the folder do
     model.safetensors             or what stands for it, see WEIGHTS
     optimizer.pt, scheduler.pt    of all processes
     rng_state.pth                 or of several processes rng_state_RANK.pth
+    config.json and the like      those that are there
     lanes_RANK.json               position and setup of a process
     lanes_RANK.safetensors        its cache, if it had one
 """
@@ -63,6 +64,8 @@ def check_whole(folder: str | os.PathLike) -> None:
     """Raises NotWholeError unless a checkpoint of a SegmentTrainer is whole."""
     folder = Path(folder)
     _read(folder / TRAINER_STATE, lambda path: TrainerState.load_from_json(str(path)))
+    for path in sorted(folder.rglob("*.json")):
+        _read(path, _read_json)
     _one_of(folder, WEIGHTS, "weights")
     processes = read_lanes(folder, 0)["setup"]["world_size"]
     _one_of(folder, OPTIMIZER, "state of the optimizer")

@@ -264,6 +264,22 @@ def test_files_are_for_whom_the_umask_says(umask, tmp_path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_a_file_that_is_there_keeps_its_readers_and_a_link_its_place(tmp_path):
+    """As where a file is opened and written: nobody may read what was private, and a link leads to the new content."""
+    book, shelf = tmp_path / "book", tmp_path / "shelf"
+    shelf.mkdir()
+    saved(runner(VARIANTS[0], "causal"), shelf / "book")
+    size = (shelf / "book").stat().st_size
+    (shelf / "book").chmod(0o600)
+    book.symlink_to(shelf / "book")
+    (shelf / "book").write_text("old")
+    saved(runner(VARIANTS[0], "causal"), book)
+    assert book.is_symlink() and (shelf / "book").stat().st_size == size
+    assert (shelf / "book").stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in shelf.iterdir()) == ["book"]
+    saved(runner(VARIANTS[0], "causal"), shelf / ("x" * 250))  # the longest name has 255 letters
+
+
 def test_nobody_else_writes_by_hand():
     """Files are put in their place by one writer: no other module moves one over another."""
     root = Path(__file__).parents[2]

@@ -191,6 +191,25 @@ def test_an_adapter_makes_other_weights_while_it_is_on(variant, head, tmp_path):
             model(more, past_key_values=GalleryCache.load(tmp_path / "book"))
 
 
+@pytest.mark.parametrize("change", ["first", "one", "last", "swapped"])
+@causal_models
+def test_every_row_of_a_table_counts(variant, head, change, tmp_path):
+    """Tokens that were read had the rows of another embedding, say one whose new tokens have been trained since."""
+    run = runner(variant, head)
+    with torch.no_grad():
+        _, cache = run(words(2, 9))
+        cache.save(tmp_path / "book")
+        table = next(
+            m for m in run.model.modules() if isinstance(m, torch.nn.Embedding) and m.num_embeddings > 8
+        ).weight
+        if change == "swapped":
+            table[[5, 6]] = table[[6, 5]]
+        else:
+            table[{"first": 1, "one": 6, "last": -1}[change]] += 0.01
+        with pytest.raises(ValueError, match="other weights .*differs"):
+            run(words(2, 3, seed=1), cache=GalleryCache.load(tmp_path / "book"))
+
+
 def test_a_grown_vocabulary_is_no_other_model(tmp_path):
     from variants import VARIANTS
 

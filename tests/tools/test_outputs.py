@@ -41,6 +41,19 @@ def test_what_the_config_asks_for_is_returned(variant, head, kind, tmp_path):
             assert not fields(model(**inputs, **{name: False}), kind)
 
 
+@over()
+def test_a_config_that_asks_for_tuples_gets_them(variant, head):
+    """Of the whole output; Llama hands the setting on to its inner model and fails on what comes back."""
+    run = runner(variant, head)
+    inputs = run.inputs(words(2, 9))
+    expected = run.model(**inputs).to_tuple()
+    run.model.config.return_dict = False
+    found = run.model(**inputs)
+    assert type(found) is tuple and len(found) == len(expected)
+    assert torch.equal(found[0], expected[0])
+    assert run.model(**inputs, return_dict=True).to_tuple()[0].equal(expected[0])
+
+
 @pytest.mark.parametrize("padding", [False, True], ids=["no padding", "padding"])
 @over(lambda variant, head: not head.source and not variant.settings.get("feedback"))
 def test_gradients_are_retained_on_hidden_states(variant, head, padding):

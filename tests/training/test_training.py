@@ -437,6 +437,16 @@ def test_a_checkpoint_that_is_not_whole_is_refused_or_passed_over(two_checkpoint
     assert_same(weights(resumed.model), ended)
 
 
+@pytest.mark.parametrize("kind", ["empty", "half", "zeros"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_a_checkpoint_whose_settings_do_not_read_is_not_whole(two_checkpoints, name, kind, tmp_path):
+    """Trainer reads a model's config where it resumes."""
+    newest = damaged(two_checkpoints[0], tmp_path, name, kind)
+    with pytest.raises(ValueError, match=f"a {name} that does not read .*give an earlier one"):
+        trainer(VARIANTS[0].make(), tmp_path).train(resume_from_checkpoint=str(newest))
+    assert newest_whole(tmp_path) == str(tmp_path / "checkpoint-2")
+
+
 @pytest.mark.parametrize("content", ["null", "[]", "{}", '{"position": 1, "setup": 2, "config": 3, "cache": 4}'])
 def test_lanes_that_say_something_else_are_not_read(two_checkpoints, content, tmp_path):
     newest = damaged(two_checkpoints[0], tmp_path, "lanes_0.json", "empty")
