@@ -118,7 +118,7 @@ def test_an_adapter_of_a_tied_embedding_merges_once_the_head_is_untied(variant, 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_an_adapter_of_llamas_tied_embedding_does_not_merge_either(kind):
-    """What the test above is held against; PEFT warns of it."""
+    """A model that the test above is held against; PEFT warns of it."""
     model = llama()
     adapted = trained(get_peft_model(model, adapter(kind, model)).eval())
     with torch.no_grad():
