@@ -77,7 +77,7 @@ def _recall(results: dict[str, Any], entries: Entries) -> list[Plot]:
 
 
 def _drawn(results: dict[str, Any]) -> str:
-    """How the intervals of recall were found."""
+    """Tells how the intervals of recall were found."""
     scores = (score for entry in results["summary"].values() for score in entry.get("recall", {}).values())
     units = {answers(score).unit for score in scores}
     return "Wilson, by question" if QUESTION in units else "examples drawn anew"

@@ -84,7 +84,7 @@ def _rows(results: dict[str, Any], columns: list[Column], baseline: str) -> list
 
 
 def parts(results: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
-    """What was measured, in tables of a terminal's width: title, headings and rows of each that has something to show.
+    """Tables of what was measured, of a terminal's width: title, headings and rows of each that has something to show.
     What was not measured is a dash."""
     families: dict[Family, list[Column]] = {}
     for column in columns(results):

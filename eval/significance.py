@@ -197,7 +197,7 @@ def _documents(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None
 
 
 def counted(results: Mapping[str, Any]) -> str:
-    """What a run's tests count as independent, in words: "text by document; recall by example"."""
+    """Tells what a run's tests count as independent: "text by document; recall by example"."""
     said: dict[str, set[str]] = {}
     for entry in results["summary"].values():
         if "by_stretch" in entry or "by_document" in entry:

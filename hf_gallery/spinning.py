@@ -1,4 +1,4 @@
-"""How long an idle OpenMP thread spins before it sleeps, for the commands of the gallery.
+"""Spinning of idle OpenMP threads, before they sleep, in the commands of the gallery.
 
 torch's threads meet at the end of every small operation, and libgomp lets whoever is early spin for milliseconds. On
 idle cores that is fast; beside another busy process the spinning takes the cores that the late ones need, and a step

@@ -47,7 +47,7 @@ def reads(*names: str):
     generate() refuses arguments."""
 
     def widen(head: type) -> type:
-        inherited = head.forward
+        original = head.forward  # the head's own where it has one, else what it inherits
         inherited = next(vars(base)["forward"] for base in head.__mro__[1:] if "forward" in vars(base))
         signature = inspect.signature(inherited)
         own = list(signature.parameters.values())
@@ -55,9 +55,9 @@ def reads(*names: str):
         own[3:3] = [own[1].replace(name=name, annotation=torch.Tensor | None) for name in names]  # after the mask
         order = [parameter.name for parameter in own[1:]]
 
-        @functools.wraps(inherited)
+        @functools.wraps(original)
         def forward(self, *arguments, **keywords):
-            return inherited(self, **dict(zip(order, arguments, strict=False)), **keywords)
+            return original(self, **dict(zip(order, arguments, strict=False)), **keywords)
 
         forward.__signature__ = signature.replace(parameters=own)
         head.forward = forward

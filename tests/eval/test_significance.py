@@ -1,4 +1,4 @@
-"""What is tested and drawn anew is what is independent: documents and examples, not their stretches and questions."""
+"""Independent things are tested and drawn anew: documents and examples, not their stretches and questions."""
 
 import copy
 import json

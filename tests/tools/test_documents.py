@@ -161,6 +161,13 @@ HARD_GOING = re.compile(r"\bso many\b|\bmanieth\b|\b[Ll]ikewise\b|\b(scale|pairs
 SOURCES = [path for folder in ("hf_gallery", "eval", "examples") for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_of_tests_do_not_begin_with_what(path):
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            assert not (ast.get_docstring(node) or "").startswith("What "), getattr(node, "name", path.name)
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings_begin_with_a_verb_or_a_noun(path):
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -26,7 +26,7 @@ COMMANDS = {
 
 @pytest.fixture
 def told(tmp_path):
-    """What stands in the environment of a fresh process when it imports torch, of which there is only that much."""
+    """Variables in the environment of a fresh process when it imports torch, which is a stub here."""
     (tmp_path / "torch.py").write_text(TORCH)
     (tmp_path / "hf-gallery").write_text(SCRIPT)
 
