@@ -28,6 +28,8 @@ testing = [
     "setfit",
     "torchao",
     "bitsandbytes",
+    "onnxscript",
+    "onnxruntime",
     'triton; sys_platform == "linux"',  # torch brings it for CUDA; without a GPU its interpreter tests the kernels
 ]
 

@@ -83,9 +83,14 @@ def search_naive(query, keys, lower, upper, topk):
     n = keys.shape[2]
     scores = torch.matmul(query.to(compute_dtype(query)), keys.to(compute_dtype(query)).mT)  # (B, H, T, N)
     scores = scores.masked_fill(~allowed(lower, upper, 0, n, n)[:, None], -math.inf)
-    age = (upper[..., None] - 1 - torch.arange(n, device=upper.device)) % n  # (B, T, N): how many are more recent
+    age = upper[..., None] - 1 - torch.arange(n, device=upper.device)  # (B, T, N), less than 2 N
+    age = torch.where(age < 0, age + n, torch.where(age < n, age, age - n))  # how many are more recent
     by_age = age.argsort(-1)[:, None].expand_as(scores)
-    scores, pick = scores.gather(-1, by_age).sort(dim=-1, descending=True, stable=True)
+    in_turn = scores.gather(-1, by_age)
+    if torch.onnx.is_in_onnx_export():  # whose one sort is stable, and has no name for it
+        scores, pick = in_turn.sort(dim=-1, descending=True)
+    else:
+        scores, pick = in_turn.sort(dim=-1, descending=True, stable=True)
     columns = by_age.gather(-1, pick)
     # A text may hold fewer keys than topk.
     return F.pad(scores, (0, topk), value=-math.inf)[..., :topk], F.pad(columns, (0, topk))[..., :topk]

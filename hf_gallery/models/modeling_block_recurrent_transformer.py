@@ -124,7 +124,7 @@ class Blocks:
     def window_spans(self, j: int, vectors: int) -> Spans:
         """The same for all `vectors` queries: [first real column, last one]. Complete blocks end in real columns."""
         real = self.real[:, j * self.length : (j + 2) * self.length]
-        lower = (~real).long().cumprod(1).sum(1)[:, None].expand(-1, vectors)  # (B, Z)
+        lower = (real.cumsum(1) == 0).sum(1)[:, None].expand(-1, vectors)  # (B, Z)
         return Spans(lower, torch.full_like(lower, 2 * self.length - 1))
 
 

@@ -52,7 +52,7 @@ from .heads import (
 )
 from .modeling_base import GalleryPreTrainedModel, with_config
 from .positions import sinusoids
-from .rows import Rows
+from .rows import Rows, true_first
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack, mark_branches
 from .states import Fixed, LayerOutput, Places, State
@@ -361,14 +361,14 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
             most = rows.width if is_exporting() else int(count.max())
             if most == 0 and earlier is None:
                 return None, {}
-            index = (~packed).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
+            index = true_first(packed)[:, :most]
             index = torch.where(torch.arange(most) < count[:, None], index, rows.width)
         positions = torch.where(index < rows.width, rows.seen[:, None] + index, -1)
         if not self.config.is_decoder:
             return GlobalTokens(positions, index, None, causal=False), {}
         if earlier is not None:
             positions = torch.cat([earlier - 1, positions], dim=1)
-        order = (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
+        order = true_first(positions >= 0)
         most = order.shape[1] if is_exporting() else max(1, int((positions >= 0).sum(1).max()))
         pick = order[:, :most]
         positions = positions.gather(1, pick)

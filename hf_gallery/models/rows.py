@@ -44,7 +44,7 @@ class Rows:
         else:
             lengths = self.mask.sum(1).cpu()
             width = columns if is_exporting() else max(1, int(lengths.max()))
-            order = (~self.mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]  # (B, T)
+            order = true_first(self.mask)[:, :width]  # (B, T)
             index = order + columns * torch.arange(batch, device=order.device)[:, None]
             self._lay(index, lengths, seen, width)
 
@@ -160,6 +160,14 @@ def unpack(parts: Sequence[Rows], packed: Sequence[torch.Tensor]) -> torch.Tenso
     flat = torch.cat([x.flatten(0, 1) for x in packed]) if len(packed) > 1 else packed[0].flatten(0, 1)
     x = _columns(flat, first.place.clamp(min=0))  # (batch, columns, ...)
     return x.masked_fill(_like(first.place.to(x.device) < 0, x), 0)
+
+
+def true_first(mask: torch.Tensor) -> torch.Tensor:
+    """The columns of mask (B, N) in a new order, those that are True before the others, each as they stand: (B, N)."""
+    hidden = ~mask
+    place = torch.where(mask, mask.cumsum(1), mask.sum(1, keepdim=True) + hidden.cumsum(1)) - 1
+    column = torch.arange(mask.shape[1], device=mask.device).expand_as(place)
+    return torch.zeros_like(place).scatter(1, place, column)
 
 
 def _places_by_mask(rows: Rows) -> torch.Tensor:

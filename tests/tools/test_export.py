@@ -1,6 +1,7 @@
-"""torch.export: one graph of a forward serves batches and lengths other than those that it was traced with, padded or
+"""torch.export and ONNX: one graph of a forward serves batches and lengths other than those that it was traced with, padded or
 not, and gives what the model gives."""
 
+import numpy as np
 import pytest
 import torch
 from variants import COLUMNS, VARIANTS, assert_equal, missing, over, result_of, runner, words
@@ -89,3 +90,30 @@ def test_a_graph_asserts_its_input(variant, head):
 def test_blocks_that_follow_one_another_have_one_length(variant, head):
     with pytest.raises(ValueError, match="export it for one length"):
         exported(runner(variant, head), {"input_ids": words(2, 9)})
+
+
+# ---- ONNX
+
+
+@pytest.mark.slow
+@pytest.mark.works("ONNX")
+@over(lambda variant, head: variant.name in COLUMNS and not head.source)
+def test_onnxruntime_says_the_same(variant, head, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    run = runner(variant, head)
+    tokens = None if recurrent(variant) else limited(variant)
+
+    def inputs(*shape):
+        return run.inputs(words(*shape, seed=shape[1]), mask_of(*shape))
+
+    shapes = {name: {0: BATCH} | ({1: tokens} if tokens else {}) for name in inputs(2, 17)}
+    program = torch.onnx.export(run.model, (), kwargs=inputs(2, 17), dynamo=True, dynamic_shapes=shapes, verbose=False)
+    program.save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for shape in [(2, 17), (3, 17)] if recurrent(variant) else [(2, 17), (3, 29)]:
+        found = session.run(None, {name: x.numpy() for name, x in inputs(*shape).items()})
+        with torch.no_grad():
+            expected = result_of(run.model(**inputs(*shape)))
+        found = torch.from_numpy(found[0] if not run.head.question else np.stack(found[:2], axis=-1))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
