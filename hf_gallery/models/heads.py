@@ -47,8 +47,8 @@ def reads(*names: str):
 
     def widen(head: type) -> type:
         inherited = head.forward
-        inherited = next(vars(base)["forward"] for base in head.__mro__[1:] if "forward" in vars(base))
-        signature = inspect.signature(inherited)
+        signed = next(vars(base)["forward"] for base in head.__mro__[1:] if "forward" in vars(base))
+        signature = inspect.signature(signed)
         own = list(signature.parameters.values())
         own = [parameter for parameter in own if parameter.name not in names]
         own[3:3] = [own[1].replace(name=name, annotation=torch.Tensor | None) for name in names]  # after the mask
