@@ -9,8 +9,8 @@ its parameter `variant`. A test may carry several marks.
 
 A cell is `yes` if all tests behind it passed, `no` if one failed, and `-` where there is no test, say because the
 variant has no such head. A skipped test adds a footnote with its reason. Cells whose tests did not run (deselected,
-another file) stay as they are; a run over the whole suite also removes those that no test stands behind. Rows keep
-their order in the file, and new ones come last, so they can be ordered by hand.
+another file) stay as they are; a run over the whole suite also removes those that no test stands behind. Rows stand in
+the order of ORDER, and those of one kind as they stood in the file, new ones last.
 
 A machine may lack what a test needs, so a check lets a `yes` stand whose tests were all skipped; but not where the
 environment sets CI, which is to have everything that the table speaks of.
@@ -26,6 +26,12 @@ from pathlib import Path
 import pytest
 
 BEGIN, END, NONE = "<!-- works -->", "<!-- /works -->", "-"
+ORDER = (  # how abilities begin, from use through training and adapters to tools around them; others come last
+    "generate", "TextIteratorStreamer", "pipeline", "answering", "opens", "Hub", "transformers serve", "lm-eval",
+    "config.", "Trainer", "SegmentTrainer", "Seq2SeqTrainer", "bf16", "gradient", "label smoothing", "packing",
+    "torch.", "resume", "FSDP", "TRL", "PEFT", "prompt tuning", "prefix tuning", "accelerate", "sentence-transformers",
+    "quantization",
+)  # fmt: skip
 Cell = tuple[str, str]  # ability, column
 Columns = dict[str, str]  # how names of variants begin, and what stands above their column
 
@@ -153,7 +159,7 @@ def result(outcomes: list[tuple[str, str]]) -> tuple[str, tuple[str, ...]]:
 def parse(text: str, columns: Columns) -> dict[Cell, tuple[str, tuple[str, ...]]]:
     """The cells between the comments, with their footnotes' texts. Raises ValueError if a comment is missing."""
     table = inside(text)
-    notes = dict(re.findall(r"^\[(\d+)\] skipped: (.+?)(?:  )?$", table, re.MULTILINE))
+    notes = dict(re.findall(r"^\[(\d+)\] (.+?)(?:  )?$", table, re.MULTILINE))
     cells = {}
     for line in re.findall(r"^\| (?!ability |---)(.+) \|$", table, re.MULTILINE):
         ability, *words = line.split(" | ")
@@ -166,18 +172,25 @@ def parse(text: str, columns: Columns) -> dict[Cell, tuple[str, tuple[str, ...]]
 
 
 def render(cells: dict[Cell, tuple[str, tuple[str, ...]]], columns: Columns) -> str:
-    """The table of these cells, in their order, and the footnotes."""
-    notes = list(dict.fromkeys(reason for _, reasons in cells.values() for reason in reasons))
+    """The table of these cells, in the order of ORDER, and the footnotes, numbered as they are met."""
+    abilities = sorted(dict.fromkeys(ability for ability, _ in cells), key=_kind)
+    said_of = [cells.get((ability, column), (NONE, ())) for ability in abilities for column in columns]
+    notes = list(dict.fromkeys(reason for _, reasons in said_of for reason in reasons))
     lines = [f"| ability | {' | '.join(columns.values())} |", "|---|" + ":---:|" * len(columns)]
-    for ability in dict.fromkeys(ability for ability, _ in cells):
+    for ability in abilities:
         words = []
         for column in columns:
             said, reasons = cells.get((ability, column), (NONE, ()))
             words.append(" ".join([said, *(f"[{notes.index(reason) + 1}]" for reason in reasons)]))
         lines.append(f"| {ability} | {' | '.join(words)} |")
     # Two spaces break a line in Markdown.
-    footnotes = "  \n".join(f"[{number}] skipped: {reason}" for number, reason in enumerate(notes, 1))
+    footnotes = "  \n".join(f"[{number}] {reason}" for number, reason in enumerate(notes, 1))
     return "\n".join(lines) + (f"\n\n{footnotes}" if notes else "")
+
+
+def _kind(ability: str) -> int:
+    """The place in ORDER of the first that the ability begins with."""
+    return next((i for i, begins in enumerate(ORDER) if ability.startswith(begins)), len(ORDER))
 
 
 def inside(text: str) -> str:

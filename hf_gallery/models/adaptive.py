@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_transformer_xl import GalleryTransformerXLConfig
+from .exporting import is_exporting
 
 
 class Parameters(nn.ParameterList):
@@ -67,12 +68,22 @@ class AdaptiveEmbedding(nn.Module):
             x = self.tables[0](ids)
             x = F.linear(x, projs[0]) if projs else x
         else:
+            if is_exporting():
+                return self._of_all_clusters(input_ids)
             x = torch.zeros(len(ids), self.embedding_dim, dtype=projs[0].dtype, device=ids.device)
             for i, (start, end) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):
                 at = ((ids >= start) & (ids < end)).nonzero().squeeze(1)
                 part = F.linear(self.tables[i](ids[at] - start), projs[i])
                 x = x.to(part.dtype).index_copy(0, at, part)
         return x.view(*input_ids.shape, self.embedding_dim) * self.embed_scale
+
+    def _of_all_clusters(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The same without asking which clusters occur: every table is read at every token."""
+        x, borders = None, zip(self.ends[:-1], self.ends[1:], strict=True)
+        for table, proj, (start, end) in zip(self.tables, self.projs(), borders, strict=True):
+            part = F.linear(table(input_ids.clamp(start, end - 1) - start), proj)  # (B, T, E)
+            x = part if x is None else torch.where((input_ids >= start)[..., None], part, x)
+        return x * self.embed_scale
 
 
 class AdaptiveSoftmax(nn.Module):

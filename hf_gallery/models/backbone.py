@@ -27,6 +27,7 @@ from .block_rows import BlockRows
 from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
 from .documents import PACKING, Documents
+from .exporting import is_exporting, records_gradients
 from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
 from .rows import Rows, unpack
@@ -144,7 +145,10 @@ class Backbone(GalleryPreTrainedModel):
             cache_position=inputs.pop("cache_position", None),
             packing=packing,
         )
-        longest = documents.longest if documents is not None else int((rows.seen + rows.lengths).amax())
+        if documents is not None:
+            longest = documents.longest
+        else:
+            longest = rows.columns if is_exporting() else int((rows.seen + rows.lengths).amax())
         inputs |= {"position_ids": position_ids}
         self.check(rows, cache, longest, **inputs)
         attends = self.config.output_attentions if output_attentions is None else output_attentions
@@ -153,7 +157,7 @@ class Backbone(GalleryPreTrainedModel):
             self.check_packed(attends, inputs)
         parts = self.parts(rows, cache, documents)
         done, writes = [], None
-        no_grad = not torch.is_grad_enabled()
+        no_grad = not records_gradients()
         version = version_of(self.tables_follow()) if cache is not None and no_grad else None
         for part in parts:
             common = ForwardContext(

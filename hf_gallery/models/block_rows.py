@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
+from .exporting import fixed_length, is_exporting
 from .rows import Rows
 
 
@@ -20,20 +21,24 @@ class BlockRows:
     def __init__(self, rows: Rows, length: int):
         self.rows, self.length = rows, length
         self.phase = rows.seen % length  # (B,) tokens of the first block that are already behind
-        self.count = max(1, -(-int((self.phase + rows.lengths).max()) // length))  # J
+        most = fixed_length(rows.width) if is_exporting() else int((self.phase + rows.lengths).max())
+        self.count = max(1, -(-most // length))  # J
         ends = (torch.arange(self.count + 1)[:, None] * length - self.phase).clamp(min=0)
         self.ends = torch.minimum(ends, rows.lengths)  # (J + 1, B), in packed tokens
 
     def split(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, Rows]]:
         """The tokens of x (B, T, E) in each block, packed, and their rows."""
-        widths = [max(1, int(most)) for most in (self.ends[1:] - self.ends[:-1]).amax(1)]
+        if is_exporting():  # no row has a past, so all begin with a whole block
+            widths = [min(self.length, self.rows.width - j * self.length) for j in range(self.count)]
+        else:
+            widths = [max(1, int(most)) for most in (self.ends[1:] - self.ends[:-1]).amax(1)]
         places = [start[:, None] + torch.arange(width) for start, width in zip(self.ends, widths, strict=False)]
         # Picked once and split: a pick from all of x for each block would cost its whole gradient each time.
         pick = torch.cat(places, dim=1).clamp(max=self.rows.width - 1).to(x.device)
         parts = x.gather(1, pick[:, :, None].expand(-1, -1, x.shape[2])).split(widths, dim=1)
         seen = self.rows.seen
         for part, place, end in zip(parts, places, self.ends[1:], strict=True):
-            rows = Rows(len(seen), part.shape[1], (place < end[:, None]).to(x.device), seen)
+            rows = Rows(seen.shape[0], part.shape[1], (place < end[:, None]).to(x.device), seen)
             yield part, rows
             seen = seen + rows.lengths
 

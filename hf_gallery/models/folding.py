@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .documents import Documents
+from .exporting import is_exporting, require
 from .rows import Rows
 from .spans import Spans
 
@@ -77,7 +78,7 @@ class Folding:
         The list of a row's phase holds first the keys of other phases, which no window of it holds, then those of
         its own phase, each by position. Returns the order (B * g, G) of each list, and disjoint intervals of it.
         """
-        b = len(self.rows.seen)
+        b = self.rows.seen.shape[0]
         p, real = (x.expand(b, -1, -1) for x in self.positions())  # (B, g, T')
         position = globals_.positions[:, None].expand(-1, self.g, -1)  # (B, g, G)
         missing = position < 0
@@ -103,7 +104,7 @@ class Folding:
         """Intervals (B or 1, g, T') of the phases, empty where there is no token."""
         upper = torch.where(real, upper, lower - 1)
         if self.g > 1:
-            lower, upper = (x.expand(len(self.rows.seen), -1, -1) for x in (lower, upper))
+            lower, upper = (x.expand(self.rows.seen.shape[0], -1, -1) for x in (lower, upper))
         return Spans(lower.flatten(0, 1), upper.flatten(0, 1))
 
 
@@ -139,7 +140,7 @@ class GlobalTokens:
 
 def in_order(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """x (B, H, G, D) for each phase in its own order (B * g, G): (B * g, H, G, D)."""
-    g = len(order) // len(x)
+    g = order.shape[0] // x.shape[0]
     order = order.to(x.device)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
     return x.repeat_interleave(g, dim=0).gather(2, order)
 
@@ -173,7 +174,9 @@ def question_tokens(
     if attention_mask is not None:
         separator = separator & (attention_mask != 0)
     without = ~separator.any(1)
-    if bool(without.any()):
+    if is_exporting():
+        require(~without, f"input_ids has rows without a sep_token_id {sep_token_id}")
+    elif bool(without.any()):
         raise ValueError(
             f"input_ids has no sep_token_id {sep_token_id} in rows {without.nonzero().flatten().tolist()}; put one "
             "after the question, or give global_attention_mask"

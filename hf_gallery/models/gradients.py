@@ -11,13 +11,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from .exporting import records_gradients
+
 
 def with_gradients_for(x: torch.Tensor, *parts: nn.Module) -> torch.Tensor:
     """x as it is, whose backward also gives zeros to all parameters of the parts that learn.
 
     Inside of what is checkpointed, so that all gradients of a parameter come in one backward.
     """
-    if not torch.is_grad_enabled():
+    if not records_gradients():
         return x
     parameters = (p for part in parts for p in part.parameters())
     learning = [p for p in parameters if p.requires_grad and p.numel()]  # DeepSpeed's are empty while they are away

@@ -25,6 +25,7 @@ from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME, cache_of
 from .documents import PACKING, Documents
+from .exporting import is_exporting, require
 from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
@@ -46,17 +47,17 @@ def reads(*names: str):
     generate() refuses arguments."""
 
     def widen(head: type) -> type:
-        inherited = head.forward
-        signed = next(vars(base)["forward"] for base in head.__mro__[1:] if "forward" in vars(base))
-        signature = inspect.signature(signed)
+        original = head.forward  # the head's own where it has one, else what it inherits
+        inherited = next(vars(base)["forward"] for base in head.__mro__[1:] if "forward" in vars(base))
+        signature = inspect.signature(inherited)
         own = list(signature.parameters.values())
         own = [parameter for parameter in own if parameter.name not in names]
         own[3:3] = [own[1].replace(name=name, annotation=torch.Tensor | None) for name in names]  # after the mask
         order = [parameter.name for parameter in own[1:]]
 
-        @functools.wraps(inherited)
+        @functools.wraps(original)
         def forward(self, *arguments, **keywords):
-            return inherited(self, **dict(zip(order, arguments, strict=False)), **keywords)
+            return original(self, **dict(zip(order, arguments, strict=False)), **keywords)
 
         forward.__signature__ = signature.replace(parameters=own)
         head.forward = forward
@@ -582,7 +583,9 @@ def pooled_rows(
         return hidden[:, -1 if last else 0]
     mask = attention_mask[:, -t:].bool()
     empty = ~mask.any(1)
-    if bool(empty.any()):
+    if is_exporting():
+        require(~empty, "attention_mask has rows without a token")
+    elif bool(empty.any()):
         raise ValueError(
             f"attention_mask has no token in rows {empty.nonzero().flatten().tolist()}; nothing to classify"
         )

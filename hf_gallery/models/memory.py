@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_problem import compute_dtype
+from .exporting import is_exporting
 from .states import Folded
 
 faiss: Any
@@ -75,6 +76,19 @@ def search_exact(query, keys, lower, upper, topk):
     best, best_at = torch.cat(scores, 2), torch.cat(columns, 2)
     missing = topk - best.shape[-1]
     return F.pad(best, (0, missing), value=-math.inf), F.pad(best_at, (0, missing))
+
+
+def search_naive(query, keys, lower, upper, topk):
+    """`search_exact` by its definition, with the scores of all N keys at once: for tests and for exported graphs."""
+    n = keys.shape[2]
+    scores = torch.matmul(query.to(compute_dtype(query)), keys.to(compute_dtype(query)).mT)  # (B, H, T, N)
+    scores = scores.masked_fill(~allowed(lower, upper, 0, n, n)[:, None], -math.inf)
+    age = (upper[..., None] - 1 - torch.arange(n, device=upper.device)) % n  # (B, T, N): how many are more recent
+    by_age = age.argsort(-1)[:, None].expand_as(scores)
+    scores, pick = scores.gather(-1, by_age).sort(dim=-1, descending=True, stable=True)
+    columns = by_age.gather(-1, pick)
+    # A text may hold fewer keys than topk.
+    return F.pad(scores, (0, topk), value=-math.inf)[..., :topk], F.pad(columns, (0, topk))[..., :topk]
 
 
 _SCORES, _WIDTH = 2**22, 2**14  # scores of a tile: they stay near the processor; keys of a tile
@@ -269,13 +283,20 @@ def retrieve(
     Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
     """
+    search = BACKENDS[backend]
+    if is_exporting():
+        if backend not in ("exact", "faiss_flat"):
+            raise ValueError(
+                f'memory_backend is {backend!r}, whose index no graph can hold; set it to "exact" to export'
+            )
+        search = search_naive
     # Under autocast the products of scores would be in half precision, and the k best others than the best.
     with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
         results, ends, parts = [], [0], []
         for keys, values, lower, upper in sources:
-            first, last = _reach(lower, upper, keys.shape[2])
+            first, last = (0, keys.shape[2]) if is_exporting() else _reach(lower, upper, keys.shape[2])
             some = keys[:, :, first:last]
-            scores, at = BACKENDS[backend](query.detach(), some, lower - first, upper - first, topk)
+            scores, at = search(query.detach(), some, lower - first, upper - first, topk)
             results.append((scores, at + first + ends[-1]))
             if keys.is_contiguous() and values.is_contiguous():  # a ring, whose pairs are picked where they lie
                 parts.append((keys, values, ends[-1]))

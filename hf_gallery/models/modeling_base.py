@@ -7,6 +7,7 @@ import difflib
 import functools
 import inspect
 import sys
+from collections.abc import Iterable
 from contextlib import nullcontext
 
 import torch
@@ -16,6 +17,7 @@ from transformers.generation import GenerationMixin, GenerationMode
 
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
+from .exporting import is_exporting, require
 from .loading import check_weights
 from .rows import Rows
 
@@ -158,6 +160,10 @@ class GalleryPreTrainedModel(PreTrainedModel):
         if wanted == 3 and x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} has type {x.dtype}, the model {self.dtype}; give {name}.to(model.dtype)")
         b, t = x.shape[:2]
+        if is_exporting():
+            given = {"past_key_values": past_key_values, "use_cache": use_cache or None} | (packing or {})
+            refuse_export(name for name, value in given.items() if value is not None)
+            use_cache = False
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = self.as_own_cache(past_key_values)
@@ -202,6 +208,9 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """Raises ValueError if an id is outside the vocabulary: a GPU would only say that an assertion failed."""
         if ids.dtype not in (torch.long, torch.int):
             raise ValueError(f"{name} has type {ids.dtype}; token ids must be torch.long or torch.int")
+        if is_exporting():
+            require((ids >= 0) & (ids < self.config.vocab_size), f"{name} holds ids outside the vocabulary")
+            return
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
             raise ValueError(
@@ -226,13 +235,23 @@ class GalleryPreTrainedModel(PreTrainedModel):
             )
         mask = mask[:, -t:]
         if mask.dtype != torch.bool:
-            if bool(((mask != 0) & (mask != 1)).any()):
+            if is_exporting():
+                require((mask == 0) | (mask == 1), f"{name} must hold 1 at tokens and 0 at padding")
+            elif bool(((mask != 0) & (mask != 1)).any()):
                 raise ValueError(
                     f"{name} holds values from {mask.min().item()} to {mask.max().item()}; it must hold 1 at "
                     "tokens and 0 at padding"
                 )
             mask = mask != 0
         return mask
+
+
+def refuse_export(names: Iterable[str]):
+    """Raises ValueError if an argument is given that torch.export cannot follow."""
+    for name in names:
+        raise ValueError(
+            f"{name} is given under torch.export; what is exported reads whole texts, one to a row: leave it out"
+        )
 
 
 class GalleryGenerationMixin(GenerationMixin):

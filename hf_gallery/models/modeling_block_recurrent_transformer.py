@@ -52,6 +52,7 @@ from .blocks import (
 )
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
+from .exporting import fixed_length, is_exporting
 from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
@@ -88,9 +89,11 @@ class Blocks:
         self.rows, self.length, w = rows, length, length
         self.phase = rows.seen % w  # (B,) tokens of the first block that are already behind
         reach = self.phase + rows.lengths  # (B,) tokens from the first block's start
-        self.count = max(1, -(-int(reach.max()) // w))  # J; one also where no row has a token
+        most = fixed_length(rows.width) if is_exporting() else int(reach.max())
+        self.count = max(1, -(-most // w))  # J; one also where no row has a token
         self.complete = reach[:, None] >= (1 + torch.arange(self.count)) * w  # (B, J): the block ends in this forward
-        self.whole = bool((self.phase == 0).all()) and rows.width == self.count * w  # nothing to move
+        begins = is_exporting() or bool((self.phase == 0).all())  # what is exported has no past
+        self.whole = begins and rows.width == self.count * w  # nothing to move
         place = torch.arange(self.count * w) - self.phase[:, None]  # (B, J * W) packed token of each place
         self.query_at = place.clamp(0, rows.width - 1)
         self.token_at = (self.phase[:, None] + torch.arange(rows.width)).clamp(max=self.count * w - 1)  # (B, T)
@@ -201,13 +204,12 @@ class RecurrentState(nn.Module):
             pairs.append(pair)
             done = blocks.complete[:, j]
             read = context.keeps_state or j + 1 < blocks.count  # somebody will read what comes next
-            if read and bool(done.any()):
+            if read and (is_exporting() or bool(done.any())):
                 windows = windows or (blocks.windows(keys), blocks.windows(values))
                 spans = blocks.window_spans(j, vectors.shape[1])
                 ahead = self._advance(vectors, pair, (windows[0][j], windows[1][j]), spans, context)
-                vectors = (
-                    ahead if bool(done.all()) else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
-                )
+                everywhere = not is_exporting() and bool(done.all())
+                vectors = ahead if everywhere else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
                 if j + 1 < blocks.count or context.no_grad:
                     pair = self._keys_values(vectors)
         key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, Z, D)
@@ -218,11 +220,11 @@ class RecurrentState(nn.Module):
 
     def _entering(self, state, rows) -> torch.Tensor:
         """The vectors (B, Z, E) that the next token's block enters with: learned until a row's first block is over."""
-        initial = self.initial.expand(len(rows.seen), -1, -1)
+        initial = self.initial.expand(rows.seen.shape[0], -1, -1)
         if "state" not in state:
             return initial
         fresh = rows.seen < self.block_length
-        if not bool(fresh.any()):
+        if not is_exporting() and not bool(fresh.any()):
             return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
@@ -370,6 +372,8 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         return [layer.recurrence for layer in layers]  # the state's keys and values do
 
     def plan(self, common, past, **inputs) -> Context:
+        if is_exporting():
+            fixed_length(common.rows.width)
         return common.widened(Context, block_length=self.config.block_length)
 
     def finish(self, x):

@@ -38,6 +38,7 @@ from .columns import append_columns
 from .configuration_longformer import GalleryLongformerConfig
 from .context import ForwardContext
 from .documents import PACKING
+from .exporting import is_exporting
 from .folding import Folding, GlobalTokens, first_token, in_order, question_tokens
 from .gradients import with_gradients_for
 from .heads import (
@@ -110,7 +111,7 @@ class GalleryLongformerAttention(nn.Module):
         if not context.causal and context.globals is not None:
             of_globals = self._of_globals(x, context)
         options = dict(dropout=self.dropout.rate, implementation=context.implementation)
-        if context.output_attentions:
+        if context.output_attentions or is_exporting():
             out, probabilities = self._look(query, keys, values, position, of_globals, context)
         else:
             out = self._local(query, (keys, values), global_pairs, position, context, options)
@@ -176,8 +177,9 @@ class GalleryLongformerAttention(nn.Module):
         return split_heads(self.r_proj(sinusoid)[None], self.num_heads)[0]
 
     def _look(self, query, keys, values, position, of_globals, context):
-        """The same attention with all T x S scores, for its maps: (B, H, T, D), and the probabilities (B, H, T, S)."""
-        if context.causal and context.globals is not None:
+        """The same attention with all T x S scores, for its maps and for what is exported: (B, H, T, D), and if asked
+        for the probabilities (B, H, T, S)."""
+        if context.output_attentions and context.causal and context.globals is not None:
             raise ValueError(
                 "output_attentions is True and a decoder has global tokens, which may be older than the columns of a "
                 "map; leave out one of them"
@@ -187,7 +189,9 @@ class GalleryLongformerAttention(nn.Module):
             probabilities = self._window_map(query, keys, position, context)
             if globals_ is not None:
                 probabilities = globals_.put(probabilities, attend_naive(*of_globals)[2])
-            shown, probabilities = show(context, probabilities)
+            shown = None
+            if context.output_attentions:
+                shown, probabilities = show(context, probabilities)
             kept = F.dropout(probabilities, self.dropout.rate)
             out = kept @ values.to(kept.dtype)
             if globals_ is not None:
@@ -217,9 +221,10 @@ class GalleryLongformerAttention(nn.Module):
         visible &= distance % self.dilation == 0
         window = visible
         if context.globals is not None:
-            mark = torch.zeros(len(rows.seen), s + 1, dtype=torch.bool)
+            mark = torch.zeros(rows.seen.shape[0], s + 1, dtype=torch.bool)
             mark.scatter_(1, context.globals.index.cpu(), True)
-            visible = visible | mark[:, None, :-1]
+            mark = mark[:, None, :-1]
+            visible = visible | (mark & (distance >= 0) if context.causal else mark)
         visible = visible & real[:, None] & (p <= rows.last)[..., None]
         entry = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
         return visible.to(device), window.to(device), entry.clamp(0, self.left + self.right).to(device)
@@ -344,7 +349,7 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
 
     def _global_tokens(self, rows: Rows, past, mask):
         """The global tokens, None if there are none, and what the cache must remember of them."""
-        b = len(rows.lengths)
+        b = rows.lengths.shape[0]
         earlier = None if past is None else past.facts.get("global_positions")  # (B, G), one more than the position
         if mask is None and earlier is None:
             return None, {}
@@ -353,7 +358,7 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         else:
             packed = rows.pack(mask[:, -rows.columns :].cpu() != 0)  # (B, T)
             count = packed.sum(1)
-            most = int(count.max())
+            most = rows.width if is_exporting() else int(count.max())
             if most == 0 and earlier is None:
                 return None, {}
             index = (~packed).to(torch.uint8).argsort(dim=1, stable=True)[:, :most]
@@ -364,7 +369,8 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         if earlier is not None:
             positions = torch.cat([earlier - 1, positions], dim=1)
         order = (positions < 0).to(torch.uint8).argsort(dim=1, stable=True)
-        pick = order[:, : max(1, int((positions >= 0).sum(1).max()))]
+        most = order.shape[1] if is_exporting() else max(1, int((positions >= 0).sum(1).max()))
+        pick = order[:, :most]
         positions = positions.gather(1, pick)
         return GlobalTokens(positions, index, pick, causal=True), {"global_positions": Places(positions + 1)}
 

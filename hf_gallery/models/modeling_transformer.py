@@ -37,6 +37,7 @@ from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbeddin
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .context import ForwardContext
+from .exporting import is_exporting
 from .gradients import with_gradients_for
 from .heads import (
     CausalLMHead,
@@ -207,7 +208,7 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
         """The source packed (B, S, E), its intervals, and what the cache must remember of it."""
         if not self.cross_attention:
             return None, None, {}
-        b = len(rows.lengths)
+        b = rows.lengths.shape[0]
         if past is not None and "source_length" in past.facts:
             source, lengths = encoder_hidden_states, past.facts["source_length"]
         elif encoder_hidden_states is None:
@@ -232,7 +233,7 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
             source_rows = Rows(b, s, self.check_mask(encoder_attention_mask, b, s, None), None)
             source, lengths = source_rows.pack(encoder_hidden_states), source_rows.lengths
         upper = (lengths[:, None] - 1).expand(b, rows.width)
-        if bool((lengths == lengths[0]).all()):
+        if not is_exporting() and bool((lengths == lengths[0]).all()):
             upper = upper[:1]
         return source, Spans(torch.zeros_like(upper), upper), {"source_length": Fixed(lengths)}
 

@@ -38,6 +38,7 @@ from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbeddin
 from .columns import append_columns
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .context import ForwardContext
+from .exporting import is_exporting
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
 from .modeling_base import GalleryPreTrainedModel, init_linear
 from .positions import sinusoids
@@ -146,7 +147,7 @@ class GalleryTransformerXLLayer(ResidualLayer):
             return past
         zeros = self.self_attn.keys_values(self._attention_input(x.new_zeros(1, 1, x.shape[-1])))
         return tuple(
-            start_with(zero, columns, context.start, len(x))
+            start_with(zero, columns, context.start, x.shape[0])
             for zero, columns in zip(zeros, past or (None, None), strict=True)
         )
 
@@ -315,9 +316,10 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         is above `cached` where more are needed than the cache holds."""
         config = self.config
         reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
-        columns = max(cached, config.mem_len if config.same_length else int(reach.max()))
+        begins = config.same_length or is_exporting()  # what is exported has no past
+        columns = max(cached, config.mem_len if begins else int(reach.max()))
         start = rows.first - columns + torch.arange(columns) < 0
-        return start if bool(start.any()) else None
+        return start if columns and (is_exporting() or bool(start.any())) else None
 
 
 class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrainedModel):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from .exporting import is_exporting
 from .spans import Spans
 
 
@@ -34,25 +35,35 @@ class Rows:
         fresh: torch.Tensor | None = None,
     ):
         self.batch, self.columns, self.fresh = batch, columns, fresh
-        self.mask = None if mask is None or bool(mask.all()) else mask
+        self.mask = None if mask is None or (not is_exporting() and bool(mask.all())) else mask
+        starts_together = True if seen is None else None
         if seen is None:
             seen = torch.zeros(batch, dtype=torch.long)
         if self.mask is None:
-            self._lay(None, torch.full((batch,), columns), seen, columns)
+            self._lay(None, torch.full((batch,), columns), seen, columns, starts_together)
         else:
             lengths = self.mask.sum(1).cpu()
-            width = max(1, int(lengths.max()))
+            width = columns if is_exporting() else max(1, int(lengths.max()))
             order = (~self.mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]  # (B, T)
             index = order + columns * torch.arange(batch, device=order.device)[:, None]
             self._lay(index, lengths, seen, width)
 
-    def _lay(self, index: torch.Tensor | None, lengths: torch.Tensor, seen: torch.Tensor, width: int):
-        """index: (B, T), the column of [0, B * columns) of each packed token, any behind a row's last."""
+    def _lay(
+        self,
+        index: torch.Tensor | None,
+        lengths: torch.Tensor,
+        seen: torch.Tensor,
+        width: int,
+        starts_together: bool | None = None,
+    ):
+        """index: (B, T), the column of [0, B * columns) of each packed token, any behind a row's last; None where
+        nothing moves. starts_together: whether all rows have as much behind them; None = see `seen`."""
         self.index, self.lengths, self.seen, self.width = index, lengths, seen, width
         self.place: torch.Tensor | None = None  # see `unpack`
-        self.is_full = bool((lengths == width).all())  # all rows end with the last packed column
+        # Whether all rows end with the last packed column.
+        self.is_full = index is None or (not is_exporting() and bool((lengths == width).all()))
         # Rows that move together need one interval for all.
-        self.uniform = self.is_full and bool((seen == seen[0]).all())
+        self.uniform = self.is_full and (bool((seen == seen[0]).all()) if starts_together is None else starts_together)
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, columns, ...) to (B, T, ...): each row's tokens first, then zeros."""
@@ -134,7 +145,7 @@ class DocumentRows(Rows):
     """
 
     def __init__(self, batch: int, columns: int, index: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor):
-        self.batch, self.columns, self.fresh = batch, columns, None
+        self.batch, self.columns, self.mask, self.fresh = batch, columns, None, None
         self._lay(index, lengths, seen, index.shape[1])
 
 
@@ -145,10 +156,16 @@ def unpack(parts: Sequence[Rows], packed: Sequence[torch.Tensor]) -> torch.Tenso
     if first.index is None:
         return packed[0]
     if first.place is None:  # all layers' hidden states go the same way
-        first.place = _places(parts)
+        first.place = _places(parts) if len(parts) > 1 or first.mask is None else _places_by_mask(first)
     flat = torch.cat([x.flatten(0, 1) for x in packed]) if len(packed) > 1 else packed[0].flatten(0, 1)
     x = _columns(flat, first.place.clamp(min=0))  # (batch, columns, ...)
     return x.masked_fill(_like(first.place.to(x.device) < 0, x), 0)
+
+
+def _places_by_mask(rows: Rows) -> torch.Tensor:
+    """Places of the columns (batch, columns) among the packed columns of the input's own rows; -1 at padding."""
+    row = torch.arange(rows.batch, device=rows.mask.device)[:, None]
+    return (row * rows.width + rows.mask.cumsum(1) - 1).masked_fill(~rows.mask, -1)
 
 
 def _places(parts: Sequence[Rows]) -> torch.Tensor:

@@ -13,6 +13,7 @@ import torch
 from .attention import Position
 from .attention_maps import Keys, attend_shown
 from .context import ForwardContext
+from .exporting import records_gradients
 from .rows import Rows
 from .spans import Spans
 
@@ -48,7 +49,7 @@ def segment_spans(
     if period is not None:
         lower = torch.maximum(lower, p - p % period)
     spans = rows.spans(lower, p, cached, least)
-    if not torch.is_grad_enabled():
+    if not records_gradients():
         return spans, None
     # Gradients stop at the segment's border, and at the forward's, whichever is nearer.
     border = torch.maximum(segment, p[:, :1])

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from .exporting import is_exporting
+
 
 class Spans:
     """The interval [lower, upper] of key columns that each query sees, both ends included.
@@ -57,8 +59,10 @@ class Spans:
     def distances(self, offset: int) -> tuple[int, int]:
         """The least and greatest distance from a query to a key it sees; query t stands at column offset + t.
 
-        (0, -1) if nobody sees anything.
+        (0, -1) if nobody sees anything. Under torch.export the least and greatest that can be.
         """
+        if is_exporting():
+            return 1 - self.lower.shape[1], offset + self.lower.shape[1] - 1
 
         def work():
             at = offset + torch.arange(self.lower.shape[1], device=self.lower.device)

@@ -66,7 +66,7 @@ def test_an_untrained_adapter_changes_nothing_and_a_merged_one_neither(variant, 
     run = runner(variant, head, dtype=torch.float64, tie_word_embeddings=tied)
     output = run.model.get_output_embeddings()
     if not tied and output is None:
-        pytest.skip("has nothing to tie")
+        pytest.skip("heads without an output layer have no weights to untie")
     if kind == "trainable tokens alone" and head == "seq2seq" and not tied:
         pytest.skip("PEFT reaches the one table that encoder and decoder no longer share, of BART too")
     bare = says(run, run.model)

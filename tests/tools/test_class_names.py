@@ -389,3 +389,15 @@ def test_lm_eval_takes_every_variant_for_a_causal_model(variant):
     seen = SimpleNamespace(AUTO_MODEL_CLASS=None)
     HFLM._get_backend(seen, variant.make_config())
     assert seen.backend == "causal" and seen.AUTO_MODEL_CLASS is transformers.AutoModelForCausalLM
+
+
+def test_a_head_whose_signature_is_widened_keeps_its_own_forward():
+    """`reads` wraps what the class defines: a Longformer's classifier makes the first token global by itself."""
+    variant = next(v for v in FIVE if v.name == "longformer")
+    model, ids = variant.make("sequence"), words(2, 17)
+    first = torch.zeros_like(ids)
+    first[:, 0] = 1
+    with torch.no_grad():
+        logits = model(ids).logits
+        assert_equal(logits, model(ids, global_attention_mask=first).logits)
+        assert not torch.allclose(logits, model(ids, global_attention_mask=torch.zeros_like(ids)).logits, atol=1e-3)

@@ -70,8 +70,8 @@ TABLE = """before
 | runs | - | - | - | yes | no |
 | sleeps | - | - | skipped [2] | - | - |
 
-[1] skipped: no wings  
-[2] skipped: it is day
+[1] no wings  
+[2] it is day
 <!-- /works -->
 
 after
@@ -139,6 +139,18 @@ def test_a_yes_that_only_skips_is_an_error_in_ci(suite, tmp_path):
     assert "sleeps, Longformer is 'yes', tests say 'skipped'" in output
     (tmp_path / "README.md").write_text(TABLE)
     assert suite(*arguments, CI="true")[0] == 0
+
+
+def test_rows_stand_by_their_kind():
+    """Whatever order tests ran in; rows of one kind, and rows of none, keep theirs."""
+    abilities = ["swims", "TRL packing", "resume", "generate, beams", "TRL SFTTrainer", "flies", "generate"]
+    cells = {(ability, "longformer"): ("yes", ()) for ability in abilities}
+    cells["flies", "longformer"], cells["generate", "longformer"] = ("yes", ("day",)), ("yes", ("night",))
+    table = render(cells, COLUMNS)
+    rows = [line.split(" | ")[0].removeprefix("| ") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert rows == ["generate, beams", "generate", "resume", "TRL packing", "TRL SFTTrainer", "swims", "flies"]
+    assert table.endswith("[1] night  \n[2] day")
+    assert render(parse(f"<!-- works -->\n{table}\n<!-- /works -->", COLUMNS), COLUMNS) == table
 
 
 @pytest.mark.parametrize("mark", ["works()", 'works("flies", "bert")'])

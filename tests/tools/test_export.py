@@ -1,0 +1,91 @@
+"""torch.export: one graph of a forward serves batches and lengths other than those that it was traced with, padded or
+not, and gives what the model gives."""
+
+import pytest
+import torch
+from variants import COLUMNS, VARIANTS, assert_equal, missing, over, result_of, runner, words
+
+BATCH = torch.export.Dim("batch", min=1, max=64)
+TOKENS = torch.export.Dim("tokens", min=2, max=512)
+
+
+def exported(run, arguments, tokens=TOKENS):
+    """The graph of a model's forward, whose arguments may grow in both dimensions. tokens: None for a fixed length."""
+    shapes = {name: {0: BATCH} | ({1: tokens} if tokens else {}) for name in arguments}
+    if "decoder_input_ids" in arguments:
+        source = torch.export.Dim("source", min=2, max=512)
+        shapes |= {name: {0: BATCH, 1: source} for name in ("input_ids", "attention_mask")}
+    return torch.export.export(run.model, (), arguments, dynamic_shapes=shapes).module()
+
+
+def recurrent(variant):
+    return "block_recurrent" in variant.name
+
+
+def mask_of(*shape):
+    """Padding before, behind and in the midst of texts; every row has a token."""
+    mask = (torch.rand(*shape, generator=torch.Generator().manual_seed(7)) > 0.3).long()
+    mask[:, shape[1] // 2] = 1
+    return mask
+
+
+def plain_and_slow():
+    """All variants and heads: the plain variants padded, and the slow tests the others, and texts without padding."""
+    for variant in VARIANTS:
+        for head in variant.heads:
+            for padded in (False, True):
+                fast = variant.name in COLUMNS and padded
+                marks = [*missing(variant), *([] if fast else [pytest.mark.slow])]
+                name = f"{variant.name}-{head}-{'padded' if padded else 'whole'}"
+                yield pytest.param(variant, head, padded, id=name, marks=marks)
+
+
+@pytest.mark.works("torch.export")
+@pytest.mark.parametrize(("variant", "head", "padded"), plain_and_slow())
+def test_a_graph_serves_all_shapes(variant, head, padded):
+    run = runner(variant, head)
+
+    def inputs(*shape):
+        return run.inputs(words(*shape, seed=shape[1]), mask_of(*shape) if padded else None)
+
+    first, others = (2, 17), [(2, 17), (3, 40), (1, 5)]
+    if recurrent(variant):  # one length
+        others = [(2, 17), (3, 17)]
+    if variant.limit is not None:
+        others = [(b, min(t, variant.limit)) for b, t in others]
+    graph = exported(run, inputs(*first), None if recurrent(variant) else limited(variant))
+    with torch.no_grad():
+        for shape in others:
+            assert_equal(result_of(graph(**inputs(*shape))), result_of(run.model(**inputs(*shape))), str(shape))
+
+
+def limited(variant):
+    return TOKENS if variant.limit is None else torch.export.Dim("tokens", min=2, max=variant.limit)
+
+
+@over(lambda variant, head: not head.source and head.auto == "AutoModelForCausalLM")
+def test_what_a_graph_cannot_hold_is_refused(variant, head):
+    run = runner(variant, head)
+    ids = words(2, 9)
+    for more, said in (
+        ({"use_cache": True}, "use_cache"),
+        ({"position_ids": torch.arange(9).expand(2, -1)}, "position_ids"),
+    ):
+        with pytest.raises(ValueError, match=f"{said} is given under torch.export"):
+            torch.export.export(run.model, (), {"input_ids": ids} | more)
+
+
+@over(lambda variant, head: head.auto == "AutoModelForCausalLM" and "block_recurrent" not in variant.name)
+def test_a_graph_asserts_its_input(variant, head):
+    run = runner(variant, head)
+    graph = exported(run, {"input_ids": words(2, 9), "attention_mask": mask_of(2, 9)}, limited(variant))
+    with pytest.raises(RuntimeError, match="outside the vocabulary"):
+        graph(input_ids=torch.full((2, 9), 1000), attention_mask=mask_of(2, 9))
+    with pytest.raises(RuntimeError, match="1 at tokens and 0 at padding"):
+        graph(input_ids=words(2, 9), attention_mask=torch.full((2, 9), 3))
+
+
+@over(lambda variant, head: head.auto == "AutoModelForCausalLM" and "block_recurrent" in variant.name)
+def test_blocks_that_follow_one_another_have_one_length(variant, head):
+    with pytest.raises(ValueError, match="export it for one length"):
+        exported(runner(variant, head), {"input_ids": words(2, 9)})
