@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +80,8 @@ class AdaptiveEmbedding(nn.Module):
 
     def _of_all_clusters(self, input_ids: torch.Tensor) -> torch.Tensor:
         """The same without asking which clusters occur: every table is read at every token."""
-        x, borders = None, zip(self.ends[:-1], self.ends[1:], strict=True)
+        x: Any = None
+        borders = zip(self.ends[:-1], self.ends[1:], strict=True)
         for table, proj, (start, end) in zip(self.tables, self.projs(), borders, strict=True):
             part = F.linear(table(input_ids.clamp(start, end - 1) - start), proj)  # (B, T, E)
             x = part if x is None else torch.where((input_ids >= start)[..., None], part, x)
