@@ -27,7 +27,7 @@ from .block_rows import BlockRows
 from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
 from .documents import PACKING, Documents
-from .exporting import is_exporting, records_gradients
+from .exporting import is_exporting, records_gradients, require
 from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
 from .rows import Rows, unpack
@@ -308,5 +308,9 @@ def is_sharded(model: Backbone) -> bool:
 def no_types(token_type_ids: torch.Tensor | None):
     """Raises ValueError if token types that say something are given to a model without any; tokenizers give zeros
     unasked."""
-    if token_type_ids is not None and bool(token_type_ids.any()):
+    if token_type_ids is None:
+        return
+    if is_exporting():
+        require(token_type_ids == 0, "token_type_ids hold more than zeros, but this model has no token types")
+    elif bool(token_type_ids.any()):
         raise ValueError("token_type_ids hold more than zeros, but this model has no token types; leave them out")

@@ -235,13 +235,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
             )
         mask = mask[:, -t:]
         if mask.dtype != torch.bool:
-            if is_exporting():
-                require((mask == 0) | (mask == 1), f"{name} must hold 1 at tokens and 0 at padding")
-            elif bool(((mask != 0) & (mask != 1)).any()):
-                raise ValueError(
-                    f"{name} holds values from {mask.min().item()} to {mask.max().item()}; it must hold 1 at "
-                    "tokens and 0 at padding"
-                )
+            check_marks(name, mask, "tokens", "padding")
             mask = mask != 0
         return mask
 
@@ -335,6 +329,15 @@ def check_tensors(given: dict):
     for name, x in given.items():
         if isinstance(x, (list, tuple)) or type(x).__module__ == "numpy":
             raise TypeError(f"{name} is a {type(x).__name__}; give a tensor, torch.as_tensor({name})")
+
+
+def check_marks(name: str, mask: torch.Tensor, ones: str, zeros: str):
+    """Raises ValueError unless the mask holds nothing but 1, at `ones`, and 0, at `zeros`."""
+    sound, wanted = (mask == 0) | (mask == 1), f"it must hold 1 at {ones} and 0 at {zeros}"
+    if is_exporting():
+        require(sound, f"{name} holds other values; {wanted}")
+    elif not bool(sound.all()):
+        raise ValueError(f"{name} holds values from {mask.min().item()} to {mask.max().item()}; {wanted}")
 
 
 def check_arguments(model: nn.Module, given: dict, known: set[str]):

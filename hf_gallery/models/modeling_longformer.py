@@ -50,7 +50,7 @@ from .heads import (
     pooled_rows,
     reads,
 )
-from .modeling_base import GalleryPreTrainedModel, with_config
+from .modeling_base import GalleryPreTrainedModel, check_marks, with_config
 from .positions import sinusoids
 from .rows import Rows, true_first
 from .spans import Spans
@@ -328,12 +328,7 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
             raise ValueError(
                 f"global_attention_mask has shape {shape}; it must be ({b}, {t}){also}, 1 at global tokens"
             )
-        if bool(((global_attention_mask != 0) & (global_attention_mask != 1)).any()):
-            low, high = global_attention_mask.min().item(), global_attention_mask.max().item()
-            raise ValueError(
-                f"global_attention_mask holds values from {low} to {high}; it must hold 1 at global tokens and 0 at "
-                "others"
-            )
+        check_marks("global_attention_mask", global_attention_mask, "global tokens", "others")
 
     def tables_follow(self):
         return [layer.self_attn.r_proj for layer in self.layers if layer.self_attn.relative]
@@ -356,7 +351,7 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         if mask is None:
             index = torch.zeros(b, 0, dtype=torch.long)
         else:
-            packed = rows.pack(mask[:, -rows.columns :].cpu() != 0)  # (B, T)
+            packed = rows.pack(mask[:, -rows.columns :].cpu().long()) != 0  # (B, T)
             count = packed.sum(1)
             most = rows.width if is_exporting() else int(count.max())
             if most == 0 and earlier is None:

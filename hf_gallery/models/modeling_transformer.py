@@ -47,11 +47,7 @@ from .heads import (
     pooled_rows,
     reads,
 )
-from .modeling_base import (
-    GalleryPreTrainedModel,
-    check_arguments,
-    with_config,
-)
+from .modeling_base import GalleryPreTrainedModel, check_arguments, with_config
 from .rows import Rows
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack, mark_branches

@@ -9,6 +9,7 @@ from torch import nn
 
 from .blocks import ScaledEmbedding
 from .cache import GalleryCache
+from .exporting import is_exporting, require
 from .modeling_base import init_linear
 from .positions import sinusoids
 from .rows import Rows
@@ -80,11 +81,16 @@ class AbsoluteEmbeddings:
                 raise ValueError("token_type_ids are given, but type_vocab_size is 0; leave them out")
             if token_type_ids.dtype not in (torch.long, torch.int):
                 raise ValueError(f"token_type_ids has type {token_type_ids.dtype}; it must be torch.long or torch.int")
-            low, high = (int(x) for x in token_type_ids.aminmax())
-            if token_type_ids.shape != (b, t) or low < 0 or high >= config.type_vocab_size:
+            types = config.type_vocab_size
+            low, high = (0, 0) if is_exporting() else (int(x) for x in token_type_ids.aminmax())
+            if is_exporting():
+                require(
+                    (token_type_ids >= 0) & (token_type_ids < types), "token_type_ids holds types that there are not"
+                )
+            if token_type_ids.shape != (b, t) or low < 0 or high >= types:
                 raise ValueError(
                     f"token_type_ids has shape {tuple(token_type_ids.shape)} and values from {low} to {high}; they "
-                    f"must be ({b}, {t}), from 0 and below type_vocab_size {config.type_vocab_size}"
+                    f"must be ({b}, {t}), from 0 and below type_vocab_size {types}"
                 )
         if config.longest_input is not None and self.segment_length is None:
             if position_ids is not None:

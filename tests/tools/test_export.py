@@ -1,5 +1,5 @@
-"""torch.export and ONNX: one graph of a forward serves batches and lengths other than those that it was traced with, padded or
-not, and gives what the model gives."""
+"""torch.export and ONNX: one graph of a forward serves other batches and lengths than those that it was traced with,
+padded or not, and gives what the model gives."""
 
 import numpy as np
 import pytest
@@ -86,6 +86,18 @@ def test_a_graph_asserts_its_input(variant, head):
         graph(input_ids=words(2, 9), attention_mask=torch.full((2, 9), 3))
 
 
+@over(lambda variant, head: variant.name in COLUMNS and head.auto == "AutoModelForMaskedLM")
+def test_token_types_are_in_the_graph(variant, head):
+    run = runner(variant, head, type_vocab_size=2)
+    types = (torch.arange(9) > 4).long().expand(2, -1)
+    graph = exported(run, {"input_ids": words(2, 9), "token_type_ids": types}, limited(variant))
+    with torch.no_grad():
+        other = {"input_ids": words(3, 6), "token_type_ids": torch.ones(3, 6, dtype=torch.long)}
+        assert_equal(graph(**other).logits, run.model(**other).logits)
+    with pytest.raises(RuntimeError, match="types that there are not"):
+        graph(input_ids=words(3, 6), token_type_ids=torch.full((3, 6), 2))
+
+
 @over(lambda variant, head: head.auto == "AutoModelForCausalLM" and "block_recurrent" in variant.name)
 def test_blocks_that_follow_one_another_have_one_length(variant, head):
     with pytest.raises(ValueError, match="export it for one length"):
@@ -96,7 +108,7 @@ def test_blocks_that_follow_one_another_have_one_length(variant, head):
 
 
 @pytest.mark.slow
-@pytest.mark.works("ONNX")
+@pytest.mark.works("torch.onnx")
 @over(lambda variant, head: variant.name in COLUMNS and not head.source)
 def test_onnxruntime_says_the_same(variant, head, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
