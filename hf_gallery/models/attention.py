@@ -123,7 +123,7 @@ def choose(problem: Problem, implementation: str) -> str:
         known = "; ".join(f'"{name}": {what}' for name, what in IMPLEMENTATIONS.items())
         raise ValueError(f"implementation is {implementation!r}; attend has {known}")
     if implementation in ("auto", "eager"):
-        suits = problem.query.device.type == "cuda" and why_not(problem) is None
+        suits = problem.query.is_cuda and why_not(problem) is None
         return "triton" if suits else "tiles"
     if implementation == "triton" and (reason := why_not(problem)) is not None:
         raise ValueError(f'implementation="triton" {reason}; use implementation="auto"')

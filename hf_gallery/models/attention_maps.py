@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention import Position, attend, attend_naive, join
+from .attention_problem import without_autocast
 from .context import ForwardContext
 from .spans import Spans
 
@@ -54,7 +55,7 @@ def attend_shown(
             return parts[0].attend(query, **options), None
         return reduce(join, [part.attend(query, return_lse=True, **options) for part in parts])[0], None
     columns = max(part.start + part.key.shape[2] for part in parts)
-    with torch.autocast(query.device.type, enabled=False):  # as `attend`: float32 at least
+    with without_autocast(query):
         maps = []
         for key, value, spans, position, start in parts:
             _, lse, probabilities = attend_naive(query, key, value, spans, position=position, scale=scale)

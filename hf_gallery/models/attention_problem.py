@@ -5,6 +5,7 @@ Letters: see spans.py.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -90,6 +91,13 @@ def check_distances(spans: Spans, position: Position, offset: int):
             f"keys are seen at distances {nearest} to {farthest}, but position.table has entries for "
             f"{least} to {position.farthest} only"
         )
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """A block without autocast on the device of x: `attend` computes in float32 at least."""
+    device = x.device.type
+    # To enter and leave it costs as much as a small operation, and mostly there is nothing to switch off.
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

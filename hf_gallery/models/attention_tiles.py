@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .attention_problem import Position, Problem, compute_dtype
+from .attention_problem import Position, Problem, compute_dtype, without_autocast
 
 _NEVER = 1e30  # a masked score is -_NEVER: finite, so that no inf - inf arises; its exponential is exactly 0
 # Scores of the tiles are in base 2. On CPUs torch's exp takes a slow path where results vanish, as they do for every
@@ -29,7 +29,7 @@ def attend_tiles(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
     """out (B, H, T, Dv) and lse (B, H, T) of a checked problem."""
     leaves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.tensors)
     if problem.query.shape[2] == 1 and problem.dropout == 0.0 and not leaves:
-        with torch.autocast(problem.query.device.type, enabled=False):
+        with without_autocast(problem.query):
             return _attend_one(problem)
     # One draw from torch's generator a call: the tiles' own streams follow from it, the same in forward and backward.
     seed = int(torch.randint(2**62, ()).item()) if problem.dropout > 0.0 else 0
@@ -78,7 +78,7 @@ class _TiledAttention(torch.autograd.Function):
         query, value = problem.query, problem.value
         out = torch.empty(b, h, t, value.shape[-1], dtype=query.dtype, device=query.device)
         lse = torch.empty(b, h, t, dtype=compute_dtype(query), device=query.device)
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             tiling = _Tiling(problem)
             for group in tiling.groups:
                 scorer = _Scorer(problem, group, tiling)
@@ -111,7 +111,7 @@ class _TiledAttention(torch.autograd.Function):
         # The scorer's queries are scaled and in base 2.
         factors = _Gradients(ctx.scale, 1 / _LOG2_E, 1.0, ctx.scale, 1 / _LOG2_E if asked is not None else ctx.scale)
         grad_table = None
-        with torch.autocast(query.device.type, enabled=False):
+        with without_autocast(query):
             tiling = _Tiling(problem)
             if table is not None and (wants.asked or wants.table):
                 grad_table = _TableGradient(table, dtype, tiling)

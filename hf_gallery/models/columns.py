@@ -18,11 +18,14 @@ from .rows import Rows
 @dataclass
 class Room:
     """Memory for `columns` columns of `width` numbers, in every row and head. `written`: how many of them anybody has
-    written; whoever holds fewer shares the memory with a longer past, and must not write behind its own end."""
+    written; whoever holds fewer shares the memory with a longer past, and must not write behind its own end. rows,
+    strides: as the memory has them."""
 
     columns: int
     width: int
     written: int
+    rows: torch.Size
+    strides: tuple[int, ...]
 
 
 def append_columns(past: torch.Tensor | None, new: torch.Tensor, max_columns: int | None = None) -> torch.Tensor:
@@ -75,14 +78,19 @@ def _with_room(x: torch.Tensor, max_columns: int) -> torch.Tensor:
     """A copy of x (..., C, D), C <= max_columns, in memory with spare columns."""
     memory = x.new_empty(*x.shape[:-2], max_columns + _spare(max_columns), x.shape[-1])
     copy = memory[..., : x.shape[-2], :].copy_(x)
-    memory.untyped_storage().room = Room(max_columns + _spare(max_columns), x.shape[-1], x.shape[-2])
+    *rows, columns, width = memory.shape
+    memory.untyped_storage().room = Room(columns, width, x.shape[-2], torch.Size(rows), memory.stride())
     return copy
 
 
 def _room_of(x: torch.Tensor) -> Room | None:
     """The room that x (..., C, D) lies in; None for other memory, and for what is not a stretch of its columns."""
     room = getattr(x.untyped_storage(), "room", None)
-    if room is None or x.shape[-1] != room.width or x.stride()[-2:] != (room.width, 1):
+    if room is None or x.shape[-1] != room.width:
+        return None
+    if x.stride() == room.strides and x.shape[:-2] == room.rows:  # as a rule, and told at once
+        return room
+    if x.stride()[-2:] != (room.width, 1):
         return None
     rows, step = x.shape[:-2], room.columns * room.width
     for size, stride in zip(reversed(rows), reversed(x.stride()[:-2]), strict=True):

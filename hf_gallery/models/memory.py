@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from .attention_problem import compute_dtype
+from .attention_problem import compute_dtype, without_autocast
 from .exporting import is_exporting
 from .states import Folded
 
@@ -296,7 +296,7 @@ def retrieve(
             )
         search = search_naive
     # Under autocast the products of scores would be in half precision, and the k best others than the best.
-    with torch.no_grad(), torch.autocast(query.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(query):
         results, ends, parts = [], [0], []
         for keys, values, lower, upper in sources:
             first, last = (0, keys.shape[2]) if is_exporting() else _reach(lower, upper, keys.shape[2])
@@ -353,7 +353,7 @@ def attend_retrieved(
     Gradients reach the query alone.
     """
     dtype = compute_dtype(query)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query):
         scores = torch.matmul(keys.to(dtype), query[..., None].to(dtype)).squeeze(-1)  # (B, H, T, k)
     nothing = ~found.any(-1, keepdim=True)
     weights = scores.masked_fill(~found & ~nothing, -math.inf).softmax(-1).masked_fill(nothing, 0.0)

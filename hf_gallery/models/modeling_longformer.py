@@ -30,7 +30,7 @@ from transformers.activations import ACT2FN
 
 from .attention import OWN_IMPLEMENTATIONS, Position, attend, attend_naive, join
 from .attention_maps import show
-from .attention_problem import compute_dtype
+from .attention_problem import compute_dtype, without_autocast
 from .backbone import Backbone
 from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
 from .cache import CACHE_NAME
@@ -185,7 +185,7 @@ class GalleryLongformerAttention(nn.Module):
                 "map; leave out one of them"
             )
         globals_ = context.globals
-        with torch.autocast(query.device.type, enabled=False):  # as `attend`: float32 at least
+        with without_autocast(query):
             probabilities = self._window_map(query, keys, position, context)
             if globals_ is not None:
                 probabilities = globals_.put(probabilities, attend_naive(*of_globals)[2])

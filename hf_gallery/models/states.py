@@ -7,7 +7,7 @@ names: it asks each `Kept` for what it wants to know.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -32,7 +32,7 @@ class Kept:
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Kept:
         """The same kind with the tensor changed."""
-        return replace(self, tensor=change(self.tensor))
+        return type(self)(change(self.tensor))
 
     def take_back(self, removed: torch.Tensor, seen: torch.Tensor) -> Kept:
         """The same before its last tokens. removed (B,): how many of each row go; seen (B,): how many remain."""
@@ -59,7 +59,7 @@ class Columns(Kept):
         column = torch.arange(remaining) - (removed - shortest)[:, None]  # (B, remaining)
         shape = [len(removed), *[1] * (x.dim() - 3), remaining, 1]
         column = column.clamp(min=0).to(x.device).view(shape).expand(*x.shape[:-2], remaining, x.shape[-1])
-        return replace(self, tensor=x.gather(-2, column))
+        return type(self)(x.gather(-2, column))
 
     def last(self, count):
         return self.map(lambda x: last_columns(x, count))
