@@ -161,6 +161,11 @@ class GalleryPreTrainedModel(PreTrainedModel):
             raise ValueError(f"{name} has type {x.dtype}, the model {self.dtype}; give {name}.to(model.dtype)")
         b, t = x.shape[:2]
         if is_exporting():
+            if self.training:
+                raise ValueError(
+                    "the model is in training under torch.export, and what is exported infers, without dropout; call "
+                    "model.eval() first"
+                )
             given = {"past_key_values": past_key_values, "use_cache": use_cache or None} | (packing or {})
             refuse_export(name for name, value in given.items() if value is not None)
             use_cache = False

@@ -370,8 +370,8 @@ def test_the_whole_run(tiny):
     page = BeautifulSoup((folder / report.PAGE).read_text(), "html.parser")
     rows = page.find("table").select("tbody th[scope=row]")
     assert [row.text for row in rows][:-1] == [c.label for c in contestants.CONTESTANTS.values()]
-    titles = [section.h2.text for section in page.select("section")]
-    assert titles == [title for title, _, _ in report.figures(results)] and len(page.select(".plot")) == len(titles)
+    titles = [section.h2.text for section in page.select("section") if section.select(".plot")]
+    assert titles == [title for title, _, _ in report.figures(results)]
     assert {"What each remembers", "Does a larger memory help with text?", "Bits per byte by training time"} < set(
         titles
     )

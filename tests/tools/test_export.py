@@ -76,6 +76,13 @@ def test_what_a_graph_cannot_hold_is_refused(variant, head):
             torch.export.export(run.model, (), {"input_ids": ids} | more)
 
 
+@over(lambda variant, head: variant.name in COLUMNS and head.auto == "AutoModelForCausalLM")
+def test_a_model_in_training_is_refused(variant, head):
+    """Its dropout would be left out of attention."""
+    with pytest.raises(ValueError, match="call model.eval\\(\\) first"):
+        torch.export.export(runner(variant, head).model.train(), (), {"input_ids": words(2, 9)})
+
+
 @over(lambda variant, head: head.auto == "AutoModelForCausalLM" and "block_recurrent" not in variant.name)
 def test_a_graph_asserts_its_input(variant, head):
     run = runner(variant, head)
