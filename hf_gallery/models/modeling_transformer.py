@@ -333,7 +333,7 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
             )
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("decoder_input_ids are missing: give them, decoder_inputs_embeds, or labels to the head")
-        read = encoder_outputs is not None or "source_length" in getattr(past_key_values, "rows", {})
+        read = encoder_outputs is not None or "source_length" in getattr(past_key_values, "facts", {})
         if not read:
             encoder_outputs = self.encoder(
                 return_dict=True,

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_law_2_batch_anyhow import padded, scatter
 from transformers import Cache
-from variants import VARIANTS, assert_equal, causal, runner, streams, words
+from variants import VARIANTS, assert_equal, causal, over, runner, streams, words
 
 from hf_gallery import GalleryCache
 
@@ -251,3 +251,24 @@ def test_moved_and_detached(variant, head):
     twin = cache.copy()
     assert cache.to("cpu") is cache and cache.detach() is cache
     assert torch.equal(go_on(run, cache), go_on(run, twin))
+
+
+# ---- encoder and decoder
+
+
+@over(lambda variant, head: head.source)
+def test_a_source_that_was_read_is_not_read_again(variant, head):
+    """Its keys are in the cache: a step needs the decoder's ids and the cache alone, and never calls the encoder."""
+    run = runner(variant, head)
+    ids = words(2, 9)
+    with torch.no_grad():
+        expected, _ = run(ids)
+        _, cache = run(ids[:, :5])
+        again = cache.copy()
+        calls = []
+        run.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
+        alone = run.model(decoder_input_ids=ids[:, 5:], past_key_values=cache).logits
+        besides, _ = run(ids[:, 5:], cache=again)  # a source beside it, as `generate` gives it, is left aside
+    assert not calls
+    assert_equal(alone, expected[:, 5:])
+    assert_equal(besides, expected[:, 5:])
