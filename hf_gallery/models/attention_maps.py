@@ -1,4 +1,4 @@
-"""Attention that shows its probabilities, where output_attentions asks for them.
+"""Attention as layers call it: `attend`, or where output_attentions asks for them with its probabilities.
 
 The output is then computed from the very map that is returned, as in transformers: a gradient can be retained on it,
 and what is learned from it reaches the parameters. That takes all T x S probabilities; `attend` never has them.

@@ -1,4 +1,5 @@
-"""Parts that variants share around their attention. Letters: see spans.py."""
+"""Parts of layers that variants share around their attention: residuals and norms, feed-forward, queries and keys, T5
+bias. Blocks of tokens are in block_rows.py. Letters: see spans.py."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class ResidualLayer(GradientCheckpointingLayer):
     dropout: nn.Module
 
     def add(self, x: torch.Tensor, y: torch.Tensor, norm: nn.Module) -> torch.Tensor:
-        """The sum of x and what a part has made of it, (B, T, E) each."""
+        """The sum of x and what a part has made of it, (B, T, E) each. Post-norm: norm(x + dropout(y))."""
         x = x + self.dropout(y)
         return x if self.pre else norm(x)
 
@@ -43,7 +44,8 @@ class PreNormLayer(GradientCheckpointingLayer):
 
 
 class FeedForward(nn.Module):
-    """Two linear maps with an activation between, at every position alone. (B, T, E) to (B, T, E).
+    """Two linear maps with an activation between, at every position alone (Vaswani et al. 2017, section 3.3).
+    (B, T, E) to (B, T, E).
 
     inner_dropout: on the activation, as Transformer-XL has it.
     """

@@ -3,7 +3,7 @@
     h~     = [stop_gradient(memory) ; h]                                  section 3.2
     q, k, v = W_q h, W_k h~, W_v h~;  r_d = W_r sinusoid(d)               section 3.3
     score(i, j) = ((q_i + u) . k_j + (q_i + v) . r_(i - j)) / sqrt(D)     appendix B, u content_bias, v position_bias
-    h      = LayerNorm(h + o),  then the same around the feed-forward
+    h      = LayerNorm(h + o),  then the same around the feed-forward     blocks.py; adaptive softmax: adaptive.py
 
 Query p sees [seg(p) - mem_len, p]; with same_length [p - mem_len + 1, p], mem_len keys, as the authors' code masks it
 (pytorch/mem_transformer.py, RelPartialLearnableDecoderLayer and MemTransformerLM._forward). What is below 0 does not

@@ -1,7 +1,8 @@
 """Segments with a memory of what came before: the intervals of Transformer-XL and the Memorizing Transformer.
 
-Query p sees [seg(p) - mem_len, p], seg(p) = p - p mod segment_length. With gradients, that is two parts: the keys of
-its own segment, and those before, which carry no gradient to the states they were made from. Letters: see spans.py.
+Query p sees [seg(p) - mem_len, p], seg(p) = p - p mod segment_length; in Transformer-XL with same_length
+[p - mem_len + 1, p]. With gradients, that is two parts: the keys of its own segment, and those before, which carry no
+gradient to the states they were made from. Letters: see spans.py.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Every variant of the gallery is such an interval (plus at most one extra source)
 matrices: two integers per query say everything, and tiles of scores outside all intervals are never computed.
 
 Letters, for the whole package: B rows of the batch, T queries (the new tokens), S keys, C cached columns,
-H heads, D size of a head, E hidden size, V vocabulary, R entries of a table of positions.
+H heads, D size of a head, Dv of a head's values, E hidden size, V vocabulary, R entries of a table of positions.
+A file that has others says so at its top; docs/ARCHITECTURE.md lists all, and words with two meanings.
 """
 
 from __future__ import annotations
