@@ -16,6 +16,7 @@ from hf_gallery.data import load_corpus
 
 from .cells import Cell
 from .contestants import Contestant
+from .significance import DOCUMENT
 from .training import Tick
 
 if TYPE_CHECKING:
@@ -122,8 +123,8 @@ def plain(settings: Any) -> dict[str, Any]:
 
 
 def add_up(totals: dict[str, Any], found: dict[str, Any]) -> None:
-    """Adds up by label what can be counted, and lays units of answers one behind another; all else is the same for
-    every seed."""
+    """Adds up by label what can be counted, and lays units of answers one behind another, but for documents, which are
+    the same for every seed, and are added up each; so is all else."""
     for label, counts in found.items():
         counted = [key for key in ("asked", "correct", "bits", "bytes", "words") if key in counts]
         known = totals.get(label)
@@ -134,7 +135,14 @@ def add_up(totals: dict[str, Any], found: dict[str, Any]) -> None:
             known[key] += counts[key]
         if "by_unit" in known and "by_unit" in counts:
             own, more = known["by_unit"], counts["by_unit"]
-            known["by_unit"] = own | {key: f"{own[key]} {more[key]}" for key in ("asked", "correct")}
+            known["by_unit"] = own | {key: _together(own["unit"], own[key], more[key]) for key in ("asked", "correct")}
+
+
+def _together(unit: str, counts: str, more: str) -> str:
+    """The counts of units of two seeds, see `add_up`."""
+    if unit != DOCUMENT:
+        return f"{counts} {more}"
+    return " ".join(str(int(a) + int(b)) for a, b in zip(counts.split(), more.split(), strict=True))
 
 
 def share(score: dict[str, Any] | None) -> str:

@@ -111,11 +111,9 @@ class Bert:
 # Buffers of older files, and what is left out (see above).
 IGNORED = (r"(.+\.)?embeddings\.(position|token_type)_ids", r"(.+\.)?pooler\..*|cls\.seq_relationship\..*")
 
-# The map, its norm, the output map, and its bias.
-
 
 class MaskedHead(NamedTuple):
-    """Names that a masked language model's head has in the source."""
+    """Names that a masked language model's head has in the source: of the map, its norm, the output map, its bias."""
 
     dense: str
     norm: str

@@ -18,7 +18,7 @@ import math
 import torch
 
 from .attention_fused import attend_sdpa
-from .attention_problem import Position, Problem, compute_dtype
+from .attention_problem import Position, Problem, compute_dtype, without_autocast
 from .attention_tiles import attend_tiles
 from .attention_triton import attend_triton, why_not
 from .exporting import is_exporting
@@ -89,7 +89,8 @@ def attend(
     """
     problem = Problem(query, key, value, spans, position, query.shape[-1] ** -0.5 if scale is None else scale, dropout)
     if is_exporting():
-        out, lse, _ = attend_naive(query, key, value, spans, position=position, scale=scale)
+        with without_autocast(query):
+            out, lse, _ = attend_naive(query, key, value, spans, position=position, scale=scale)
         out = out.to(query.dtype)
         return (out, lse) if return_lse else out
     chosen = choose(problem, implementation)

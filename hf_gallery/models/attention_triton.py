@@ -698,7 +698,7 @@ class _Call:
         )  # fmt: skip
 
     def launch(self, kernel: str, shapes: dict | None = None) -> dict:
-        """M, BLOCK_N and options of a kernel, and the given shapes, by default all."""
+        """BLOCK_M, BLOCK_N and options of a kernel, and the given shapes, by default all."""
         query = self.x.query
         tiles = tiles_of(kernel, query.dtype, max(self.d, self.dv), self.t, is_hopper(query.device))
         options = dict(num_warps=tiles.warps, num_stages=tiles.stages)

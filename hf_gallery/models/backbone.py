@@ -272,6 +272,9 @@ class Backbone(GalleryPreTrainedModel):
             own = replace(
                 context,
                 rows=rows,
+                cached=0,  # and tables, maps: of the whole text
+                tables=None,
+                output_attentions=False,
                 keeps_state=True,
                 max_columns=self.config.cache_capacity,
                 packed=True,  # hidden states are joined below

@@ -2,7 +2,7 @@
 
 Where a forward asks, to do less or to refuse an input in words, it takes here the way that is right for every input,
 and its checks become assertions in the graph. Attention is then computed by its definition, `attend_naive`, whose
-T x S scores every backend has; nothing else differs.
+T x S scores every backend has, and a memory is searched by its definition too.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 from .cache import CACHE_NAME, cache_of
 from .documents import PACKING, Documents
 from .exporting import is_exporting, require
-from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors
+from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors, refuse_export
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
 READ_BY_BACKBONE = {"past_key_values", "use_cache", "output_attentions", "output_hidden_states"}
@@ -475,6 +475,8 @@ def checked_labels(name: str, labels, columns, count: int, counted: str = "vocab
     check_tensors({name: labels})
     if labels is None or not isinstance(columns, torch.Tensor):
         return None  # what is wrong with the columns is said elsewhere
+    if is_exporting():
+        refuse_export([name])
     if labels.dtype not in WHOLE:
         raise ValueError(f"{name} has type {labels.dtype}; it must be torch.long or torch.int")
     if labels.shape != columns.shape[:2]:
@@ -500,6 +502,8 @@ def checked_classes(labels: torch.Tensor | None, count: int) -> torch.Tensor | N
     they are values to be met).
     """
     check_tensors({"labels": labels})
+    if labels is not None and is_exporting():
+        refuse_export(["labels"])
     if labels is None or labels.is_floating_point():
         return labels
     if labels.dtype not in WHOLE:
@@ -528,6 +532,8 @@ def checked_answers(
     if places is None:
         return None
     b, t = columns.shape[:2]
+    if is_exporting():
+        refuse_export([name])
     if places.dtype not in WHOLE or places.shape not in ((b,), (b, 1)):  # a second dimension comes of DataParallel
         raise ValueError(
             f"{name} has type {places.dtype} and shape {tuple(places.shape)}; {b} rows need ({b},) of torch.long or "
@@ -560,7 +566,15 @@ def check_count(labels: torch.Tensor, count: int, config):
         "multi_label_classification": several and floating,
     }
     chosen = "multi_label_classification" if floating else "single_label_classification"
-    if not fits[config.problem_type or ("regression" if one else chosen)]:
+    kind = config.problem_type or ("regression" if one else chosen)
+    if kind not in fits:
+        raise ValueError(f"config.problem_type is {kind!r}; it must be one of {', '.join(fits)}, or None")
+    if not fits[kind] and kind == "regression":
+        raise ValueError(
+            f"labels has type {labels.dtype} and shape {tuple(labels.shape)}; regression of {count} texts needs "
+            f"values ({count}, {config.num_labels}){f', or ({count},)' if one else ''}"
+        )
+    if not fits[kind]:
         raise ValueError(
             f"labels has type {labels.dtype} and shape {tuple(labels.shape)}; {count} texts need whole numbers "
             f"({count},) or, with several classes at once, a floating type ({count}, {config.num_labels}) and "

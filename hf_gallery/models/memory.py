@@ -8,7 +8,7 @@ nothing. Letters: see spans.py. N slots in use, A pairs appended, k pairs retrie
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -400,6 +400,9 @@ class Appended(Folded):
     count: torch.Tensor
     size: int
     in_place: bool
+
+    def map(self, change):
+        return replace(self, tensor=None if self.tensor is None else change(self.tensor), new=change(self.new))
 
     def ready(self) -> Folded | None:
         ring = ring_with_room(self.tensor, self.new, self.first, self.count, self.size, self.in_place)

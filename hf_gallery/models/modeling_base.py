@@ -249,7 +249,8 @@ def refuse_export(names: Iterable[str]):
     """Raises ValueError if an argument is given that torch.export cannot follow."""
     for name in names:
         raise ValueError(
-            f"{name} is given under torch.export; what is exported reads whole texts, one to a row: leave it out"
+            f"{name} is given under torch.export; what is exported infers, from whole texts, one to a row: leave it "
+            "out"
         )
 
 

@@ -120,7 +120,7 @@ class WeightSample:
                 coarse = max(_EPSILON.get(self.types[i], 1.0), _EPSILON.get(other.types[k], 1.0))
                 same = _whole(name) != name or torch.allclose(a, b, rtol=coarse, atol=1e-7, equal_nan=True)
             elif _whole(name) != name:  # sums, which another device may add up in another order
-                same = torch.allclose(a, b, rtol=1e-5, atol=1e-7, equal_nan=True)
+                same = torch.allclose(a, b, rtol=1e-6, atol=1e-7, equal_nan=True)
             else:
                 same = torch.equal(a.nan_to_num(), b.nan_to_num())
             if not same:
@@ -129,6 +129,7 @@ class WeightSample:
 
 
 NUMBERS, UNREAD = 16, "unread"
+_GOLDEN = (5**0.5 - 1) / 2  # its multiples, taken modulo 1, keep far apart
 _EPSILON = {str(t): torch.finfo(t).eps for t in (torch.float64, torch.float32, torch.bfloat16, torch.float16)}
 
 
@@ -166,8 +167,9 @@ def sample_weights(model: nn.Module) -> WeightSample:
             if is_table and x.dim() == 2:
                 columns = x[:, _spread(x.shape[1]).to(x.device)].cpu().double()
                 for start, end in _doubling(len(x)):
-                    place = torch.arange(1, end - start + 1, dtype=torch.float64)  # rows that change places count too
-                    add(f"{name}[{start}:{end}]", kind, (columns[start:end] * place[:, None]).sum(0).float())
+                    # Rows that change places count too, and none so much more than others that those would drown.
+                    share = 1 + torch.arange(end - start, dtype=torch.float64) * _GOLDEN % 1
+                    add(f"{name}[{start}:{end}]", kind, (columns[start:end] * share[:, None]).sum(0).float())
     by_device: dict[torch.device, list[int]] = {}
     for i, x in enumerate(numbers):
         by_device.setdefault(x.device, []).append(i)

@@ -41,6 +41,11 @@ WEIGHTS = (
 )  # fmt: skip
 OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
 SCHEDULER = ("scheduler.pt", "global_step*")
+# How the names of settings begin; what a user has put beside them is no part of the checkpoint.
+SETTINGS = (
+    "config.json", "generation_config.json", "adapter_config.json", "tokenizer", "special_tokens_map", "added_tokens",
+    "model.safetensors.index", "pytorch_model.bin.index",
+)  # fmt: skip
 
 
 class NotWholeError(ValueError):
@@ -65,7 +70,8 @@ def check_whole(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     _read(folder / TRAINER_STATE, lambda path: TrainerState.load_from_json(str(path)))
     for path in sorted(folder.rglob("*.json")):
-        _read(path, _read_json)
+        if path.name.startswith(SETTINGS):
+            _read(path, _read_json)
     _one_of(folder, WEIGHTS, "weights")
     processes = read_lanes(folder, 0)["setup"]["world_size"]
     _one_of(folder, OPTIMIZER, "state of the optimizer")

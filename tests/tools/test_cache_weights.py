@@ -13,6 +13,7 @@ from torch import nn
 from variants import assert_equal, runner, streams, words
 
 from hf_gallery import GalleryCache
+from hf_gallery.models.weights import sample_weights
 
 causal_models = streams(of_head=lambda head: head.auto == "AutoModelForCausalLM")
 
@@ -208,6 +209,17 @@ def test_every_row_of_a_table_counts(variant, head, change, tmp_path):
             table[{"first": 1, "one": 6, "last": -1}[change]] += 0.01
         with pytest.raises(ValueError, match="other weights .*differs"):
             run(words(2, 3, seed=1), cache=GalleryCache.load(tmp_path / "book"))
+
+
+@pytest.mark.parametrize("row", [1, 8_192, 16_384, 32_800, 49_999])
+def test_a_row_of_a_large_table_counts(row):
+    table = torch.nn.Embedding(50_000, 32)
+    torch.nn.init.normal_(table.weight, 0.0, 0.02)
+    before = sample_weights(table)
+    assert before.difference(sample_weights(table)) is None
+    with torch.no_grad():
+        table.weight[row] += 0.001
+    assert before.difference(sample_weights(table)) is not None
 
 
 def test_a_grown_vocabulary_is_no_other_model(tmp_path):

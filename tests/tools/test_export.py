@@ -64,16 +64,49 @@ def limited(variant):
     return TOKENS if variant.limit is None else torch.export.Dim("tokens", min=2, max=variant.limit)
 
 
-@over(lambda variant, head: not head.source and head.auto == "AutoModelForCausalLM")
+@over(lambda variant, head: variant.name in COLUMNS and head.auto == "AutoModelForCausalLM")
 def test_what_a_graph_cannot_hold_is_refused(variant, head):
     run = runner(variant, head)
     ids = words(2, 9)
     for more, said in (
         ({"use_cache": True}, "use_cache"),
         ({"position_ids": torch.arange(9).expand(2, -1)}, "position_ids"),
+        ({"cu_seq_lens_q": torch.tensor([0, 9, 18]), "cu_seq_lens_k": torch.tensor([0, 9, 18])}, "cu_seq_lens_q"),
     ):
         with pytest.raises(ValueError, match=f"{said} is given under torch.export"):
             torch.export.export(run.model, (), {"input_ids": ids} | more)
+
+
+@over(lambda variant, head: variant.name in COLUMNS and not head.source and head.auto != "AutoModel")
+def test_labels_are_refused(variant, head):
+    run = runner(variant, head)
+    ids = run.inputs(words(2, 9))["input_ids"]
+    labels = torch.zeros(2, dtype=torch.long) if run.head.pooled else ids
+    more = {"labels": labels}
+    if run.head.question:
+        more = {"start_positions": torch.ones(2, dtype=torch.long), "end_positions": torch.ones(2, dtype=torch.long)}
+    with pytest.raises(ValueError, match=f"{next(iter(more))} is given under torch.export"):
+        torch.export.export(run.model, (), {"input_ids": ids} | more)
+
+
+def test_an_index_is_no_graph():
+    variant = next(v for v in VARIANTS if v.name == "memorizing")
+    run = runner(variant, "causal", memory_backend="faiss_hnsw")
+    with pytest.raises(ValueError, match="whose index no graph can hold"):
+        torch.export.export(run.model, (), {"input_ids": words(2, 29)})
+
+
+@over(lambda variant, head: variant.name in COLUMNS and (head.pooled or head.question))
+def test_rows_that_say_nothing_are_asserted(variant, head):
+    run, mask = runner(variant, head), torch.ones(2, 9, dtype=torch.long)
+    graph = exported(run, run.inputs(words(2, 9), mask), None if recurrent(variant) else limited(variant))
+    if run.head.question:
+        with pytest.raises(RuntimeError, match="without a sep_token_id"):
+            graph(input_ids=words(2, 9), attention_mask=mask)
+    else:
+        mask[1] = 0
+        with pytest.raises(RuntimeError, match="rows without a token"):
+            graph(input_ids=words(2, 9), attention_mask=mask)
 
 
 @over(lambda variant, head: variant.name in COLUMNS and head.auto == "AutoModelForCausalLM")
