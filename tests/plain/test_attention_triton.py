@@ -189,7 +189,7 @@ def test_a_second_import_of_the_code_uses_the_operators_of_the_first(tmp_path):
     source = Path(attention_triton.__file__).read_text()
     package = tmp_path / "copied"
     package.mkdir()
-    for name in ("__init__", "spans", "attention_problem"):
+    for name in ("__init__", "spans", "attention_problem", "exporting"):
         (package / f"{name}.py").write_text((Path(attention_triton.__file__).parent / f"{name}.py").read_text())
     (package / "attention_triton.py").write_text(source)
     (package / "other_triton.py").write_text(source + "\n# changed\n")
