@@ -14,7 +14,7 @@ def exported(run, arguments, tokens=TOKENS):
     """The graph of a model's forward, whose arguments may grow in both dimensions. tokens: None for a fixed length."""
     shapes = {name: {0: BATCH} | ({1: tokens} if tokens else {}) for name in arguments}
     if "decoder_input_ids" in arguments:
-        source = torch.export.Dim("source", min=2, max=512)
+        source = torch.export.Dim("source", min=2, max=tokens.max)
         shapes |= {name: {0: BATCH, 1: source} for name in ("input_ids", "attention_mask")}
     return torch.export.export(run.model, (), arguments, dynamic_shapes=shapes).module()
 
