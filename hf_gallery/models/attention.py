@@ -46,9 +46,8 @@ def attend_naive(
     if position is not None:
         t, s = scores.shape[-2:]
         distance = (s - t) + torch.arange(t, device=query.device)[:, None] - torch.arange(s, device=query.device)
-        entry = (position.farthest - distance).clamp(
-            0, position.table.shape[1] - 1
-        )  # (T, S); what is clamped is never seen
+        # What is clamped is never seen.
+        entry = (position.farthest - distance).clamp(0, position.table.shape[1] - 1)  # (T, S)
         if position.query is None:
             scores = scores + position.table.to(dtype)[:, entry]
         else:

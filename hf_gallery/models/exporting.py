@@ -20,6 +20,16 @@ def records_gradients() -> bool:
     return torch.is_grad_enabled() and not is_exporting()
 
 
+def surely(held: torch.Tensor) -> bool:
+    """Whether `held` is true everywhere, so that a forward may do less; False where that cannot be asked."""
+    return not is_exporting() and bool(held.all())
+
+
+def possibly(found: torch.Tensor) -> bool:
+    """Whether `found` is true anywhere, so that a forward must do more; True where that cannot be asked."""
+    return is_exporting() or bool(found.any())
+
+
 def require(held: torch.Tensor, message: str) -> None:
     """Asserts in the exported graph that `held` is true everywhere."""
     torch._assert_async(held.all(), message)

@@ -52,7 +52,7 @@ from .blocks import (
 )
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
-from .exporting import fixed_length, is_exporting
+from .exporting import fixed_length, is_exporting, possibly, surely
 from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
@@ -89,7 +89,7 @@ class Blocks:
         self.rows, self.length, w = rows, length, length
         self.phase = rows.seen % w  # (B,) tokens of the first block that are already behind
         reach = self.phase + rows.lengths  # (B,) tokens from the first block's start
-        most = fixed_length(rows.width) if is_exporting() else int(reach.max())
+        most = rows.width if is_exporting() else int(reach.max())
         self.count = max(1, -(-most // w))  # J; one also where no row has a token
         self.complete = reach[:, None] >= (1 + torch.arange(self.count)) * w  # (B, J): the block ends in this forward
         begins = is_exporting() or bool((self.phase == 0).all())  # what is exported has no past
@@ -204,12 +204,11 @@ class RecurrentState(nn.Module):
             pairs.append(pair)
             done = blocks.complete[:, j]
             read = context.keeps_state or j + 1 < blocks.count  # somebody will read what comes next
-            if read and (is_exporting() or bool(done.any())):
+            if read and possibly(done):
                 windows = windows or (blocks.windows(keys), blocks.windows(values))
                 spans = blocks.window_spans(j, vectors.shape[1])
                 ahead = self._advance(vectors, pair, (windows[0][j], windows[1][j]), spans, context)
-                everywhere = not is_exporting() and bool(done.all())
-                vectors = ahead if everywhere else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
+                vectors = ahead if surely(done) else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
                 if j + 1 < blocks.count or context.no_grad:
                     pair = self._keys_values(vectors)
         key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, Z, D)
@@ -224,7 +223,7 @@ class RecurrentState(nn.Module):
         if "state" not in state:
             return initial
         fresh = rows.seen < self.block_length
-        if not is_exporting() and not bool(fresh.any()):
+        if not possibly(fresh):
             return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 

@@ -61,7 +61,7 @@ from .blocks import (
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
-from .exporting import is_exporting
+from .exporting import is_exporting, possibly
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
@@ -151,7 +151,7 @@ class MemoryIntervals:
         slot = torch.minimum(oldest, stored) % self.size
         self.ring = slot, slot + (stored - oldest).clamp(min=0)
         self.columns = None
-        if is_exporting() or bool((segment > stored).any()):
+        if possibly(segment > stored):
             column = torch.maximum(oldest, stored) - start
             self.columns = column, torch.maximum(segment - start, column)
 

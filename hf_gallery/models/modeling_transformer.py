@@ -38,7 +38,7 @@ from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbeddin
 from .cache import CACHE_NAME, cache_of
 from .configuration_transformer import GalleryTransformerConfig
 from .context import ForwardContext
-from .exporting import is_exporting
+from .exporting import surely
 from .gradients import with_gradients_for
 from .heads import (
     CausalLMHead,
@@ -230,7 +230,7 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
             source_rows = Rows(b, s, self.check_mask(encoder_attention_mask, b, s, None), None)
             source, lengths = source_rows.pack(encoder_hidden_states), source_rows.lengths
         upper = (lengths[:, None] - 1).expand(b, rows.width)
-        if not is_exporting() and bool((lengths == lengths[0]).all()):
+        if surely(lengths == lengths[0]):
             upper = upper[:1]
         return source, Spans(torch.zeros_like(upper), upper), {"source_length": Fixed(lengths)}
 

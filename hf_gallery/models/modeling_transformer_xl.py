@@ -38,7 +38,7 @@ from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbeddin
 from .columns import append_columns
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .context import ForwardContext
-from .exporting import is_exporting
+from .exporting import is_exporting, possibly
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
 from .modeling_base import GalleryPreTrainedModel, init_linear
 from .positions import sinusoids
@@ -319,7 +319,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         begins = config.same_length or is_exporting()  # what is exported has no past
         columns = max(cached, config.mem_len if begins else int(reach.max()))
         start = rows.first - columns + torch.arange(columns) < 0
-        return start if columns and (is_exporting() or bool(start.any())) else None
+        return start if columns and possibly(start) else None
 
 
 class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrainedModel):

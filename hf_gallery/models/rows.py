@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from .exporting import is_exporting
+from .exporting import is_exporting, surely
 from .spans import Spans
 
 
@@ -35,7 +35,7 @@ class Rows:
         fresh: torch.Tensor | None = None,
     ):
         self.batch, self.columns, self.fresh = batch, columns, fresh
-        self.mask = None if mask is None or (not is_exporting() and bool(mask.all())) else mask
+        self.mask = None if mask is None or surely(mask) else mask
         starts_together = True if seen is None else None
         if seen is None:
             seen = torch.zeros(batch, dtype=torch.long)
@@ -61,7 +61,7 @@ class Rows:
         self.index, self.lengths, self.seen, self.width = index, lengths, seen, width
         self.place: torch.Tensor | None = None  # see `unpack`
         # Whether all rows end with the last packed column.
-        self.is_full = index is None or (not is_exporting() and bool((lengths == width).all()))
+        self.is_full = index is None or surely(lengths == width)
         # Rows that move together need one interval for all.
         self.uniform = self.is_full and (bool((seen == seen[0]).all()) if starts_together is None else starts_together)
 
