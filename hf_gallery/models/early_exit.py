@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.generation.candidate_generator import AssistedCandidateGenerator
 
 
@@ -18,7 +20,8 @@ class EarlyExit(AssistedCandidateGenerator):
         self.generation_config.assistant_early_exit = None  # the draft is plain decoding
 
     def get_candidates(self, input_ids, **kwargs):
-        (decoder,) = (x for x in self.assistant_model.modules() if hasattr(x, "exit_after") and x.causal)
+        decoder: Any
+        (decoder,) = (x for x in self.assistant_model.modules() if getattr(x, "causal", False))
         decoder.exit_after = self.exit_after
         try:
             return super().get_candidates(input_ids)

@@ -394,16 +394,11 @@ class Overwritten(Record):
 
     position: torch.Tensor
 
-    def map(self, change):
-        return replace(super().map(change), position=change(self.position).cpu())
+    def changed(self, change):
+        return super().changed(change) | {"position": change(self.position).cpu()}
 
-    def after(self, old):
-        if not self.until.shape[1]:
-            return old
-        return replace(super().after(old), position=torch.cat([old.position, self.position], dim=1))
-
-    def emptied(self):
-        return replace(super().emptied(), position=self.position[:, :0].clone())
+    def behind(self, old):
+        return super().behind(old) | {"position": torch.cat([old.position, self.position], dim=1)}
 
 
 @dataclass(frozen=True)
@@ -458,7 +453,7 @@ class Appended(Kept):
         return Folded(ring.detach()) if lost is None else Ring(ring.detach(), lost.map(torch.Tensor.detach), self.size)
 
     def _lost(self, until: torch.Tensor) -> Overwritten:
-        """What the ring loses: the pairs `size` positions before those that are appended, of the ring or of `new`."""
+        """Pairs that the ring loses, `size` positions before those that are appended: of the ring, or of `new`."""
         offset = torch.arange(self.new.shape[2])
         position = self.first[:, None] + offset - self.size  # (B, A)
         lost = (offset < self.count[:, None]) & (position >= 0)

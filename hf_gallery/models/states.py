@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -94,9 +94,9 @@ class Fixed(Kept):
 
 @dataclass(frozen=True)
 class Record:
-    """What a state was before each of its changes, oldest first.
+    """The earlier values of a state, one from before each of its changes, oldest first.
 
-    earlier (B, V, ...): before each. until (B, V), on the CPU: how many tokens the row had read when it changed; 0
+    earlier (B, V, ...): those values. until (B, V), on the CPU: how many tokens the row had read when it changed; 0
     where the row's state did not.
     """
 
@@ -112,17 +112,25 @@ class Record:
         return cls(torch.stack(earlier, dim=1), torch.stack(until, dim=1))
 
     def map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Record:
-        return replace(self, earlier=change(self.earlier), until=change(self.until).cpu())
+        """The same with its tensors changed."""
+        return replace(self, **self.changed(change))
 
     def after(self, old: Record) -> Record:
-        if not self.until.shape[1]:
-            return old  # a decode step that changes nothing copies nothing
-        earlier = torch.cat([old.earlier.to(self.earlier), self.earlier], dim=1)
-        return replace(self, earlier=earlier, until=torch.cat([old.until, self.until], dim=1))
+        """Both, `old` first. A decode step that changes nothing copies nothing."""
+        return replace(self, **self.behind(old)) if self.until.shape[1] else old
 
     def emptied(self) -> Record:
         """The same without a change, in memory of its own."""
-        return replace(self, earlier=self.earlier[:, :0].clone(), until=self.until[:, :0].clone())
+        return self.map(lambda x: x[:, :0].clone())
+
+    def changed(self, change: Callable[[torch.Tensor], torch.Tensor]) -> State:
+        """Its fields, changed."""
+        return {"earlier": change(self.earlier), "until": change(self.until).cpu()}
+
+    def behind(self, old: Any) -> State:
+        """Its fields, with those of `old` before them."""
+        earlier = torch.cat([old.earlier.to(self.earlier), self.earlier], dim=1)
+        return {"earlier": earlier, "until": torch.cat([old.until, self.until], dim=1)}
 
 
 @dataclass(frozen=True)
