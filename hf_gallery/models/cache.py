@@ -655,7 +655,8 @@ INDIFFERENT = {
 def cache_identity(config) -> dict:
     """Settings that must agree between a cache and the model that reads it: all of the gallery's own but a few."""
     held = vars(config)  # every forward asks; an attribute of transformers' configurations costs ten times as much
-    return {"model_type": config.model_type} | {name: held[name] for name in _identity_fields(type(config))}
+    names = _identity_fields(type(config))
+    return {"model_type": config.model_type} | {n: held[n] if n in held else getattr(config, n) for n in names}
 
 
 @functools.cache
