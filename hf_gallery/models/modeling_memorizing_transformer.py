@@ -61,7 +61,7 @@ from .blocks import (
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
-from .exporting import is_exporting, possibly
+from .exporting import is_exporting, outside_graphs, possibly
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
@@ -140,6 +140,7 @@ class MemoryIntervals:
 
     def __init__(self, context: Context):
         rows, length, self.size = context.rows, context.segment_length, context.memory_size
+        self.length = length
         position = rows.seen[:, None] + torch.arange(rows.width)  # (B, T)
         segment = position - position % length
         oldest = (segment - self.size).clamp(min=0)
@@ -176,6 +177,11 @@ class MemoryIntervals:
         column = (self.stored - self.start)[:, None] + torch.arange(int(self.appended.max()))
         column = column.clamp(0, x.shape[2] - 1).to(x.device)[:, None, :, None]
         return x.gather(2, column.expand(-1, x.shape[1], -1, x.shape[3]))
+
+    def appended_at(self) -> torch.Tensor:
+        """(B, A): the tokens that a row has read when each of those is stored, at the end of its segment."""
+        offset = torch.arange(int(self.appended.max()))
+        return self.stored[:, None] + offset - offset % self.length + self.length
 
 
 class GalleryMemorizingTransformerAttention(nn.Module):
@@ -217,7 +223,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         before = joined if context.parts.crosses else (state.get("keys"), state.get("values"))
         return attend_segments(context, query, own, before, context.parts, position, **options)
 
-    @torch.compiler.disable  # where the memory's columns lie depends on the rows: see `attend`
+    @outside_graphs  # where the memory's columns lie depends on the rows: see `attend`
     def _remember(
         self, query: torch.Tensor, joined: Pair, context: Context, state: State
     ) -> tuple[torch.Tensor, NextState]:
@@ -234,8 +240,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             return retrieved, {}
         new: NextState = {}
         for name, old, x in zip(("memory_keys", "memory_values"), ring or (None, None), joined, strict=True):
-            pairs = where.appended_columns(x.detach())
-            new[name] = Appended(old, pairs, where.stored, where.appended, where.size, context.no_grad)
+            pairs, until = where.appended_columns(x.detach()), where.appended_at() if context.records else None
+            new[name] = Appended(old, pairs, where.stored, where.appended, where.size, context.no_grad, until)
         return retrieved, new
 
     def _search(self, query: torch.Tensor, sources: list[Source], size: int) -> Found:
@@ -260,7 +266,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         return Retrieval(positions, found.weights)
 
 
-@torch.compiler.disable  # torch 2.13 fails on a compiled part that returns views and the same views detached
+@outside_graphs  # torch 2.13 fails on a compiled part that returns views and the same views detached
 def without_gradients(context, state, key, value):
     """Keys and values (B, H, C + T, D) over [cached | new], which no gradient passes, and the next state."""
     return context.extend(state, keys=key.detach(), values=value.detach())
