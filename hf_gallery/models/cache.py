@@ -643,12 +643,13 @@ def check_content(content: Content, config):
 
 
 # Settings by which models may differ and yet read each other's caches: of training, of the head, of how an exact
-# memory is searched, of how long an input may be.
+# memory is searched, of how long an input may be, of encoders alone.
 INDIFFERENT = {
     "max_position_embeddings",
     "vocab_size", "hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "initialization",
     "projection_init_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "sep_token_id", "decoder_start_token_id", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",
+    "classifier_act", "embedding_size",
 }  # fmt: skip
 
 

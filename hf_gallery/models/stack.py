@@ -20,24 +20,33 @@ class AbsoluteEmbeddings:
 
     def build_embeddings(self, config):
         """Makes the modules that `embed` uses."""
-        scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
+        width = config.embedding_width
+        if width != config.hidden_size and (config.is_decoder or getattr(config, "is_encoder_decoder", False)):
+            raise ValueError(
+                f"embedding_size is {width} and hidden_size {config.hidden_size}; tables of another width than the "
+                "layers are ELECTRA's and for encoders alone, so leave embedding_size out"
+            )
+        scale = math.sqrt(width) if config.scale_embedding else 1.0
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, width, scale)
         if config.position_embedding_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, width)
         if config.type_vocab_size:
-            self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+            self.embed_types = nn.Embedding(config.type_vocab_size, width)
         if config.embedding_norm:
-            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.embed_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if width != config.hidden_size:
+            self.embed_project = nn.Linear(width, config.hidden_size)
         if config.norm_position == "pre":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.segment_length = getattr(config, "segment_length", None)
 
     def embed(self, rows: Rows, input_ids, inputs_embeds, position_ids=None, token_type_ids=None, **more):
-        """Packed embeddings (B, T, E) with positions, types, norm and dropout."""
+        """Packed embeddings (B, T, E) with positions, types, norm and dropout; where the tables have another width,
+        mapped to E behind all these."""
         config = self.config
         if inputs_embeds is None:
-            x = self.embed_tokens(rows.pack(input_ids))  # (B, T, E)
+            x = self.embed_tokens(rows.pack(input_ids))  # (B, T, embedding_width)
         else:
             x = rows.pack(inputs_embeds)
         if self.embeds_positions:
@@ -48,7 +57,7 @@ class AbsoluteEmbeddings:
             if self.segment_length is not None:
                 positions = positions % self.segment_length
             if config.position_embedding_type == "sinusoidal":
-                x = x + sinusoids(positions, config.hidden_size, config.sinusoid_layout, x.dtype)
+                x = x + sinusoids(positions, config.embedding_width, config.sinusoid_layout, x.dtype)
             elif config.position_embedding_type == "learned":
                 # Columns after a row's end have positions that may not exist; they are never used.
                 x = x + self.embed_positions(positions.clamp(max=config.longest_input - 1) + config.position_offset)
@@ -60,7 +69,8 @@ class AbsoluteEmbeddings:
             x = x + self.embed_types(types)
         if config.embedding_norm:
             x = self.embed_norm(x)
-        return self.dropout(x)
+        x = self.dropout(x)
+        return x if config.embedding_width == config.hidden_size else self.embed_project(x)
 
     def finish(self, x):
         return self.norm(x) if self.config.norm_position == "pre" else x

@@ -27,11 +27,15 @@ def stack(model, ids, source=None, starts=(0,)):
     c, n = model.config, len(ids)
 
     def embed():
-        x = model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)  # section 3.4
+        width = c.embedding_width
+        x = model.embed_tokens.weight[ids] * (math.sqrt(width) if c.scale_embedding else 1)  # section 3.4
         places = [p if c.segment_length is None else p % c.segment_length for p in range(n)]
         if c.position_embedding_type == "learned":
-            return x + model.embed_positions.weight[[p + c.position_offset for p in places]]
-        return x + torch.stack([sinusoid(p, c.hidden_size, c.sinusoid_layout == "interleaved") for p in places])  # 3.5
+            x = x + model.embed_positions.weight[[p + c.position_offset for p in places]]
+        else:
+            x = x + torch.stack([sinusoid(p, width, c.sinusoid_layout == "interleaved") for p in places])  # 3.5
+        x = norm(x, model.embed_norm) if c.embedding_norm else x
+        return x if width == c.hidden_size else linear(x, model.embed_project)
 
     def sees(p):
         """The positions that query p sees: in a decoder none after itself (section 3.2.3); windowed, its segment."""
