@@ -347,6 +347,14 @@ VARIANTS = [
         recurrence_type="dual",
     ),
     block_recurrent(
+        "_single",
+        some(RECURRENT_HEADS, "causal"),
+        block_length=6,
+        num_state_vectors=5,
+        recurrent_layers=[0, 1],
+        recurrence_type="single",
+    ),
+    block_recurrent(
         "_feedback",
         some(RECURRENT_HEADS, "causal"),
         block_length=5,
