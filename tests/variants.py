@@ -429,9 +429,10 @@ class Runner:
         return result_of(output), output.get("past_key_values")
 
 
-def first_marked(ids):
-    """A mask (B, T) of the first column."""
-    return torch.zeros_like(ids).index_fill(1, torch.tensor(0), 1)
+def first_marked(input_ids, attention_mask=None):
+    """A mask (B, T) of each row's first token."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return ((mask.cumsum(1) == 1) & (mask == 1)).long()
 
 
 def ask(ids, mask=None):

@@ -27,7 +27,7 @@ import pytest
 
 BEGIN, END, NONE = "<!-- works -->", "<!-- /works -->", "-"
 ORDER = (  # how abilities begin, from use through training and adapters to tools around them; others come last
-    "generate", "TextIteratorStreamer", "pipeline", "answering", "opens", "Hub", "transformers serve", "lm-eval",
+    "generate", "TextIteratorStreamer", "pipeline", "answering", "summaries", "opens", "Hub", "transformers serve", "lm-eval",
     "config.", "Trainer", "SegmentTrainer", "Seq2SeqTrainer", "bf16", "gradient", "label smoothing", "packing",
     "torch.", "resume", "FSDP", "TRL", "PEFT", "prompt tuning", "prefix tuning", "accelerate", "sentence-transformers",
     "quantization",

@@ -13,6 +13,9 @@ The decoder is the paper's autoregressive model (section 4), which has no global
 all later tokens, however far, and themselves see what their window shows: a query over the whole past would need the
 whole past kept.
 
+The encoder-decoder, LED (section 7), puts a Transformer's decoder on this encoder, with learned positions for each. As
+in the released code (transformers' models/led) no token of the source is global unless it is marked.
+
 The same by loops over queries and heads, to read beside the paper: tests/plain/longformer.py.
 
 Letters: see spans.py. G global tokens of a row.
