@@ -51,7 +51,7 @@ class Variant:
     limit: the longest input, where there is one.
     period: tokens after which the same happens again, say a segment ends.
     border: length of the segments at whose beginnings gradients stop; None where they reach all that is seen.
-    croppable: tokens can be taken back from its cache.
+    croppable: tokens that were recorded can be taken back from its cache.
     reentrant: its layers stand reentrant gradient checkpoints.
     shallow: what else to set for a model of two layers.
     needs: a package that it needs and that may be missing.
@@ -241,7 +241,6 @@ def memorizing(name, heads, *, needs=None, **settings):
         linear=True,
         period=period or length,
         border=length,
-        croppable=False,
         shallow=dict(memory_layers=[1]),
         needs=needs,
     )
@@ -271,7 +270,6 @@ def block_recurrent(name, heads, **settings):
             horizon=2 * length + 2 * settings["num_state_vectors"],  # the state counts as columns
             linear=True,
             period=length,
-            croppable=False,
             reentrant=not settings.get("feedback"),
             shallow=dict(recurrent_layers=[1]),
         )

@@ -163,7 +163,7 @@ def settings(source: Source, theirs: Any, family: str) -> dict[str, Any]:
 
 
 def tensors(source: Source, theirs: Any, origin: str, encoder_maps=MAPS) -> tuple[dict[str, Take], dict[str, str]]:
-    """What makes the parameters but the global maps, and which source tensors are copies of others."""
+    """Sources of all parameters but the global maps, and which tensors of the source are copies of others."""
     names = ("shared.weight", "encoder.embed_tokens.weight", "decoder.embed_tokens.weight")
     kept, copies = alias(source, *(origin + name for name in names), "lm_head.weight")
     take = {"model.shared.weight": Take((kept,))}

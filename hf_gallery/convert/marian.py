@@ -98,7 +98,7 @@ class Marian:
 
 def layer_of(side: str, to: str, origin: str, maps: Sequence[tuple[str, str]] = MAPS) -> dict[str, Take]:
     """A layer of the encoder or the decoder. maps: ours and theirs, of self-attention."""
-    take = {}
+    take: dict[str, Take] = {}
     for ours, theirs in maps:
         take |= affine(f"{to}.self_attn.{ours}", f"{origin}.self_attn.{theirs}")
     take |= affine(f"{to}.self_attn_norm", f"{origin}.self_attn_layer_norm")

@@ -77,10 +77,6 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     def columns_kept(self, layer: int) -> int:
         return self.cache_capacity if layer in self.recurrent_layers else self.block_length
 
-    @property
-    def cache_folds(self) -> bool:
-        return bool(self.recurrent_layers)
-
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         (layout,) = super().cache_layout(layer)
         if layer in self.recurrent_layers:

@@ -66,7 +66,7 @@ from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .spans import Spans
-from .states import Derived, Folded, LayerOutput, NextState, State
+from .states import Derived, Folded, LayerOutput, NextState, Record, State
 
 
 @dataclass(kw_only=True)
@@ -128,6 +128,10 @@ class Blocks:
         # Picked once and split: a pick from all of x for each block would cost its whole gradient each time.
         parts = _pick(x, self.column).split(self.length, dim=2)
         return [torch.cat(pair, dim=2) for pair in zip(parts, parts[1:], strict=False)]
+
+    def ends(self, j: int) -> torch.Tensor:
+        """The tokens that a row has read when block j ends, (B,); 0 where it does not end in this forward."""
+        return (self.rows.seen - self.phase + (j + 1) * self.length).masked_fill(~self.complete[:, j], 0)
 
     def window_spans(self, j: int, vectors: int) -> Spans:
         """The same for all `vectors` queries: [first real column, last one]. Complete blocks end in real columns."""
@@ -214,7 +218,7 @@ class RecurrentState(nn.Module):
         # A text that ends within a block moves no state that is read; one that goes on starts from no initial state.
         query = with_gradients_for(query, self)
         blocks = context.blocks(keys.shape[2] - query.shape[2])
-        pairs, windows = [], None
+        pairs, windows, changes = [], None, []
         for j in range(blocks.count):
             pairs.append(pair)
             done = blocks.complete[:, j]
@@ -222,12 +226,13 @@ class RecurrentState(nn.Module):
             if read and possibly(done):
                 windows = windows or (blocks.windows(keys), blocks.windows(values))
                 spans = blocks.window_spans(j, vectors.shape[1])
+                changes.append((vectors, blocks.ends(j)))
                 ahead = self._advance(vectors, pair, (windows[0][j], windows[1][j]), spans, context)
                 vectors = ahead if surely(done) else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
                 if j + 1 < blocks.count or context.no_grad:
                     pair = self._keys_values(vectors)
         key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, Z, D)
-        new: NextState = {"state": Folded(vectors)}
+        new: NextState = {"state": Folded(vectors, Record.of(changes, vectors) if context.records else None)}
         if context.no_grad:  # a token of the same block reads them again
             new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
         return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keeps_state else {}
@@ -410,7 +415,8 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         """Feedback: all layers of block j read the state that block j - 1 left in the recurrent one."""
         recurrent = next(i for i, layer in enumerate(self.layers) if layer.self_attn.recurrent)
         # In a context of its own: a checkpointed layer computes it again, from what it was computed from.
-        return replace(context, fed=self.layers[recurrent](None, context, states[recurrent]))
+        state = states[recurrent] if recurrent < len(states) else {}  # a draft of fewer layers reads the initial one
+        return replace(context, fed=self.layers[recurrent](None, context, state))
 
     def _check_feedback(self, context: Context):
         """Raises ValueError for what blocks that run one by one cannot give."""

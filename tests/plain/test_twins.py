@@ -67,7 +67,7 @@ def arguments(variant, head, model, ids, source):
 
 
 def plainly(variant, head, plain, ids, source, **more):
-    """What the twin gives for a row of tokens, and where there is one a row of its source."""
+    """Results of the twin for a row of tokens, and where the head reads one a source."""
     marked = dict(marked=(0,)) if variant.heads[head].marks else {}
     return plain(ids, source, **marked, **more) if variant.heads[head].source else plain(ids, **more)
 

@@ -158,6 +158,7 @@ def test_the_code_of_a_card_runs(name, tmp_path):
         ("transformer", "masked", "fill-mask"),
         ("longformer", "tokens", "token-classification"),
         ("longformer", "question", "question-answering"),
+        ("longformer", "seq2seq", None),
         ("transformer_xl", "sequence", "text-classification"),
         ("block_recurrent_transformer", "decoder", None),
     ],
