@@ -234,6 +234,7 @@ class GalleryStackConfig(GalleryConfig):
     max_decoder_position_embeddings: int | None = None  # default max_position_embeddings, which is then the encoder's
     final_logits_bias: bool = False  # a bias on the logits (Marian, BART)
     decoder_start_token_id: int | None = None  # default bos_token_id
+    classifier_act: str = "tanh"  # of the pooler before a classifier of texts or a choice's score; ELECTRA: gelu
 
     position_embedding_types: ClassVar[list[str]] = ["sinusoidal", "learned", "none"]
 
@@ -242,6 +243,7 @@ class GalleryStackConfig(GalleryConfig):
         self.check_choice("position_embedding_type", self.position_embedding_types)
         self.check_choice("sinusoid_layout", ["interleaved", "concatenated"])
         self.check_choice("initialization", ["xavier", "normal"])
+        self.check_choice("classifier_act", sorted(ACT2FN))
         if self.max_position_embeddings is None:
             self.max_position_embeddings = type(self).__dataclass_fields__["max_position_embeddings"].default
         self.check_count("hidden_size", 1)

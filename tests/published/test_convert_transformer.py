@@ -33,7 +33,9 @@ BART |= dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS, decoder_start
 LED = {name: x for name, x in BART.items() if name != "max_position_embeddings"}
 LED |= dict(max_encoder_position_embeddings=61, max_decoder_position_embeddings=40, attention_window=[4, 8])
 
-FAMILIES = {"GPT2": GPT2, "Bert": BERT, "Roberta": BERT | dict(pad_token_id=1), "Marian": MARIAN}
+ROBERTA = BERT | dict(pad_token_id=1)
+FAMILIES = {"GPT2": GPT2, "Bert": BERT, "Roberta": ROBERTA, "Marian": MARIAN}
+FAMILIES |= {"XLMRoberta": ROBERTA, "Camembert": ROBERTA, "Electra": BERT | dict(embedding_size=30)}
 FAMILIES |= {"Bart": BART, "LED": LED}
 
 
