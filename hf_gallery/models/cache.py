@@ -167,13 +167,16 @@ class GalleryCache(Cache):
     def check(self, config, batch: int):
         """Raises ValueError unless the cache belongs to a model of this configuration and has `batch` rows."""
         identity = cache_identity(config)
+        known = self.identity
         names: list[str] = []
-        if self.identity != identity:
-            names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
+        if known != identity:
+            # A file of an earlier version lacks the fields that came since; its model was what their defaults say.
+            known = {field.name: field.default for field in dataclasses.fields(config)} | known
+            names = [name for name in self.identity | identity if known.get(name) != identity.get(name)]
             names = [name for name in names if name not in INDIFFERENT]  # files of earlier versions name some
         if names:
             first = 1 if names[0] == "model_type" else 3  # another architecture differs in much else
-            differs = {name: (self.identity.get(name), identity.get(name)) for name in names[:first]}
+            differs = {name: (known.get(name), identity.get(name)) for name in names[:first]}
             raise ValueError(
                 f"past_key_values was made for another model (its value, this model's): {differs}"
                 f"{' and more' if len(names) > first else ''}; pass a GalleryCache(model.config), or none"
@@ -645,7 +648,7 @@ def check_content(content: Content, config):
 # Settings by which models may differ and yet read each other's caches: of training, of the head, of how an exact
 # memory is searched, of how long an input may be, of encoders alone.
 INDIFFERENT = {
-    "max_position_embeddings",
+    "max_position_embeddings", "max_decoder_position_embeddings", "activation_dropout",
     "vocab_size", "hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "initialization",
     "projection_init_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "sep_token_id", "decoder_start_token_id", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",

@@ -389,6 +389,15 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
 
     _auto_class = "AutoModelForSeq2SeqLM"
 
+    def build_head(self, config):
+        """Makes the modules that stand on `self.model`."""
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.final_logits_bias:
+            self.final_logits_bias = torch.nn.Parameter(torch.zeros(1, config.vocab_size))
+
+    def get_encoder(self, modality=None):
+        return self.model.get_encoder(modality)
+
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
         embeddings = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)

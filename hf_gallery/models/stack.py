@@ -18,18 +18,21 @@ from .rows import Rows
 class AbsoluteEmbeddings:
     """Embeddings of tokens, positions and types, for a PreTrainedModel with a GalleryStackConfig."""
 
-    def build_embeddings(self, config):
-        """Makes the modules that `embed` uses."""
+    def build_embeddings(self, config, length: str = "max_position_embeddings"):
+        """Makes the modules that `embed` uses. length: the field with the length of the learned table.
+
+        Raises ValueError for tables of another width than the layers' in a decoder or an encoder-decoder."""
         width = config.embedding_width
-        if width != config.hidden_size and (config.is_decoder or getattr(config, "is_encoder_decoder", False)):
+        if width != config.hidden_size and (config.is_decoder or config.is_encoder_decoder):
             raise ValueError(
                 f"embedding_size is {width} and hidden_size {config.hidden_size}; tables of another width than the "
                 "layers are ELECTRA's and for encoders alone, so leave embedding_size out"
             )
+        self.length = length if getattr(config, length) is not None else "max_position_embeddings"
         scale = math.sqrt(width) if config.scale_embedding else 1.0
         self.embed_tokens = ScaledEmbedding(config.vocab_size, width, scale)
         if config.position_embedding_type == "learned":
-            self.embed_positions = nn.Embedding(config.max_position_embeddings, width)
+            self.embed_positions = nn.Embedding(getattr(config, self.length), width)
         if config.type_vocab_size:
             self.embed_types = nn.Embedding(config.type_vocab_size, width)
         if config.embedding_norm:
@@ -60,7 +63,7 @@ class AbsoluteEmbeddings:
                 x = x + sinusoids(positions, config.embedding_width, config.sinusoid_layout, x.dtype)
             elif config.position_embedding_type == "learned":
                 # Columns after a row's end have positions that may not exist; they are never used.
-                x = x + self.embed_positions(positions.clamp(max=config.longest_input - 1) + config.position_offset)
+                x = x + self.embed_positions(positions.clamp(max=self.longest_input - 1) + config.position_offset)
         if config.type_vocab_size:
             if token_type_ids is None:
                 types = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
@@ -74,6 +77,11 @@ class AbsoluteEmbeddings:
 
     def finish(self, x):
         return self.norm(x) if self.config.norm_position == "pre" else x
+
+    @property
+    def longest_input(self) -> int | None:
+        """Tokens that the learned positions reach; None where positions have no end."""
+        return self.config.reach_of(self.length)
 
     @property
     def embeds_positions(self) -> bool:
@@ -102,14 +110,13 @@ class AbsoluteEmbeddings:
                     f"token_type_ids has shape {tuple(token_type_ids.shape)} and values from {low} to {high}; they "
                     f"must be ({b}, {t}), from 0 and below type_vocab_size {types}"
                 )
-        if config.longest_input is not None and self.segment_length is None:
+        if self.longest_input is not None and self.segment_length is None:
             if position_ids is not None:
                 longest = int(position_ids.max()) + 1
-            if longest > config.longest_input:
+            if longest > self.longest_input:
                 raise ValueError(
-                    f"the input reaches {longest} tokens, but max_position_embeddings "
-                    f"{config.max_position_embeddings} has room for {config.longest_input}; shorten it, or use "
-                    "positions without an end"
+                    f"the input reaches {longest} tokens, but {self.length} {getattr(config, self.length)} has room "
+                    f"for {self.longest_input}; shorten it, or use positions without an end"
                 )
 
 
