@@ -12,6 +12,7 @@ where it may fail, and then puts it in the place of the old one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import os
 import weakref
@@ -170,11 +171,16 @@ class GalleryCache(Cache):
     def check(self, config, batch: int):
         """Raises ValueError unless the cache belongs to a model of this configuration and has `batch` rows."""
         identity = cache_identity(config)
-        names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
-        names = [name for name in names if name not in INDIFFERENT]  # files of earlier versions name some
+        known = self.identity
+        names: list[str] = []
+        if known != identity:
+            # A file of an earlier version lacks the fields that came since; its model was what their defaults say.
+            known = {field.name: field.default for field in dataclasses.fields(config)} | known
+            names = [name for name in self.identity | identity if known.get(name) != identity.get(name)]
+            names = [name for name in names if name not in INDIFFERENT]  # files of earlier versions name some
         if names:
             first = 1 if names[0] == "model_type" else 3  # another architecture differs in much else
-            differs = {name: (self.identity.get(name), identity.get(name)) for name in names[:first]}
+            differs = {name: (known.get(name), identity.get(name)) for name in names[:first]}
             raise ValueError(
                 f"past_key_values was made for another model (its value, this model's): {differs}"
                 f"{' and more' if len(names) > first else ''}; pass a GalleryCache(model.config), or none"
@@ -646,18 +652,26 @@ def check_content(content: Content, config):
 
 
 # Settings by which models may differ and yet read each other's caches: of training, of the head, of how an exact
-# memory is searched, of how long an input may be.
+# memory is searched, of how long an input may be, of encoders alone.
 INDIFFERENT = {
-    "max_position_embeddings",
+    "max_position_embeddings", "max_decoder_position_embeddings", "activation_dropout",
     "vocab_size", "hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "initialization",
     "projection_init_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "sep_token_id", "decoder_start_token_id", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",
+    "classifier_act", "embedding_size",
 }  # fmt: skip
 
 
 def cache_identity(config) -> dict:
     """Settings that must agree between a cache and the model that reads it: all of the gallery's own but a few."""
-    own = next(i for i, kind in enumerate(type(config).__mro__) if kind.__name__ == "GalleryConfig") + 1
-    names = [name for kind in type(config).__mro__[:own][::-1] for name in kind.__dict__.get("__annotations__", {})]
-    fields = {field.name for field in dataclasses.fields(config)} - INDIFFERENT
-    return {"model_type": config.model_type} | {name: getattr(config, name) for name in names if name in fields}
+    held = vars(config)  # every forward asks; an attribute of transformers' configurations costs ten times as much
+    names = _identity_fields(type(config))
+    return {"model_type": config.model_type} | {n: held[n] if n in held else getattr(config, n) for n in names}
+
+
+@functools.cache
+def _identity_fields(kind: type) -> tuple[str, ...]:
+    own = next(i for i, base in enumerate(kind.__mro__) if base.__name__ == "GalleryConfig") + 1
+    names = [name for base in kind.__mro__[:own][::-1] for name in base.__dict__.get("__annotations__", {})]
+    fields = {field.name for field in dataclasses.fields(kind)} - INDIFFERENT
+    return tuple(name for name in names if name in fields)
