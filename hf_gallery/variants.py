@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .models.modeling_block_recurrent_transformer import GalleryBlockRecurrentTransformerModel
 from .models.modeling_longformer import GalleryLongformerModel
 from .models.modeling_memorizing_transformer import GalleryMemorizingTransformerModel
+from .models.modeling_recurrent_memory_transformer import GalleryRecurrentMemoryTransformerModel
 from .models.modeling_transformer import GalleryTransformerModel
 from .models.modeling_transformer_xl import GalleryTransformerXLModel
 
@@ -303,6 +304,41 @@ TABLE = (
                 carries="state",
                 colour="#CC79A7",
                 symbol="star",
+            ),
+        ),
+    ),
+    Variant(
+        name="recurrent_memory_transformer",
+        title="Recurrent Memory Transformer",
+        short="Recurrent Memory",
+        authors="Bulatov et al. 2022",
+        arxiv="2207.06881",
+        paper_title="Recurrent Memory Transformer",
+        idea="segments that hand memory tokens on, one to the next",
+        sees="its segment up to it, and the memory tokens in front",
+        carries="the memory tokens, keys and values of the segment",
+        about="The text is read in segments. `num_memory_tokens` tokens that stand for no text stand before each, to be "
+        "read, and behind it, to be written: what the layers make of the last ones stands before the next segment. So "
+        "memory is written by the whole depth of the model, and learned by gradients that flow through segments.",
+        limits=(
+            "The memory has few tokens, and all that later segments know of a segment is in them.",
+            "It learns what to write from later segments of the same forward alone: a forward of one segment teaches "
+            "it to read only.",
+            "Segments run one after the other, so short ones leave a GPU idle.",
+        ),
+        model=GalleryRecurrentMemoryTransformerModel,
+        small=dict(norm_position="pre", segment_length=128, num_memory_tokens=16),
+        contestants=(
+            Contestant(
+                name="recurrent_memory_transformer",
+                label="Recurrent Memory Transformer",
+                reach="its segment of one window, and memory tokens",
+                settings=lambda sizes: dict(
+                    norm_position="pre", segment_length=sizes.window, num_memory_tokens=sizes.memory_tokens
+                ),
+                carries="state",
+                colour="#0072B2",
+                symbol="hexagon",
             ),
         ),
     ),
