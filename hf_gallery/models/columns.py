@@ -65,7 +65,7 @@ def next_columns(x: torch.Tensor, rows: Rows, max_columns: int | None) -> torch.
 
 
 def whole_columns(x: torch.Tensor, max_columns: int) -> torch.Tensor:
-    """x (..., C, D), C <= max_columns, with zeros in front of it up to max_columns; memory as `next_columns` has it."""
+    """x (..., C, D), C <= max_columns, with zeros in front of it up to that; memory as `next_columns` has it."""
     if x.shape[-2] < max_columns:
         x = F.pad(x, (0, 0, max_columns - x.shape[-2], 0))
     return _in_room(x, max_columns) if _may_share(x, x) else x

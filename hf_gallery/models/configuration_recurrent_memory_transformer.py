@@ -10,8 +10,8 @@ from .configuration_base import MOST, GalleryStackConfig
 class GalleryRecurrentMemoryTransformerConfig(GalleryStackConfig):
     """The Recurrent Memory Transformer: segments that hand a few memory tokens on, one to the next.
 
-    Sizes are those of the authors' code for enwik8 (booydar/LM-RMT, run_enwik8_base.sh; Bulatov, Kuratov, Burtsev 2022,
-    arXiv 2207.06881): 12 layers, 512 wide. Positions are absolute, within a segment and its memory tokens.
+    Sizes are those of the authors' code for enwik8 (Bulatov, Kuratov, Burtsev 2022, arXiv 2207.06881; booydar/LM-RMT,
+    run_enwik8_base.sh): 12 layers, 512 wide. Positions are absolute, within a segment and its memory tokens.
 
     memory_attention: "full", memory tokens see each other, as in booydar/LM-RMT, of which the paper's language models
     are; "causal", they see what stands before them, as in booydar/recurrent-memory-transformer around GPT-2. Of a
@@ -45,8 +45,8 @@ class GalleryRecurrentMemoryTransformerConfig(GalleryStackConfig):
         super().__post_init__(**kwargs)
         if self.type_vocab_size:
             raise ValueError(
-                f"type_vocab_size is {self.type_vocab_size}; memory tokens have no type, so this model has none: leave "
-                "it at 0"
+                f"type_vocab_size is {self.type_vocab_size}; memory tokens have no type, so this model has none: "
+                "leave it at 0"
             )
         self.check_positions()
 
