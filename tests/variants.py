@@ -49,7 +49,7 @@ class Variant:
     limit: the longest input, where there is one.
     period: tokens after which the same happens again, say a segment ends.
     border: length of the segments at whose beginnings gradients stop; None where they reach all that is seen.
-    croppable: tokens can be taken back from its cache.
+    croppable: tokens that were recorded can be taken back from its cache.
     reentrant: its layers stand reentrant gradient checkpoints.
     one_by_one: its layers are called for one segment or block after another, and show no map of attention.
     shallow: what else to set for a model of two layers.
@@ -230,7 +230,6 @@ def memorizing(name, heads, *, needs=None, **settings):
         linear=True,
         period=period or length,
         border=length,
-        croppable=False,
         shallow=dict(memory_layers=[1]),
         needs=needs,
     )
@@ -260,7 +259,6 @@ def block_recurrent(name, heads, **settings):
             horizon=2 * length + 2 * settings["num_state_vectors"],  # the state counts as columns
             linear=True,
             period=length,
-            croppable=False,
             reentrant=not settings.get("feedback"),
             one_by_one=settings.get("feedback", False),
             shallow=dict(recurrent_layers=[1]),
@@ -346,6 +344,14 @@ VARIANTS = [
         recurrent_layers=[0, 2],
         gate_type="lstm",
         recurrence_type="dual",
+    ),
+    block_recurrent(
+        "_single",
+        some(RECURRENT_HEADS, "causal"),
+        block_length=6,
+        num_state_vectors=5,
+        recurrent_layers=[0, 1],
+        recurrence_type="single",
     ),
     block_recurrent(
         "_feedback",

@@ -31,7 +31,7 @@ from .exporting import is_exporting, records_gradients, require
 from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
 from .rows import Rows, unpack
-from .states import NextState, State, tensors_of
+from .states import NextState, State, follow, tensors_of
 from .weights import version_of
 
 
@@ -71,6 +71,7 @@ class Backbone(GalleryPreTrainedModel):
     embeds_positions = False  # else position_ids must say where the tokens stand anyway
     prefix = ""  # of its arguments' names, in messages
     own_arguments: tuple[str, ...] = ()  # of forward, besides what every variant takes
+    exit_after: int | None = None  # layers that run, while the first of them draft a text (early_exit.py); None = all
 
     # ---- what a variant says
 
@@ -166,6 +167,7 @@ class Backbone(GalleryPreTrainedModel):
                 cached=0 if part.past is None else part.past.columns_held,
                 keeps_state=part.keeps_state,
                 max_columns=cache.max_columns if part.keeps_state else None,
+                records=part.keeps_state and cache.recording,
                 no_grad=no_grad,
                 output_attentions=bool(attends),
                 output_hidden_states=bool(shows),
@@ -178,7 +180,8 @@ class Backbone(GalleryPreTrainedModel):
             if inputs_embeds is not None:
                 x = with_gradients_for(x, self.embed_tokens)
             states = part.past.read_states(version) if part.past is not None else []
-            result = self.run_layers(x, context, states or [{}] * len(self.layers), *self.layer_inputs(context))
+            states = states or [{}] * len(self.layers[: self.exit_after])
+            result = self.run_layers(x, context, states, *self.layer_inputs(context))
             result.x = self.finish(result.x)
             if result.hidden is not None:
                 result.hidden[-1] = result.x
@@ -243,7 +246,7 @@ class Backbone(GalleryPreTrainedModel):
         x = shown(x, hidden, context)
         attentions: list | None = [] if context.output_attentions else None
         new = []
-        for layer, state in zip(self.layers, states, strict=True):
+        for layer, state in zip(self.layers[: self.exit_after], states, strict=True):
             # Side by side: reentrant checkpoints give gradients to the tensors that a layer returns, and not to what
             # lies in a tuple of them.
             x, next_state, *probabilities = layer(x, context, state, *more)
@@ -267,7 +270,7 @@ class Backbone(GalleryPreTrainedModel):
         enter: makes a block's Context, of one without what crosses blocks and the states that the block before left.
         """
         cut = BlockRows(context.rows, length)
-        results = []
+        results: list[LayerResults] = []
         for part, rows in cut.split(x):
             own = replace(
                 context,
@@ -276,11 +279,13 @@ class Backbone(GalleryPreTrainedModel):
                 tables=None,
                 output_attentions=False,
                 keeps_state=True,
-                max_columns=self.config.cache_capacity,
+                max_columns=None if context.records else self.config.cache_capacity,
                 packed=True,  # hidden states are joined below
                 memo={},
             )
             result = Backbone.run_layers(self, part, enter(own, states), states)
+            if results:
+                result.states = [follow(*x) for x in zip(result.states, results[-1].states, strict=True)]
             states = [tensors_of(state) for state in result.states]
             results.append(result)
         hidden = None

@@ -47,12 +47,12 @@ class FeedForward(nn.Module):
     """Two linear maps with an activation between, at every position alone (Vaswani et al. 2017, section 3.3).
     (B, T, E) to (B, T, E).
 
-    inner_dropout: on the activation, as Transformer-XL has it.
+    inner_dropout: on the activation, as Transformer-XL has it. reads: the size of its input, if it is not E.
     """
 
-    def __init__(self, config, inner_dropout: float = 0.0, bias: bool = True):
+    def __init__(self, config, inner_dropout: float = 0.0, bias: bool = True, reads: int | None = None):
         super().__init__()
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = nn.Linear(reads or config.hidden_size, config.intermediate_size, bias=bias)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=bias)
         self.act = ACT2FN[config.hidden_act]
         self.dropout = nn.Dropout(inner_dropout)

@@ -26,7 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_file import read_cache_file, write_cache_file
 from .rows import Rows
-from .states import Columns, Derived, Kept, NextState, Places, State, tensors_of
+from .states import Columns, Derived, Kept, NextState, Places, State, follow, taken_back, tensors_of
 from .weights import Version, WeightSample, sample_weights
 
 # Name that transformers gives the cache in its outputs and in generate(): changed in 5.24. Forwards of the gallery
@@ -45,7 +45,8 @@ class Content:
 
     states: of each layer; empty before the first forward. seen (B,): each row's own tokens, on the CPU. facts: further
     facts of each row, on the CPU. columns: seen so far, padding included. history: the newest of them, for crop, as
-    (count, mask (B, count)), the mask None where every column is a token. tables: per layer, what follows from weights
+    (count, mask (B, count)), the mask None where every column is a token. recorded: columns at its end that all states
+    can take back, since they were read while the cache recorded. tables: per layer, what follows from weights
     alone and serves all rows. version: of the weights that the tables and all `Derived` state follow from. maker: a
     reference to the model that wrote last. sample: of a saved cache, the weights of the model that made it.
     """
@@ -55,6 +56,7 @@ class Content:
     facts: dict[str, Kept] = field(default_factory=dict)
     columns: int = 0
     history: tuple[tuple[int, torch.Tensor | None], ...] = ()
+    recorded: int = 0
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     version: Version | None = None
     maker: Callable[[], Any] = lambda: None
@@ -155,7 +157,8 @@ class GalleryCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the states hold, whole storages counted."""
-        tensors = [x for state in self.states for x in state.values()] + list(self._content.tables.values())
+        tensors = [x for state in self._content.states for kept in state.values() for x in kept.tensors]
+        tensors += self._content.tables.values()
         return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
 
     # ---- what models call
@@ -228,12 +231,16 @@ class GalleryCache(Cache):
         """
 
         def after(content: Content) -> Content:
+            fresh = rows.fresh is not None and bool(rows.fresh.any())
+            # What was recorded before a new document is of another text, and no crop reaches back to it.
+            old = [{}] * len(states) if fresh or not content.states else content.states
             return Content(
-                states=tuple(ready(state) for state in states),
+                states=tuple(follow(ready(state), before) for state, before in zip(states, old, strict=True)),
                 seen=rows.seen + rows.lengths,
                 facts=content.facts | ready(facts or {}),
                 columns=content.columns + rows.columns,
                 history=self._recorded(content.history, rows),
+                recorded=content.recorded + rows.columns if self.recording else 0,
                 tables={} if version is None else tables or {},
                 version=version,
                 maker=content.maker if maker is None else weakref.ref(maker),
@@ -310,20 +317,30 @@ class GalleryCache(Cache):
 
     @property
     def folds(self) -> bool:
-        """Whether tokens went into a memory or a recurrent state, from which they cannot be taken back."""
+        """Whether tokens went into a memory or a recurrent state, from which only what was recorded is taken back."""
         return any(x.folds for state in self._content.states for x in state.values())
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can take back tokens: all state is columns of time, and those that it needs are here."""
+        """Whether `crop` can take back tokens: nothing was forgotten yet, or the cache records."""
         countable = bool(self._content.history) or not self.columns  # reset_rows leaves nothing to count by
-        return (
-            not self.folds and countable and (self.capacity is None or self.recording or self.columns <= self.capacity)
-        )
+        return countable and (self._holds_all or (self.recording and self._may_take_back))
+
+    @property
+    def _holds_all(self) -> bool:
+        """Whether nothing was forgotten: all state is columns of time, of every token."""
+        return not self.folds and (self.seen is None or self.capacity is None or int(self.seen.max()) <= self.capacity)
+
+    @property
+    def _may_take_back(self) -> bool:
+        """Whether the state of every layer can take back what was recorded."""
+        states = self._content.states if self._content.recorded else ()
+        return all(x.can_take_back for state in states for x in state.values())
 
     def activate_past_recording(self):
-        """From now on keep what the model could forget, so that `crop` can take tokens back: each crop then drops what
-        is no longer needed. generate() ends it."""
+        """From now on keep what the model could forget, so that `crop` can take back the tokens that come: columns of
+        time, the slots of a memory that are overwritten, a recurrent state as it was before each change. Each crop
+        then drops what is no longer needed. generate() ends it."""
         self.recording = True
 
     def deactivate_past_recording(self):
@@ -342,25 +359,21 @@ class GalleryCache(Cache):
                 f"tokens_to_remove is {-count}; give the columns to take back as a number below 0, crop({count})"
             )
         content = self._before(count) if count else self._content
-        states = tuple({name: x.last(self.capacity) for name, x in state.items()} for state in content.states)
-        self._content = replace(content, states=states)
+        states = tuple({name: x.settled(self.capacity) for name, x in state.items()} for state in content.states)
+        self._content = replace(content, states=states, recorded=0)
 
     def _before(self, count: int) -> Content:
         """The content without the last `count` columns."""
         content = self._content
         history, removed = shortened(content.history, count, max(self.batch_size, 0))
         counted = sum(n for n, _ in history) + count == sum(n for n, _ in content.history)
-        seen = None
-        if counted and self.is_croppable:
-            seen = content.seen - removed
-            needed = seen if self.capacity is None else seen.clamp(max=self.capacity)
-            if bool((self.columns_held - removed < needed).any()):
-                seen = None
-        if seen is None:
+        recorded = count <= content.recorded and self._may_take_back
+        if not counted or not (recorded or self._holds_all):
             raise ValueError(f"cannot take back {count} columns: {self._why_not()}")
+        seen = content.seen - removed
         return replace(
             content,
-            states=tuple({n: x.take_back(removed, seen) for n, x in state.items()} for state in content.states),
+            states=tuple(taken_back(state, removed, seen) for state in content.states),
             seen=seen,
             facts={name: x.take_back(removed, seen) for name, x in content.facts.items()},
             columns=content.columns - count,
@@ -368,16 +381,13 @@ class GalleryCache(Cache):
         )
 
     def _why_not(self) -> str:
-        if self.folds:
-            return (
-                "this cache has put them into a memory or a recurrent state; keep a copy() from before the forward "
-                "that may be taken back"
-            )
         if self.columns and not self._content.history:
             return "rows were emptied by reset_rows() since; keep a copy() from before"
+        what = "put them into a memory or a recurrent state" if self.folds else "dropped what came before"
+        since = f", and recorded the last {self._content.recorded}" if self._content.recorded else ""
         return (
-            "this cache has dropped what came before. Call activate_past_recording() before the forward that may be "
-            "taken back, or keep a copy()"
+            f"this cache has {what}{since}. Call activate_past_recording() before the forward that may be taken back, "
+            "or keep a copy()"
         )
 
     def reorder_cache(self, beam_idx: torch.Tensor):

@@ -132,11 +132,6 @@ class GalleryConfig(PreTrainedConfig):
         """Facts of each row that the cache keeps, each with the state of the first layer that it counts in."""
         return {}
 
-    @property
-    def cache_folds(self) -> bool:
-        """Whether tokens go into a memory or a recurrent state, from which they cannot be taken back."""
-        return False
-
     def check_count(self, name: str, least: int, most: int | None = None):
         """Raises ValueError unless the field is a whole number of at least `least`, at most `most` (default: what such
         a count can be)."""

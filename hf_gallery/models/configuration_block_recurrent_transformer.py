@@ -14,6 +14,19 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     12 layers, 1024 wide, 8 heads, blocks of 512 tokens, 512 state vectors, recurrence in layer 10 of 12, and its best
     form, "fixed gate, skip".
 
+    gate_type and recurrence_type are the two words by which the paper names its variants (section 3 and its table of
+    results); the gin file of the authors' code that says the same stands beside them, in configs/recurrent:
+
+    | paper | arguments | meliad |
+    |---|---|---|
+    | Rec:fixed:skip | the defaults | bias_skip.gin |
+    | Rec:lstm:skip | gate_type="lstm" | lstm_skip.gin |
+    | Rec:fixed:dual, Rec:lstm:dual | recurrence_type="dual", and the gate | bias_dual.gin, lstm_dual.gin |
+    | Rec:fixed:single, Rec:lstm:single | recurrence_type="single", and the gate | bias_single.gin, lstm_single.gin |
+    | Feedback:fixed:skip, and so on | feedback=True, and the above | the above with block_feedback_512.gin |
+    | 24 layers, two of them recurrent | num_hidden_layers=24, recurrent_layers=[9, 19] | the above with tall_24L.gin |
+    | Slide | recurrent_layers=[] | - |
+
     Raises ValueError for values that do not fit, naming the argument.
 
     >>> from hf_gallery import GalleryBlockRecurrentTransformerConfig
@@ -34,7 +47,7 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
     recurrent_layers: list[int] | None = None  # layers with a state, counted from 0; default the third from the top
     num_state_vectors: int = 512  # Z
     gate_type: str = "fixed"  # fixed: a learned constant a channel; lstm: forget and input gates
-    recurrence_type: str = "skip"  # skip: attention and a gate; dual: then a feed-forward and a second gate
+    recurrence_type: str = "skip"  # of the state: see RecurrentState for skip, dual and single
     initial_scale: float = 1.0  # where each head's learned scale starts; scores of unit vectors are within it
     feedback: bool = False  # every layer reads the state of the first recurrent layer; blocks then run one by one
 
@@ -45,7 +58,7 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
         self.check_positive("initial_scale")
         self.check_flag("feedback")
         self.check_choice("gate_type", ["fixed", "lstm"])
-        self.check_choice("recurrence_type", ["skip", "dual"])
+        self.check_choice("recurrence_type", ["skip", "dual", "single"])
         if self.recurrent_layers is None:
             self.recurrent_layers = [max(0, self.num_hidden_layers - 3)]
         self.check_layers("recurrent_layers")
@@ -63,10 +76,6 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
 
     def columns_kept(self, layer: int) -> int:
         return self.cache_capacity if layer in self.recurrent_layers else self.block_length
-
-    @property
-    def cache_folds(self) -> bool:
-        return bool(self.recurrent_layers)
 
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         (layout,) = super().cache_layout(layer)

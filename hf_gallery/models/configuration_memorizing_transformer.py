@@ -98,10 +98,6 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         """Keys kept for local attention; the next token may be anywhere in its segment."""
         return self.mem_len + self.segment_length - 1
 
-    @property
-    def cache_folds(self) -> bool:
-        return bool(self.memory_layers)
-
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         layouts = super().cache_layout(layer)
         if layer in self.memory_layers:  # empty until a segment ends

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .attention_problem import compute_dtype, without_autocast
 from .exporting import is_exporting
-from .states import Folded
+from .states import Folded, Kept, Record
 
 faiss: Any
 try:
@@ -388,10 +388,46 @@ def ring_with_room(
 
 
 @dataclass(frozen=True)
-class Appended(Folded):
+class Overwritten(Record):
+    """Keys or values that a ring has lost to later ones. earlier (B, V, H, D): what it held; position (B, V), on the
+    CPU: where each stood in its row; until: the tokens that the row had read when it was lost, 0 for none."""
+
+    position: torch.Tensor
+
+    def changed(self, change):
+        return super().changed(change) | {"position": change(self.position).cpu()}
+
+    def behind(self, old):
+        return super().behind(old) | {"position": torch.cat([old.position, self.position], dim=1)}
+
+
+@dataclass(frozen=True)
+class Ring(Folded):
+    """A ring (B, H, N, D) of at most `size` slots, of a cache that records. What was appended to slots that were free
+    is taken back by the row's count alone: nobody looks there."""
+
+    record: Overwritten
+    size: int = 0
+
+    def take_back(self, removed, seen):
+        gone, position = self.record.until > seen[:, None], self.record.position  # (B, V)
+        if not bool(gone.any()):
+            return self
+        # A slot may have lost several pairs; the first of them is the one that it held then.
+        first = position.masked_fill(~gone, torch.iinfo(position.dtype).max - self.size).amin(1, keepdim=True)
+        row, which = (gone & (position < first + self.size)).nonzero(as_tuple=True)
+        slot, ring = position[row, which] % self.size, self.tensor.clone()
+        row, which, slot = (x.to(ring.device) for x in (row, which, slot))
+        ring[row, :, slot] = self.record.earlier[row, which].to(ring.dtype)  # (any, H, D)
+        return replace(self, tensor=ring)
+
+
+@dataclass(frozen=True)
+class Appended(Kept):
     """A ring (B, H, N, D), None if it is still empty, with pairs that its cache writes once all layers are done.
 
-    new (B, H, A, D): keys or values; first, count, size: as in `append_to_ring`.
+    new (B, H, A, D): keys or values; first, count, size: as in `append_to_ring`. until (B, A), where the cache
+    records: how many tokens the row has read when each is appended.
     """
 
     tensor: torch.Tensor | None  # type: ignore[assignment]
@@ -400,14 +436,37 @@ class Appended(Folded):
     count: torch.Tensor
     size: int
     in_place: bool
+    until: torch.Tensor | None = None
+
+    kind = Folded.kind
+    folds = True
 
     def map(self, change):
         return replace(self, tensor=None if self.tensor is None else change(self.tensor), new=change(self.new))
 
     def ready(self) -> Folded | None:
         ring = ring_with_room(self.tensor, self.new, self.first, self.count, self.size, self.in_place)
+        lost = None if self.until is None or ring is None else self._lost(self.until)
         ring = append_to_ring(ring, self.new, self.first, self.count, self.size)
-        return None if ring is None else Folded(ring.detach())
+        if ring is None:
+            return None
+        return Folded(ring.detach()) if lost is None else Ring(ring.detach(), lost.map(torch.Tensor.detach), self.size)
+
+    def _lost(self, until: torch.Tensor) -> Overwritten:
+        """Pairs that the ring loses, `size` positions before those that are appended: of the ring, or of `new`."""
+        offset = torch.arange(self.new.shape[2])
+        position = self.first[:, None] + offset - self.size  # (B, A)
+        lost = (offset < self.count[:, None]) & (position >= 0)
+        some = lost.any(0)
+        position, lost, offset = position[:, some], lost[:, some], offset[some]
+        rows = torch.arange(len(lost), device=self.new.device)[:, None]
+        own = (offset - self.size).clamp(min=0).expand_as(position)
+        earlier = self.new[rows, :, own.to(self.new.device)]  # (B, V, H, D)
+        if self.tensor is not None:
+            slot = (position % self.size).clamp(max=self.tensor.shape[2] - 1).to(self.new.device)
+            held = (offset < self.size).to(self.new.device)[None, :, None, None]
+            earlier = torch.where(held, self.tensor[rows, :, slot].to(earlier.dtype), earlier)
+        return Overwritten(earlier, until[:, some].masked_fill(~lost, 0), position)
 
 
 def append_to_ring(

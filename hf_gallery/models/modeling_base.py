@@ -13,10 +13,11 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from transformers import DynamicCache, PreTrainedModel
-from transformers.generation import GenerationMixin, GenerationMode
+from transformers.generation import GenerationMixin
 
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
+from .early_exit import EarlyExit
 from .exporting import is_exporting, require
 from .loading import check_weights
 from .rows import Rows
@@ -274,13 +275,25 @@ class GalleryGenerationMixin(GenerationMixin):
         return result
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args, **kwargs):
+    def prepare_inputs_for_generation(self, input_ids, *args, **kwargs):
+        cache, embeds = kwargs.get(CACHE_NAME), kwargs.get("inputs_embeds")
+        if kwargs.get("is_first_iteration") and kwargs.get("next_sequence_length", 0) is None and embeds is None:
+            # Assisted decoding would read a text again that a given cache has behind it.
+            new = input_ids.shape[1] - (0 if cache is None else cache.get_seq_length())
+            kwargs["next_sequence_length"] = new if new > 0 else None
         # By this name PEFT knows whether its virtual tokens have been read: without, it reads them before every token.
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, **kwargs)
         name_cache(inputs, "past_key_values")
         for name in ("tokenizer", "assistant_tokenizer", "assistant_model"):
             inputs.pop(name, None)  # generate's own, which it hands on to the model all the same
         return inputs
+
+    def _get_candidate_generator(self, *, generation_config, **kwargs):
+        if generation_config.assistant_early_exit is None:
+            return super()._get_candidate_generator(generation_config=generation_config, **kwargs)
+        names = ("input_ids", "inputs_tensor", "logits_processor", "model_kwargs")
+        given = {name: kwargs[name] for name in names}
+        return EarlyExit(generation_config=generation_config, assistant_model=self, **given)
 
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         return None  # rows count their own tokens
@@ -295,11 +308,11 @@ class GalleryGenerationMixin(GenerationMixin):
                 "it None"
             )
         cache = model_kwargs.get(CACHE_NAME)
-        assisted = generation_config.is_assistant or generation_mode == GenerationMode.ASSISTED_GENERATION
-        if assisted and generation_config.use_cache is not False and self.config.cache_folds:
+        exit_at, most = generation_config.assistant_early_exit, self.config.cache_layers
+        if exit_at is not None and (type(exit_at) is not int or not 1 <= exit_at <= most):
             raise ValueError(
-                f"{type(self).__name__} cannot take back the tokens of assisted decoding: they are in its memory or "
-                "recurrent state. Leave out assistant_model and prompt_lookup_num_tokens"
+                f"assistant_early_exit is {exit_at!r}; it counts the layers that draft a text, so give a whole number "
+                f"from 1 to this model's {most}"
             )
         if cache is not None:
             cache._is_user_defined = True

@@ -3,7 +3,13 @@
     every layer       sliding-window attention: query p sees [p - W, p - 1], T5 bias, unit queries and keys, scaled
     a recurrent layer also has Z state vectors, which block j of W tokens enters as s_j:
       vertical        tokens of block j read s_j besides their window; one map joins both     section 3, recurrent cell
-      horizontal      s_j reads itself and tokens of blocks j - 1 and j; a gate makes s_(j+1)                section 3
+      horizontal      s_j reads itself and tokens of blocks j - 1 and j; gates make s_(j+1)        section 3, gates
+
+    With y = [self-attention ; attention to tokens] of s_j, and each `gate` a fixed or an LSTM one between old and new:
+
+      skip            s_(j+1) = gate(s_j, W_o y)
+      dual            a = gate(s_j, W_o y), s_(j+1) = gate(a, feed_forward(norm(a)))
+      single          s_(j+1) = gate(s_j, tanh(feed_forward(y))): no map behind the attention, one gate, no norm
 
 The state's keys and values serve both directions, and so do the tokens'; queries are separate. State vectors carry a
 learned id, without which they would stay alike. s_0 is learned.
@@ -17,6 +23,8 @@ configs/base_htrans.gin as of commit fc4b036, of 2022. The gallery departs from 
 - Decoding: the official state stays as it was in the cache; here it advances when its block is complete, so decoding
   equals reading.
 - Logits: divided by sqrt(V) in the code of 2022 and by sqrt(E) in that of 2025 (cc1aef5); here by sqrt(E).
+
+"single" is as the code of 2022 has it, single_gate in transformer_base.py, tanh and the missing norm included.
 
 The absolute value of the scales, as here, is taken in the code of 2025 only; the two agree while scales are positive.
 
@@ -58,7 +66,7 @@ from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
 from .rows import Rows
 from .spans import Spans
-from .states import Derived, Folded, LayerOutput, NextState, State
+from .states import Derived, Folded, LayerOutput, NextState, Record, State
 
 
 @dataclass(kw_only=True)
@@ -121,6 +129,10 @@ class Blocks:
         parts = _pick(x, self.column).split(self.length, dim=2)
         return [torch.cat(pair, dim=2) for pair in zip(parts, parts[1:], strict=False)]
 
+    def ends(self, j: int) -> torch.Tensor:
+        """The tokens that a row has read when block j ends, (B,); 0 where it does not end in this forward."""
+        return (self.rows.seen - self.phase + (j + 1) * self.length).masked_fill(~self.complete[:, j], 0)
+
     def window_spans(self, j: int, vectors: int) -> Spans:
         """The same for all `vectors` queries: [first real column, last one]. Complete blocks end in real columns."""
         real = self.real[:, j * self.length : (j + 2) * self.length]
@@ -162,7 +174,11 @@ class StateGate(nn.Module):
 
 
 class RecurrentState(nn.Module):
-    """The state vectors of a recurrent layer: the horizontal direction."""
+    """The state vectors of a recurrent layer: the horizontal direction.
+
+    config.recurrence_type says what stands between the attention of a state and the next one: "skip" a map and a gate,
+    "dual" then a feed-forward and a gate of its own, "single" this feed-forward and its gate alone.
+    """
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
         super().__init__()
@@ -174,12 +190,15 @@ class RecurrentState(nn.Module):
         self.project = ScaledQueryKeyValue(config)
         self.cross_q_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.cross_scale = nn.Parameter(torch.ones(self.num_heads))
-        self.o_proj = nn.Linear(2 * inner, config.hidden_size, bias=False)
-        self.gate = StateGate(config, 2 * inner)
-        self.dual = config.recurrence_type == "dual"
-        if self.dual:
-            self.feed_forward = FeedForward(config, bias=False)
+        self.kind = config.recurrence_type
+        if self.kind != "single":
+            self.o_proj = nn.Linear(2 * inner, config.hidden_size, bias=False)
+            self.gate = StateGate(config, 2 * inner)
+        if self.kind == "dual":
             self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if self.kind != "skip":
+            reads = 2 * inner if self.kind == "single" else config.hidden_size
+            self.feed_forward = FeedForward(config, bias=False, reads=reads)
             self.feed_forward_gate = StateGate(config, config.intermediate_size)
 
     def forward(self, state: State, context: Context, tokens: tuple[torch.Tensor, ...] | None = None):
@@ -199,7 +218,7 @@ class RecurrentState(nn.Module):
         # A text that ends within a block moves no state that is read; one that goes on starts from no initial state.
         query = with_gradients_for(query, self)
         blocks = context.blocks(keys.shape[2] - query.shape[2])
-        pairs, windows = [], None
+        pairs, windows, changes = [], None, []
         for j in range(blocks.count):
             pairs.append(pair)
             done = blocks.complete[:, j]
@@ -207,12 +226,13 @@ class RecurrentState(nn.Module):
             if read and possibly(done):
                 windows = windows or (blocks.windows(keys), blocks.windows(values))
                 spans = blocks.window_spans(j, vectors.shape[1])
+                changes.append((vectors, blocks.ends(j)))
                 ahead = self._advance(vectors, pair, (windows[0][j], windows[1][j]), spans, context)
                 vectors = ahead if surely(done) else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
                 if j + 1 < blocks.count or context.no_grad:
                     pair = self._keys_values(vectors)
         key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, Z, D)
-        new: NextState = {"state": Folded(vectors)}
+        new: NextState = {"state": Folded(vectors, Record.of(changes, vectors) if context.records else None)}
         if context.no_grad:  # a token of the same block reads them again
             new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
         return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keeps_state else {}
@@ -240,13 +260,20 @@ class RecurrentState(nn.Module):
         key, value = pair
         own = read_state(query, key, value, context)
         cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
-        hidden = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, Z, 2 H D)
-        vectors = self.gate(vectors, self.o_proj(hidden), hidden)
-        if self.dual:
-            ffn = self.feed_forward
-            hidden = ffn.act(ffn.up_proj(self.feed_forward_norm(vectors)))
-            vectors = self.feed_forward_gate(vectors, ffn.down_proj(hidden), hidden)
+        attended = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, Z, 2 H D)
+        if self.kind == "single":
+            hidden, content = self._feed_forward(attended)
+            return self.feed_forward_gate(vectors, torch.tanh(content), hidden)
+        vectors = self.gate(vectors, self.o_proj(attended), attended)
+        if self.kind == "dual":
+            hidden, content = self._feed_forward(self.feed_forward_norm(vectors))
+            vectors = self.feed_forward_gate(vectors, content, hidden)
         return vectors
+
+    def _feed_forward(self, x):
+        """Makes of x (B, Z, any) the hidden layer, which the gate reads, and the new content (B, Z, E)."""
+        hidden = self.feed_forward.act(self.feed_forward.up_proj(x))  # (B, Z, intermediate_size)
+        return hidden, self.feed_forward.down_proj(hidden)
 
 
 def read_state(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, context: Context) -> torch.Tensor:
@@ -388,7 +415,8 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         """Feedback: all layers of block j read the state that block j - 1 left in the recurrent one."""
         recurrent = next(i for i, layer in enumerate(self.layers) if layer.self_attn.recurrent)
         # In a context of its own: a checkpointed layer computes it again, from what it was computed from.
-        return replace(context, fed=self.layers[recurrent](None, context, states[recurrent]))
+        state = states[recurrent] if recurrent < len(states) else {}  # a draft of fewer layers reads the initial one
+        return replace(context, fed=self.layers[recurrent](None, context, state))
 
     def _check_feedback(self, context: Context):
         """Raises ValueError for what blocks that run one by one cannot give."""

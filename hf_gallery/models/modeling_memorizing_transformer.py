@@ -140,6 +140,7 @@ class MemoryIntervals:
 
     def __init__(self, context: Context):
         rows, length, self.size = context.rows, context.segment_length, context.memory_size
+        self.length = length
         position = rows.seen[:, None] + torch.arange(rows.width)  # (B, T)
         segment = position - position % length
         oldest = (segment - self.size).clamp(min=0)
@@ -176,6 +177,11 @@ class MemoryIntervals:
         column = (self.stored - self.start)[:, None] + torch.arange(int(self.appended.max()))
         column = column.clamp(0, x.shape[2] - 1).to(x.device)[:, None, :, None]
         return x.gather(2, column.expand(-1, x.shape[1], -1, x.shape[3]))
+
+    def appended_at(self) -> torch.Tensor:
+        """(B, A): the tokens that a row has read when each of those is stored, at the end of its segment."""
+        offset = torch.arange(int(self.appended.max()))
+        return self.stored[:, None] + offset - offset % self.length + self.length
 
 
 class GalleryMemorizingTransformerAttention(nn.Module):
@@ -234,8 +240,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             return retrieved, {}
         new: NextState = {}
         for name, old, x in zip(("memory_keys", "memory_values"), ring or (None, None), joined, strict=True):
-            pairs = where.appended_columns(x.detach())
-            new[name] = Appended(old, pairs, where.stored, where.appended, where.size, context.no_grad)
+            pairs, until = where.appended_columns(x.detach()), where.appended_at() if context.records else None
+            new[name] = Appended(old, pairs, where.stored, where.appended, where.size, context.no_grad, until)
         return retrieved, new
 
     def _search(self, query: torch.Tensor, sources: list[Source], size: int) -> Found:

@@ -127,13 +127,14 @@ class Reader:
         elif name == "repeat" and b < 3:
             self.cache.batch_repeat_interleave(2)
             self.histories = [h for h in self.histories for _ in range(2)]
-        elif name == "crop" and self.cache.is_croppable and self.cache.get_seq_length():
+        elif name == "crop":
             self.cache.activate_past_recording()
             before, count = list(self.histories), data.draw(st.integers(1, 3), label="taken back")
-            self.read(torch.ones(b, count, dtype=torch.long))
-            if self.cache.is_croppable:
-                self.cache.crop(-count)
-                self.histories = before
+            for columns in data.draw(st.sampled_from([[count], [1] * count]), label="read"):
+                self.read(torch.ones(b, columns, dtype=torch.long))
+            assert self.cache.is_croppable
+            self.cache.crop(-count)
+            self.histories = before
             self.cache.deactivate_past_recording()
         elif name == "copy":
             left = self.cache

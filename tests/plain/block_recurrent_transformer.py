@@ -72,12 +72,13 @@ def next_state(part, state, keys, values, c):
     z = norm(state, part.norm) + part.ids  # section 3: learned state ids
     own = look(split(z, part.project.q_proj, c, part.project.scale), *state_pairs(part, state, c))
     cross = look(split(z, part.cross_q_proj, c, part.cross_scale), keys, values)
-    hidden = torch.cat([own, cross], dim=-1)
-    state = gated(part.gate, state, linear(hidden, part.o_proj), hidden)
-    if c.recurrence_type == "dual":  # section 3, gate configurations
-        hidden = linear(norm(state, part.feed_forward_norm), part.feed_forward.up_proj).relu()
-        state = gated(part.feed_forward_gate, state, linear(hidden, part.feed_forward.down_proj), hidden)
-    return state
+    x, kind = torch.cat([own, cross], dim=-1), c.recurrence_type  # section 3, gate configurations
+    state = state if kind == "single" else gated(part.gate, state, linear(x, part.o_proj), x)
+    if kind == "skip":
+        return state
+    hidden = linear(x if kind == "single" else norm(state, part.feed_forward_norm), part.feed_forward.up_proj).relu()
+    content = linear(hidden, part.feed_forward.down_proj)
+    return gated(part.feed_forward_gate, state, content.tanh() if kind == "single" else content, hidden)
 
 
 def gated(gate, state, content, hidden):

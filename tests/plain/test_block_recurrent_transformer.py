@@ -33,12 +33,16 @@ SETTINGS = {
     "lstm, skip": dict(gate_type="lstm"),
     "fixed, dual": dict(recurrence_type="dual"),
     "lstm, dual": dict(gate_type="lstm", recurrence_type="dual"),
+    "fixed, single": dict(recurrence_type="single"),
+    "lstm, single": dict(gate_type="lstm", recurrence_type="single"),
+    "two recurrent layers, single": dict(recurrence_type="single", recurrent_layers=[0, 2], num_state_vectors=6),
     "two recurrent layers": dict(recurrent_layers=[0, 2], num_state_vectors=7),
     "feedback": dict(feedback=True),
     "feedback to the first, lstm, dual": dict(
         feedback=True, recurrent_layers=[0], gate_type="lstm", recurrence_type="dual"
     ),
     "feedback to the last": dict(feedback=True, recurrent_layers=[2]),
+    "feedback to the last, single": dict(feedback=True, recurrent_layers=[2], recurrence_type="single"),
     "one state vector": dict(num_state_vectors=1),
     "blocks of one": dict(block_length=1),
     "no recurrence": dict(recurrent_layers=[]),
@@ -100,7 +104,7 @@ def recurrence_of(model, layer=1):
 
 def set_gates(part, keeps):
     """All gates of a state keep everything, or nothing."""
-    for gate in [part.gate, *([part.feed_forward_gate] if part.dual else [])]:
+    for gate in (x for name, x in part.named_children() if name.endswith("gate")):
         if gate.lstm:
             for linear, sign in ((gate.forget_gate, 1), (gate.input_gate, -1)):
                 linear.weight.zero_()
@@ -110,7 +114,7 @@ def set_gates(part, keeps):
 
 
 gates = pytest.mark.parametrize(
-    "settings", [SETTINGS[name] for name in SETTINGS if ", " in name and "feedback" not in name], ids=str
+    "settings", [SETTINGS[name] for name in SETTINGS if name.startswith(("fixed, ", "lstm, "))], ids=str
 )
 
 
@@ -132,8 +136,8 @@ def test_a_gate_that_forgets_makes_the_state_anew(settings):
     part = recurrence_of(model)
     set_gates(part, keeps=False)
     seen = []
-    last = part.feed_forward.down_proj if part.dual else part.o_proj
-    last.register_forward_hook(lambda _, x, y: seen.append(y))
+    last = part.o_proj if part.kind == "skip" else part.feed_forward.down_proj
+    last.register_forward_hook(lambda _, x, y: seen.append(y.tanh() if part.kind == "single" else y))
     state = model(ids).past_key_values.states[1]["state"]
     assert len(seen) == 2
     assert_equal(state, seen[-1])
@@ -385,7 +389,7 @@ WRONG = [
     (dict(recurrent_layers=[1, 1]), r"recurrent_layers.*\[1, 1\].*different"),
     (dict(recurrent_layers=2), r"recurrent_layers is 2.*list"),
     (dict(gate_type="gru"), "gate_type.*gru.*fixed, lstm"),
-    (dict(recurrence_type="single"), "recurrence_type.*single.*skip, dual"),
+    (dict(recurrence_type="gru"), "recurrence_type.*gru.*skip, dual, single"),
     (dict(feedback=True, recurrent_layers=[0, 2]), r"feedback.*recurrent_layers.*\[0, 2\].*one"),
     (dict(feedback=True, recurrent_layers=[]), r"feedback.*recurrent_layers.*\[\].*one"),
 ]

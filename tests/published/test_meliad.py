@@ -16,7 +16,7 @@ from safetensors import safe_open
 import hf_gallery as gallery
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "meliad"
-CASES = ["brt_fixed_skip", "brt_lstm_dual_feedback", "mt_exact"]
+CASES = ["brt_fixed_skip", "brt_lstm_dual_feedback", "brt_lstm_single", "mt_exact"]
 golden_cases = pytest.mark.parametrize("case", CASES)
 
 
@@ -101,6 +101,7 @@ def test_gradients_per_segment(case):
 
 SLIPS = [
     ("brt_fixed_skip", dict(block_length=21)),
+    ("brt_lstm_single", dict(block_length=21)),
     ("mt_exact", dict(memory_topk=9)),
     ("mt_exact", dict(mem_len=21)),
     ("mt_exact", dict(memory_size=59)),

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_law_2_batch_anyhow import padded, scatter
 from transformers import Cache
@@ -192,23 +192,25 @@ def test_a_bounded_cache_is_bounded_again_after_the_crop(variant, head):
         recording.crop(-3)
         recording.crop(0)
         run(text[:, 57:], None, recording)
+        recording.crop(0)
     assert recording.nbytes <= plain.nbytes + 3 * 2 * 2 * 30 * 4 * run.model.config.num_hidden_layers
     assert_equal(go_on(run, recording), go_on(run, plain))
 
 
-@streams(lambda v: v.horizon is not None)
+@streams(lambda v: v.croppable and v.horizon is not None)
 def test_what_was_forgotten_cannot_be_taken_back(variant, head):
-    """Not croppable, says so, and is unharmed. What went into a memory or a state is not in the records either."""
+    """Not croppable, says so, and is unharmed."""
     run = runner(variant, head)
-    for record in (False,) if variant.croppable else (False, True):
+    for recorded in (0, 19):
         cache = GalleryCache(run.model.config)
-        if record:
-            cache.activate_past_recording()
         with torch.no_grad():
-            run(words(2, 40), None, cache)
+            run(words(2, 40 - recorded), None, cache)
+            if recorded:
+                cache.activate_past_recording()
+                run(words(2, recorded), None, cache)
         twin = cache.copy()
-        assert not cache.is_croppable
-        with pytest.raises(ValueError, match=r"20.*activate_past_recording" if variant.croppable else r"20.*copy\(\)"):
+        assert cache.is_croppable == bool(recorded)
+        with pytest.raises(ValueError, match=r"20.*activate_past_recording.*copy\(\)"):
             cache.crop(-20)
         assert cache.get_seq_length() == 40
         assert torch.equal(go_on(run, cache), go_on(run, twin))
@@ -224,24 +226,100 @@ def test_more_is_taken_back_than_there_is(variant):
     assert torch.equal(go_on(run, cache), go_on(run, twin))
 
 
+ROWS = 2
+
+
+@settings(max_examples=6)
 @given(data=st.data())
 @causal(lambda v: v.croppable)
 def test_any_reading_and_taking_back(variant, data):
-    """As speculative decoding does: read some, take some back, and so on."""
+    """As speculative decoding does: read some in pieces, take some back, and so on. Rows have padding anywhere, so
+    that they take back different numbers of tokens; they move, are emptied, and go on from copies. Each gives what it
+    gives alone, of what remains."""
     run = runner(variant, "causal", dtype=torch.float64)
-    cache, text = GalleryCache(run.model.config), torch.zeros(2, 0, dtype=torch.long)
-    for step in range(data.draw(st.integers(1, 5), label="steps")):
-        n = data.draw(st.integers(1, 8), label="read")
-        back = data.draw(st.integers(0, n), label="taken back")
-        cache.activate_past_recording()
-        new = words(2, n, seed=step)
-        with torch.no_grad():
-            result, cache = run(new, None, cache)
-            text = torch.cat([text, new], dim=1)
-            assert_equal(result, run(text)[0][:, -n:])
+    cache, texts, seed = GalleryCache(run.model.config), [torch.zeros(0, dtype=torch.long)] * ROWS, 0
+    longest = 60 if variant.limit is None else variant.limit - 3
+    for _ in range(data.draw(st.integers(1, 4), label="rounds")):
+        before = data.draw(st.sampled_from([0, 0, 1, 9]), label="read before, unrecorded")
+        recorded: list[torch.Tensor] = []
+        for piece in range(2 + data.draw(st.integers(0, 2), label="pieces")):
+            n = before if piece == 0 else data.draw(st.integers(1, 13), label="columns")
+            if piece == 1:
+                cache.activate_past_recording()
+            if not n or max(map(len, texts)) + n > longest:
+                continue
+            seed += 1
+            ids, mask = words(ROWS, n, seed=seed), torch.ones(ROWS, n, dtype=torch.long)
+            if data.draw(st.booleans(), label="padded"):
+                mask = torch.rand(ROWS, n, generator=torch.Generator().manual_seed(seed)).gt(0.4).long()
+            with torch.set_grad_enabled(data.draw(st.sampled_from([False, False, True]), label="gradients")):
+                result, cache = run(ids, mask, cache)
+            for i in range(ROWS):
+                texts[i] = torch.cat([texts[i], ids[i, mask[i] == 1]])
+                if new := int(mask[i].sum()):
+                    with torch.no_grad():
+                        assert_equal(result[i, mask[i] == 1].detach(), run(texts[i][None])[0][0, -new:], f"row {i}")
+            if piece:
+                recorded.append(mask)
+        columns = torch.cat([torch.zeros(ROWS, 0, dtype=torch.long), *recorded], dim=1)
+        if data.draw(st.booleans(), label="moved"):
+            order = torch.tensor(data.draw(st.permutations(range(ROWS)), label="order"))
+            if cache.seen is not None:
+                cache.reorder_cache(order)
+                texts, columns = [texts[i] for i in order], columns[order]
+        if data.draw(st.booleans(), label="copied"):
+            cache = cache.copy()
+        back = data.draw(st.integers(0, columns.shape[1]), label="taken back")
         cache.crop(-back)
-        text = text[:, : text.shape[1] - back]
-        assert cache.get_seq_length() == text.shape[1]
+        for i, gone in enumerate(columns[:, columns.shape[1] - back :].sum(1).tolist()):
+            texts[i] = texts[i][: len(texts[i]) - gone]
+        assert cache.seen is None or cache.seen.tolist() == [len(text) for text in texts]
+        cache.deactivate_past_recording()
+        if cache.seen is not None and data.draw(st.sampled_from([False, False, True]), label="emptied"):
+            cache.reset_rows([1])
+            texts[1] = texts[1][:0]
+
+
+@streams(lambda v: v.croppable and v.horizon is not None)
+def test_what_is_recorded_is_dropped_by_a_crop_and_never_made_unasked(variant, head):
+    """Not recording, a cache holds no more than one that was never asked to; recording, it holds what was read."""
+    run = runner(variant, head)
+    plain, recording = (GalleryCache(run.model.config) for _ in range(2))
+    with torch.no_grad():
+        run(words(2, 30), None, plain)
+        run(words(2, 30), None, recording)
+        assert plain.nbytes == recording.nbytes
+        recording.activate_past_recording()
+        run(words(2, 9, seed=1), None, recording)
+        grown = recording.nbytes
+        recording.crop(-9)
+        assert recording.nbytes < grown
+        recording.deactivate_past_recording()
+        for seed in (2, 3):
+            run(words(2, 9, seed=seed), None, recording)
+            run(words(2, 9, seed=seed), None, plain)
+    assert recording.nbytes == plain.nbytes
+    assert_equal(go_on(run, recording), go_on(run, plain))
+
+
+@causal(lambda v: v.croppable)
+def test_a_file_saved_while_recording_opens(variant, tmp_path):
+    """The record stays behind: the loaded cache goes on, and takes back what it records itself."""
+    run = runner(variant, "causal")
+    cache, _ = read(run, record=True)
+    with torch.no_grad():
+        run(words(2, 9, seed=3), None, cache)
+    cache.save(tmp_path / "book")
+    loaded = GalleryCache.load(tmp_path / "book")
+    assert not loaded.recording
+    expected = go_on(run, cache.copy())
+    assert_equal(go_on(run, loaded), expected)
+    again = GalleryCache.load(tmp_path / "book")
+    again.activate_past_recording()
+    with torch.no_grad():
+        run(words(2, 9, seed=4), None, again)
+    again.crop(-9)
+    assert_equal(go_on(run, again), expected)
 
 
 @streams()

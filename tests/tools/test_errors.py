@@ -112,6 +112,7 @@ OTHER_SETTINGS = [
     dict(num_state_vectors=2),
     dict(gate_type="lstm"),
     dict(recurrence_type="dual"),
+    dict(recurrence_type="single"),
     dict(normalize_qk=False),
     dict(norm_type="layer"),
     dict(norm_position="pre"),

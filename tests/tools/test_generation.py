@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_law_2_batch_anyhow import padded, scatter
 from transformers.generation.streamers import BaseStreamer
-from variants import EOS, PAD, VARIANTS, assert_equal, causal, words
+from variants import COLUMNS, EOS, PAD, VARIANTS, assert_equal, causal, words
 
 from hf_gallery.data import byte_tokenizer
 
@@ -237,7 +237,7 @@ def test_scores_are_the_logits_of_one_forward(variant):
 
 
 @pytest.mark.works("generate, assisted decoding")
-@pytest.mark.parametrize("helper", ["another model", "a good model", "prompt lookup"])
+@pytest.mark.parametrize("helper", ["another model", "a good model", "prompt lookup", "early exit"])
 @causal(lambda v: v.croppable)
 def test_assisted_decoding(variant, helper):
     """The assistant's tokens are taken back where the model disagrees: caches are cropped, the text is greedy's."""
@@ -246,6 +246,8 @@ def test_assisted_decoding(variant, helper):
     prompt[:, -3:] = prompt[:, :3]  # something to look up
     if helper == "prompt lookup":
         options = dict(prompt_lookup_num_tokens=3)
+    elif helper == "early exit":
+        options = dict(assistant_early_exit=1)
     else:
         assistant = model_of(variant)
         if helper == "another model":
@@ -257,15 +259,65 @@ def test_assisted_decoding(variant, helper):
     assert torch.equal(model.generate(prompt, max_new_tokens=30, do_sample=False, **options), expected)
 
 
-@causal(lambda v: not v.croppable)
-def test_assisted_decoding_that_cannot_take_back(variant):
-    """Refused before anything is generated, for the model and for an assistant."""
+@causal(lambda v: v.croppable, others_slow=True)
+def test_an_assistant_of_another_architecture_and_a_text_read_before(variant):
+    """A cache that is given goes on, is as greedy search leaves it, and records no longer."""
+    model, other, prompt = model_of(variant), model_of(VARIANTS[0]), words(1, PROMPT)
+    cache = model(prompt[:, :6], use_cache=True).past_key_values
+    plain, expected = cache.copy(), greedy(model, prompt, 20)
+    options = dict(max_new_tokens=20, do_sample=False)
+    assert torch.equal(model.generate(prompt, past_key_values=plain, **options), expected)
+    assert torch.equal(model.generate(prompt, past_key_values=cache, assistant_model=other, **options), expected)
+    assert not cache.recording and cache.seen.tolist() == plain.seen.tolist()
+    with torch.no_grad():
+        got, wanted = (model(expected[:, -1:], past_key_values=x).logits for x in (cache, plain))
+    assert_equal(got, wanted)
+    expected = greedy(other, prompt, 20)
+    assert torch.equal(other.generate(prompt, assistant_model=model, **options), expected)
+
+
+@causal(lambda v: v.croppable, others_slow=True)
+def test_assisted_decoding_by_sampling(variant):
+    """Near temperature 0 it is greedy search; a seed gives the same text again, and hot texts are others."""
+    model, assistant, prompt = model_of(variant), model_of(VARIANTS[0]), words(1, PROMPT)
+    options = dict(max_new_tokens=NEW, do_sample=True, assistant_model=assistant)
+    assert torch.equal(model.generate(prompt, temperature=1e-4, **options), greedy(model, prompt))
+    texts = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        texts.append(model.generate(prompt, temperature=2.0, **options))
+    assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
+
+
+@causal(lambda v: v.croppable and v.name in COLUMNS)
+def test_assisted_decoding_takes_one_text_at_a_time(variant):
+    with pytest.raises(ValueError, match="batch_size = 1"):
+        model_of(variant).generate(words(2, PROMPT), prompt_lookup_num_tokens=3, **OPTIONS)
+
+
+@causal(lambda v: v.croppable and v.name in COLUMNS)
+def test_layers_that_draft(variant, monkeypatch):
+    """Only so many run, and all of them again when the draft is done, however it ends."""
     model, prompt = model_of(variant), words(1, PROMPT)
-    with pytest.raises(ValueError, match="assistant_model"):
-        model.generate(prompt, prompt_lookup_num_tokens=3, **OPTIONS)
-    for main, assistant in ((model, model_of(VARIANTS[0])), (model_of(VARIANTS[0]), model)):
-        with pytest.raises(ValueError, match=f"{type(model).__name__}.*assistant_model"):
-            main.generate(prompt, assistant_model=assistant, **OPTIONS)
+    for wrong in (0, 4, True, 1.0):
+        with pytest.raises(ValueError, match=f"assistant_early_exit is {wrong}.*from 1 to this model's 3"):
+            model.generate(prompt, assistant_early_exit=wrong, **OPTIONS)
+    (decoder,) = (x for x in model.modules() if hasattr(x, "exit_after"))
+    ran = []
+    for layer in decoder.layers:
+        layer.register_forward_hook(lambda layer, *_: ran.append(list(decoder.layers).index(layer)))
+    expected = model.generate(prompt, **OPTIONS)
+    ran.clear()
+    assert torch.equal(model.generate(prompt, assistant_early_exit=2, **OPTIONS), expected)
+    assert ran.count(0) == ran.count(1) > ran.count(2) > 0
+
+    def fail(*arguments, **keywords):
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(decoder.layers[0], "forward", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        model.generate(prompt, assistant_early_exit=2, **OPTIONS)
+    assert decoder.exit_after is None
 
 
 @causal()
@@ -331,7 +383,8 @@ def test_seq2seq_from_encoder_outputs_and_prefix(variant):
     mask = torch.ones_like(text)
     options |= dict(past_key_values=first.past_key_values, decoder_attention_mask=mask)
     assert torch.equal(model.generate(source, decoder_input_ids=text, **options), expected)
-    assert torch.equal(model.generate(source, assistant_model=model, max_new_tokens=20, do_sample=False), expected)
+    for helper in (dict(assistant_model=model), dict(assistant_early_exit=1), dict(prompt_lookup_num_tokens=3)):
+        assert torch.equal(model.generate(source, max_new_tokens=20, do_sample=False, **helper), expected), helper
 
 
 @SEQ2SEQ
