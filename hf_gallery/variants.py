@@ -317,8 +317,8 @@ TABLE = (
         idea="segments that hand memory tokens on, one to the next",
         sees="its segment up to it, and the memory tokens in front",
         carries="the memory tokens, keys and values of the segment",
-        about="The text is read in segments. `num_memory_tokens` tokens that stand for no text stand before each, to be "
-        "read, and behind it, to be written: what the layers make of the last ones stands before the next segment. So "
+        about="The text is read in segments. Before each stand `num_memory_tokens` tokens of no text, to be read, and "
+        "as many behind it, to be written: what the layers make of the latter stands before the next segment. So "
         "memory is written by the whole depth of the model, and learned by gradients that flow through segments.",
         limits=(
             "The memory has few tokens, and all that later segments know of a segment is in them.",

@@ -280,7 +280,6 @@ def recurrent_memory(name, heads, **settings):
             linear=True,
             period=length,
             border=None if depth < 0 else (depth + 1) * length,
-            croppable=False,
             one_by_one=True,
         )
         for length in (settings["segment_length"], 32)

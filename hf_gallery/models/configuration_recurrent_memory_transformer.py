@@ -73,13 +73,9 @@ class GalleryRecurrentMemoryTransformerConfig(GalleryStackConfig):
         """0: what is kept are columns of a segment, which hold memory tokens besides those of time."""
         return 0
 
-    @property
-    def cache_folds(self) -> bool:
-        return True
-
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         shape = (self.num_attention_heads, self.cache_capacity, self.head_dim)
         layout: dict[str, tuple] = {"keys": shape, "values": shape}
-        if layer == self.num_hidden_layers - 1 and self.num_memory_tokens:
+        if layer == 0 and self.num_memory_tokens:
             layout["memory"] = (self.num_memory_tokens, self.hidden_size)
         return [layout]

@@ -4,9 +4,9 @@
     [read, H_s, write] = Transformer(X_s)
     mem_(s+1) = write                                                             mem_0 is learned
 
-A decoder: the read memory in front sees itself, tokens see the read memory and the tokens before them, the write memory
-behind sees all. An encoder has the memory in front alone, all see all, and what stands there is the next memory. The
-layers are those of modeling_transformer.py: a segment with its memory tokens is a little text to them.
+A decoder: the read memory in front sees itself, tokens see the read memory and the tokens before them, the write
+memory behind sees all. An encoder has the memory in front alone, all see all, and what stands there is the next memory.
+The layers are those of modeling_transformer.py: a segment with its memory tokens is a little text to them.
 
 The authors have two codes: booydar/LM-RMT (e289508) around Transformer-XL, of the paper's language models, and
 booydar/recurrent-memory-transformer (9d0ebe1) around models of transformers. Where they or the paper differ:
@@ -52,7 +52,7 @@ from .modeling_transformer import Context, GalleryTransformerLayer
 from .rows import Rows
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack
-from .states import Folded, NextState, State
+from .states import Folded, NextState, Record, SegmentColumns, State, tensors_of
 
 
 class MemoryTokens(nn.Module):
@@ -89,12 +89,12 @@ class Segment:
         """writes: whether anybody will read what is written."""
         length, m = config.segment_length, config.num_memory_tokens
         phase = tokens.seen % length
-        begins, ends = phase == 0, phase + tokens.lengths == length
+        begins, ends = (phase == 0) & (tokens.lengths > 0), phase + tokens.lengths == length
         before = m if possibly(begins) else 0
         behind = m if writes and possibly(ends) else 0
         parts = [begins[:, None].expand(-1, before), ~tokens.beyond, ends[:, None].expand(-1, behind)]
         mask = torch.cat(parts, dim=1).to(device)  # (B, M + T + M)
-        laid = Rows(*mask.shape, None if surely(mask) else mask, torch.where(begins, 0, m + phase))
+        laid = Rows(*mask.shape, None if surely(mask) else mask, torch.where(phase == 0, 0, m + phase))
         return cls(tokens, laid, before, behind, begins, ends)
 
     def enter(self, x: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
@@ -193,37 +193,39 @@ class GalleryRecurrentMemoryTransformerModel(
         memory = self._entering(states, rows)
         if memory is not None:
             x = with_gradients_for(x, self.memory)
-        past: list[State] = states
-        kept: list[State] = states
-        outs, hidden = [], []
+        past = kept = states
+        outs, hidden, changes = [], [], []
         for j, (part, tokens) in enumerate(cut.split(x)):
             last = j + 1 == cut.count
             writes = config.is_decoder and (context.keeps_state or not last)
             segment = Segment.lay(tokens, config, writes, x.device)
-            keeps = context.keeps_state and (last or not surely(goes_on[j + 1]))
+            keeps = context.records or (context.keeps_state and (last or not surely(goes_on[j + 1])))
             memory = self._cut(memory, tokens)
             result = self._run_segment(part, segment, memory, replace(context, keeps_state=keeps), past)
             read, out, written = segment.leave(result.x)
             outs.append(out)
-            if config.is_decoder:
-                memory = choose(segment.ends, self.finish(written), memory) if segment.writes else memory
-            else:
-                memory = self.finish(read) if segment.reads else memory
+            if segment.writes:
+                changes.append((memory, torch.where(segment.ends, tokens.seen + tokens.lengths, 0)))
+                memory = choose(segment.ends, self.finish(written), memory)
+            elif not config.is_decoder and memory is not None:
+                memory = self.finish(read)
             if result.hidden is not None:
                 hidden.append([segment.leave(y)[1] for y in result.hidden])
+            new = [tensors_of(state) for state in result.states]
             if keeps:
-                kept = [self._keep(new, old, goes_on[j]) for new, old in zip(result.states, kept, strict=True)]
-            past = [{}] * len(self.layers)  # every row begins its next segment anew
+                kept = new if context.records else self._keep(new, kept, goes_on[j])
+            # Every row begins its next segment anew, but what is recorded stays before it.
+            past = new if context.records else [{}] * len(states)
         shown = [cut.join(parts) for parts in zip(*hidden, strict=True)] if context.output_hidden_states else None
         if shown is not None and not context.packed:
             shown = [rows.unpack(y) for y in shown]
-        return LayerResults(cut.join(outs), self._next_states(kept, memory, context), shown, None)
+        return LayerResults(cut.join(outs), self._next_states(kept, memory, changes, context), shown, None)
 
     def _run_segment(self, part, segment: Segment, memory, context: ForwardContext, past: list[State]) -> LayerResults:
         """All layers on the tokens part (B, T, E) of a segment and its memory (B, M, E)."""
         cached = past[0]["keys"].shape[2] if past[0] else 0
         own = replace(context, rows=segment.laid, cached=cached, tables=None, packed=True, memo={})
-        own = replace(own, max_columns=self.config.cache_capacity)
+        own = replace(own, max_columns=None if context.records else self.config.cache_capacity)
         x = self.add_positions(segment.enter(part, memory), segment.laid.positions.to(part.device))
         if self.config.embedding_norm:
             x = self.embed_norm(x)
@@ -234,7 +236,7 @@ class GalleryRecurrentMemoryTransformerModel(
         """The memory (B, M, E) of the segment that the next token is in."""
         if not self.config.num_memory_tokens:
             return None
-        return self.memory(states[-1].get("memory"), rows.seen >= self.config.segment_length)
+        return self.memory(states[0].get("memory"), rows.seen >= self.config.segment_length)
 
     def _cut(self, memory: torch.Tensor | None, tokens: Rows) -> torch.Tensor | None:
         """The memory without its graph where bptt_depth ends gradients."""
@@ -244,28 +246,34 @@ class GalleryRecurrentMemoryTransformerModel(
         number = tokens.seen // self.config.segment_length  # (B,)
         return choose((number > 0) & (number % (depth + 1) == 0), memory.detach(), memory)
 
-    def _keep(self, new: NextState, old: State, touched: torch.Tensor) -> State:
-        """A layer's keys and values after a segment, those of rows that it has not `touched` (B,) as they were."""
-        state = {}
-        for name, kept in new.items():
-            x = kept.tensor
-            if name in old and not surely(touched):
-                x = choose(
-                    touched, *(whole_columns(y.to(x.dtype), self.config.cache_capacity) for y in (x, old[name]))
-                )
-            state[name] = x
-        return state
+    def _keep(self, new: list[State], old: list[State], touched: torch.Tensor) -> list[State]:
+        """The layers' keys and values after a segment, those of rows that it has not `touched` (B,) as they were."""
+        if surely(touched):
+            return new
+        capacity = self.config.cache_capacity
+        return [
+            {
+                name: choose(touched, *(whole_columns(y.to(x.dtype), capacity) for y in (x, before.get(name, x))))
+                for name, x in state.items()
+            }
+            for state, before in zip(new, old, strict=True)
+        ]
 
-    def _next_states(self, kept: list[State], memory, context: ForwardContext) -> list[NextState]:
+    def _next_states(self, kept: list[State], memory, changes, context: ForwardContext) -> list[NextState]:
+        """changes: the memory before each that was written, (B, M, E), and how many tokens were read then, (B,)."""
         if not context.keeps_state:
             return [{} for _ in kept]
-        capacity = self.config.cache_capacity
-        states: list[NextState] = [
-            {name: Folded(whole_columns(x, capacity)) for name, x in state.items() if name != "memory"}
-            for state in kept
-        ]
+        length, m, capacity = self.config.segment_length, self.config.num_memory_tokens, self.config.cache_capacity
+        states: list[NextState] = []
+        for state in kept:
+            pair = {name: state[name] for name in ("keys", "values")}
+            if context.records:
+                states.append({name: SegmentColumns(x, length, m) for name, x in pair.items()})
+            else:
+                states.append({name: SegmentColumns(whole_columns(x, capacity)) for name, x in pair.items()})
         if memory is not None:
-            states[-1]["memory"] = Folded(memory.clone())  # a part of what the last layer made would keep all of it
+            record = Record.of(changes, memory) if context.records else None
+            states[0]["memory"] = Folded(memory.clone(), record)  # its own: a part of a layer's output keeps all of it
         return states
 
 

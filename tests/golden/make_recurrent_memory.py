@@ -10,11 +10,11 @@ gpt2.safetensors: MemoryCell and RecurrentWrapper of modeling_rmt/language_model
 rows of four segments of 7 tokens and a part: weights, ids, logits, the memory that each segment begins with, the loss
 against the ids, and its gradients.
 
-lm_rmt.safetensors: MemTransformerLM of mem_transformer.py with absolute positions (attn_type=2) and without its memory
-of hidden states, the read and the written memory each seeing itself, on whole segments: weights, ids, hidden states and
-memories. Around the code, which is of 2019 in parts, these are set: torch.version.cuda and Tensor.byte as in
-make_transformer_xl_authors.py; and positions, which it counts from the end of a segment down to 0, are counted from its
-beginning, as in the gallery.
+lm_rmt.safetensors: MemTransformerLM of mem_transformer.py with absolute positions (attn_type=2) and without its
+memory of hidden states, the read and the written memory each seeing itself, on whole segments: weights, ids, hidden
+states and memories. Around the code, which is of 2019 in parts, these are set: torch.version.cuda and Tensor.byte as
+in make_transformer_xl_authors.py; and positions, which it counts from the end of a segment down to 0, are counted from
+its beginning, as in the gallery.
 """
 
 import importlib
