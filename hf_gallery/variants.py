@@ -340,6 +340,17 @@ TABLE = (
                 colour="#0072B2",
                 symbol="hexagon",
             ),
+            Contestant(
+                name="recurrent_memory_transformer_few",
+                label="Recurrent Memory, fewer tokens",
+                reach="its segment of one window, and a quarter of the memory tokens",
+                settings=lambda sizes: dict(
+                    norm_position="pre", segment_length=sizes.window, num_memory_tokens=max(1, sizes.memory_tokens // 4)
+                ),
+                carries="state",
+                colour="#6AA6D8",
+                symbol="pentagon",
+            ),
         ),
     ),
 )

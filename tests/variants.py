@@ -28,7 +28,8 @@ class Head:
     """One class of a variant, and how it is fed.
 
     stream: it is causal and carries a cache. source: it reads an encoder's input too. pooled: one result a row.
-    question: its input is a question, a separator and a text, and its results are two.
+    question: its input is a question, a separator and a text; its results are two, unless it is pooled.
+    choices: it reads (B, C, T) too, and learns from such input only.
     """
 
     kind: type
@@ -38,6 +39,7 @@ class Head:
     source: bool = False
     pooled: bool = False
     question: bool = False
+    choices: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,15 @@ TRANSFORMER_HEADS = {
         gallery.GalleryTransformerForSequenceClassification, "AutoModelForSequenceClassification", pooled=True
     ),
 }
+TRANSFORMER_ENCODERS = {
+    "tokens": Head(
+        gallery.GalleryTransformerForTokenClassification, "AutoModelForTokenClassification", {"num_labels": 4}
+    ),
+    "question": Head(gallery.GalleryTransformerForQuestionAnswering, "AutoModelForQuestionAnswering", question=True),
+    "choice": Head(
+        gallery.GalleryTransformerForMultipleChoice, "AutoModelForMultipleChoice", pooled=True, choices=True
+    ),
+}
 SEQ2SEQ = {
     "seq2seq": Head(
         gallery.GalleryTransformerForConditionalGeneration,
@@ -136,6 +147,13 @@ LONGFORMER_ENCODERS = {
         gallery.GalleryLongformerForTokenClassification, "AutoModelForTokenClassification", {"num_labels": 4}
     ),
     "question": Head(gallery.GalleryLongformerForQuestionAnswering, "AutoModelForQuestionAnswering", question=True),
+    "choice": Head(
+        gallery.GalleryLongformerForMultipleChoice,
+        "AutoModelForMultipleChoice",
+        pooled=True,
+        question=True,
+        choices=True,
+    ),
 }
 MEMORIZING_HEADS = {
     "causal": Head(gallery.GalleryMemorizingTransformerForCausalLM, "AutoModelForCausalLM", stream=True),
@@ -288,7 +306,12 @@ def recurrent_memory(name, heads, **settings):
 
 
 VARIANTS = [
-    transformer("", norm_position="post", position_embedding_type="sinusoidal"),
+    transformer(
+        "",
+        TRANSFORMER_HEADS | TRANSFORMER_ENCODERS | SEQ2SEQ,
+        norm_position="post",
+        position_embedding_type="sinusoidal",
+    ),
     transformer(
         "_pre",
         norm_position="pre",
@@ -410,6 +433,11 @@ class Runner:
     variant: Variant
     head: Head
     model: nn.Module
+
+    @property
+    def seeks_question(self):
+        """Whether it looks for the question's end in its input."""
+        return self.head.question and "global_attention_mask" in self.model.model.arguments()
 
     def sources(self, rows):
         """Encoder input (B, 9) and mask for the rows numbered `rows`; its length differs from row to row."""

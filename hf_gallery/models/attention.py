@@ -14,6 +14,7 @@ Letters: see spans.py.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -97,8 +98,11 @@ def attend(
         if return_lse:
             raise ValueError('implementation="sdpa" has no log-sum-exp to return; use implementation="eager"')
         return attend_sdpa(problem.check())
-    out, lse = attend_triton(problem) if chosen == "triton" else attend_tiles(problem.check())
-    return (out, lse) if return_lse else out
+    if chosen == "triton":
+        result: tuple[torch.Tensor, Any] = attend_triton(problem)
+    else:
+        result = attend_tiles(problem.check(), needs_lse=return_lse)
+    return result if return_lse else result[0]
 
 
 IMPLEMENTATIONS = {

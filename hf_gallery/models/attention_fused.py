@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from .attention_problem import Problem
+from .exporting import outside_graphs
 
 
-@torch.compiler.disable  # its tiles depend on the intervals: every new length would be traced anew
+@outside_graphs  # its tiles depend on the intervals: every new length would be traced anew
 def attend_sdpa(problem: Problem) -> torch.Tensor:
     """out (B, H, T, Dv) of a checked problem.
 

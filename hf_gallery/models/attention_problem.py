@@ -57,7 +57,7 @@ class Problem(NamedTuple):
         spans = self.spans.clamp(self.key.shape[2])
         if self.position is not None:
             check_distances(spans, self.position, self.key.shape[2] - self.query.shape[2])
-        return self._replace(spans=spans)
+        return self if spans is self.spans else self._replace(spans=spans)
 
     def check_shapes(self):
         """Raises ValueError unless the tensors' shapes fit each other; reads no tensor."""

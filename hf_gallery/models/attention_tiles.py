@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_problem import Position, Problem, compute_dtype, without_autocast
+from .exporting import outside_graphs
 
 _NEVER = 1e30  # a masked score is -_NEVER: finite, so that no inf - inf arises; its exponential is exactly 0
 # Scores of the tiles are in base 2. On CPUs torch's exp takes a slow path where results vanish, as they do for every
@@ -24,19 +25,19 @@ _NEVER = 1e30  # a masked score is -_NEVER: finite, so that no inf - inf arises;
 _LOG2_E = math.log2(math.e)
 
 
-@torch.compiler.disable  # its tiles depend on the intervals: every new length would be traced anew
-def attend_tiles(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
-    """out (B, H, T, Dv) and lse (B, H, T) of a checked problem."""
+@outside_graphs  # its tiles depend on the intervals: every new length would be traced anew
+def attend_tiles(problem: Problem, needs_lse: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """out (B, H, T, Dv) and lse (B, H, T) of a checked problem; lse may be None if it is not needed."""
     leaves = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.tensors)
     if problem.query.shape[2] == 1 and problem.dropout == 0.0 and not leaves:
         with without_autocast(problem.query):
-            return _attend_one(problem)
+            return _attend_one(problem, needs_lse)
     # One draw from torch's generator a call: the tiles' own streams follow from it, the same in forward and backward.
     seed = int(torch.randint(2**62, ()).item()) if problem.dropout > 0.0 else 0
     return _TiledAttention.apply(problem, seed, *problem.tensors)
 
 
-def _attend_one(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+def _attend_one(problem: Problem, needs_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     """One query per row, as in decoding: there is nothing to tile, and keys and values are read where they lie."""
     query, key, value, spans, position, scale, _ = problem
     b, h, _, d = query.shape
@@ -60,6 +61,8 @@ def _attend_one(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         lower, upper = (x[:, None, :, None] for x in spans.on(query.device))
         column = torch.arange(first, last + 1, device=query.device)
         scores.masked_fill_((column < lower) | (column > upper), -math.inf)
+    elif not needs_lse:  # every row sees something
+        return (scores.softmax(-1) @ value[:, :, seen].to(dtype)).to(query.dtype), None
     top = scores.amax(-1, keepdim=True).clamp_(min=-_NEVER)  # (B, H, 1, 1)
     probabilities = scores.sub_(top).exp_()
     total = probabilities.sum(-1, keepdim=True)  # 0 where nothing is seen, else at least the greatest score's 1

@@ -149,7 +149,7 @@ class Backbone(GalleryPreTrainedModel):
         if documents is not None:
             longest = documents.longest
         else:
-            longest = rows.columns if is_exporting() else int((rows.seen + rows.lengths).amax())
+            longest = rows.columns if is_exporting() else rows.longest
         inputs |= {"position_ids": position_ids}
         self.check(rows, cache, longest, **inputs)
         attends = self.config.output_attentions if output_attentions is None else output_attentions

@@ -63,7 +63,8 @@ class FeedForward(nn.Module):
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(B, T, H * D) to (B, H, T, D)."""
-    return x.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    b, t, width = x.shape
+    return x.reshape(b, t, num_heads, width // num_heads).transpose(1, 2)
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:

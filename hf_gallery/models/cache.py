@@ -12,6 +12,7 @@ where it may fail, and then puts it in the place of the old one.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 import os
 import weakref
@@ -166,8 +167,10 @@ class GalleryCache(Cache):
     def check(self, config, batch: int):
         """Raises ValueError unless the cache belongs to a model of this configuration and has `batch` rows."""
         identity = cache_identity(config)
-        names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
-        names = [name for name in names if name not in INDIFFERENT]  # files of earlier versions name some
+        names: list[str] = []
+        if self.identity != identity:
+            names = [name for name in self.identity | identity if self.identity.get(name) != identity.get(name)]
+            names = [name for name in names if name not in INDIFFERENT]  # files of earlier versions name some
         if names:
             first = 1 if names[0] == "model_type" else 3  # another architecture differs in much else
             differs = {name: (self.identity.get(name), identity.get(name)) for name in names[:first]}
@@ -653,7 +656,14 @@ INDIFFERENT = {
 
 def cache_identity(config) -> dict:
     """Settings that must agree between a cache and the model that reads it: all of the gallery's own but a few."""
-    own = next(i for i, kind in enumerate(type(config).__mro__) if kind.__name__ == "GalleryConfig") + 1
-    names = [name for kind in type(config).__mro__[:own][::-1] for name in kind.__dict__.get("__annotations__", {})]
-    fields = {field.name for field in dataclasses.fields(config)} - INDIFFERENT
-    return {"model_type": config.model_type} | {name: getattr(config, name) for name in names if name in fields}
+    held = vars(config)  # every forward asks; an attribute of transformers' configurations costs ten times as much
+    names = _identity_fields(type(config))
+    return {"model_type": config.model_type} | {n: held[n] if n in held else getattr(config, n) for n in names}
+
+
+@functools.cache
+def _identity_fields(kind: type) -> tuple[str, ...]:
+    own = next(i for i, base in enumerate(kind.__mro__) if base.__name__ == "GalleryConfig") + 1
+    names = [name for base in kind.__mro__[:own][::-1] for name in base.__dict__.get("__annotations__", {})]
+    fields = {field.name for field in dataclasses.fields(kind)} - INDIFFERENT
+    return tuple(name for name in names if name in fields)

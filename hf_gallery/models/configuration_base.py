@@ -227,6 +227,7 @@ class GalleryStackConfig(GalleryConfig):
         "xavier"  # xavier: uniform, as published; normal: normal(0, initializer_range), as GPT-2, BERT
     )
     classifier_dropout: float | None = None  # default hidden_dropout
+    classifier_act: str = "tanh"  # of the pooler before a classifier of texts or a choice's score; ELECTRA: gelu
 
     position_embedding_types: ClassVar[list[str]] = ["sinusoidal", "learned", "none"]
 
@@ -235,6 +236,7 @@ class GalleryStackConfig(GalleryConfig):
         self.check_choice("position_embedding_type", self.position_embedding_types)
         self.check_choice("sinusoid_layout", ["interleaved", "concatenated"])
         self.check_choice("initialization", ["xavier", "normal"])
+        self.check_choice("classifier_act", sorted(ACT2FN))
         if self.max_position_embeddings is None:
             self.max_position_embeddings = type(self).__dataclass_fields__["max_position_embeddings"].default
         self.check_count("hidden_size", 1)

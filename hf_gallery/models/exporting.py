@@ -7,12 +7,30 @@ T x S scores every backend has, and a memory is searched by its definition too.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
+
+Call = TypeVar("Call", bound=Callable)
 
 
 def is_exporting() -> bool:
     """Whether torch.export, or torch.onnx.export by way of it, follows this forward."""
     return torch.compiler.is_exporting()
+
+
+def outside_graphs(function: Call) -> Call:
+    """The function, which torch.compile's graphs leave out: as torch.compiler.disable, but free where nothing is
+    compiled."""
+    disabled = torch.compiler.disable(function)
+
+    @functools.wraps(function)
+    def call(*args, **kwargs):
+        return (disabled if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
 
 
 def records_gradients() -> bool:

@@ -254,7 +254,7 @@ class SequenceClassificationHead:
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
             if items is not None:  # transformers' loss would use it for one of its three problem types only
-                loss = loss * (labels.ne(-100).sum() / items)
+                loss = loss * labels.ne(-100).sum() / items
         more = {name: outputs[name] for name in outputs if name in self.output_type.__dataclass_fields__}
         return self.output_type(**more | {"loss": loss, "logits": logits})
 
@@ -268,6 +268,12 @@ class TokenClassificationHead:
 
     _auto_class = "AutoModelForTokenClassification"
     head_loss = "ForTokenClassification"
+
+    def build_head(self, config):
+        """Makes the modules that stand on `self.model`."""
+        self.num_labels = config.num_labels
+        self.dropout = classifier_dropout(config)
+        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
 
     @can_return_tuple
     def forward(
@@ -306,6 +312,10 @@ class QuestionAnsweringHead:
 
     _auto_class = "AutoModelForQuestionAnswering"
     head_loss = "ForQuestionAnswering"
+
+    def build_head(self, config):
+        """Makes the module that stands on `self.model`."""
+        self.qa_outputs = torch.nn.Linear(config.hidden_size, 2)
 
     @can_return_tuple
     def forward(
@@ -495,7 +505,7 @@ def checked_labels(name: str, labels, columns, count: int, counted: str = "vocab
 WHOLE = (torch.long, torch.int)
 
 
-def checked_classes(labels: torch.Tensor | None, count: int) -> torch.Tensor | None:
+def checked_classes(labels: torch.Tensor | None, count: int, counted: str = "num_labels") -> torch.Tensor | None:
     """The labels of a classification into `count` classes: whole numbers as torch.long, others as they are.
 
     Raises ValueError or TypeError unless whole numbers name classes below count, or are -100 (with one class alone
@@ -514,7 +524,7 @@ def checked_classes(labels: torch.Tensor | None, count: int) -> torch.Tensor | N
     if count > 1 and bool(((labels != -100) & ((labels < 0) | (labels >= count))).any()):
         low, high = (int(x) for x in labels.aminmax())
         raise ValueError(
-            f"labels hold values from {low} to {high}; they must be numbers of classes, from 0 and below num_labels "
+            f"labels hold values from {low} to {high}; they must be numbers of classes, from 0 and below {counted} "
             f"{count}, or -100 to leave a row out"
         )
     return labels.long()
@@ -580,6 +590,12 @@ def check_count(labels: torch.Tensor, count: int, config):
             f"({count},) or, with several classes at once, a floating type ({count}, {config.num_labels}) and "
             f"config.problem_type 'multi_label_classification' (it is {config.problem_type!r})"
         )
+
+
+def classifier_dropout(config) -> torch.nn.Dropout:
+    """The dropout before a classifier: at config.classifier_dropout, or at hidden_dropout where that is None."""
+    rate = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+    return torch.nn.Dropout(rate)
 
 
 def pooled_rows(

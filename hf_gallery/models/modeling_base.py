@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .early_exit import EarlyExit
-from .exporting import is_exporting, require
+from .exporting import is_exporting, outside_graphs, require
 from .loading import check_weights
 from .rows import Rows
 
@@ -126,7 +126,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
     # ---- input
 
-    @torch.compiler.disable  # it asks what the input holds, which no compiled graph can
+    @outside_graphs  # it asks what the input holds, which no compiled graph can
     def open_input(
         self,
         *,

@@ -31,18 +31,20 @@ from .cache import CACHE_NAME
 from .configuration_longformer import GalleryLongformerConfig
 from .documents import PACKING
 from .exporting import is_exporting
-from .folding import GlobalTokens, first_token, question_tokens
+from .folding import GlobalTokens, choice_tokens, first_token, question_tokens
 from .heads import (
     CausalLMHead,
     MaskedLMHead,
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,
+    classifier_dropout,
     pooled_rows,
     reads,
 )
 from .longformer_layer import Context, GalleryLongformerLayer
 from .modeling_base import GalleryPreTrainedModel, check_marks, with_config
+from .multiple_choice import MultipleChoiceHead
 from .rows import Rows, true_first
 from .stack import AbsoluteEmbeddings, init_stack
 from .states import Places
@@ -65,6 +67,7 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
         "AutoModelForSequenceClassification": "GalleryLongformerForSequenceClassification",
         "AutoModelForTokenClassification": "GalleryLongformerForTokenClassification",
         "AutoModelForQuestionAnswering": "GalleryLongformerForQuestionAnswering",
+        "AutoModelForMultipleChoice": "GalleryLongformerForMultipleChoice",
     }
 
     def _init_weights(self, module):
@@ -259,8 +262,8 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
         self.num_labels = config.num_labels
         self.model = GalleryLongformerModel(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.pooler_act = ACT2FN[config.classifier_act]
+        self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -276,7 +279,7 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
 
     def pool(self, hidden, attention_mask, documents):
         x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
-        return self.dropout(torch.tanh(self.pooler(self.dropout(x))))
+        return self.dropout(self.pooler_act(self.pooler(self.dropout(x))))
 
 
 @reads("global_attention_mask")
@@ -294,11 +297,8 @@ class GalleryLongformerForTokenClassification(TokenClassificationHead, GalleryLo
 
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.model = GalleryLongformerModel(config)
-        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.build_head(config)
         self.post_init()
 
 
@@ -320,7 +320,7 @@ class GalleryLongformerForQuestionAnswering(QuestionAnsweringHead, GalleryLongfo
         config.check_ids("sep_token_id")
         super().__init__(with_config(config, is_decoder=False))
         self.model = GalleryLongformerModel(self.config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.build_head(self.config)
         self.post_init()
 
     def question_inputs(self, input_ids, attention_mask, documents, given):
@@ -333,9 +333,41 @@ class GalleryLongformerForQuestionAnswering(QuestionAnsweringHead, GalleryLongfo
         return {"global_attention_mask": mask}
 
 
+@reads("global_attention_mask")
+class GalleryLongformerForMultipleChoice(MultipleChoiceHead, GalleryLongformerPreTrainedModel):
+    """A score for each choice, from its text's first token; all tokens behind the question's separator are global.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForMultipleChoice
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForMultipleChoice(config).eval()
+    >>> choices = [[*b"when?", config.sep_token_id, *text] for text in (b"today", b"there", b"never")]
+    >>> model(torch.tensor([choices])).logits.shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(self, config: GalleryLongformerConfig):
+        config.check_ids("sep_token_id")
+        super().__init__(with_config(config, is_decoder=False))
+        self.model = GalleryLongformerModel(self.config)
+        self.build_head(self.config)
+        self.post_init()
+
+    def choice_inputs(self, flat, documents):
+        """Choices are global, unless other tokens are given. Raises ValueError if a row has no separator."""
+        if flat.get("global_attention_mask") is not None:
+            return {}
+        if flat["input_ids"] is None:
+            raise ValueError("with inputs_embeds the choices cannot be found; give global_attention_mask")
+        mask = choice_tokens(flat["input_ids"], flat["attention_mask"], documents, self.config.sep_token_id)
+        return {"global_attention_mask": mask}
+
+
 __all__ = [
     "GalleryLongformerForCausalLM",
     "GalleryLongformerForMaskedLM",
+    "GalleryLongformerForMultipleChoice",
     "GalleryLongformerForQuestionAnswering",
     "GalleryLongformerForSequenceClassification",
     "GalleryLongformerForTokenClassification",

@@ -61,7 +61,7 @@ from .blocks import (
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
-from .exporting import is_exporting, possibly
+from .exporting import is_exporting, outside_graphs, possibly
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
@@ -223,7 +223,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         before = joined if context.parts.crosses else (state.get("keys"), state.get("values"))
         return attend_segments(context, query, own, before, context.parts, position, **options)
 
-    @torch.compiler.disable  # where the memory's columns lie depends on the rows: see `attend`
+    @outside_graphs  # where the memory's columns lie depends on the rows: see `attend`
     def _remember(
         self, query: torch.Tensor, joined: Pair, context: Context, state: State
     ) -> tuple[torch.Tensor, NextState]:
@@ -266,7 +266,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         return Retrieval(positions, found.weights)
 
 
-@torch.compiler.disable  # torch 2.13 fails on a compiled part that returns views and the same views detached
+@outside_graphs  # torch 2.13 fails on a compiled part that returns views and the same views detached
 def without_gradients(context, state, key, value):
     """Keys and values (B, H, C + T, D) over [cached | new], which no gradient passes, and the next state."""
     return context.extend(state, keys=key.detach(), values=value.detach())

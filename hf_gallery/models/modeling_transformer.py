@@ -5,8 +5,8 @@
     encoder layer: self-attention, feed-forward; decoder layer: causal self-attention, cross-attention, feed-forward
     sinusoids and embeddings (3.4, 3.5) are in stack.py, the feed-forward (3.3) in blocks.py, losses in heads.py
 
-One stack serves three forms: encoder-decoder as published, decoder alone (ForCausalLM), encoder alone (ForMaskedLM,
-ForSequenceClassification). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
+One stack serves three forms: encoder-decoder as published, decoder alone (ForCausalLM), encoder alone (ForMaskedLM
+and all heads but these). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
 [seg(p), p]. Switches in the config give what later models changed: GPT-2 (pre-norm, learned positions), BERT
 (embedding norm, token types), Marian (sines first, bias on the logits).
 
@@ -44,11 +44,15 @@ from .heads import (
     CausalLMHead,
     ConditionalGenerationHead,
     MaskedLMHead,
+    QuestionAnsweringHead,
     SequenceClassificationHead,
+    TokenClassificationHead,
+    classifier_dropout,
     pooled_rows,
     reads,
 )
 from .modeling_base import GalleryPreTrainedModel, check_arguments, with_config
+from .multiple_choice import MultipleChoiceHead
 from .rows import Rows
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack, mark_branches
@@ -146,6 +150,9 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
         "AutoModelForCausalLM": "GalleryTransformerForCausalLM",
         "AutoModelForMaskedLM": "GalleryTransformerForMaskedLM",
         "AutoModelForSequenceClassification": "GalleryTransformerForSequenceClassification",
+        "AutoModelForTokenClassification": "GalleryTransformerForTokenClassification",
+        "AutoModelForQuestionAnswering": "GalleryTransformerForQuestionAnswering",
+        "AutoModelForMultipleChoice": "GalleryTransformerForMultipleChoice",
         "AutoModelForSeq2SeqLM": "GalleryTransformerForConditionalGeneration",
     }
 
@@ -442,14 +449,74 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         self.model = GalleryTransformerModel(config)
         if not config.is_decoder:
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+            self.pooler_act = ACT2FN[config.classifier_act]
+        self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     def pool(self, hidden, attention_mask, documents):
         x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
-        return self.dropout(x if self.config.is_decoder else torch.tanh(self.pooler(x)))
+        return self.dropout(x if self.config.is_decoder else self.pooler_act(self.pooler(x)))
+
+
+class GalleryTransformerForTokenClassification(TokenClassificationHead, GalleryTransformerPreTrainedModel):
+    """A label for each token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForTokenClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes)
+    >>> model = GalleryTransformerForTokenClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 15, 2])
+    """
+
+    def __init__(self, config: GalleryTransformerConfig):
+        one_stack(config, "GalleryTransformerForTokenClassification")
+        super().__init__(config)
+        self.model = GalleryTransformerModel(self.config)
+        self.build_head(self.config)
+        self.post_init()
+
+
+class GalleryTransformerForQuestionAnswering(QuestionAnsweringHead, GalleryTransformerPreTrainedModel):
+    """Start and end of an answer in a text, which stands behind its question.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForQuestionAnswering
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes)
+    >>> model = GalleryTransformerForQuestionAnswering(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).start_logits.shape
+    torch.Size([1, 15])
+    """
+
+    def __init__(self, config: GalleryTransformerConfig):
+        one_stack(config, "GalleryTransformerForQuestionAnswering")
+        super().__init__(with_config(config, is_decoder=False))
+        self.model = GalleryTransformerModel(self.config)
+        self.build_head(self.config)
+        self.post_init()
+
+
+class GalleryTransformerForMultipleChoice(MultipleChoiceHead, GalleryTransformerPreTrainedModel):
+    """A score for each choice, from its text's first token through BERT's pooler.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForMultipleChoice
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes)
+    >>> model = GalleryTransformerForMultipleChoice(config).eval()
+    >>> model(torch.tensor([[list(b"when? today"), list(b"when? there"), list(b"when? never")]])).logits.shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(self, config: GalleryTransformerConfig):
+        one_stack(config, "GalleryTransformerForMultipleChoice")
+        super().__init__(with_config(config, is_decoder=False))
+        self.model = GalleryTransformerModel(self.config)
+        self.build_head(self.config)
+        self.post_init()
 
 
 class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, GalleryTransformerPreTrainedModel):
@@ -492,7 +559,10 @@ __all__ = [
     "GalleryTransformerForCausalLM",
     "GalleryTransformerForConditionalGeneration",
     "GalleryTransformerForMaskedLM",
+    "GalleryTransformerForMultipleChoice",
+    "GalleryTransformerForQuestionAnswering",
     "GalleryTransformerForSequenceClassification",
+    "GalleryTransformerForTokenClassification",
     "GalleryTransformerModel",
     "GalleryTransformerPreTrainedModel",
 ]

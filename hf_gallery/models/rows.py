@@ -12,6 +12,7 @@ intervals differ between them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import torch
 
@@ -36,17 +37,17 @@ class Rows:
     ):
         self.batch, self.columns, self.fresh = batch, columns, fresh
         self.mask = None if mask is None or surely(mask) else mask
-        starts_together = True if seen is None else None
+        start = common_value(seen) if seen is not None else 0
         if seen is None:
             seen = torch.zeros(batch, dtype=torch.long)
         if self.mask is None:
-            self._lay(None, torch.full((batch,), columns), seen, columns, starts_together)
+            self._lay(None, torch.full((batch,), columns), seen, columns, start)
         else:
             lengths = self.mask.sum(1).cpu()
             width = columns if is_exporting() else max(1, int(lengths.max()))
             order = true_first(self.mask)[:, :width]  # (B, T)
             index = order + columns * torch.arange(batch, device=order.device)[:, None]
-            self._lay(index, lengths, seen, width)
+            self._lay(index, lengths, seen, width, start)
 
     def _lay(
         self,
@@ -54,16 +55,16 @@ class Rows:
         lengths: torch.Tensor,
         seen: torch.Tensor,
         width: int,
-        starts_together: bool | None = None,
+        start: int | None,
     ):
         """index: (B, T), the column of [0, B * columns) of each packed token, any behind a row's last; None where
-        nothing moves. starts_together: whether all rows have as much behind them; None = see `seen`."""
+        nothing moves. start: `seen` of all rows, None where they differ."""
         self.index, self.lengths, self.seen, self.width = index, lengths, seen, width
         self.place: torch.Tensor | None = None  # see `unpack`
         # Whether all rows end with the last packed column.
         self.is_full = index is None or surely(lengths == width)
-        # Rows that move together need one interval for all.
-        self.uniform = self.is_full and (bool((seen == seen[0]).all()) if starts_together is None else starts_together)
+        # Rows that move together need one interval for all, and their positions are known without a look at tensors.
+        self.start = start if self.is_full else None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, columns, ...) to (B, T, ...): each row's tokens first, then zeros."""
@@ -101,26 +102,40 @@ class Rows:
         return x if self.index is None else _move_attentions(self.pack, x, keys_too)
 
     @property
+    def uniform(self) -> bool:
+        """Whether all rows stand at the same positions."""
+        return self.start is not None
+
+    @property
+    def longest(self) -> int:
+        """Tokens that the longest row reaches."""
+        return self.start + self.width if self.start is not None else int((self.seen + self.lengths).amax())
+
+    @cached_property
     def first(self) -> torch.Tensor:
         """The position of each row's first packed token, (B or 1, 1)."""
-        return (self.seen[:1] if self.uniform else self.seen)[:, None]
+        return self.seen[:, None] if self.start is None else torch.full((1, 1), self.start)
 
-    @property
+    @cached_property
     def last(self) -> torch.Tensor:
         """The position of each row's last packed token, (B or 1, 1); first - 1 in a row without any."""
-        return self.first + (self.lengths[:1] if self.uniform else self.lengths)[:, None] - 1
+        if self.start is None:
+            return self.first + self.lengths[:, None] - 1
+        return torch.full((1, 1), self.start + self.width - 1)
 
-    @property
+    @cached_property
     def positions(self) -> torch.Tensor:
         """The positions of the packed tokens in their rows, (B or 1, T)."""
-        return self.first + torch.arange(self.width)
+        if self.start is None:
+            return self.first + torch.arange(self.width)
+        return torch.arange(self.start, self.start + self.width)[None]
 
     def spans(self, lower: torch.Tensor, upper: torch.Tensor, cached: int, least: int = 0) -> Spans:
         """Intervals of positions (B or 1, T) as intervals of the columns [cached | new tokens].
 
         Positions below `least` are cut off; columns after a row's last token see nothing.
         """
-        first = self.first - cached  # the position in column 0
+        first = (self.first if self.start is None else self.start) - cached  # the position in column 0
         lower, upper = lower.clamp(min=least) - first, upper - first
         if not self.uniform:
             upper = torch.where(self.beyond, lower - 1, upper)
@@ -146,7 +161,15 @@ class DocumentRows(Rows):
 
     def __init__(self, batch: int, columns: int, index: torch.Tensor, lengths: torch.Tensor, seen: torch.Tensor):
         self.batch, self.columns, self.mask, self.fresh = batch, columns, None, None
-        self._lay(index, lengths, seen, index.shape[1])
+        self._lay(index, lengths, seen, index.shape[1], common_value(seen))
+
+
+def common_value(x: torch.Tensor) -> int | None:
+    """The number that all of x (B,) are; None where they differ, or where that cannot be asked."""
+    if is_exporting():
+        return None
+    first, *others = x.tolist()
+    return first if all(value == first for value in others) else None
 
 
 def unpack(parts: Sequence[Rows], packed: Sequence[torch.Tensor]) -> torch.Tensor:

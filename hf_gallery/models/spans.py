@@ -38,10 +38,18 @@ class Spans:
             self._memo[key] = work()
         return self._memo[key]
 
+    @property
+    def _one(self) -> tuple[int, int] | None:
+        """(lower, upper) where one interval is all there is, as in decoding: the rest then needs no tensors."""
+        one = self.lower.numel() == 1
+        return self._once("one", lambda: (int(self.lower), int(self.upper)) if one else None)
+
     def clamp(self, columns: int) -> Spans:
         """The same intervals cut to the columns [0, columns) that exist."""
 
         def work():
+            if self._one is not None and 0 <= self._one[0] and self._one[1] < columns:
+                return None
             if self.lower.numel() and (self.lower.amin() < 0 or self.upper.amax() >= columns):
                 return Spans(self.lower.clamp(min=0), self.upper.clamp(max=columns - 1))
             return None  # not self: an object that holds itself would live until the cycle collector runs
@@ -55,6 +63,8 @@ class Spans:
     @property
     def widest(self) -> int:
         """The number of keys in the largest interval."""
+        if self._one is not None:
+            return self._one[1] - self._one[0] + 1
         return self._once("widest", lambda: int((self.upper - self.lower).amax()) + 1 if self.lower.numel() else 0)
 
     def distances(self, offset: int) -> tuple[int, int]:
@@ -64,6 +74,9 @@ class Spans:
         """
         if is_exporting():
             return 1 - self.lower.shape[1], offset + self.lower.shape[1] - 1
+        if self._one is not None:
+            lower, upper = self._one
+            return (offset - upper, offset - lower) if lower <= upper else (0, -1)
 
         def work():
             at = offset + torch.arange(self.lower.shape[1], device=self.lower.device)
@@ -104,6 +117,9 @@ class Spans:
         Every key that some query of the tile sees lies in [first, last]; all of its queries see all of
         [full_first, full_last]. first > last where the whole tile sees nothing.
         """
+        if self._one is not None:
+            lower, upper = self._one
+            return [(lower, upper, lower, upper) if lower <= upper else (_FAR, -1, _FAR, -1)]
 
         def work():
             lower, upper = (x if x.shape[0] == 1 else x[group] for x in (self.lower, self.upper))

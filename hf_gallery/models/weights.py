@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from .exporting import outside_graphs
+
 
 class Version:
     """Version of what some modules compute, told without computing: see `version_of`."""
@@ -31,7 +33,7 @@ class Version:
     __hash__ = None  # type: ignore[assignment]
 
 
-@torch.compiler.disable
+@outside_graphs
 def version_of(modules: Iterable[nn.Module]) -> Version | None:
     """A value that stays equal while the modules compute the same; None where that cannot be known.
 
@@ -44,19 +46,20 @@ def version_of(modules: Iterable[nn.Module]) -> Version | None:
     tensors: list[weakref.ref] = []
     facts: list[Any] = [(torch.is_autocast_enabled(x), torch.get_autocast_dtype(x)) for x in ("cpu", "cuda")]
     facts.append(_steps[0])
-    for root in modules:
-        for module in root.modules():
-            held = [x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None]
-            for x in held:
-                if type(x) not in (nn.Parameter, torch.Tensor) or x.is_meta or x.is_inference():
-                    return None
-                tensors.append(weakref.ref(x))
-                facts.append((x.data_ptr(), x._version))
-            facts.append(type(module))
-            if not _is_plain(module):
-                facts.append(
-                    _comparable({name: x for name, x in vars(module).items() if name not in _COUNTED}, tensors)
-                )
+    waiting = list(modules)
+    while waiting:
+        module = waiting.pop()
+        waiting.extend(module._modules.values())
+        for x in (*module._parameters.values(), *module._buffers.values()):
+            if x is None:
+                continue
+            if type(x) not in (nn.Parameter, torch.Tensor) or x.is_meta or x.is_inference():
+                return None
+            tensors.append(weakref.ref(x))
+            facts.append((x.data_ptr(), x._version))
+        facts.append(type(module))
+        if not _is_plain(module):
+            facts.append(_comparable({name: x for name, x in vars(module).items() if name not in _COUNTED}, tensors))
     return Version(tuple(tensors), tuple(facts))
 
 

@@ -27,7 +27,9 @@ MARIAN |= dict(encoder_attention_heads=3, decoder_attention_heads=3, encoder_ffn
 MARIAN |= dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS, decoder_start_token_id=PAD)
 MARIAN |= dict(scale_embedding=True, activation_function="swish", forced_eos_token_id=EOS)
 
-FAMILIES = {"GPT2": GPT2, "Bert": BERT, "Roberta": BERT | dict(pad_token_id=1), "Marian": MARIAN}
+ROBERTA = BERT | dict(pad_token_id=1)
+FAMILIES = {"GPT2": GPT2, "Bert": BERT, "Roberta": ROBERTA, "Marian": MARIAN}
+FAMILIES |= {"XLMRoberta": ROBERTA, "Camembert": ROBERTA, "Electra": BERT | dict(embedding_size=30)}
 
 
 def published(name, dtype=torch.float32, **settings):

@@ -300,7 +300,7 @@ def test_embeddings_of_another_type(variant, head):
         model(inputs_embeds=embeds.double())
 
 
-@over(lambda variant, head: head.pooled)
+@over(lambda variant, head: head.pooled and not head.choices)
 def test_labels_that_name_no_class(variant, head):
     model = variant.make(head, num_labels=3)
     for labels in ([0, 3], [-1, 0]):
@@ -563,7 +563,7 @@ def test_types_of_labels(variant, head):
                 run.model(**arguments, shift_labels=wrong)
 
 
-@over(lambda variant, head: head.pooled)
+@over(lambda variant, head: head.pooled and not head.choices)
 def test_types_of_classes(variant, head):
     run = runner(variant, head, num_labels=3)
     ids, labels = words(2, 6), torch.tensor([2, 0])
@@ -692,7 +692,7 @@ def test_documents_laid_wrongly(variant, head):
 
 
 def packing_of_two(run):
-    if run.head.question:  # each document needs a question
+    if run.seeks_question:  # each document needs a question
         return dict(position_ids=torch.arange(6).repeat(2)[None], global_attention_mask=torch.zeros(2, 12).long())
     return dict(position_ids=torch.arange(6).repeat(2)[None])
 
@@ -704,7 +704,7 @@ def test_an_encoder_decoder_takes_no_packed_documents():
             model(words(2, 9), decoder_input_ids=words(2, 6), **{name: value})
 
 
-@over(lambda variant, head: head.question)
+@over(lambda variant, head: head.question and not head.choices)
 def test_places_of_answers(variant, head):
     """Columns of tokens, one a row, in whole numbers; a column behind the input is left out, as in transformers. What
     its loss would take for column 0, or turn into the logarithm of nothing, is refused."""
@@ -739,7 +739,7 @@ def test_packed_retrievals_are_refused(variant, head):
         run.model(words(2, 12), output_retrievals=True, **packing_of_two(run))
 
 
-@over(lambda variant, head: head.question)
+@over(lambda variant, head: head.question and not head.choices)
 def test_packed_answers_are_refused(variant, head):
     run = runner(variant, head)
     ids = torch.cat([run.inputs(words(2, 6))["input_ids"]] * 2, dim=1)

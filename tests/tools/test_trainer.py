@@ -10,6 +10,7 @@ from renamed import checkpointing
 from test_training import NO_DROPOUT, Stop, arguments, assert_same, dataset, losses, texts, weights
 from transformers import (
     DataCollatorForLanguageModeling,
+    DataCollatorForMultipleChoice,
     DataCollatorForSeq2Seq,
     DataCollatorForTokenClassification,
     DataCollatorWithFlattening,
@@ -30,7 +31,7 @@ TOKENIZER.padding_side = "right"
 # One of each architecture, with all of its heads.
 FIVE = [v for v in VARIANTS if v.name in COLUMNS]
 five = pytest.mark.parametrize("variant", FIVE, ids=[variant.name for variant in FIVE])
-TRAINED = ("causal", "masked", "sequence", "tokens", "question")
+TRAINED = ("causal", "masked", "sequence", "tokens", "question", "choice")
 HEADS = [(v, head) for v in FIVE for head in TRAINED if head in v.heads]
 # The default run takes the causal ones; the others take the same ways, each with a loss of its own.
 heads = pytest.mark.parametrize(
@@ -50,7 +51,8 @@ def make(variant, head="causal", **settings):
 
 def examples(head, count=8):
     """Short texts, tokenised. A classifier's are labelled by what they speak of, its tokens by what they are; of a
-    masked model's, every third token is to be found; a question is answered by the text's last word."""
+    masked model's, every third token is to be found; a question is answered by the text's last word, or by one of two
+    texts."""
     rows = []
     for i in range(count):
         ids = TOKENIZER(f"{'the sea is wide' if i % 2 else 'a hill'}, {'and so on ' * (i % 4)}end")["input_ids"]
@@ -66,6 +68,10 @@ def examples(head, count=8):
         elif head == "question":
             asked = [*TOKENIZER("how?")["input_ids"], TOKENIZER.sep_token_id, *ids]
             rows.append({"input_ids": asked, "start_positions": len(asked) - 3, "end_positions": len(asked) - 1})
+        elif head == "choice":
+            asked, other = ([*TOKENIZER(x)["input_ids"], TOKENIZER.sep_token_id] for x in ("how?", "so it is"))
+            texts = (ids, other) if i % 2 else (other, ids)
+            rows.append({"input_ids": [asked + text for text in texts], "labels": 1 - i % 2})
         else:
             rows.append({"input_ids": ids})
     return datasets.Dataset.from_list(rows)
@@ -77,6 +83,7 @@ COLLATORS = {
     "sequence": DataCollatorWithPadding(TOKENIZER),
     "tokens": DataCollatorForTokenClassification(TOKENIZER),
     "question": DataCollatorWithPadding(TOKENIZER),
+    "choice": DataCollatorForMultipleChoice(TOKENIZER),
 }
 
 
