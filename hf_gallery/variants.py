@@ -48,7 +48,8 @@ class Variant:
 
     model: the bare model, whose `heads` name the others, of the same module. small: config arguments of a model that
     trains on a CPU, beside the sizes that all share. idea: in a line; sees, carries: what a query at position p sees,
-    and what goes from one call to the next; about, limits: as its card says it.
+    and what goes from one call to the next; about, limits: as its card says it. measured: its numbers stand in the
+    results that the cards are made of.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Variant:
     model: type[PreTrainedModel]
     small: dict[str, Any]
     contestants: tuple[Contestant, ...] = ()
+    measured: bool = True
 
     @property
     def paper(self) -> str:
@@ -328,6 +330,7 @@ TABLE = (
         ),
         model=GalleryRecurrentMemoryTransformerModel,
         small=dict(norm_position="pre", segment_length=128, num_memory_tokens=16),
+        measured=False,
         contestants=(
             Contestant(
                 name="recurrent_memory_transformer",
@@ -345,10 +348,12 @@ TABLE = (
                 label="Recurrent Memory, fewer tokens",
                 reach="its segment of one window, and a quarter of the memory tokens",
                 settings=lambda sizes: dict(
-                    norm_position="pre", segment_length=sizes.window, num_memory_tokens=max(1, sizes.memory_tokens // 4)
+                    norm_position="pre",
+                    segment_length=sizes.window,
+                    num_memory_tokens=max(1, sizes.memory_tokens // 4),
                 ),
                 carries="state",
-                colour="#6AA6D8",
+                colour="#F0E442",
                 symbol="pentagon",
             ),
         ),

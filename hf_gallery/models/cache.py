@@ -650,7 +650,8 @@ INDIFFERENT = {
     "max_position_embeddings",
     "vocab_size", "hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "initialization",
     "projection_init_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
-    "sep_token_id", "decoder_start_token_id", "bptt_depth", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",
+    "sep_token_id", "decoder_start_token_id", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",
+    "bptt_depth",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@
     mem_(s+1) = write                                                             mem_0 is learned
 
 A decoder: the read memory in front sees itself, tokens see the read memory and the tokens before them, the write
-memory behind sees all. An encoder has the memory in front alone, all see all, and what stands there is the next memory.
+memory behind sees all. An encoder has memory in front alone, all see all, and what stands there is the next memory.
 The layers are those of modeling_transformer.py: a segment with its memory tokens is a little text to them.
 
 The authors have two codes: booydar/LM-RMT (e289508) around Transformer-XL, of the paper's language models, and
@@ -70,7 +70,7 @@ class MemoryTokens(nn.Module):
 
 @dataclass
 class Segment:
-    """What this forward has of a segment in each row, as the layers see it: [memory | tokens | memory].
+    """A segment of each row, as much of it as this forward reads, for the layers: [memory | tokens | memory].
 
     tokens: rows of the tokens alone, at most L of each. laid: rows with the memory tokens that each has here, `reads`
     columns in front and `writes` behind; a row that goes on in the middle of a segment has read its memory before, and
@@ -94,10 +94,12 @@ class Segment:
         behind = m if writes and possibly(ends) else 0
         parts = [begins[:, None].expand(-1, before), ~tokens.beyond, ends[:, None].expand(-1, behind)]
         mask = torch.cat(parts, dim=1).to(device)  # (B, M + T + M)
-        laid = Rows(*mask.shape, None if surely(mask) else mask, torch.where(phase == 0, 0, m + phase))
+        laid = Rows(
+            mask.shape[0], mask.shape[1], None if surely(mask) else mask, torch.where(phase == 0, 0, m + phase)
+        )
         return cls(tokens, laid, before, behind, begins, ends)
 
-    def enter(self, x: torch.Tensor, memory: torch.Tensor | None) -> torch.Tensor:
+    def enter(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
         """Tokens x (B, T, E) with their memory (B, M, E), packed."""
         if self.reads:
             x = torch.cat([memory, x], dim=1)
@@ -190,9 +192,10 @@ class GalleryRecurrentMemoryTransformerModel(
         config, rows = self.config, context.rows
         cut = BlockRows(rows, config.segment_length)
         goes_on = cut.ends[1:] > cut.ends[:-1]  # (J, B): the row has tokens in the segment
-        memory = self._entering(states, rows)
-        if memory is not None:
+        memory = x[:, :0]
+        if config.num_memory_tokens:
             x = with_gradients_for(x, self.memory)
+            memory = self.memory(states[0].get("memory"), rows.seen >= config.segment_length)
         past = kept = states
         outs, hidden, changes = [], [], []
         for j, (part, tokens) in enumerate(cut.split(x)):
@@ -207,7 +210,7 @@ class GalleryRecurrentMemoryTransformerModel(
             if segment.writes:
                 changes.append((memory, torch.where(segment.ends, tokens.seen + tokens.lengths, 0)))
                 memory = choose(segment.ends, self.finish(written), memory)
-            elif not config.is_decoder and memory is not None:
+            elif not config.is_decoder:
                 memory = self.finish(read)
             if result.hidden is not None:
                 hidden.append([segment.leave(y)[1] for y in result.hidden])
@@ -232,16 +235,10 @@ class GalleryRecurrentMemoryTransformerModel(
         spans = segment.spans(self.config, cached)
         return Backbone.run_layers(self, self.dropout(x), own.widened(Context, spans=spans), past)
 
-    def _entering(self, states: list[State], rows: Rows) -> torch.Tensor | None:
-        """The memory (B, M, E) of the segment that the next token is in."""
-        if not self.config.num_memory_tokens:
-            return None
-        return self.memory(states[0].get("memory"), rows.seen >= self.config.segment_length)
-
-    def _cut(self, memory: torch.Tensor | None, tokens: Rows) -> torch.Tensor | None:
+    def _cut(self, memory: torch.Tensor, tokens: Rows) -> torch.Tensor:
         """The memory without its graph where bptt_depth ends gradients."""
         depth = self.config.bptt_depth
-        if depth < 0 or memory is None:
+        if depth < 0:
             return memory
         number = tokens.seen // self.config.segment_length  # (B,)
         return choose((number > 0) & (number % (depth + 1) == 0), memory.detach(), memory)
@@ -271,7 +268,7 @@ class GalleryRecurrentMemoryTransformerModel(
                 states.append({name: SegmentColumns(x, length, m) for name, x in pair.items()})
             else:
                 states.append({name: SegmentColumns(whole_columns(x, capacity)) for name, x in pair.items()})
-        if memory is not None:
+        if m:
             record = Record.of(changes, memory) if context.records else None
             states[0]["memory"] = Folded(memory.clone(), record)  # its own: a part of a layer's output keeps all of it
         return states
