@@ -20,8 +20,7 @@ MATCH = 0.03  # parameter counts of one run differ by no more than this share
 class Sizes:
     """Sizes shared by all contestants of a task. window: tokens of local attention. context: tokens that the upper
     line sees. memory_size, memory_topk, memory_layers: of the Memorizing Transformer. states, recurrent_layers: state
-    vectors of the Block-Recurrent Transformer, and the layers that have them. memory_tokens: of the Recurrent Memory
-    Transformer."""
+    vectors of the Block-Recurrent Transformer, and the layers that have them; memory tokens go by the former."""
 
     hidden: int
     layers: int
@@ -34,7 +33,6 @@ class Sizes:
     memory_layers: tuple[int, ...]
     states: int
     recurrent_layers: tuple[int, ...]
-    memory_tokens: int
     vocabulary: int = 262
 
     def common(self) -> dict[str, Any]:

@@ -341,7 +341,6 @@ def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> lis
         hidden=size, layers=settings.layers, heads=settings.heads, window=settings.window,
         context=settings.train_length, intermediate=4 * size, memory_size=4 * settings.train_length, memory_topk=32,
         memory_layers=(settings.layers - 1,), states=settings.window, recurrent_layers=(settings.layers - 1,),
-        memory_tokens=settings.window // 8 or 1,
         vocabulary=settings.vocabulary,
     )  # fmt: skip
     found = []

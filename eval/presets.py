@@ -132,7 +132,6 @@ _SMALL = Sizes(
     memory_layers=(0, 1),
     states=16,
     recurrent_layers=(1,),
-    memory_tokens=8,
 )
 _MEDIUM = Sizes(
     hidden=128,
@@ -146,7 +145,6 @@ _MEDIUM = Sizes(
     memory_layers=(1,),
     states=64,
     recurrent_layers=(1,),
-    memory_tokens=16,
 )
 _LASTING = dataclasses.replace(_MEDIUM, memory_size=8192)
 _PAPER = Sizes(
@@ -161,12 +159,11 @@ _PAPER = Sizes(
     memory_layers=(8,),
     states=512,
     recurrent_layers=(9,),
-    memory_tokens=64,
 )
 _MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 
 _EVERYTHING = ("recall", *ABILITIES, "text", "cost")
-_WIDER = dataclasses.replace(_SMALL, hidden=128, window=32, context=512, intermediate=384, states=32, memory_tokens=16)
+_WIDER = dataclasses.replace(_SMALL, hidden=128, window=32, context=512, intermediate=384, states=32)
 
 PRESETS = {
     p.name: p

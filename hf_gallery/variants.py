@@ -124,6 +124,11 @@ def unit_scale(sizes: Any) -> float:
     return (sizes.hidden / sizes.heads) ** 0.5
 
 
+def memory_tokens(sizes: Any, fewer: int = 1) -> int:
+    """Memory tokens that read and write as many vectors together as a recurrent state has; or `fewer` times fewer."""
+    return max(1, sizes.states // 2 // fewer)
+
+
 # Colours are Okabe and Ito's, which the colour-blind can tell apart; symbols have plotly's names.
 TABLE = (
     Variant(
@@ -337,7 +342,7 @@ TABLE = (
                 label="Recurrent Memory Transformer",
                 reach="its segment of one window, and memory tokens",
                 settings=lambda sizes: dict(
-                    norm_position="pre", segment_length=sizes.window, num_memory_tokens=sizes.memory_tokens
+                    norm_position="pre", segment_length=sizes.window, num_memory_tokens=memory_tokens(sizes)
                 ),
                 carries="state",
                 colour="#0072B2",
@@ -350,7 +355,7 @@ TABLE = (
                 settings=lambda sizes: dict(
                     norm_position="pre",
                     segment_length=sizes.window,
-                    num_memory_tokens=max(1, sizes.memory_tokens // 4),
+                    num_memory_tokens=memory_tokens(sizes, fewer=4),
                 ),
                 carries="state",
                 colour="#F0E442",

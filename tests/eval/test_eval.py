@@ -34,7 +34,7 @@ CPU = torch.device("cpu")
 NAMES = list(contestants.CONTESTANTS)
 TINY_SIZES = dataclasses.replace(
     presets.PRESETS["quick"].recall.sizes, hidden=16, layers=2, heads=2, window=4, context=16, intermediate=80,
-    memory_size=64, memory_topk=4, states=4, memory_tokens=2,
+    memory_size=64, memory_topk=4, states=4,
 )  # fmt: skip
 TINY = presets.Preset(
     "tiny",
