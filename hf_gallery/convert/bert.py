@@ -275,6 +275,7 @@ def encoder_settings(theirs: PreTrainedConfig, offset: int) -> dict[str, Any]:
         hidden_dropout=theirs.hidden_dropout_prob,
         attention_dropout=theirs.attention_probs_dropout_prob,
         classifier_dropout=getattr(theirs, "classifier_dropout", None),
+        embedding_size=getattr(theirs, "embedding_size", None),
         position_embedding_type="learned",
         position_offset=offset,
         norm_position="post",
@@ -291,6 +292,8 @@ def encoder(to: str, origin: str, config: Any) -> dict[str, Take]:
         for ours, theirs in (("tokens", "word"), ("positions", "position"), ("types", "token_type"))
     }
     take |= affine(f"{to}embed_norm", f"{origin}embeddings.LayerNorm")
+    if config.embedding_width != config.hidden_size:
+        take |= affine(f"{to}embed_project", f"{origin}embeddings_project")
     for i in range(config.num_hidden_layers):
         a, b = f"{to}layers.{i}", f"{origin}encoder.layer.{i}"
         for x in ("query", "key", "value"):

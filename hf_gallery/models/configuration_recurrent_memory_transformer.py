@@ -43,11 +43,13 @@ class GalleryRecurrentMemoryTransformerConfig(GalleryStackConfig):
             )
         self.check_choice("memory_attention", ["full", "causal"])
         super().__post_init__(**kwargs)
-        if self.type_vocab_size:
-            raise ValueError(
-                f"type_vocab_size is {self.type_vocab_size}; memory tokens have no type, so this model has none: "
-                "leave it at 0"
-            )
+        for name, only, why in (
+            ("type_vocab_size", 0, "memory tokens have no type"),
+            ("embedding_size", None, "memory tokens are as wide as hidden states"),
+            ("classifier_act", "tanh", "no pooler stands before its classifier"),
+        ):
+            if getattr(self, name) != only:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; {why} in this model, so leave it at {only!r}")
         self.check_positions()
 
     def check_positions(self):

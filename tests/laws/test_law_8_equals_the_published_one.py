@@ -60,6 +60,10 @@ COMPARISONS = [
         "published/test_convert_transformer.py::test_marian", None, "Marian",
     ),
     Comparison(
+        "transformer", "transformers' BART", INSTALLED,
+        "published/test_convert_bart.py::test_bart", None, "BART",
+    ),
+    Comparison(
         "transformer_xl", "transformers' Transformer-XL, memory carried", "transformers 4.35.2",
         "published/test_convert_transformer_xl.py::test_segments_with_memory", "transformer_xl", "Transformer-XL",
     ),
@@ -106,6 +110,13 @@ COMPARISONS = [
     Comparison(
         "longformer", "transformers' GPT-2, within a window", INSTALLED,
         "published/test_convert_longformer.py::test_from_gpt2", None, "GPT-2",
+    ),
+    Comparison(
+        "longformer", "transformers' LED", INSTALLED, "published/test_convert_bart.py::test_led", None, "LED",
+    ),
+    Comparison(
+        "longformer", "transformers' BART, within a window", INSTALLED,
+        "published/test_convert_bart.py::test_bart", None, "BART",
     ),
     Comparison(
         "memorizing_transformer", "google-research/meliad, forward", MELIAD,

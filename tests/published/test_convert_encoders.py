@@ -16,8 +16,13 @@ import hf_gallery as gallery
 from hf_gallery.convert import convert
 from hf_gallery.convert.bert import FAMILIES, OTHERS
 
-NAMES = ["Bert", "Roberta", "XLMRoberta", "Camembert", "Electra"]
-OFFSETS = {"Bert": 0, "Electra": 0}  # of the others 2: their positions begin behind the id of padding
+NAMES = ["Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "ElectraNarrow"]
+NARROW = dict(embedding_size=12)  # ELECTRA's tables may have another width than its layers
+OFFSETS = {
+    "Bert": 0,
+    "Electra": 0,
+    "ElectraNarrow": 0,
+}  # of the others 2, behind the id of padding
 WIDE = dict(to="longformer", attention_window=80, max_position_embeddings=101)  # the window holds everything
 WHOLE = "ForSequenceClassification", "ForMultipleChoice"  # one result a row
 
@@ -26,7 +31,10 @@ families = pytest.mark.parametrize("family", NAMES)
 
 def published(name, dtype=torch.float32, **settings):
     """transformers' model; of an answer's two logits, which it counts as labels, there are two."""
-    return by_name(name, dtype, **dict(num_labels=2) if name.endswith("QuestionAnswering") else {}, **settings)
+    settings = (dict(num_labels=2) if name.endswith("QuestionAnswering") else {}) | settings
+    if "Narrow" in name:
+        name, settings = name.replace("Narrow", ""), NARROW | settings
+    return by_name(name, dtype, **settings)
 
 
 def inputs_of(theirs, head):
@@ -90,7 +98,7 @@ def test_answers_and_their_loss_without_padding(family, tmp_path):
     assert_equal(got.end_logits, expected.end_logits)
 
 
-@pytest.mark.parametrize("family", ["XLMRoberta", "Camembert", "Electra"])
+@pytest.mark.parametrize("family", ["XLMRoberta", "Camembert", "Electra", "ElectraNarrow"])
 @torch.no_grad()
 def test_positions_are_copied_again_and_again(family, tmp_path):
     """Those of RoBERTa's kind behind the two that belong to no position."""
@@ -107,10 +115,11 @@ def test_positions_are_copied_again_and_again(family, tmp_path):
     assert_equal(ours(ids, mask).last_hidden_state[1:, -61:], again)
 
 
+@pytest.mark.parametrize("family", ["Electra", "ElectraNarrow"])
 @torch.no_grad()
-def test_the_discriminator_becomes_the_bare_model(tmp_path):
+def test_the_discriminator_becomes_the_bare_model(family, tmp_path):
     """ELECTRA's checkpoints are saved with the head that finds replaced tokens, which has no place here."""
-    theirs = published("ElectraForPreTraining", torch.float64)
+    theirs = published(f"{family}ForPreTraining", torch.float64)
     ours = ours_of(theirs, tmp_path)
     assert type(ours) is gallery.GalleryTransformerModel
     ids, inputs = bert_input(theirs)
@@ -156,6 +165,18 @@ def test_what_does_not_fit(name, change, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         convert(tmp_path / "published", tmp_path / "converted", to="longformer")
     assert not (tmp_path / "converted").exists()
+
+
+def test_narrow_tables_are_for_encoders():
+    sizes = dict(hidden_size=30, num_hidden_layers=1, num_attention_heads=3, **NARROW)
+    for name in ("TransformerForCausalLM", "LongformerForCausalLM", "TransformerForConditionalGeneration"):
+        config = getattr(gallery, f"Gallery{name.partition('For')[0]}Config")(**sizes)
+        with pytest.raises(ValueError, match="embedding_size is 12 and hidden_size 30; .* encoders alone"):
+            getattr(gallery, f"Gallery{name}")(config)
+    with pytest.raises(ValueError, match="embedding_size is 0"):
+        gallery.GalleryTransformerConfig(embedding_size=0)
+    with pytest.raises(ValueError, match="embedding_size is 7; sinusoidal positions need an even number"):
+        gallery.GalleryTransformerConfig(embedding_size=7)
 
 
 def test_a_question_whose_end_is_unknown(tmp_path):

@@ -159,6 +159,7 @@ def test_the_code_of_a_card_runs(name, tmp_path):
         ("transformer", "masked", "fill-mask"),
         ("longformer", "tokens", "token-classification"),
         ("longformer", "question", "question-answering"),
+        ("longformer", "seq2seq", None),
         ("longformer", "choice", "multiple-choice"),
         ("transformer", "tokens", "token-classification"),
         ("transformer", "question", "question-answering"),

@@ -93,9 +93,10 @@ def test_ids_and_embeddings(variant, head):
         model(input_ids=ids, inputs_embeds=embeds)
     with pytest.raises(ValueError, match="input_ids.*inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match=r"inputs_embeds.*\b29\b.*\b30\b"):
-        model(inputs_embeds=embeds[..., :29])
-    with pytest.raises(ValueError, match=r"inputs_embeds.*\(2, 30\)"):
+    width = embeds.shape[-1]
+    with pytest.raises(ValueError, match=rf"inputs_embeds.*\b{width - 1}\b.*\b{width}\b"):
+        model(inputs_embeds=embeds[..., :-1])
+    with pytest.raises(ValueError, match=rf"inputs_embeds.*\(2, {width}\)"):
         model(inputs_embeds=embeds[:, 0])
 
 
@@ -633,15 +634,15 @@ def test_global_tokens_are_marked_by_ones(variant, head):
     run = runner(variant, head)
     inputs = run.inputs(words(2, 6))
     for wrong in (2, -1, 0.5, torch.nan):
-        mask = torch.zeros(2, 6)
+        mask = torch.zeros(inputs["input_ids"].shape)
         mask[0, 2] = wrong
         with pytest.raises(ValueError, match="global_attention_mask holds values from .* 1 at global tokens"):
-            run.model(**inputs, global_attention_mask=mask)
-    ones = torch.zeros(2, 6, dtype=torch.long)
+            run.model(**inputs | dict(global_attention_mask=mask))
+    ones = torch.zeros_like(inputs["input_ids"])
     ones[:, 2] = 1
-    expected = result_of(run.model(**inputs, global_attention_mask=ones))
+    expected = result_of(run.model(**inputs | dict(global_attention_mask=ones)))
     for mask in (ones.float(), ones == 1, ones.int()):
-        assert torch.equal(result_of(run.model(**inputs, global_attention_mask=mask)), expected)
+        assert torch.equal(result_of(run.model(**inputs | dict(global_attention_mask=mask))), expected)
 
 
 @pytest.mark.parametrize("config", [None, "transformer", LlamaConfig()], ids=["None", "a name", "Llama's"])

@@ -19,7 +19,7 @@ from transformers import (
     Seq2SeqTrainingArguments,
     Trainer,
 )
-from variants import COLUMNS, VARIANTS
+from variants import COLUMNS, VARIANTS, first_marked
 
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.training import SegmentTrainer
@@ -288,10 +288,19 @@ def test_a_compiled_model_carries_its_cache_alike(variant, tmp_path):
 # ---- Seq2SeqTrainer
 
 
-@pytest.mark.works("Seq2SeqTrainer", "transformer")
+@pytest.mark.works("Seq2SeqTrainer")
 @pytest.mark.parametrize("bf16", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["float32", "bf16"])
-def test_seq2seq_trainer_is_measured_by_what_it_generates(bf16, tmp_path):
-    """Trained to say a source again, it gets more of them right; each prediction is what the source gives alone."""
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param(v, id=v.name, marks=[pytest.mark.slow] * (v.name == "longformer_led"))
+        for v in VARIANTS
+        if v.name in ("transformer", "longformer_led")
+    ],
+)
+def test_seq2seq_trainer_is_measured_by_what_it_generates(variant, bf16, tmp_path):
+    """Trained to say a source again, it gets more of them right; each prediction is what the source gives alone. Where
+    the source may have global tokens, its first is one."""
     sources = [TOKENIZER(text)["input_ids"] for text in ("abc", "bcab", "ca", "cbacb", "ab", "bbca")]
     rows = datasets.Dataset.from_list([{"input_ids": s, "labels": [*s, TOKENIZER.eos_token_id]} for s in sources])
 
@@ -301,7 +310,16 @@ def test_seq2seq_trainer_is_measured_by_what_it_generates(bf16, tmp_path):
         )
         return {"right": sum(a == TOKENIZER.decode(b) for a, b in zip(texts, sources, strict=True))}
 
-    model = make(FIVE[0], "seq2seq", decoder_start_token_id=TOKENIZER.bos_token_id, **NO_DROPOUT)
+    collate = DataCollatorForSeq2Seq(TOKENIZER)
+
+    def collated(rows):
+        batch = collate(rows)
+        return {**batch, **marks(batch["input_ids"])}
+
+    def marks(source):
+        return dict(global_attention_mask=first_marked(source)) if variant.heads["seq2seq"].marks else {}
+
+    model = make(variant, "seq2seq", decoder_start_token_id=TOKENIZER.bos_token_id, **NO_DROPOUT)
     own = Seq2SeqTrainer(
         model,
         Seq2SeqTrainingArguments(
@@ -317,7 +335,7 @@ def test_seq2seq_trainer_is_measured_by_what_it_generates(bf16, tmp_path):
             disable_tqdm=True,
             save_strategy="no",
         ),
-        data_collator=DataCollatorForSeq2Seq(TOKENIZER, model=model),
+        data_collator=collated,
         train_dataset=rows,
         eval_dataset=rows,
         processing_class=TOKENIZER,
@@ -330,7 +348,8 @@ def test_seq2seq_trainer_is_measured_by_what_it_generates(bf16, tmp_path):
     assert before["eval_right"] == 0 and after["eval_right"] >= 4
     if not bf16:
         for source, predicted in zip(sources, own.predict(rows).predictions, strict=True):
-            alone = model.generate(torch.tensor([source]), max_length=8)[0].tolist()
+            source = torch.tensor([source])
+            alone = model.generate(source, max_length=8, **marks(source))[0].tolist()
             assert predicted[: len(alone)].tolist() == alone
 
 
