@@ -12,7 +12,8 @@ from eval.significance import SURE, two_proportions, wilson
 from hf_gallery.variants import VARIANTS
 
 FOLDER = Path(__file__).parents[2] / "eval" / "results"
-BOUNDED = [c.name for c in CONTESTANTS.values() if c.carries in ("keys", "state")]
+MEASURED = {c.name for variant in VARIANTS.values() if variant.measured for c in variant.contestants}
+BOUNDED = [c.name for c in CONTESTANTS.values() if c.carries in ("keys", "state") and c.name in MEASURED]
 
 
 def load(name):
