@@ -53,7 +53,6 @@ class Variant:
     limit: the longest input, where there is one.
     period: tokens after which the same happens again, say a segment ends.
     border: length of the segments at whose beginnings gradients stop; None where they reach all that is seen.
-    croppable: tokens that were recorded can be taken back from its cache.
     reentrant: its layers stand reentrant gradient checkpoints.
     one_by_one: its layers are called for one segment or block after another, and show no map of attention.
     shallow: what else to set for a model of two layers.
@@ -70,7 +69,6 @@ class Variant:
     limit: int | None = None
     period: int = 1
     border: int | None = None
-    croppable: bool = True
     reentrant: bool = True
     one_by_one: bool = False
     shallow: dict[str, Any] = field(default_factory=dict)
