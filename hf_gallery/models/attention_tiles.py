@@ -516,8 +516,8 @@ def _operator_backward(
     scale: float,
     dropout: float,
 ) -> list[torch.Tensor]:
-    problem = _problem_of(query, key, value, asked, table, lower, upper, seed, farthest, scale, dropout)
-    grads = _backward(*problem, (out, lse), (grad_out, grad_lse), _Gradients(*wants))
+    problem, drawn = _problem_of(query, key, value, asked, table, lower, upper, seed, farthest, scale, dropout)
+    grads = _backward(problem, drawn, (out, lse), (grad_out, grad_lse), _Gradients(*wants))
     return [out.new_empty(0) if x is None else x for x in grads]
 
 
