@@ -29,6 +29,7 @@ PIPELINES = {
     "AutoModelForSequenceClassification": "text-classification",
     "AutoModelForTokenClassification": "token-classification",
     "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForMultipleChoice": "multiple-choice",
 }
 
 
@@ -167,17 +168,23 @@ def _code(auto: str, place: str, saved: _Saved | None) -> str:
     lines += [f"from transformers import {', '.join(sorted([auto] + ['AutoTokenizer'] * tokenizes))}", ""]
     lines += [f'name = "{place}"  # a repository on the Hub, or a folder']
     lines += [f"model = {auto}.from_pretrained(name, trust_remote_code=True).eval()"]
-    asks = auto == "AutoModelForQuestionAnswering"  # its input is a question, a separator and a text
+    chooses = auto == "AutoModelForMultipleChoice"
+    asks = chooses or auto == "AutoModelForQuestionAnswering"  # its input is a question, a separator and a text
     if tokenizes:
         lines += ["tokenizer = AutoTokenizer.from_pretrained(name)"]
-        question = '"Who came? " + tokenizer.sep_token + "Ann came.", split_special_tokens=False'
+        answer = '"Who came? " + tokenizer.sep_token + '
+        answer = f'[{answer}x for x in ("Ann came.", "Bob came.")]' if chooses else f'{answer}"Ann came."'
+        question = f"{answer}, split_special_tokens=False"
         said = question if asks else '"def area(width, height):"'
         lines += [f'text = tokenizer({said}, return_tensors="pt")']
     else:
-        ids = "[[1, model.config.sep_token_id, 2, 3]]" if asks else "[[1, 2, 3]]"
+        looks = saved is not None and saved.config.get("sep_token_id") is not None
+        asked = f"1, {'model.config.sep_token_id' if looks else 0}"
+        ids = f"[[{asked}, 2, 3], [{asked}, 4, 5]]" if chooses else f"[[{asked}, 2, 3]]" if asks else "[[1, 2, 3]]"
         lines += [f'text = {{"input_ids": torch.tensor({ids})}}  # this model came without a tokenizer']
     if not (carries or auto == "AutoModelForSeq2SeqLM"):
-        return "\n".join(["```python", *lines, "print(model(**text))", "```"])
+        given = "**{name: x[None] for name, x in text.items()}" if chooses else "**text"  # (1, choices, tokens)
+        return "\n".join(["```python", *lines, f"print(model({given}))", "```"])
     show = "print(tokenizer.decode({}[0]))" if tokenizes else "print({})"
     lines += [show.format("model.generate(**text, max_new_tokens=20)")]
     if carries:

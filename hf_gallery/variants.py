@@ -201,15 +201,16 @@ TABLE = (
         arxiv="2004.05150",
         paper_title="Longformer: The Long-Document Transformer",
         idea="a sliding, dilated window, and global tokens",
-        sees="a sliding window, dilated if asked; global tokens",
-        carries="keys and values of the window and the global tokens",
+        sees="a sliding window, dilated if asked; global tokens; the source (encoder-decoder)",
+        carries="keys and values of the window and the global tokens; all of them (encoder-decoder)",
         about="A query sees a sliding window, dilated if asked, and a few global tokens. The causal language model is "
         "the paper's character model; encoder heads serve classification, token classification and question "
-        "answering.",
+        "answering. The encoder-decoder, LED, reads a long source through windows and writes, say, its summary.",
         limits=(
             "The causal model reaches back one window per layer, times its dilation.",
             "Absolute learned positions, as the released checkpoints have them, end at `max_position_embeddings`; "
             "relative ones do not.",
+            "The encoder-decoder's decoder sees all that was written and all of the source: its cost grows with both.",
         ),
         model=GalleryLongformerModel,
         small=dict(

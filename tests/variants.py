@@ -27,8 +27,10 @@ COLUMNS = {name.removesuffix("_transformer"): about.short for name, about in ARC
 class Head:
     """One class of a variant, and how it is fed.
 
-    stream: it is causal and carries a cache. source: it reads an encoder's input too. pooled: one result a row.
-    question: its input is a question, a separator and a text, and its results are two.
+    stream: it is causal and carries a cache. source: it reads an encoder's input too. marks: whose first token is
+    global. pooled: one result a row.
+    question: its input is a question, a separator and a text; its results are two, unless it is pooled.
+    choices: it reads (B, C, T) too, and learns from such input only.
     """
 
     kind: type
@@ -36,8 +38,10 @@ class Head:
     settings: dict[str, Any] = field(default_factory=dict)
     stream: bool = False
     source: bool = False
+    marks: bool = False
     pooled: bool = False
     question: bool = False
+    choices: bool = False
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,15 @@ TRANSFORMER_HEADS = {
         gallery.GalleryTransformerForSequenceClassification, "AutoModelForSequenceClassification", pooled=True
     ),
 }
+TRANSFORMER_ENCODERS = {
+    "tokens": Head(
+        gallery.GalleryTransformerForTokenClassification, "AutoModelForTokenClassification", {"num_labels": 4}
+    ),
+    "question": Head(gallery.GalleryTransformerForQuestionAnswering, "AutoModelForQuestionAnswering", question=True),
+    "choice": Head(
+        gallery.GalleryTransformerForMultipleChoice, "AutoModelForMultipleChoice", pooled=True, choices=True
+    ),
+}
 SEQ2SEQ = {
     "seq2seq": Head(
         gallery.GalleryTransformerForConditionalGeneration,
@@ -134,6 +147,23 @@ LONGFORMER_ENCODERS = {
         gallery.GalleryLongformerForTokenClassification, "AutoModelForTokenClassification", {"num_labels": 4}
     ),
     "question": Head(gallery.GalleryLongformerForQuestionAnswering, "AutoModelForQuestionAnswering", question=True),
+    "choice": Head(
+        gallery.GalleryLongformerForMultipleChoice,
+        "AutoModelForMultipleChoice",
+        pooled=True,
+        question=True,
+        choices=True,
+    ),
+}
+LED_HEADS = {
+    "seq2seq": Head(
+        gallery.GalleryLongformerForConditionalGeneration,
+        "AutoModelForSeq2SeqLM",
+        {"num_encoder_layers": 2, "num_decoder_layers": 3, "decoder_start_token_id": BOS},
+        stream=True,
+        source=True,
+        marks=True,
+    )
 }
 MEMORIZING_HEADS = {
     "causal": Head(gallery.GalleryMemorizingTransformerForCausalLM, "AutoModelForCausalLM", stream=True),
@@ -204,6 +234,18 @@ def longformer(name, heads, *, limit=None, **settings):
     )
 
 
+def led(name, *, limit, **settings):
+    """Longformer's encoder before the Transformer's decoder, whose cache keeps all that was written."""
+    return Variant(
+        f"longformer_led{name}",
+        gallery.GalleryLongformerConfig,
+        LED_HEADS,
+        settings,
+        limit=limit,
+        shallow=dict(attention_window=4, attention_dilation=2, num_encoder_layers=2, num_decoder_layers=2),
+    )
+
+
 def memorizing(name, heads, *, needs=None, **settings):
     settings = dict(segment_length=7, mem_len=5, memory_topk=3) | settings
     length = settings["segment_length"]
@@ -255,7 +297,12 @@ def block_recurrent(name, heads, **settings):
 
 
 VARIANTS = [
-    transformer("", norm_position="post", position_embedding_type="sinusoidal"),
+    transformer(
+        "",
+        TRANSFORMER_HEADS | TRANSFORMER_ENCODERS | SEQ2SEQ,
+        norm_position="post",
+        position_embedding_type="sinusoidal",
+    ),
     transformer(
         "_pre",
         norm_position="pre",
@@ -266,6 +313,17 @@ VARIANTS = [
         limit=61,
     ),
     transformer("_segments", TRANSFORMER_HEADS, segment_length=7),
+    transformer(
+        "_narrow",
+        some(TRANSFORMER_HEADS, "encoder", "masked"),
+        norm_position="post",
+        position_embedding_type="learned",
+        max_position_embeddings=63,
+        position_offset=2,
+        embedding_norm=True,
+        embedding_size=12,
+        limit=61,
+    ),
     transformer_xl("", XL_HEADS),
     transformer_xl("_long_memory", segment_length=4, mem_len=11),
     transformer_xl("_no_memory", mem_len=0),
@@ -288,6 +346,15 @@ VARIANTS = [
         attention_dilation=[1, 2, 1],
         max_position_embeddings=63,
         sep_token_id=SEP,
+        limit=61,  # positions count from 2
+    ),
+    led(
+        "",
+        attention_window=[4, 2],
+        attention_dilation=[1, 2],
+        max_position_embeddings=41,
+        max_decoder_position_embeddings=63,
+        final_logits_bias=True,
         limit=61,  # positions count from 2
     ),
     memorizing("", MEMORIZING_HEADS, memory_layers=[0, 2], memory_size=40),
@@ -365,6 +432,11 @@ class Runner:
     head: Head
     model: nn.Module
 
+    @property
+    def seeks_question(self):
+        """Whether it looks for the question's end in its input."""
+        return self.head.question and "global_attention_mask" in self.model.model.arguments()
+
     def sources(self, rows):
         """Encoder input (B, 9) and mask for the rows numbered `rows`; its length differs from row to row."""
         ids = torch.stack([words(9, seed=500 + row) for row in rows])
@@ -377,6 +449,8 @@ class Runner:
             source, source_mask = self.sources(range(len(ids)) if rows is None else rows)
             arguments = dict(input_ids=source, attention_mask=source_mask, decoder_input_ids=ids)
             arguments |= dict(decoder_attention_mask=mask)
+            if self.head.marks:
+                arguments |= dict(global_attention_mask=first_marked(source))
         else:
             if self.head.question:
                 ids = ask(ids, mask)
@@ -390,6 +464,12 @@ class Runner:
             arguments |= dict(past_key_values=cache, use_cache=options.get("use_cache", True))
         output = self.model(**{k: x for k, x in arguments.items() if x is not None})
         return result_of(output), output.get("past_key_values")
+
+
+def first_marked(input_ids, attention_mask=None):
+    """A mask (B, T) of each row's first token."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    return ((mask.cumsum(1) == 1) & (mask == 1)).long()
 
 
 def ask(ids, mask=None):

@@ -27,10 +27,10 @@ import pytest
 
 BEGIN, END, NONE = "<!-- works -->", "<!-- /works -->", "-"
 ORDER = (  # how abilities begin, from use through training and adapters to tools around them; others come last
-    "generate", "TextIteratorStreamer", "pipeline", "answering", "opens", "Hub", "transformers serve", "lm-eval",
-    "config.", "Trainer", "SegmentTrainer", "Seq2SeqTrainer", "bf16", "gradient", "label smoothing", "packing",
-    "torch.", "resume", "FSDP", "TRL", "PEFT", "prompt tuning", "prefix tuning", "accelerate", "sentence-transformers",
-    "quantization",
+    "generate", "TextIteratorStreamer", "pipeline", "answering", "summaries", "opens", "Hub", "transformers serve",
+    "lm-eval", "config.", "Trainer", "SegmentTrainer", "Seq2SeqTrainer", "bf16", "gradient", "label smoothing",
+    "packing", "torch.", "resume", "FSDP", "TRL", "PEFT", "prompt tuning", "prefix tuning", "accelerate",
+    "sentence-transformers", "quantization",
 )  # fmt: skip
 Cell = tuple[str, str]  # ability, column
 Columns = dict[str, str]  # how names of variants begin, and what stands above their column

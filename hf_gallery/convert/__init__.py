@@ -16,6 +16,7 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from . import transformer_xl
+from .bart import LED, Bart
 from .bert import Bert
 from .checkpoint import Format, Source, carry_out, check, check_sizes, quiet
 from .gpt2 import GPT2
@@ -29,6 +30,8 @@ FORMATS: Sequence[Format] = [
     Bert(),
     GPT2(),
     Marian(),
+    Bart(),
+    LED(),
 ]
 
 # Files that a conversion reads of a repository: configs and tokenizer files, then weights of the first kind that is

@@ -1,45 +1,166 @@
-"""BERT (Devlin et al. 2018) and RoBERTa (Liu et al. 2019) checkpoints of transformers: to a Transformer encoder, or to
-a Longformer, as Beltagy et al. 2020, section 5, start theirs.
+"""BERT (Devlin et al. 2018) and encoders that compute as it does: RoBERTa (Liu et al. 2019), XLM-R (Conneau et al.
+2020), CamemBERT (Martin et al. 2020), ELECTRA (Clark et al. 2020). From transformers' checkpoints to a Transformer
+encoder, or to a Longformer, as Beltagy et al. 2020, section 5, start theirs.
 
-What a bare model's pooler makes of the first token has no place in the gallery's bare model, and neither has the
-next-sentence head beside a masked language model: both are left out.
+Left out is what has no place in the gallery: what a bare model's pooler makes of the first token, the next-sentence
+head beside a masked language model, and the head by which ELECTRA's discriminator finds replaced tokens: of that class
+the encoder is taken, a bare model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers import BertConfig, PreTrainedConfig, RobertaConfig
+from transformers import BertConfig, CamembertConfig, ElectraConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
 
 from ..models import modeling_longformer, modeling_transformer
 from ..models.configuration_longformer import GalleryLongformerConfig
 from ..models.configuration_transformer import GalleryTransformerConfig
-from .checkpoint import Plan, Source, Take, as_config, only
+from .checkpoint import Plan, Source, Take, as_config, copy_tokenizer, only
 from .parts import affine, alias, architecture, given, longer, prefix, repeated, tokenizer_for
 
-HEADS = {
-    "Bert": {
-        "BertForMaskedLM": "cls.predictions.transform.dense.weight",
-        "BertForSequenceClassification": "classifier.weight",
-        "BertModel": "embeddings.word_embeddings.weight",
-    },
-    "Roberta": {
-        "RobertaForMaskedLM": "lm_head.dense.weight",
-        "RobertaForSequenceClassification": "classifier.out_proj.weight",
-        "RobertaModel": "embeddings.word_embeddings.weight",
-    },
+
+class MaskedHead(NamedTuple):
+    """Names that a masked language model's head has in the source: of the map, its norm, the output map, its bias.
+    activation: the head's, where it is not the layers'."""
+
+    dense: str
+    norm: str
+    decoder: str
+    bias: str
+    activation: str | None = None
+
+
+class Family(NamedTuple):
+    """Encoders of one kind in transformers, as far as they differ.
+
+    name: how their classes begin; prefix: their tensors'. heads: what follows the name in classes that are known, with
+    a tensor that shows the class where the config names none, or None. counts_from_padding: positions begin behind the
+    id of padding. classifier: the maps of a classifier of texts. pooler: the map before a score of multiple choice.
+    """
+
+    name: str
+    config: type[PreTrainedConfig]
+    prefix: str
+    heads: Mapping[str, str | None]
+    masked: MaskedHead
+    classifier: tuple[str, str]
+    pooler: str
+    counts_from_padding: bool = False
+
+
+BERT_HEAD = MaskedHead(
+    "cls.predictions.transform.dense",
+    "cls.predictions.transform.LayerNorm",
+    "cls.predictions.decoder",
+    "cls.predictions.bias",
+)
+ROBERTA_HEAD = MaskedHead("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias", "gelu")
+ELECTRA_HEAD = MaskedHead(
+    "generator_predictions.dense",
+    "generator_predictions.LayerNorm",
+    "generator_lm_head",
+    "generator_lm_head.bias",
+    "gelu",
+)
+FIRST_TOKEN = ("classifier.dense", "classifier.out_proj")  # RoBERTa's classifier of whole texts, and ELECTRA's
+BARE = "embeddings.word_embeddings.weight"
+
+BERT_HEADS = {
+    "ForMaskedLM": "cls.predictions.transform.dense.weight",
+    "ForPreTraining": None,
+    "ForSequenceClassification": "classifier.weight",
+    "ForTokenClassification": None,
+    "ForQuestionAnswering": "qa_outputs.weight",
+    "ForMultipleChoice": None,
+    "Model": BARE,
+}
+ROBERTA_HEADS = {
+    "ForMaskedLM": "lm_head.dense.weight",
+    "ForSequenceClassification": "classifier.out_proj.weight",
+    "ForTokenClassification": "classifier.weight",
+    "ForQuestionAnswering": "qa_outputs.weight",
+    "ForMultipleChoice": None,
+    "Model": BARE,
+}
+ELECTRA_HEADS = {
+    "ForMaskedLM": "generator_predictions.dense.weight",
+    "ForPreTraining": "discriminator_predictions.dense.weight",
+    "ForSequenceClassification": "classifier.out_proj.weight",
+    "ForMultipleChoice": "sequence_summary.summary.weight",
+    "ForTokenClassification": "classifier.weight",
+    "ForQuestionAnswering": "qa_outputs.weight",
+    "Model": BARE,
+}
+
+
+def roberta_like(name: str, config: type[PreTrainedConfig]) -> Family:
+    """A family whose classes are RoBERTa's under another name."""
+    return Family(name, config, "roberta", ROBERTA_HEADS, ROBERTA_HEAD, FIRST_TOKEN, "{origin}pooler.dense", True)
+
+
+FAMILIES = {
+    "bert": Family(
+        "Bert",
+        BertConfig,
+        "bert",
+        BERT_HEADS,
+        BERT_HEAD,
+        ("{origin}pooler.dense", "classifier"),
+        "{origin}pooler.dense",
+    ),
+    "roberta": roberta_like("Roberta", RobertaConfig),
+    "xlm-roberta": roberta_like("XLMRoberta", XLMRobertaConfig),
+    "camembert": roberta_like("Camembert", CamembertConfig),
+    "electra": Family(
+        "Electra", ElectraConfig, "electra", ELECTRA_HEADS, ELECTRA_HEAD, FIRST_TOKEN, "sequence_summary.summary"
+    ),
+}
+PRE_TRAINED = {"Bert": "ForMaskedLM", "Electra": "Model"}  # what becomes of a class with both heads of its training
+
+# Encoders of transformers that compute something else: what they are asked for is refused, with what it is.
+OTHERS = {
+    "albert": "its layers share one set of weights",
+    "big_bird": "its attention has random blocks",
+    "canine": "it reads characters and shortens them",
+    "convbert": "its attention is mixed with convolutions",
+    "data2vec-text": "its classes are not compared with",
+    "deberta": "its scores have terms of content and position",
+    "deberta-v2": "its scores have terms of content and position",
+    "distilbert": "its classifier and its masked head are others",
+    "ernie": "it embeds the task",
+    "funnel": "its layers shorten the text",
+    "megatron-bert": "its norms stand before the layers",
+    "mobilebert": "its layers have bottlenecks",
+    "modernbert": "it has rotary positions and gated feed-forwards",
+    "mpnet": "its scores have relative positions",
+    "nystromformer": "its attention is approximate",
+    "rembert": "its tables of input and output differ in width",
+    "roberta-prelayernorm": "its norms stand before the layers",
+    "roformer": "it has rotary positions",
+    "squeezebert": "its maps are grouped convolutions",
+    "xlm-roberta-xl": "its norms stand before the layers",
 }
 
 
 class Bert:
-    """Folders of transformers' BERT and RoBERTa: the bare models, masked language models, classifiers of texts."""
+    """Folders of transformers' BERT and its kin: the bare models, masked language models, classifiers of texts and of
+    tokens, models that answer questions, and those that choose."""
 
-    name = "BERT or RoBERTa"
+    name = "BERT, RoBERTa, XLM-R, CamemBERT or ELECTRA"
     targets = ("transformer", "longformer")
 
     def recognises(self, source: Source) -> bool:
-        return source.config.get("model_type") in ("bert", "roberta")
+        """Raises ValueError for an encoder that is none of these, with what it has that they have not."""
+        kind = source.config.get("model_type")
+        if kind in OTHERS:
+            raise ValueError(
+                f"{source.folder} is a {kind} model, which cannot be converted: {OTHERS[kind]}; encoders that can are "
+                f"{', '.join(FAMILIES)}, longformer"
+            )
+        return kind in FAMILIES
 
     def plan(
         self,
@@ -47,30 +168,35 @@ class Bert:
         to: str,
         attention_window: int | list[int] | None = None,
         max_position_embeddings: int | None = None,
+        sep_token_id: int | None = None,
     ) -> Plan:
         """to="transformer": the same model.
 
         to="longformer": position embeddings copied again and again until there are max_position_embeddings (by default
         enough for 4096 tokens), global maps that start as the local ones, and an attention_window (keys, half on each
-        side; default 512). With a window over everything, it gives what the source gives.
+        side; default 512). With a window over everything, it gives what the source gives. sep_token_id: the token that
+        ends a question; by default RoBERTa's end of a text, or the tokenizer's separator.
         """
-        roberta = source.config["model_type"] == "roberta"
-        family = "Roberta" if roberta else "Bert"
-        theirs: Any = as_config(RobertaConfig if roberta else BertConfig, source.config)
-        head = architecture(source, HEADS[family]).removeprefix(family)
+        family = FAMILIES[source.config["model_type"]]
+        theirs: Any = as_config(family.config, source.config)
+        head = architecture(source, {family.name + head: x for head, x in family.heads.items()})
+        head = head.removeprefix(family.name)
+        if head == "ForPreTraining":
+            head = PRE_TRAINED[family.name]
         only(
             theirs.to_dict(), is_decoder=(False,), add_cross_attention=(False,), position_embedding_type=("absolute",)
         )
         options = given(
             to,
-            ("attention_window", "max_position_embeddings") if to == "longformer" else (),
+            ("attention_window", "max_position_embeddings", "sep_token_id") if to == "longformer" else (),
             attention_window=attention_window,
             max_position_embeddings=max_position_embeddings,
+            sep_token_id=sep_token_id,
         )
-        offset = position_offset(theirs) if roberta else 0
-        settings = encoder_settings(theirs, offset)
+        offset = position_offset(theirs) if family.counts_from_padding else 0
+        settings = encoder_settings(theirs, offset) | head_settings(theirs, family, head)
         config: Any
-        origin = prefix(source, family.lower())
+        origin = prefix(source, family.prefix)
         backbone = "" if head == "Model" else "model."
         if to == "transformer":
             model = getattr(modeling_transformer, f"GalleryTransformer{head}")
@@ -80,22 +206,19 @@ class Bert:
             own = theirs.max_position_embeddings
             length = longer(options.get("max_position_embeddings"), 4096 + offset, own)
             model = getattr(modeling_longformer, f"GalleryLongformer{head}")
-            config = GalleryLongformerConfig(
-                **settings | options | {"max_position_embeddings": length},
-                sep_token_id=theirs.eos_token_id if roberta else None,
-            )
+            options = {"sep_token_id": separator(source, theirs, family)} | options
+            config = GalleryLongformerConfig(**settings | options | {"max_position_embeddings": length})
             take = encoder(backbone, origin, config) | global_maps(backbone, origin, config, "")
             take[f"{backbone}embed_positions.weight"] = Take(
                 (f"{origin}embeddings.position_embeddings.weight",), repeated(own, length, offset)
             )
         copies: dict[str, str] = {}
         if head == "ForMaskedLM":
-            made, copies = masked_head(source, theirs, origin, ROBERTA_HEAD if roberta else BERT_HEAD)
+            made, copies = masked_head(source, theirs, origin, family.masked)
             take |= made
-        elif head == "ForSequenceClassification" and roberta:
-            take |= first_token_head()
-        elif head == "ForSequenceClassification":
-            take |= affine("pooler", f"{origin}pooler.dense") | affine("classifier", "classifier")
+        else:
+            maps = [name.format(origin=origin) for name in (*family.classifier, family.pooler)]
+            take |= head_maps(head, *maps)
         return Plan(
             model=model,
             config=config,
@@ -106,28 +229,32 @@ class Bert:
         )
 
 
+def head_settings(theirs: Any, family: Family, head: str) -> dict[str, Any]:
+    """Settings that the head has otherwise than `encoder_settings` says. Raises ValueError for what has none."""
+    if head == "ForMultipleChoice" and family.name == "Electra":
+        only(theirs.to_dict(), summary_type=("first",), summary_use_proj=(True,))
+        activation = theirs.summary_activation or "linear"
+        return dict(classifier_act=activation, classifier_dropout=theirs.summary_last_dropout)
+    if head == "ForMultipleChoice" and family.counts_from_padding:
+        return dict(classifier_dropout=None)  # theirs leaves it aside
+    return dict(classifier_act="gelu") if family.name == "Electra" else {}
+
+
+def separator(source: Source, theirs: PreTrainedConfig, family: Family) -> int | None:
+    """The token that ends a question, if the source says so."""
+    if family.counts_from_padding:
+        return theirs.eos_token_id
+    tokenizer = copy_tokenizer(source)
+    return None if tokenizer is None else tokenizer.sep_token_id
+
+
 # ------------------------------------------------------------------------------- what Longformer has of RoBERTa, too
 
 # Buffers of older files, and what is left out (see above).
-IGNORED = (r"(.+\.)?embeddings\.(position|token_type)_ids", r"(.+\.)?pooler\..*|cls\.seq_relationship\..*")
-
-
-class MaskedHead(NamedTuple):
-    """Names that a masked language model's head has in the source: of the map, its norm, the output map, its bias."""
-
-    dense: str
-    norm: str
-    decoder: str
-    bias: str
-
-
-BERT_HEAD = MaskedHead(
-    "cls.predictions.transform.dense",
-    "cls.predictions.transform.LayerNorm",
-    "cls.predictions.decoder",
-    "cls.predictions.bias",
+IGNORED = (
+    r"(.+\.)?embeddings\.(position|token_type)_ids",
+    r"(.+\.)?pooler\..*|cls\.seq_relationship\..*|discriminator_predictions\..*",
 )
-ROBERTA_HEAD = MaskedHead("lm_head.dense", "lm_head.layer_norm", "lm_head.decoder", "lm_head.bias")
 
 
 def position_offset(theirs: PreTrainedConfig) -> int:
@@ -148,6 +275,7 @@ def encoder_settings(theirs: PreTrainedConfig, offset: int) -> dict[str, Any]:
         hidden_dropout=theirs.hidden_dropout_prob,
         attention_dropout=theirs.attention_probs_dropout_prob,
         classifier_dropout=getattr(theirs, "classifier_dropout", None),
+        embedding_size=getattr(theirs, "embedding_size", None),
         position_embedding_type="learned",
         position_offset=offset,
         norm_position="post",
@@ -164,6 +292,8 @@ def encoder(to: str, origin: str, config: Any) -> dict[str, Take]:
         for ours, theirs in (("tokens", "word"), ("positions", "position"), ("types", "token_type"))
     }
     take |= affine(f"{to}embed_norm", f"{origin}embeddings.LayerNorm")
+    if config.embedding_width != config.hidden_size:
+        take |= affine(f"{to}embed_project", f"{origin}embeddings_project")
     for i in range(config.num_hidden_layers):
         a, b = f"{to}layers.{i}", f"{origin}encoder.layer.{i}"
         for x in ("query", "key", "value"):
@@ -195,14 +325,21 @@ def masked_head(
 ) -> tuple[dict[str, Take], dict[str, str]]:
     """The head of a masked language model, and which source tensors are copies of others."""
     only(theirs.to_dict(), tie_word_embeddings=(True,))
-    if head is ROBERTA_HEAD:
-        only(theirs.to_dict(), hidden_act=("gelu",))  # of RoBERTa's head, whatever that of the layers
+    if head.activation is not None:
+        only(theirs.to_dict(), hidden_act=(head.activation,))  # of the head, whatever that of the layers
     kept, copies = alias(source, head.bias, f"{head.decoder}.bias")
     copies[f"{head.decoder}.weight"] = f"{origin}embeddings.word_embeddings.weight"
     take = affine("transform", head.dense) | affine("transform_norm", head.norm) | {"lm_head.bias": Take((kept,))}
     return take, copies
 
 
-def first_token_head() -> dict[str, Take]:
-    """RoBERTa's classifier of whole texts."""
-    return affine("pooler", "classifier.dense") | affine("classifier", "classifier.out_proj")
+def head_maps(head: str, dense: str, output: str, pooler: str) -> dict[str, Take]:
+    """The maps of every head but a masked language model's. dense, output: the source's classifier of texts; pooler:
+    its map before the score of a choice."""
+    if head == "ForSequenceClassification":
+        return affine("pooler", dense) | affine("classifier", output)
+    if head == "ForMultipleChoice":
+        return affine("pooler", pooler) | affine("score", "classifier")
+    if head == "ForTokenClassification":
+        return affine("classifier", "classifier")
+    return affine("qa_outputs", "qa_outputs") if head == "ForQuestionAnswering" else {}

@@ -41,6 +41,7 @@ LONGEST_JSON = 2**27  # bytes
 LAYERS = ("n_layer", "num_hidden_layers", "encoder_layers", "decoder_layers")
 SIZES = (
     *("vocab_size", "decoder_vocab_size", "n_positions", "n_ctx", "max_position_embeddings", "type_vocab_size"),
+    *("max_encoder_position_embeddings", "max_decoder_position_embeddings"),
     *("n_embd", "hidden_size", "d_model", "d_embed", "d_head", "n_inner", "d_inner", "intermediate_size"),
     *("encoder_ffn_dim", "decoder_ffn_dim", "n_head", "num_attention_heads", "encoder_attention_heads"),
     *("decoder_attention_heads", "num_labels", "div_val"),

@@ -9,29 +9,31 @@ from transformers import LongformerConfig
 from ..models import modeling_longformer
 from ..models.configuration_longformer import GalleryLongformerConfig
 from .bert import (
+    FIRST_TOKEN,
     IGNORED,
     ROBERTA_HEAD,
     encoder,
     encoder_settings,
-    first_token_head,
     global_maps,
+    head_maps,
     masked_head,
     position_offset,
 )
 from .checkpoint import Plan, Source, as_config, only
-from .parts import affine, architecture, prefix, tokenizer_for
+from .parts import architecture, prefix, tokenizer_for
 
-HEADS = {
+HEADS: dict[str, str | None] = {
     "LongformerForMaskedLM": "lm_head.dense.weight",
     "LongformerForSequenceClassification": "classifier.out_proj.weight",
     "LongformerForTokenClassification": "classifier.weight",
     "LongformerForQuestionAnswering": "qa_outputs.weight",
+    "LongformerForMultipleChoice": None,
     "LongformerModel": "embeddings.word_embeddings.weight",
 }
 
 
 class Longformer:
-    """Folders of transformers' LongformerModel, without its pooler, and of its heads but multiple choice."""
+    """Folders of transformers' LongformerModel, without its pooler, and of its heads."""
 
     name = "Longformer"
     targets = ("longformer",)
@@ -58,12 +60,8 @@ class Longformer:
         if head == "ForMaskedLM":
             made, copies = masked_head(source, theirs, origin, ROBERTA_HEAD)
             take |= made
-        elif head == "ForSequenceClassification":
-            take |= first_token_head()
-        elif head == "ForTokenClassification":
-            take |= affine("classifier", "classifier")
-        elif head == "ForQuestionAnswering":
-            take |= affine("qa_outputs", "qa_outputs")
+        else:
+            take |= head_maps(head, *FIRST_TOKEN, f"{origin}pooler.dense")
         return Plan(
             model=getattr(modeling_longformer, f"GalleryLongformer{head}"),
             config=config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,16 +84,8 @@ class Marian:
             take["final_logits_bias"] = Take(("final_logits_bias",))
         for side, layers in (("encoder", theirs.encoder_layers), ("decoder", theirs.decoder_layers)):
             check_positions(source, f"{origin}{side}.embed_positions.weight")
-            attentions = [("self_attn", "self_attn")] + ([("cross_attn", "encoder_attn")] if side == "decoder" else [])
             for i in range(layers):
-                a, b = f"{backbone}{side}.layers.{i}", f"{origin}{side}.layers.{i}"
-                for ours, others in attentions:
-                    for x, y in MAPS:
-                        take |= affine(f"{a}.{ours}.{x}", f"{b}.{others}.{y}")
-                    take |= affine(f"{a}.{ours}_norm", f"{b}.{others}_layer_norm")
-                take |= affine(f"{a}.feed_forward.up_proj", f"{b}.fc1")
-                take |= affine(f"{a}.feed_forward.down_proj", f"{b}.fc2")
-                take |= affine(f"{a}.feed_forward_norm", f"{b}.final_layer_norm")
+                take |= layer_of(side, f"{backbone}{side}.layers.{i}", f"{origin}{side}.layers.{i}")
         return Plan(
             model=getattr(modeling_transformer, f"GalleryTransformer{head}"),
             config=config,
@@ -101,6 +94,21 @@ class Marian:
             copies=copies,
             tokenizer=copy_tokenizer,
         )
+
+
+def layer_of(side: str, to: str, origin: str, maps: Sequence[tuple[str, str]] = MAPS) -> dict[str, Take]:
+    """A layer of the encoder or the decoder. maps: ours and theirs, of self-attention."""
+    take: dict[str, Take] = {}
+    for ours, theirs in maps:
+        take |= affine(f"{to}.self_attn.{ours}", f"{origin}.self_attn.{theirs}")
+    take |= affine(f"{to}.self_attn_norm", f"{origin}.self_attn_layer_norm")
+    if side == "decoder":
+        for ours, theirs in MAPS:
+            take |= affine(f"{to}.cross_attn.{ours}", f"{origin}.encoder_attn.{theirs}")
+        take |= affine(f"{to}.cross_attn_norm", f"{origin}.encoder_attn_layer_norm")
+    take |= affine(f"{to}.feed_forward.up_proj", f"{origin}.fc1")
+    take |= affine(f"{to}.feed_forward.down_proj", f"{origin}.fc2")
+    return take | affine(f"{to}.feed_forward_norm", f"{origin}.final_layer_norm")
 
 
 def check_positions(source: Source, name: str):

@@ -12,7 +12,7 @@ from ..models.configuration_base import MOST
 from .checkpoint import Source, Take, copy_tokenizer
 
 
-def architecture(source: Source, known: Mapping[str, str]) -> str:
+def architecture(source: Source, known: Mapping[str, str | None]) -> str:
     """The class that the source's config names. Some old configs name none: then the first of the known classes whose
     tensor, which it has and later ones have not, is there. Raises ValueError if it is none of those known."""
     named = source.config.get("architectures")

@@ -132,6 +132,11 @@ class GalleryConfig(PreTrainedConfig):
         """Facts of each row that the cache keeps, each with the state of the first layer that it counts in."""
         return {}
 
+    @property
+    def embedding_width(self) -> int:
+        """Width of the table of embeddings, and so of inputs_embeds."""
+        return self.hidden_size
+
     def check_count(self, name: str, least: int, most: int | None = None):
         """Raises ValueError unless the field is a whole number of at least `least`, at most `most` (default: what such
         a count can be)."""
@@ -221,12 +226,21 @@ class GalleryStackConfig(GalleryConfig):
     sinusoid_layout: str = "interleaved"  # interleaved: sin, cos, sin, cos, as published; concatenated: sines first
     scale_embedding: bool = False  # times sqrt(hidden_size)
     embedding_norm: bool = False  # a LayerNorm on the embeddings (BERT)
+    embedding_size: int | None = None  # width of the tables; if not hidden_size, a map follows (ELECTRA's encoder)
     type_vocab_size: int = 0  # token types (BERT); 0 = none
     attention_bias: bool = True
     initialization: str = (
         "xavier"  # xavier: uniform, as published; normal: normal(0, initializer_range), as GPT-2, BERT
     )
     classifier_dropout: float | None = None  # default hidden_dropout
+    activation_dropout: float = 0.0  # inside the feed-forward (BART)
+    is_encoder_decoder: bool = False  # set by ForConditionalGeneration, which alone reads what follows
+    num_encoder_layers: int | None = None  # default num_hidden_layers
+    num_decoder_layers: int | None = None
+    max_decoder_position_embeddings: int | None = None  # default max_position_embeddings, which is then the encoder's
+    final_logits_bias: bool = False  # a bias on the logits (Marian, BART)
+    decoder_start_token_id: int | None = None  # default bos_token_id
+    classifier_act: str = "tanh"  # of the pooler before a classifier of texts or a choice's score; ELECTRA: gelu
 
     position_embedding_types: ClassVar[list[str]] = ["sinusoidal", "learned", "none"]
 
@@ -235,28 +249,78 @@ class GalleryStackConfig(GalleryConfig):
         self.check_choice("position_embedding_type", self.position_embedding_types)
         self.check_choice("sinusoid_layout", ["interleaved", "concatenated"])
         self.check_choice("initialization", ["xavier", "normal"])
+        self.check_choice("classifier_act", sorted(ACT2FN))
         if self.max_position_embeddings is None:
             self.max_position_embeddings = type(self).__dataclass_fields__["max_position_embeddings"].default
         self.check_count("hidden_size", 1)
         self.check_count("max_position_embeddings", 1)
         self.check_count("position_offset", 0)
         self.check_count("type_vocab_size", 0)
-        for name in ("is_decoder", "scale_embedding", "embedding_norm", "attention_bias"):
+        if self.embedding_size is not None:
+            self.check_count("embedding_size", 1, MOST)
+        for name in ("num_encoder_layers", "num_decoder_layers", "max_decoder_position_embeddings"):
+            if getattr(self, name) is not None:
+                self.check_count(name, 1)
+        flags = ("is_decoder", "scale_embedding", "embedding_norm", "attention_bias")
+        for name in (*flags, "is_encoder_decoder", "final_logits_bias"):
             self.check_flag(name)
-        if self.classifier_dropout is not None:
-            self.check_probability("classifier_dropout")
-        if self.longest_input is not None and self.longest_input < 1:
-            raise ValueError(
-                f"position_offset is {self.position_offset}, which leaves no learned position of "
-                f"max_position_embeddings {self.max_position_embeddings}; give a smaller one"
-            )
+        for name in ("classifier_dropout", "activation_dropout"):
+            if name == "activation_dropout" or getattr(self, name) is not None:
+                self.check_probability(name)
+        for name in ("max_position_embeddings", "max_decoder_position_embeddings"):
+            longest = self.reach_of(name)
+            if longest is not None and longest < 1:
+                raise ValueError(
+                    f"position_offset is {self.position_offset}, which leaves no learned position of {name} "
+                    f"{getattr(self, name)}; give a smaller one"
+                )
+        self.choose_default_ids()
+        if self.decoder_start_token_id is None:
+            self.decoder_start_token_id = self.bos_token_id
+        if self.is_encoder_decoder:
+            self.check_encoder_decoder()
         if self.position_embedding_type in ("sinusoidal", "relative") and self.hidden_size % 2:
             raise ValueError(f"hidden_size is {self.hidden_size}; sinusoidal positions need an even number")
+        if self.position_embedding_type == "sinusoidal" and self.embedding_width % 2:
+            raise ValueError(f"embedding_size is {self.embedding_size}; sinusoidal positions need an even number")
         super().__post_init__(**kwargs)
+
+    @property
+    def embedding_width(self) -> int:
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
 
     @property
     def longest_input(self) -> int | None:
         """Tokens that the learned positions reach; None where positions have no end."""
-        if self.position_embedding_type != "learned":
+        return self.reach_of("max_position_embeddings")
+
+    def reach_of(self, name: str) -> int | None:
+        """Tokens that the learned positions of the length in a field reach; None where positions have no end."""
+        length = getattr(self, name)
+        if self.position_embedding_type != "learned" or length is None:
             return None
-        return self.max_position_embeddings - self.position_offset
+        return length - self.position_offset
+
+    def check_encoder_decoder(self):
+        """Raises ValueError for a setting that an encoder-decoder cannot have."""
+
+    # ---- of an encoder-decoder: the cache is its decoder's, which sees all that was written, and keeps the source
+
+    @property
+    def cache_layers(self) -> int:
+        own = self.num_decoder_layers if self.is_encoder_decoder else None
+        return self.num_hidden_layers if own is None else own
+
+    def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
+        (layout,) = super().cache_layout(layer)
+        if self.is_encoder_decoder:
+            layout |= {f"cross_{name}": shape for name, shape in layout.items()}
+        return [layout]
+
+    @property
+    def cache_facts(self) -> dict[str, str]:
+        return {"source_length": "cross_keys"} if self.is_encoder_decoder else {}
+
+    def check_special_ids(self):
+        super().check_special_ids()
+        self.check_ids("decoder_start_token_id")

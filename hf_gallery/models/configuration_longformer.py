@@ -16,6 +16,7 @@ class GalleryLongformerConfig(GalleryStackConfig):
     attention_window: one number, or one per layer. An encoder's window is the total width, half on each side, so it
     must be even: [p - w/2, p + w/2]. A decoder's is the keys before the query: [p - w, p].
     attention_dilation: one number, or one per layer: attend to every g-th key; the window then reaches g times as far.
+    Of an encoder-decoder both are the encoder's; its decoder, of num_decoder_layers, sees all that was written.
 
     Raises ValueError for values that do not fit, naming the argument.
 
@@ -43,43 +44,64 @@ class GalleryLongformerConfig(GalleryStackConfig):
     sep_token_id: int | None = ByteTokenizerId(260)  # ends the question, for ForQuestionAnswering
 
     def __post_init__(self, **kwargs: Any):
-        self.check_count("num_hidden_layers", 1)
+        for name in ("num_hidden_layers", "num_encoder_layers"):
+            if name == "num_hidden_layers" or self.num_encoder_layers is not None:
+                self.check_count(name, 1)
         for name in ("attention_window", "attention_dilation"):
             values = getattr(self, name)
             if isinstance(values, tuple):
                 values = list(values)
                 setattr(self, name, values)
-            if isinstance(values, list) and len(values) != self.num_hidden_layers:
+            if isinstance(values, list) and len(values) != self.window_layers:
+                layers = "num_hidden_layers" if self.num_encoder_layers is None else "num_encoder_layers"
                 raise ValueError(
-                    f"{name} has {len(values)} entries; give one number, or one for each of num_hidden_layers "
-                    f"{self.num_hidden_layers}"
+                    f"{name} has {len(values)} entries; give one number, or one for each of {layers} "
+                    f"{self.window_layers}"
                 )
             for value in values if isinstance(values, list) else [values]:
                 if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                     raise ValueError(f"{name} is {values!r}; it must be 1 or more, one number or one per layer")
-        if self.cache_capacity > MOST:
+        if self.reach > MOST:
             raise ValueError(
                 f"attention_window is {self.attention_window!r} and attention_dilation {self.attention_dilation!r}, "
-                f"which reach {self.cache_capacity} tokens; {MOST} at most"
+                f"which reach {self.reach} tokens; {MOST} at most"
             )
         super().__post_init__(**kwargs)
+
+    def check_encoder_decoder(self):
+        if self.position_embedding_type == "relative":
+            raise ValueError(
+                "position_embedding_type is 'relative' and is_encoder_decoder is True; distances are those of "
+                "windows, which the decoder has not, so give 'learned', 'sinusoidal' or 'none'"
+            )
 
     def per_layer(self, name: str) -> list[int]:
         """attention_window or attention_dilation of every layer."""
         value = getattr(self, name)
-        return value if isinstance(value, list) else [value] * self.num_hidden_layers
+        return value if isinstance(value, list) else [value] * self.window_layers
 
     @property
-    def cache_capacity(self) -> int:
-        """Keys kept for the tokens to come: the farthest that any layer looks back."""
+    def window_layers(self) -> int:
+        """Layers that have a window: all, or those of an encoder-decoder's encoder."""
+        return self.num_hidden_layers if self.num_encoder_layers is None else self.num_encoder_layers
+
+    @property
+    def reach(self) -> int:
+        """The farthest that any layer looks back."""
         windows, dilations = self.per_layer("attention_window"), self.per_layer("attention_dilation")
         return max(w * g for w, g in zip(windows, dilations, strict=True))
+
+    @property
+    def cache_capacity(self) -> int | None:
+        """Keys kept for the tokens to come: those that any layer looks back to."""
+        return None if self.is_encoder_decoder else self.reach
 
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         (layout,) = super().cache_layout(layer)
         pair = (self.num_attention_heads, None, self.head_dim)
-        return [layout, layout | {"global_keys": pair, "global_values": pair}]
+        with_globals = layout | {"global_keys": pair, "global_values": pair}
+        return [layout] if self.is_encoder_decoder else [layout, with_globals]
 
     @property
     def cache_facts(self) -> dict[str, str]:
-        return {"global_positions": "global_keys"}
+        return super().cache_facts if self.is_encoder_decoder else {"global_positions": "global_keys"}

@@ -119,6 +119,12 @@ class Documents:
         mask[self.tokens[self.first]] = True
         return mask.view(self.batch, self.columns).to(device)
 
+    def last_tokens(self, device) -> torch.Tensor:
+        """A mask (B, columns) of each document's last token."""
+        mask = torch.zeros(self.batch * self.columns, dtype=torch.bool)
+        mask[self.tokens[self.first + self.lengths - 1]] = True
+        return mask.view(self.batch, self.columns).to(device)
+
     def before(self, marks: torch.Tensor, name: str, what: str) -> torch.Tensor:
         """A mask (B, columns) of the tokens before the first of each document at which marks (B, columns) are True.
 

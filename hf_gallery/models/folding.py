@@ -182,3 +182,21 @@ def question_tokens(
             "after the question, or give global_attention_mask"
         )
     return separator.long().cumsum(1) == 0
+
+
+def choice_tokens(
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    documents: Documents | None,
+    sep_token_id: int | None,
+) -> torch.Tensor:
+    """A mask (B, T) of the tokens behind the separator or separators that end each row's question, or where documents
+    are packed each document's: what the released code marks behind RoBERTa's two. Its last token is one of them."""
+    question = question_tokens(input_ids, attention_mask, documents, sep_token_id)
+    text = ~question & (input_ids != sep_token_id)
+    if documents is not None:
+        text |= documents.last_tokens(text.device)
+        return ~documents.before(text, "input_ids", "choice")
+    mask = torch.ones_like(text) if attention_mask is None else attention_mask != 0
+    last = (mask.flip(1).cumsum(1) == 1).flip(1) & mask
+    return ((text & mask) | last).cumsum(1) > 0

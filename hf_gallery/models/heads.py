@@ -11,6 +11,7 @@ import inspect
 
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
@@ -162,6 +163,13 @@ class MaskedLMHead:
     _auto_class = "AutoModelForMaskedLM"
     head_loss = "ForMaskedLM"
 
+    def build_head(self, config):
+        """Makes the modules that stand on `self.model`. The output map is the table of embeddings, with its width."""
+        self.transform = torch.nn.Linear(config.hidden_size, config.embedding_width)
+        self.transform_act = ACT2FN[config.hidden_act]
+        self.transform_norm = torch.nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
+        self.lm_head = torch.nn.Linear(config.embedding_width, config.vocab_size)
+
     @can_return_tuple
     def forward(
         self,
@@ -254,7 +262,7 @@ class SequenceClassificationHead:
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
             if items is not None:  # transformers' loss would use it for one of its three problem types only
-                loss = loss * (labels.ne(-100).sum() / items)
+                loss = loss * labels.ne(-100).sum() / items
         more = {name: outputs[name] for name in outputs if name in self.output_type.__dataclass_fields__}
         return self.output_type(**more | {"loss": loss, "logits": logits})
 
@@ -268,6 +276,12 @@ class TokenClassificationHead:
 
     _auto_class = "AutoModelForTokenClassification"
     head_loss = "ForTokenClassification"
+
+    def build_head(self, config):
+        """Makes the modules that stand on `self.model`."""
+        self.num_labels = config.num_labels
+        self.dropout = classifier_dropout(config)
+        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
 
     @can_return_tuple
     def forward(
@@ -306,6 +320,10 @@ class QuestionAnsweringHead:
 
     _auto_class = "AutoModelForQuestionAnswering"
     head_loss = "ForQuestionAnswering"
+
+    def build_head(self, config):
+        """Makes the module that stands on `self.model`."""
+        self.qa_outputs = torch.nn.Linear(config.hidden_size, 2)
 
     @can_return_tuple
     def forward(
@@ -370,6 +388,15 @@ class ConditionalGenerationHead(GalleryGenerationMixin):
     where config.final_logits_bias asks for it a bias on the logits."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
+
+    def build_head(self, config):
+        """Makes the modules that stand on `self.model`."""
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.final_logits_bias:
+            self.final_logits_bias = torch.nn.Parameter(torch.zeros(1, config.vocab_size))
+
+    def get_encoder(self, modality=None):
+        return self.model.get_encoder(modality)
 
     def resize_token_embeddings(self, new_num_tokens=None, pad_to_multiple_of=None, mean_resizing=True):
         """As in GalleryPreTrainedModel; the bias on the logits, where there is one, is 0 for new tokens."""
@@ -495,7 +522,7 @@ def checked_labels(name: str, labels, columns, count: int, counted: str = "vocab
 WHOLE = (torch.long, torch.int)
 
 
-def checked_classes(labels: torch.Tensor | None, count: int) -> torch.Tensor | None:
+def checked_classes(labels: torch.Tensor | None, count: int, counted: str = "num_labels") -> torch.Tensor | None:
     """The labels of a classification into `count` classes: whole numbers as torch.long, others as they are.
 
     Raises ValueError or TypeError unless whole numbers name classes below count, or are -100 (with one class alone
@@ -512,7 +539,7 @@ def checked_classes(labels: torch.Tensor | None, count: int) -> torch.Tensor | N
             "to be met, as a floating type"
         )
     sound = (labels == -100) | ((labels >= 0) & (labels < count))
-    wanted = f"they must be numbers of classes, from 0 and below num_labels {count}, or -100 to leave a row out"
+    wanted = f"they must be numbers of classes, from 0 and below {counted} {count}, or -100 to leave a row out"
     if count > 1 and torch.compiler.is_compiling():
         require(sound, f"labels hold others; {wanted}", labels)
     elif count > 1 and not bool(sound.all()):
@@ -581,6 +608,12 @@ def check_count(labels: torch.Tensor, count: int, config):
             f"({count},) or, with several classes at once, a floating type ({count}, {config.num_labels}) and "
             f"config.problem_type 'multi_label_classification' (it is {config.problem_type!r})"
         )
+
+
+def classifier_dropout(config) -> torch.nn.Dropout:
+    """The dropout before a classifier: at config.classifier_dropout, or at hidden_dropout where that is None."""
+    rate = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
+    return torch.nn.Dropout(rate)
 
 
 def pooled_rows(

@@ -208,7 +208,7 @@ class GalleryLongformerLayer(ResidualLayer):
         self.pre = config.norm_position == "pre"
         self.self_attn = GalleryLongformerAttention(config, layer)
         self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, inner_dropout=config.activation_dropout)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         mark_branches([self.self_attn.o_proj, self.feed_forward.down_proj], config)

@@ -13,12 +13,18 @@ The decoder is the paper's autoregressive model (section 4), which has no global
 all later tokens, however far, and themselves see what their window shows: a query over the whole past would need the
 whole past kept.
 
+The encoder-decoder, LED (section 7), puts a Transformer's decoder on this encoder, with learned positions for each. As
+in the released code (transformers' models/led) no token of the source is global unless it is marked.
+
 The same by loops over queries and heads, to read beside the paper: tests/plain/longformer.py.
 
 Letters: see spans.py. G global tokens of a row.
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,19 +36,24 @@ from .backbone import Backbone
 from .cache import CACHE_NAME
 from .configuration_longformer import GalleryLongformerConfig
 from .documents import PACKING
+from .encoder_decoder import EncoderDecoder, one_stack
 from .exporting import is_exporting
-from .folding import GlobalTokens, first_token, question_tokens
+from .folding import GlobalTokens, choice_tokens, first_token, question_tokens
 from .heads import (
     CausalLMHead,
+    ConditionalGenerationHead,
     MaskedLMHead,
     QuestionAnsweringHead,
     SequenceClassificationHead,
     TokenClassificationHead,
+    classifier_dropout,
     pooled_rows,
     reads,
 )
 from .longformer_layer import Context, GalleryLongformerLayer
 from .modeling_base import GalleryPreTrainedModel, check_marks, with_config
+from .modeling_transformer import GalleryTransformerStack
+from .multiple_choice import MultipleChoiceHead
 from .rows import Rows, true_first
 from .stack import AbsoluteEmbeddings, init_stack
 from .states import Places
@@ -53,7 +64,7 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
 
     config: GalleryLongformerConfig
     config_class = GalleryLongformerConfig
-    _no_split_modules = ["GalleryLongformerLayer"]
+    _no_split_modules = ["GalleryLongformerLayer", "GalleryTransformerLayer"]
     takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {
         "eager": "their own tiles or kernels, which join the window with the global tokens"
@@ -65,6 +76,8 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
         "AutoModelForSequenceClassification": "GalleryLongformerForSequenceClassification",
         "AutoModelForTokenClassification": "GalleryLongformerForTokenClassification",
         "AutoModelForQuestionAnswering": "GalleryLongformerForQuestionAnswering",
+        "AutoModelForMultipleChoice": "GalleryLongformerForMultipleChoice",
+        "AutoModelForSeq2SeqLM": "GalleryLongformerForConditionalGeneration",
     }
 
     def _init_weights(self, module):
@@ -74,18 +87,10 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
                 nn.init.normal_(getattr(module, name), 0.0, self.config.initializer_range)
 
 
-class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreTrainedModel):
-    """The bare Longformer: an encoder, or a decoder if config.is_decoder.
+class GalleryLongformerStack(AbsoluteEmbeddings, Backbone, GalleryLongformerPreTrainedModel):
+    """Embeddings and layers: an encoder, or a decoder if config.is_decoder."""
 
-    >>> import torch
-    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerModel
-    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
-    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
-    >>> model = GalleryLongformerModel(config).eval()
-    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
-    torch.Size([1, 15, 32])
-    """
-
+    _auto_class = None
     own_arguments = ("global_attention_mask", "token_type_ids")
 
     def __init__(self, config: GalleryLongformerConfig):
@@ -96,7 +101,7 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
                 "even numbers, or set is_decoder"
             )
         self.build_embeddings(config)
-        self.layers = nn.ModuleList([GalleryLongformerLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([GalleryLongformerLayer(config, i) for i in range(config.window_layers)])
         self.causal = config.is_decoder
         self.post_init()
 
@@ -118,6 +123,11 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         super().check(rows, cache, longest, **inputs)
         if global_attention_mask is None:
             return
+        if not isinstance(global_attention_mask, torch.Tensor):
+            raise TypeError(
+                f"global_attention_mask is a {type(global_attention_mask).__name__}; give a tensor, "
+                "torch.as_tensor(global_attention_mask)"
+            )
         shape, (b, t) = tuple(global_attention_mask.shape), (rows.batch, rows.columns)
         past = 0 if cache is None else cache.columns
         if shape not in ((b, t), (b, past + t)):
@@ -165,6 +175,44 @@ class GalleryLongformerModel(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         pick = order[:, :most]
         positions = positions.gather(1, pick)
         return GlobalTokens(positions, index, pick, causal=True), {"global_positions": Places(positions + 1)}
+
+
+class GalleryLongformerModel(GalleryLongformerStack):
+    """The bare Longformer: an encoder, or a decoder if config.is_decoder.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerModel
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerModel(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).last_hidden_state.shape
+    torch.Size([1, 15, 32])
+    """
+
+    _auto_class: Any = "AutoModel"
+
+    def __init__(self, config: GalleryLongformerConfig):
+        one_stack(config, type(self).__name__)
+        if config.window_layers != config.num_hidden_layers:
+            raise ValueError(
+                f"num_encoder_layers is {config.num_encoder_layers}, of an encoder-decoder; {type(self).__name__} has "
+                f"one stack, of num_hidden_layers {config.num_hidden_layers}, so leave it out"
+            )
+        super().__init__(config)
+
+
+class GalleryLongformerEncoderDecoder(EncoderDecoder, GalleryLongformerPreTrainedModel):
+    """The bare encoder-decoder (section 7): Longformer's encoder, whose windows and global tokens read a long source,
+    and the Transformer's decoder, which sees all of it and all that was written."""
+
+    _auto_class = None
+    source_arguments = ("global_attention_mask",)
+
+    def __init__(self, config: GalleryLongformerConfig):
+        super().__init__(config)
+        decoder = GalleryTransformerStack(config, causal=True, cross_attention=True, layers=config.num_decoder_layers)
+        self.join(config, GalleryLongformerStack(config), decoder)
+        self.post_init()
 
 
 @reads("global_attention_mask", "position_ids", "token_type_ids")
@@ -234,10 +282,7 @@ class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedMode
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(with_config(config, is_decoder=False))
         self.model = GalleryLongformerModel(self.config)
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act = ACT2FN[config.hidden_act]
-        self.transform_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.build_head(self.config)
         self.post_init()
 
 
@@ -259,8 +304,8 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
         self.num_labels = config.num_labels
         self.model = GalleryLongformerModel(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.pooler_act = ACT2FN[config.classifier_act]
+        self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
@@ -276,7 +321,7 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
 
     def pool(self, hidden, attention_mask, documents):
         x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
-        return self.dropout(torch.tanh(self.pooler(self.dropout(x))))
+        return self.dropout(self.pooler_act(self.pooler(self.dropout(x))))
 
 
 @reads("global_attention_mask")
@@ -294,11 +339,8 @@ class GalleryLongformerForTokenClassification(TokenClassificationHead, GalleryLo
 
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(config)
-        self.num_labels = config.num_labels
         self.model = GalleryLongformerModel(config)
-        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.build_head(config)
         self.post_init()
 
 
@@ -320,7 +362,7 @@ class GalleryLongformerForQuestionAnswering(QuestionAnsweringHead, GalleryLongfo
         config.check_ids("sep_token_id")
         super().__init__(with_config(config, is_decoder=False))
         self.model = GalleryLongformerModel(self.config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
+        self.build_head(self.config)
         self.post_init()
 
     def question_inputs(self, input_ids, attention_mask, documents, given):
@@ -333,9 +375,75 @@ class GalleryLongformerForQuestionAnswering(QuestionAnsweringHead, GalleryLongfo
         return {"global_attention_mask": mask}
 
 
+@reads("global_attention_mask")
+class GalleryLongformerForConditionalGeneration(ConditionalGenerationHead, GalleryLongformerPreTrainedModel):
+    """The Longformer-Encoder-Decoder, LED (section 7); one table for source, target and logits.
+
+    global_attention_mask marks tokens of the source; for summaries the paper marks its first.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForConditionalGeneration
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForConditionalGeneration(config).eval()
+    >>> ids = torch.tensor([list(b"a long time ago")])
+    >>> first = torch.zeros_like(ids).index_fill(1, torch.tensor(0), 1)
+    >>> model(input_ids=ids, global_attention_mask=first, decoder_input_ids=ids[:, :4]).logits.shape
+    torch.Size([1, 4, 262])
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
+
+    def __init__(self, config: GalleryLongformerConfig):
+        super().__init__(with_config(config, is_encoder_decoder=True, is_decoder=False))
+        self.model = GalleryLongformerEncoderDecoder(self.config)
+        self.build_head(self.config)
+        self.post_init()
+
+    @functools.wraps(ConditionalGenerationHead.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("global_attention_mask", None)  # of the source, which has been read
+        return inputs
+
+
+@reads("global_attention_mask")
+class GalleryLongformerForMultipleChoice(MultipleChoiceHead, GalleryLongformerPreTrainedModel):
+    """A score for each choice, from its text's first token; all tokens behind the question's separator are global.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryLongformerConfig, GalleryLongformerForMultipleChoice
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryLongformerConfig(**sizes, attention_window=4)
+    >>> model = GalleryLongformerForMultipleChoice(config).eval()
+    >>> choices = [[*b"when?", config.sep_token_id, *text] for text in (b"today", b"there", b"never")]
+    >>> model(torch.tensor([choices])).logits.shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(self, config: GalleryLongformerConfig):
+        config.check_ids("sep_token_id")
+        super().__init__(with_config(config, is_decoder=False))
+        self.model = GalleryLongformerModel(self.config)
+        self.build_head(self.config)
+        self.post_init()
+
+    def choice_inputs(self, flat, documents):
+        """Choices are global, unless other tokens are given. Raises ValueError if a row has no separator."""
+        if flat.get("global_attention_mask") is not None:
+            return {}
+        if flat["input_ids"] is None:
+            raise ValueError("with inputs_embeds the choices cannot be found; give global_attention_mask")
+        mask = choice_tokens(flat["input_ids"], flat["attention_mask"], documents, self.config.sep_token_id)
+        return {"global_attention_mask": mask}
+
+
 __all__ = [
+    "GalleryLongformerEncoderDecoder",
     "GalleryLongformerForCausalLM",
+    "GalleryLongformerForConditionalGeneration",
     "GalleryLongformerForMaskedLM",
+    "GalleryLongformerForMultipleChoice",
     "GalleryLongformerForQuestionAnswering",
     "GalleryLongformerForSequenceClassification",
     "GalleryLongformerForTokenClassification",

@@ -5,8 +5,8 @@
     encoder layer: self-attention, feed-forward; decoder layer: causal self-attention, cross-attention, feed-forward
     sinusoids and embeddings (3.4, 3.5) are in stack.py, the feed-forward (3.3) in blocks.py, losses in heads.py
 
-One stack serves three forms: encoder-decoder as published, decoder alone (ForCausalLM), encoder alone (ForMaskedLM,
-ForSequenceClassification). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
+One stack serves three forms: encoder-decoder as published, decoder alone (ForCausalLM), encoder alone (ForMaskedLM
+and all heads but these). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
 [seg(p), p]. Switches in the config give what later models changed: GPT-2 (pre-norm, learned positions), BERT
 (embedding norm, token types), Marian (sines first, bias on the logits).
 
@@ -17,7 +17,6 @@ Letters: see spans.py.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,30 +24,31 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
-    BaseModelOutputWithPast,
     BaseModelOutputWithPastAndCrossAttentions,
-    Seq2SeqModelOutput,
 )
-from transformers.utils import can_return_tuple
 
 from .attention import OWN_IMPLEMENTATIONS
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
-from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
-from .cache import CACHE_NAME, cache_of
+from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
 from .configuration_transformer import GalleryTransformerConfig
 from .context import ForwardContext
+from .encoder_decoder import EncoderDecoder, one_stack
 from .exporting import surely
 from .gradients import with_gradients_for
 from .heads import (
     CausalLMHead,
     ConditionalGenerationHead,
     MaskedLMHead,
+    QuestionAnsweringHead,
     SequenceClassificationHead,
+    TokenClassificationHead,
+    classifier_dropout,
     pooled_rows,
     reads,
 )
-from .modeling_base import GalleryPreTrainedModel, check_arguments, with_config
+from .modeling_base import GalleryPreTrainedModel, with_config
+from .multiple_choice import MultipleChoiceHead
 from .rows import Rows
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack, mark_branches
@@ -100,7 +100,7 @@ class GalleryTransformerLayer(ResidualLayer):
             self.cross_attn = GalleryTransformerAttention(config)
             self.cross_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.cross_attention = cross_attention
-        self.feed_forward = FeedForward(config)
+        self.feed_forward = FeedForward(config, inner_dropout=config.activation_dropout)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         ends = [self.self_attn.o_proj, self.feed_forward.down_proj] + (
@@ -146,6 +146,9 @@ class GalleryTransformerPreTrainedModel(GalleryPreTrainedModel):
         "AutoModelForCausalLM": "GalleryTransformerForCausalLM",
         "AutoModelForMaskedLM": "GalleryTransformerForMaskedLM",
         "AutoModelForSequenceClassification": "GalleryTransformerForSequenceClassification",
+        "AutoModelForTokenClassification": "GalleryTransformerForTokenClassification",
+        "AutoModelForQuestionAnswering": "GalleryTransformerForQuestionAnswering",
+        "AutoModelForMultipleChoice": "GalleryTransformerForMultipleChoice",
         "AutoModelForSeq2SeqLM": "GalleryTransformerForConditionalGeneration",
     }
 
@@ -162,7 +165,7 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
     def __init__(self, config: GalleryTransformerConfig, causal: bool, cross_attention: bool = False, layers=None):
         super().__init__(config)
         self.causal, self.cross_attention = causal, cross_attention
-        self.build_embeddings(config)
+        self.build_embeddings(config, f"max_{'decoder_' if cross_attention else ''}position_embeddings")
         self.layers = nn.ModuleList(
             [GalleryTransformerLayer(config, cross_attention) for _ in range(layers or config.num_hidden_layers)]
         )
@@ -173,11 +176,12 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
 
     def plan(self, common, past, encoder_hidden_states=None, encoder_attention_mask=None, **inputs) -> Context:
         """The source: encoder_hidden_states (B, S, E), encoder_attention_mask (B, S)."""
-        config, rows = self.config, common.rows
+        rows = common.rows
         source, source_spans, facts = self._open_source(rows, past, encoder_hidden_states, encoder_attention_mask)
         p = rows.positions  # (B or 1, T)
         if self.causal:
-            lower = torch.zeros_like(p) if config.segment_length is None else p - p % config.segment_length
+            length = self.segment_length
+            lower = torch.zeros_like(p) if length is None else p - p % length
             upper = p
         else:
             lower, upper = self._encoder_interval(p, rows.last)
@@ -195,7 +199,7 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
 
     def _encoder_interval(self, p, last):
         last = last.expand_as(p)
-        length = self.config.segment_length
+        length = self.segment_length
         if length is None:
             return torch.zeros_like(p), last
         first = p - p % length
@@ -235,7 +239,7 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
         return source, Spans(torch.zeros_like(upper), upper), {"source_length": Fixed(lengths)}
 
 
-class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
+class GalleryTransformerModel(EncoderDecoder, GalleryTransformerPreTrainedModel):
     """The bare Transformer: one stack, causal if config.is_decoder, or encoder and decoder if is_encoder_decoder.
 
     >>> import torch
@@ -252,125 +256,14 @@ class GalleryTransformerModel(GalleryTransformerPreTrainedModel):
     def __init__(self, config: GalleryTransformerConfig):
         super().__init__(config)
         if config.is_encoder_decoder:
-            self._tied_weights_keys = {
-                "encoder.embed_tokens.weight": "shared.weight",
-                "decoder.embed_tokens.weight": "shared.weight",
-            }
-            scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
-            self.shared = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
-            self.encoder = GalleryTransformerStack(config, causal=False, layers=config.num_encoder_layers)
-            self.decoder = GalleryTransformerStack(
-                config, causal=True, cross_attention=True, layers=config.num_decoder_layers
+            self.join(
+                config,
+                GalleryTransformerStack(config, causal=False, layers=config.num_encoder_layers),
+                GalleryTransformerStack(config, causal=True, cross_attention=True, layers=config.num_decoder_layers),
             )
         else:
             self.stack = GalleryTransformerStack(config, causal=config.is_decoder)
         self.post_init()
-
-    @staticmethod
-    def arguments() -> set[str]:
-        """The names of all that forward takes by **kwargs."""
-        return Backbone.arguments()
-
-    def get_input_embeddings(self):
-        return self.shared if self.config.is_encoder_decoder else self.stack.embed_tokens
-
-    def set_input_embeddings(self, value):
-        if self.config.is_encoder_decoder:
-            self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
-        else:
-            self.stack.embed_tokens = value
-
-    def get_encoder(self, modality=None):
-        return self.encoder if self.config.is_encoder_decoder else super().get_encoder(modality)
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs=None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        token_type_ids: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
-        **kwargs,
-    ) -> BaseModelOutputWithPast | Seq2SeqModelOutput:
-        """input_ids (B, T), or inputs_embeds (B, T, E) as get_input_embeddings() returns them. attention_mask (B, T)
-        or (B, columns seen + T): 1 at tokens, 0 at padding, which may stand anywhere and gets zeros. position_ids
-        (B, T) replace the positions that are embedded; what a token sees follows its row's own count either way.
-        past_key_values: a GalleryCache, advanced in place. The encoder-decoder reads decoder_input_ids (B, T) over
-        encoder_outputs, which it computes from input_ids if they are not given.
-
-        Raises ValueError for input that does not fit, before anything is computed; the cache is then unchanged.
-        """
-        flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        check_arguments(self, kwargs, self.arguments())
-        if not self.config.is_encoder_decoder:
-            return self.stack(
-                return_dict=True,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                past_key_values=past_key_values,
-                inputs_embeds=inputs_embeds,
-                token_type_ids=token_type_ids,
-                use_cache=use_cache,
-                **flags,
-                **kwargs,
-            )
-        cache_position = kwargs.pop("cache_position", None)
-        single = kwargs | {"position_ids": position_ids, "token_type_ids": token_type_ids}
-        given = [name for name, value in single.items() if value is not None]
-        if given:
-            raise ValueError(
-                f"{', '.join(given)}: for a single stack only; the encoder-decoder counts its positions itself, and "
-                "reads one source and one target in a row, so leave it out"
-            )
-        if decoder_input_ids is None and decoder_inputs_embeds is None:
-            raise ValueError("decoder_input_ids are missing: give them, decoder_inputs_embeds, or labels to the head")
-        read = encoder_outputs is not None or "source_length" in getattr(past_key_values, "facts", {})
-        if not read:
-            encoder_outputs = self.encoder(
-                return_dict=True,
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                inputs_embeds=inputs_embeds,
-                **flags,
-            )
-        if isinstance(encoder_outputs, torch.Tensor):
-            raise TypeError("encoder_outputs is a Tensor; give what get_encoder() returns, or (hidden states,)")
-        source = None if encoder_outputs is None else encoder_outputs[0]
-        decoded = self.decoder(
-            return_dict=True,
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            past_key_values=past_key_values,
-            inputs_embeds=decoder_inputs_embeds,
-            encoder_hidden_states=source,
-            encoder_attention_mask=attention_mask,
-            use_cache=use_cache,
-            cache_position=cache_position,
-            **flags,
-        )
-        hidden = decoded.last_hidden_state
-        if read:  # the encoder has run before, or elsewhere
-            hidden = with_gradients_for(hidden, self.encoder)
-        return Seq2SeqModelOutput(
-            last_hidden_state=hidden,
-            **{CACHE_NAME: cache_of(decoded)},
-            decoder_hidden_states=decoded.hidden_states,
-            decoder_attentions=decoded.attentions,
-            cross_attentions=decoded.get("cross_attentions"),
-            encoder_last_hidden_state=source,
-            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
-            encoder_attentions=getattr(encoder_outputs, "attentions", None),
-        )
 
 
 @reads("position_ids", "token_type_ids")
@@ -415,10 +308,7 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
         one_stack(config, "GalleryTransformerForMaskedLM")
         super().__init__(with_config(config, is_decoder=False))
         self.model = GalleryTransformerModel(self.config)
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act = ACT2FN[config.hidden_act]
-        self.transform_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.build_head(self.config)
         self.post_init()
 
 
@@ -442,14 +332,74 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         self.model = GalleryTransformerModel(config)
         if not config.is_decoder:
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
-        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+            self.pooler_act = ACT2FN[config.classifier_act]
+        self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
     def pool(self, hidden, attention_mask, documents):
         x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
-        return self.dropout(x if self.config.is_decoder else torch.tanh(self.pooler(x)))
+        return self.dropout(x if self.config.is_decoder else self.pooler_act(self.pooler(x)))
+
+
+class GalleryTransformerForTokenClassification(TokenClassificationHead, GalleryTransformerPreTrainedModel):
+    """A label for each token.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForTokenClassification
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes)
+    >>> model = GalleryTransformerForTokenClassification(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).logits.shape
+    torch.Size([1, 15, 2])
+    """
+
+    def __init__(self, config: GalleryTransformerConfig):
+        one_stack(config, "GalleryTransformerForTokenClassification")
+        super().__init__(config)
+        self.model = GalleryTransformerModel(self.config)
+        self.build_head(self.config)
+        self.post_init()
+
+
+class GalleryTransformerForQuestionAnswering(QuestionAnsweringHead, GalleryTransformerPreTrainedModel):
+    """Start and end of an answer in a text, which stands behind its question.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForQuestionAnswering
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes)
+    >>> model = GalleryTransformerForQuestionAnswering(config).eval()
+    >>> model(torch.tensor([list(b"a long time ago")])).start_logits.shape
+    torch.Size([1, 15])
+    """
+
+    def __init__(self, config: GalleryTransformerConfig):
+        one_stack(config, "GalleryTransformerForQuestionAnswering")
+        super().__init__(with_config(config, is_decoder=False))
+        self.model = GalleryTransformerModel(self.config)
+        self.build_head(self.config)
+        self.post_init()
+
+
+class GalleryTransformerForMultipleChoice(MultipleChoiceHead, GalleryTransformerPreTrainedModel):
+    """A score for each choice, from its text's first token through BERT's pooler.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerConfig, GalleryTransformerForMultipleChoice
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> config = GalleryTransformerConfig(**sizes)
+    >>> model = GalleryTransformerForMultipleChoice(config).eval()
+    >>> model(torch.tensor([[list(b"when? today"), list(b"when? there"), list(b"when? never")]])).logits.shape
+    torch.Size([1, 3])
+    """
+
+    def __init__(self, config: GalleryTransformerConfig):
+        one_stack(config, "GalleryTransformerForMultipleChoice")
+        super().__init__(with_config(config, is_decoder=False))
+        self.model = GalleryTransformerModel(self.config)
+        self.build_head(self.config)
+        self.post_init()
 
 
 class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, GalleryTransformerPreTrainedModel):
@@ -470,29 +420,18 @@ class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, Gall
     def __init__(self, config: GalleryTransformerConfig):
         super().__init__(with_config(config, is_encoder_decoder=True))
         self.model = GalleryTransformerModel(self.config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.final_logits_bias:
-            self.final_logits_bias = nn.Parameter(torch.zeros(1, config.vocab_size))
+        self.build_head(self.config)
         self.post_init()
-
-    def get_encoder(self, modality=None):
-        return self.model.get_encoder()
-
-
-def one_stack(config: GalleryTransformerConfig, name: str):
-    """Raises ValueError for the config of an encoder-decoder, whose weights a single stack cannot take."""
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} has one stack, but config.is_encoder_decoder is True; use "
-            "GalleryTransformerForConditionalGeneration for this config"
-        )
 
 
 __all__ = [
     "GalleryTransformerForCausalLM",
     "GalleryTransformerForConditionalGeneration",
     "GalleryTransformerForMaskedLM",
+    "GalleryTransformerForMultipleChoice",
+    "GalleryTransformerForQuestionAnswering",
     "GalleryTransformerForSequenceClassification",
+    "GalleryTransformerForTokenClassification",
     "GalleryTransformerModel",
     "GalleryTransformerPreTrainedModel",
 ]

@@ -125,12 +125,14 @@ class GalleryTransformerXLLayer(ResidualLayer):
         own = self.self_attn.keys_values(y)
         past = self._past(state, context, x)
         joined = before = None
-        if context.parts is None or (context.keeps_state and "keys" in state):
+        if context.parts is None or context.carries or (context.keeps_state and "keys" in state):
             max_columns = context.max_columns if context.keeps_state else None
             joined = tuple(append_columns(x, y, max_columns) for x, y in zip(past or (None, None), own, strict=True))
         if context.parts is not None:
+            if context.carries:
+                past = self._past({name: kept.detach() for name, kept in state.items()}, context, x)
             before = self._before(x, past, context.parts)
-        y, probabilities = self.self_attn(y, own, joined, before, context)
+        y, probabilities = self.self_attn(y, joined if context.carries else own, joined, before, context)
         new = self._next_state(x, joined, state, context) if context.keeps_state else {}
         x = self.add(x, y, self.self_attn_norm)
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
@@ -161,9 +163,9 @@ class GalleryTransformerXLLayer(ResidualLayer):
 
     def _next_state(self, x, joined, state, context):
         if context.parts is not None and "keys" not in state:
-            return context.columns(context.max_columns, hidden=append_columns(state.get("hidden"), x.detach()))
+            return context.columns(context.max_columns, hidden=append_columns(state.get("hidden"), x))
         keys, values = joined
-        return context.columns(context.max_columns, keys=keys.detach(), values=values.detach())
+        return context.columns(context.max_columns, keys=keys, values=values)
 
     def _attention_input(self, x):
         return self.self_attn_norm(x) if self.pre else x
@@ -289,7 +291,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             start, least = self._start(rows, cached), -config.mem_len
             cached = cached if start is None else start.shape[1]
         sizes = {name: getattr(config, name) for name in ("segment_length", "mem_len", "same_length")}
-        spans, parts = segment_spans(rows, cached, **sizes, least=least)
+        spans, parts = segment_spans(rows, cached, **sizes, least=least, carries=common.carries)
         farthest, tables = max(0, spans.distances(cached)[1]), common.tables
         if tables is not None:
             farthest = config.cache_capacity  # one table for all forwards to come

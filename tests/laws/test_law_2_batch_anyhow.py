@@ -447,7 +447,7 @@ def test_padding_may_hold_anything(variant, head, attends):
         more = {}
         if run.head.source:
             texts = {"": run.sources(range(4)), "decoder_": texts[""]}
-        if run.head.question:  # it is not found in embeddings
+        if run.seeks_question:  # it is not found in embeddings
             more["global_attention_mask"] = mask * (mask.cumsum(1) <= 2)
         outcomes = []
         for value in (0.0, torch.nan, torch.inf):

@@ -33,6 +33,7 @@ class Comparison(NamedTuple):
 
 
 MELIAD = "e8af0543441222c1c4c60d58803511f7cf92908b"
+BERTS = "BERT, RoBERTa, XLM-R, CamemBERT or ELECTRA"
 COMPARISONS = [
     Comparison(
         "transformer", "torch.nn.Transformer", INSTALLED,
@@ -48,15 +49,19 @@ COMPARISONS = [
     ),
     Comparison(
         "transformer", "transformers' BERT and RoBERTa", INSTALLED,
-        "published/test_convert_transformer.py::test_masked_language_models", None, "BERT or RoBERTa",
+        "published/test_convert_transformer.py::test_masked_language_models", None, BERTS,
     ),
     Comparison(
         "transformer", "transformers' BERT and RoBERTa classifiers", INSTALLED,
-        "published/test_convert_transformer.py::test_classifiers", None, "BERT or RoBERTa",
+        "published/test_convert_transformer.py::test_classifiers", None, BERTS,
     ),
     Comparison(
         "transformer", "transformers' Marian", INSTALLED,
         "published/test_convert_transformer.py::test_marian", None, "Marian",
+    ),
+    Comparison(
+        "transformer", "transformers' BART", INSTALLED,
+        "published/test_convert_bart.py::test_bart", None, "BART",
     ),
     Comparison(
         "transformer_xl", "transformers' Transformer-XL, memory carried", "transformers 4.35.2",
@@ -88,11 +93,30 @@ COMPARISONS = [
     ),
     Comparison(
         "longformer", "transformers' BERT and RoBERTa, within a window", INSTALLED,
-        "published/test_convert_longformer.py::test_from_an_encoder", None, "BERT or RoBERTa",
+        "published/test_convert_longformer.py::test_from_an_encoder", None, BERTS,
+    ),
+    Comparison(
+        "longformer", "transformers' XLM-R, CamemBERT and ELECTRA, all heads, within a window", INSTALLED,
+        "published/test_convert_encoders.py::test_every_head", None, BERTS,
+    ),
+    Comparison(
+        "transformer", "transformers' BERT, RoBERTa, XLM-R, CamemBERT and ELECTRA, all heads", INSTALLED,
+        "published/test_convert_encoders.py::test_every_head", None, BERTS,
+    ),
+    Comparison(
+        "longformer", "transformers' Longformer, multiple choice", INSTALLED,
+        "plain/test_multiple_choice.py::test_equals_transformers_longformer", None, "Longformer",
     ),
     Comparison(
         "longformer", "transformers' GPT-2, within a window", INSTALLED,
         "published/test_convert_longformer.py::test_from_gpt2", None, "GPT-2",
+    ),
+    Comparison(
+        "longformer", "transformers' LED", INSTALLED, "published/test_convert_bart.py::test_led", None, "LED",
+    ),
+    Comparison(
+        "longformer", "transformers' BART, within a window", INSTALLED,
+        "published/test_convert_bart.py::test_bart", None, "BART",
     ),
     Comparison(
         "memorizing_transformer", "google-research/meliad, forward", MELIAD,

@@ -6,12 +6,17 @@ The twin of hf_gallery/models/modeling_longformer.py. Section numbers are the pa
 import math
 
 import torch
+from plain import transformer
 from plain.parts import feed_forward, head, linear, norm, past, sinusoid, start_of
 
 
-def logits(model, ids, marked=(), starts=(0,)):
-    """Logits (T, V) of a causal language model for one row of tokens."""
-    return linear(hidden_states(model.model, ids, marked, starts), model.lm_head)
+def logits(model, ids, source=None, marked=(), starts=(0,)):
+    """Logits (T, V) of a language model for one row of tokens, `source` those of the encoder's (section 7)."""
+    if source is None:
+        return linear(hidden_states(model.model, ids, marked, starts), model.lm_head)
+    encoded = hidden_states(model.model.encoder, source, marked)
+    scores = linear(transformer.stack(model.model.decoder, ids, encoded, starts), model.lm_head)
+    return scores + (model.final_logits_bias if model.config.final_logits_bias else 0)
 
 
 def hidden_states(model, ids, marked=(), starts=(0,)):
@@ -55,6 +60,7 @@ def hidden_states(model, ids, marked=(), starts=(0,)):
     if c.position_embedding_type == "learned":
         x = x + model.embed_positions.weight[c.position_offset + torch.arange(n)]
     x = norm(x, model.embed_norm) if c.embedding_norm else x
+    x = x if c.embedding_width == c.hidden_size else linear(x, model.embed_project)
     windows, dilations = c.per_layer("attention_window"), c.per_layer("attention_dilation")
     for layer, w, g in zip(model.layers, windows, dilations, strict=True):
         y = norm(x, layer.self_attn_norm) if pre else x

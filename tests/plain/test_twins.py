@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import assert_equal, over, words
+from variants import assert_equal, first_marked, over, words
 
 import hf_gallery
 from hf_gallery.variants import VARIANTS
@@ -61,7 +61,15 @@ def test_each_variant_has_its_twin():
 def arguments(variant, head, model, ids, source):
     if not variant.heads[head].source:
         return dict(input_ids=ids)
-    return dict(input_ids=source.expand(len(ids), -1), decoder_input_ids=ids)
+    source = source.expand(len(ids), -1)
+    marked = dict(global_attention_mask=first_marked(source)) if variant.heads[head].marks else {}
+    return dict(input_ids=source, decoder_input_ids=ids, **marked)
+
+
+def plainly(variant, head, plain, ids, source, **more):
+    """Results of the twin for a row of tokens, and where the head reads one a source."""
+    marked = dict(marked=(0,)) if variant.heads[head].marks else {}
+    return plain(ids, source, **marked, **more) if variant.heads[head].source else plain(ids, **more)
 
 
 @with_twins
@@ -69,7 +77,7 @@ def arguments(variant, head, model, ids, source):
 def test_a_whole_text(variant, head):
     model, plain = built(variant, head)
     ids, source = words(1, N), words(1, 9, seed=3)
-    expected = plain(ids[0], source[0]) if variant.heads[head].source else plain(ids[0])
+    expected = plainly(variant, head, plain, ids[0], source[0])
     got = result(model(**arguments(variant, head, model, ids, source)))[0]
     assert_equal(normal(got, model), normal(expected, model))
 
@@ -80,7 +88,7 @@ def test_a_whole_text(variant, head):
 def test_through_the_cache(variant, head, cuts):
     model, plain = built(variant, head)
     ids, source = words(1, N), words(1, 9, seed=3)
-    expected = plain(ids[0], source[0]) if variant.heads[head].source else plain(ids[0])
+    expected = plainly(variant, head, plain, ids[0], source[0])
     cache, got = None, []
     for part in ids.split(cuts, dim=1):
         output = model(**arguments(variant, head, model, part, source), past_key_values=cache, use_cache=True)
@@ -107,7 +115,7 @@ def test_padded_beside_other_rows(variant, head):
     name = "decoder_attention_mask" if variant.heads[head].source else "attention_mask"
     got = result(model(**arguments(variant, head, model, ids, source), **{name: mask}))
     for i, row in enumerate(rows):
-        expected = plain(row, source[0]) if variant.heads[head].source else plain(row)
+        expected = plainly(variant, head, plain, row, source[0])
         assert_equal(normal(got[i][mask[i] == 1], model), normal(expected, model), f"row {i}")
 
 
@@ -134,7 +142,7 @@ def test_gradients_in_training(variant, head, cuts):
     model, plain = built(variant, head)
     model.train()
     ids, source, starts = words(1, N), words(1, 9, seed=3), [sum(cuts[:i]) for i in range(len(cuts))]
-    expected = plain(ids[0], source[0]) if variant.heads[head].source else plain(ids[0], **starts_of(starts))
+    expected = plainly(variant, head, plain, ids[0], source[0], **starts_of(starts))
     cache, got = None, []
     for part in ids.split(list(cuts), dim=1):
         more = dict(past_key_values=cache, use_cache=True) if len(cuts) > 1 else {}

@@ -24,21 +24,25 @@ def hidden_states(model, ids, source=None, starts=(0,)):
 
 def stack(model, ids, source=None, starts=(0,)):
     """An encoder or a decoder: (T, E). source (S, E): what the encoder made, which a decoder's layers also read."""
-    c, n = model.config, len(ids)
+    c, n, length = model.config, len(ids), getattr(model.config, "segment_length", None)
 
     def embed():
-        x = model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)  # section 3.4
-        places = [p if c.segment_length is None else p % c.segment_length for p in range(n)]
+        width = c.embedding_width
+        x = model.embed_tokens.weight[ids] * (math.sqrt(width) if c.scale_embedding else 1)  # section 3.4
+        places = [p if length is None else p % length for p in range(n)]
         if c.position_embedding_type == "learned":
-            return x + model.embed_positions.weight[[p + c.position_offset for p in places]]
-        return x + torch.stack([sinusoid(p, c.hidden_size, c.sinusoid_layout == "interleaved") for p in places])  # 3.5
+            x = x + model.embed_positions.weight[[p + c.position_offset for p in places]]
+        else:
+            x = x + torch.stack([sinusoid(p, width, c.sinusoid_layout == "interleaved") for p in places])  # 3.5
+        x = norm(x, model.embed_norm) if c.embedding_norm else x
+        return x if width == c.hidden_size else linear(x, model.embed_project)
 
     def sees(p):
         """The positions that query p sees: in a decoder none after itself (section 3.2.3); windowed, its segment."""
         first, last = 0, n - 1
-        if c.segment_length is not None:
-            first = p - p % c.segment_length
-            last = min(first + c.segment_length - 1, last)
+        if length is not None:
+            first = p - p % length
+            last = min(first + length - 1, last)
         return range(first, (p if model.causal else last) + 1)
 
     def residual(x, layer_norm, sublayer):

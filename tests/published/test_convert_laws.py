@@ -23,6 +23,13 @@ FOLDERS = {  # what it is made from, options, and the tokens after which its cac
     "roberta sequence": (lambda: published("RobertaForSequenceClassification"), {}, None),
     "gpt2": (lambda: published("GPT2LMHeadModel", pad_token_id=PAD), {}, None),
     "marian": (lambda: published("MarianMTModel"), {}, None),
+    "bart": (lambda: published("BartForConditionalGeneration"), {}, None),
+    "led": (lambda: published("LEDForConditionalGeneration"), {}, None),
+    "bart to longformer": (
+        lambda: published("BartForConditionalGeneration"),
+        SHORT | dict(attention_window=[4, 6]),
+        None,
+    ),
     "bert to longformer": (lambda: published("BertForMaskedLM"), SHORT, None),
     "bert sequence to longformer": (lambda: published("BertForSequenceClassification"), SHORT, None),
     "roberta to longformer": (lambda: published("RobertaForMaskedLM"), SHORT, None),
@@ -53,5 +60,5 @@ def test_all_open_without_the_library(tmp_path):
     """One folder for each class that comes out."""
     variants = [made(name, tmp_path) for name in FOLDERS]
     kinds = {variant.heads[variant.head].kind: variant for variant in variants}
-    assert len(kinds) == 10
+    assert len(kinds) == 11
     open_without_the_library(list(kinds.values()), tmp_path)

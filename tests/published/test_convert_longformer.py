@@ -20,8 +20,9 @@ SIZES |= dict(bos_token_id=0, eos_token_id=2, sep_token_id=SEP, pad_token_id=THE
 
 def longformer(head, **settings):
     """transformers' Longformer, in float32: its softmax knows no other."""
-    kind = transformers.LongformerModel if head == "bare" else HEADS[head]
-    labels = {} if head in ("bare", "question") else dict(num_labels=4)
+    others = dict(bare=transformers.LongformerModel, choice=transformers.LongformerForMultipleChoice)
+    kind = others[head] if head in others else HEADS[head]
+    labels = {} if head in (*others, "question") else dict(num_labels=4)
     return loud(kind(transformers.LongformerConfig(**SIZES | labels | settings)), seed=1).eval()
 
 
@@ -91,7 +92,7 @@ def test_a_config_that_names_no_class(head, tmp_path):
         (dict(pad_token_id=None), "pad_token_id is None; positions count from it"),
         (dict(attention_window="wide"), "attention_window is 'wide'"),
         (dict(num_hidden_layers="three"), "num_hidden_layers is 'three', which LongformerConfig does not take"),
-        (dict(architectures=["LongformerForMultipleChoice"]), "architectures.*MultipleChoice.*LongformerForMaskedLM"),
+        (dict(architectures=["LongformerForCausalLM"]), "architectures.*CausalLM.*LongformerForMaskedLM"),
         (dict(vocab_size=98), r"word_embeddings\.weight \(97, 30\) makes \(97, 30\), but .* is \(98, 30\)"),
         (
             dict(num_hidden_layers=4, attention_window=4),

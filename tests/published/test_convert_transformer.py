@@ -27,7 +27,16 @@ MARIAN |= dict(encoder_attention_heads=3, decoder_attention_heads=3, encoder_ffn
 MARIAN |= dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS, decoder_start_token_id=PAD)
 MARIAN |= dict(scale_embedding=True, activation_function="swish", forced_eos_token_id=EOS)
 
-FAMILIES = {"GPT2": GPT2, "Bert": BERT, "Roberta": BERT | dict(pad_token_id=1), "Marian": MARIAN}
+BART = dict(vocab_size=VOCAB, d_model=30, encoder_layers=2, decoder_layers=3, max_position_embeddings=40)
+BART |= dict(encoder_attention_heads=3, decoder_attention_heads=3, encoder_ffn_dim=41, decoder_ffn_dim=41)
+BART |= dict(pad_token_id=PAD, eos_token_id=EOS, bos_token_id=BOS, decoder_start_token_id=EOS, activation_dropout=0.1)
+LED = {name: x for name, x in BART.items() if name != "max_position_embeddings"}
+LED |= dict(max_encoder_position_embeddings=61, max_decoder_position_embeddings=40, attention_window=[4, 8])
+
+ROBERTA = BERT | dict(pad_token_id=1)
+FAMILIES = {"GPT2": GPT2, "Bert": BERT, "Roberta": ROBERTA, "Marian": MARIAN}
+FAMILIES |= {"XLMRoberta": ROBERTA, "Camembert": ROBERTA, "Electra": BERT | dict(embedding_size=30)}
+FAMILIES |= {"Bart": BART, "LED": LED}
 
 
 def published(name, dtype=torch.float32, **settings):
@@ -40,8 +49,9 @@ def published(name, dtype=torch.float32, **settings):
             for side in (model.get_encoder(), model.get_decoder()):  # sinusoids are parameters there
                 angle = torch.arange(40).double()[:, None] / 10000 ** (torch.arange(0, 30, 2).double() / 30)
                 side.embed_positions.weight.copy_(torch.cat([angle.sin(), angle.cos()], dim=1))
-            if hasattr(model, "final_logits_bias"):
-                model.final_logits_bias.copy_(torch.randn(1, VOCAB))
+    if hasattr(model, "final_logits_bias"):
+        with torch.no_grad():
+            model.final_logits_bias.copy_(torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(2)))
     return model
 
 

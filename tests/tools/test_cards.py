@@ -124,7 +124,7 @@ def test_cards_are_written_all_or_none(tmp_path, results):
 def tiny(name, head="causal"):
     """With the byte tokenizer's vocabulary and separator."""
     variant = next(v for v in TINY if v.config is VARIANTS[name].config and head in v.heads)
-    special = {"sep_token_id": 260} if head == "question" else {}
+    special = {"sep_token_id": 260} if variant.heads[head].question and name == "longformer" else {}
     return variant.make(head, vocab_size=262, **special)
 
 
@@ -158,6 +158,11 @@ def test_the_code_of_a_card_runs(name, tmp_path):
         ("transformer", "masked", "fill-mask"),
         ("longformer", "tokens", "token-classification"),
         ("longformer", "question", "question-answering"),
+        ("longformer", "seq2seq", None),
+        ("longformer", "choice", "multiple-choice"),
+        ("transformer", "tokens", "token-classification"),
+        ("transformer", "question", "question-answering"),
+        ("transformer", "choice", "multiple-choice"),
         ("transformer_xl", "sequence", "text-classification"),
         ("block_recurrent_transformer", "decoder", None),
     ],

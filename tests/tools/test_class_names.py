@@ -249,7 +249,10 @@ def test_a_trainer_with_liger_evaluates_as_without(variant, head, tmp_path, monk
     monkeypatch.setattr(transformers.trainer, "apply_liger_kernel", lambda model, config: None)
     run = runner(variant, head, **NO_DROPOUT)
     inputs = run.inputs(words(2, 11))
-    if run.head.question:
+    if run.head.choices:
+        inputs = {"input_ids": torch.stack([inputs["input_ids"], inputs["input_ids"].flip(0)], dim=1)}
+        inputs["labels"] = torch.tensor([0, 1])
+    elif run.head.question:
         inputs |= {"start_positions": torch.tensor([1, 4]), "end_positions": torch.tensor([2, 6])}
     else:
         inputs["labels"] = torch.tensor([0, 1]) if run.head.pooled else words(2, 11) % run.model.config.num_labels
@@ -274,7 +277,7 @@ def test_without_liger_trainer_says_what_it_says_of_llama(tmp_path):
 # ---- the loss
 
 
-@over(lambda variant, head: head.auto not in ("AutoModel", "AutoModelForSeq2SeqLM"))
+@over(lambda variant, head: head.auto not in ("AutoModel", "AutoModelForSeq2SeqLM") and not head.choices)
 def test_the_loss_goes_by_the_head_and_not_by_the_name(variant, head):
     """transformers takes a model's loss from its class name; a subclass is trained by its head's all the same."""
     kind = variant.heads[head].kind

@@ -8,6 +8,7 @@ import transformers
 from test_trainer import FIVE, five, make
 from transformers import AutoTokenizer, TextIteratorStreamer, pipeline
 from transformers.pipelines import PIPELINE_REGISTRY
+from variants import VARIANTS, first_marked
 
 from hf_gallery.data import byte_tokenizer
 
@@ -21,6 +22,12 @@ def with_head(head):
     """Parametrises over the variants that have it."""
     chosen = [v for v in FIVE if head in v.heads]
     return pytest.mark.parametrize("variant", chosen, ids=[v.name for v in chosen])
+
+
+SUMMARISING = pytest.mark.parametrize(
+    "variant", [v for v in VARIANTS if v.name in ("transformer", "longformer_led")], ids=lambda v: v.name
+)
+SPEAKS = dict(tie_word_embeddings=False, decoder_start_token_id=byte_tokenizer().bos_token_id)
 
 
 @pytest.fixture
@@ -162,9 +169,46 @@ def test_token_classification(variant, saved):
 def test_question_answering(variant, saved):
     folder, _, _ = saved(variant, "question")
     if "question-answering" not in PIPELINE_REGISTRY.get_supported_tasks():
-        pytest.skip(f"transformers {transformers.__version__} has no such pipeline; the model answers by itself")
+        pytest.skip(f"transformers {transformers.__version__} has no such pipeline; the model does it by itself")
     answer = pipeline("question-answering", folder)(question="what is wide?", context=TEXTS[0])
     assert TEXTS[0][answer["start"] : answer["end"]] == answer["answer"]
+
+
+@pytest.mark.works('pipeline("summarization", "text2text-generation")')
+@pytest.mark.parametrize("task", ["summarization", "text2text-generation"])
+@SUMMARISING
+def test_summarization(variant, task, saved):
+    folder, tokenizer, model = saved(variant, "seq2seq", **SPEAKS)
+    if task not in PIPELINE_REGISTRY.get_supported_tasks():
+        pytest.skip(f"transformers {transformers.__version__} has no such pipeline; the model does it by itself")
+    say = pipeline(task, folder)
+    name = f"{task.removesuffix('ization').removesuffix('-generation').replace('text2text', 'generated')}y_text"
+    for (said,), text in zip(say(TEXTS, batch_size=3, **TIMES), TEXTS, strict=True):
+        new = model.generate(**tokenizer(text, return_tensors="pt"), **TIMES)[0]
+        assert said[name] == tokenizer.decode(new, skip_special_tokens=True)
+
+
+@pytest.mark.works("summaries of sources")
+@SUMMARISING
+def test_summaries_are_what_each_source_gives_alone(variant, saved):
+    """Does what those pipelines did: sources of unequal length in, texts out, greedy and with beams; where the encoder
+    has windows, with and without global attention on the first token, as LED is used."""
+    _, tokenizer, model = saved(variant, "seq2seq", **SPEAKS)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    said = []
+    for marks in (False, True) if variant.heads["seq2seq"].marks else (False,):
+        for beams in (1, 3):
+
+            def write(source, marks=marks, beams=beams):
+                given = dict(global_attention_mask=first_marked(**source)) if marks else {}
+                return model.generate(**source, **given, num_beams=beams, **TIMES)
+
+            whole = write(batch)
+            for row, text in zip(whole, TEXTS, strict=True):
+                alone = write(tokenizer(text, return_tensors="pt"))[0]
+                assert row[: len(alone)].equal(alone) and (row[len(alone) :] == tokenizer.pad_token_id).all()
+            said.append(tokenizer.batch_decode(whole, skip_special_tokens=True))
+    assert len({tuple(texts) for texts in said}) >= len(said) / 2
 
 
 @pytest.mark.works("answering questions")

@@ -14,10 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    LEDConfig,
+    LEDForConditionalGeneration,
     LongformerConfig,
     LongformerForMaskedLM,
     MarianConfig,
@@ -66,6 +70,7 @@ COUNTS = {
     "type_vocab_size": 10**12,
     "num_encoder_layers": 10**9,
     "num_decoder_layers": 10**9,
+    "max_decoder_position_embeddings": 10**12,
 }
 
 
@@ -201,6 +206,8 @@ def variant_result(model, run, ids):
 
 TINY = dict(vocab_size=50, bos_token_id=0, eos_token_id=2, pad_token_id=1)
 BERT = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, **TINY)
+SEQ2SEQ = dict(d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2)
+SEQ2SEQ |= dict(encoder_ffn_dim=32, decoder_ffn_dim=32, decoder_start_token_id=2, **TINY)
 SOURCES = {
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=64, **TINY)),
     "bert": lambda: BertForMaskedLM(BertConfig(**BERT, max_position_embeddings=66)),
@@ -215,6 +222,12 @@ SOURCES = {
             max_position_embeddings=40,
         )
     ),
+    "bart": lambda: BartForConditionalGeneration(BartConfig(**SEQ2SEQ, max_position_embeddings=40)),
+    "led": lambda: LEDForConditionalGeneration(
+        LEDConfig(
+            **SEQ2SEQ, max_encoder_position_embeddings=40, max_decoder_position_embeddings=40, attention_window=8
+        )
+    ),
     "transfo-xl": None,
 }  # fmt: skip
 THEIRS = {
@@ -223,6 +236,8 @@ THEIRS = {
     "roberta": (*BERT, "max_position_embeddings", "type_vocab_size", "num_labels"),
     "longformer": (*BERT, "max_position_embeddings", "attention_window", "num_labels"),
     "marian": ("encoder_layers", "decoder_layers", "d_model", "encoder_ffn_dim", "decoder_ffn_dim", "vocab_size"),
+    "bart": ("encoder_layers", "decoder_layers", "d_model", "max_position_embeddings", "encoder_attention_heads"),
+    "led": ("encoder_layers", "d_model", "max_encoder_position_embeddings", "max_decoder_position_embeddings"),
     "transfo-xl": ("n_layer", "d_model", "d_embed", "n_head", "d_head", "d_inner", "vocab_size", "mem_len", "div_val"),
 }
 

@@ -42,6 +42,11 @@ def test_what_follows_from_an_entry(name):
         assert getattr(hf_gallery, kind_name) is kind and kind_name in hf_gallery.__all__
     config = variant.make_config(hidden_size=16, num_attention_heads=2, intermediate_size=32)
     for auto, kind_name in variant.auto_classes.items():
+        if auto == "AutoModelForSeq2SeqLM":
+            with pytest.raises(ValueError, match="and is_encoder_decoder is True"):  # one stack's segments, distances
+                getattr(transformers, auto).from_config(config)
+            plain = dict(segment_length=None) if name == "transformer" else dict(position_embedding_type="learned")
+            config = variant.make_config(hidden_size=16, num_attention_heads=2, intermediate_size=32, **plain)
         assert type(getattr(transformers, auto).from_config(config)).__name__ == kind_name
     assert variant.contestants and all(CONTESTANTS[c.name].model is variant.causal for c in variant.contestants)
     assert any(about.config is variant.config and about.name in COLUMNS for about in SETTINGS)
