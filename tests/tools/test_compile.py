@@ -1,5 +1,5 @@
-"""torch.compile(fullgraph=True): a forward without a cache is one graph, padded or not, and so is a training step; they
-give what the model gives without it, and refuse the same inputs."""
+"""torch.compile(fullgraph=True): a forward without a cache is one graph, padded or not, and so is a training step.
+They give what the model gives without it, and refuse the same inputs."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def mask_of(*shape):
 
 
 # Global tokens decide how much there is to do, so their forwards are several graphs; all questions are global.
-@pytest.mark.works("torch.compile")
+@pytest.mark.works("torch.compile, one graph")
 @pytest.mark.parametrize(("variant", "head"), cases(lambda variant, head: head != "question"))
 def test_a_forward_is_one_graph(variant, head):
     run = runner(variant, head)
@@ -44,7 +44,7 @@ def test_a_forward_is_one_graph(variant, head):
             assert_equal(result_of(graph(**inputs)), result_of(run.model(**inputs)), f"padded: {mask is not None}")
 
 
-@pytest.mark.works("torch.compile")
+@pytest.mark.works("torch.compile, one graph")
 @pytest.mark.parametrize(("variant", "head"), cases(lambda variant, head: head == "causal"))
 def test_a_training_step_is_one_graph(variant, head):
     """Loss and gradients, each parameter's, of padded rows without dropout."""
