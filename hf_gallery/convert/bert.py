@@ -4,7 +4,8 @@ encoder, or to a Longformer, as Beltagy et al. 2020, section 5, start theirs.
 
 Left out is what has no place in the gallery: what a bare model's pooler makes of the first token, the next-sentence
 head beside a masked language model, and the head by which ELECTRA's discriminator finds replaced tokens: of that class
-the encoder is taken, a bare model.
+the encoder is taken, a bare model. All else is equal but dropout: before a Transformer's classifier it stands once,
+where RoBERTa's and ELECTRA's have it twice.
 """
 
 from __future__ import annotations

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 from test_convert_transformer import ROBERTA_PAD, assert_same_states, bert_input, opened, ours_of
 from test_convert_transformer import published as by_name
 from test_law_2_batch_anyhow import padded
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from variants import SEP, assert_equal, words
 
 import hf_gallery as gallery
@@ -185,6 +187,24 @@ def test_a_question_whose_end_is_unknown(tmp_path):
     with pytest.raises(ValueError, match="sep_token_id is None, so the question's end is unknown"):
         ours(words(1, 9))
     assert ours(words(1, 9), global_attention_mask=torch.zeros(1, 9).long()).start_logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "expected"), [("Bert", 4), ("Electra", 4), ("Camembert", 6)])
+@torch.no_grad()
+def test_a_question_ends_where_the_tokenizer_says(family, expected, tmp_path):
+    """At BERT's separator, or at the end of a text as RoBERTa's kind has it; an option comes first."""
+    letters = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[SEP]": 4, "a": 5}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, sep_token="[SEP]", pad_token="[PAD]")
+    tokenizer.save_pretrained(tmp_path / "published")
+    special = dict(eos_token_id=6) if family == "Camembert" else {}
+    ours = ours_of(published(f"{family}ForQuestionAnswering", **special), tmp_path, to="longformer")
+    assert ours.config.sep_token_id == expected
+    ids = words(1, 19).clamp(min=9)
+    ids[0, 5] = expected
+    marked = (torch.arange(19) < 5).long()[None]
+    assert_equal(ours(ids).start_logits, ours(ids, global_attention_mask=marked).start_logits)
+    told = convert(tmp_path / "published", tmp_path / "told", to="longformer", sep_token_id=8)
+    assert opened(told).config.sep_token_id == 8
 
 
 @pytest.mark.parametrize("kind", OTHERS)
