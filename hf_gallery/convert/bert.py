@@ -4,7 +4,8 @@ encoder, or to a Longformer, as Beltagy et al. 2020, section 5, start theirs.
 
 Left out is what has no place in the gallery: what a bare model's pooler makes of the first token, the next-sentence
 head beside a masked language model, and the head by which ELECTRA's discriminator finds replaced tokens: of that class
-the encoder is taken, a bare model.
+the encoder is taken, a bare model. All else is equal but dropout: before a Transformer's classifier it stands once,
+where RoBERTa's and ELECTRA's have it twice.
 """
 
 from __future__ import annotations
@@ -275,6 +276,7 @@ def encoder_settings(theirs: PreTrainedConfig, offset: int) -> dict[str, Any]:
         hidden_dropout=theirs.hidden_dropout_prob,
         attention_dropout=theirs.attention_probs_dropout_prob,
         classifier_dropout=getattr(theirs, "classifier_dropout", None),
+        embedding_size=getattr(theirs, "embedding_size", None),
         position_embedding_type="learned",
         position_offset=offset,
         norm_position="post",
@@ -291,6 +293,8 @@ def encoder(to: str, origin: str, config: Any) -> dict[str, Take]:
         for ours, theirs in (("tokens", "word"), ("positions", "position"), ("types", "token_type"))
     }
     take |= affine(f"{to}embed_norm", f"{origin}embeddings.LayerNorm")
+    if config.embedding_width != config.hidden_size:
+        take |= affine(f"{to}embed_project", f"{origin}embeddings_project")
     for i in range(config.num_hidden_layers):
         a, b = f"{to}layers.{i}", f"{origin}encoder.layer.{i}"
         for x in ("query", "key", "value"):

@@ -159,6 +159,11 @@ class Backbone(GalleryPreTrainedModel):
         parts = self.parts(rows, cache, documents)
         done, writes = [], None
         no_grad = not records_gradients()
+        if cache is not None and not cache.detaches and not no_grad and self.has_reentrant_checkpoints():
+            raise ValueError(
+                "use_reentrant is True and past_key_values was made with detach=False: reentrant checkpoints cut the "
+                "gradients that the cache carries; enable gradient checkpointing with use_reentrant=False"
+            )
         version = version_of(self.tables_follow()) if cache is not None and no_grad else None
         for part in parts:
             common = ForwardContext(
@@ -169,6 +174,7 @@ class Backbone(GalleryPreTrainedModel):
                 max_columns=cache.max_columns if part.keeps_state else None,
                 records=part.keeps_state and cache.recording,
                 no_grad=no_grad,
+                carries=part.past is not None and not cache.detaches and not no_grad,
                 output_attentions=bool(attends),
                 output_hidden_states=bool(shows),
                 packed=documents is not None,
@@ -239,6 +245,11 @@ class Backbone(GalleryPreTrainedModel):
             past = cache.copy()
             past.reset_rows(last.fresh)
         return [*parts, Part(last, past, True)]
+
+    def has_reentrant_checkpoints(self) -> bool:
+        """Whether layers are computed again by reentrant checkpoints, which give no gradient to a layer's state."""
+        checkpoints = (layer._gradient_checkpointing_func for layer in self.layers if layer.gradient_checkpointing)
+        return self.training and any(checkpoint.keywords.get("use_reentrant") for checkpoint in checkpoints)
 
     def run_layers(self, x: torch.Tensor, context: ForwardContext, states: list[State], *more) -> LayerResults:
         """Runs the layers on x (B, T, E), each with its state and with `more` besides. Nothing is written."""

@@ -88,6 +88,9 @@ class GalleryCache(Cache):
     the columns seen, padding included, as generate() needs; `seen` (B,) counts each row's own tokens.
 
     config: the configuration of the model that it will serve. A model refuses the cache of another one.
+    detach: whether a forward leaves its state without its graph. False: gradients of later forwards reach earlier
+        ones, and are those of one forward over all that was read, until `detach()` cuts them. What the paper stops
+        within a forward stays stopped: the memory of Transformer-XL and of the Memorizing Transformer.
 
     >>> import torch
     >>> from hf_gallery import GalleryCache, GalleryTransformerXLConfig, GalleryTransformerXLModel
@@ -99,7 +102,7 @@ class GalleryCache(Cache):
     (15, tensor([15]))
     """
 
-    def __init__(self, config):
+    def __init__(self, config, *, detach: bool = True):
         super().__init__(layers=[])
         if not hasattr(config, "cache_capacity") and not isinstance(config, MadeFor):
             raise TypeError(
@@ -110,6 +113,7 @@ class GalleryCache(Cache):
         self.identity = made_for.identity
         self.capacity = made_for.capacity  # columns of time that a layer keeps; None = all
         self.recording = False
+        self.detaches = detach
         self.any_weights = False  # whether models may take it whose weights are not those that a file's cache is of
         self._content = Content()
         self._unchecked = False  # it came from a file, and no model has looked at it yet
@@ -240,8 +244,9 @@ class GalleryCache(Cache):
             fresh = rows.fresh is not None and bool(rows.fresh.any())
             # What was recorded before a new document is of another text, and no crop reaches back to it.
             old = [{}] * len(states) if fresh or not content.states else content.states
+            now = [ready(state, self.detaches) for state in states]
             return Content(
-                states=tuple(follow(ready(state), before) for state, before in zip(states, old, strict=True)),
+                states=tuple(follow(state, before) for state, before in zip(now, old, strict=True)),
                 seen=rows.seen + rows.lengths,
                 facts=content.facts | ready(facts or {}),
                 columns=content.columns + rows.columns,
@@ -472,7 +477,8 @@ class GalleryCache(Cache):
         self._content = replace(emptied, states=states, history=())
 
     def detach(self) -> GalleryCache:
-        """Cuts every state from the graph that made it; models already write detached state. Returns the cache."""
+        """Cuts every state from the graph that made it, which only a cache made with detach=False keeps. Returns the
+        cache."""
         self._content = self._content.map_rows(torch.Tensor.detach)
         return self
 
@@ -534,9 +540,9 @@ def _nobody():
     return None
 
 
-def ready(state: NextState) -> NextState:
+def ready(state: NextState, detaches: bool = True) -> NextState:
     """Returns what a cache keeps of a layer's next state."""
-    found = {name: kept.ready() for name, kept in state.items()}
+    found = {name: kept.ready(detaches) for name, kept in state.items()}
     return {name: kept for name, kept in found.items() if kept is not None}
 
 
@@ -646,12 +652,13 @@ def check_content(content: Content, config):
 
 
 # Settings by which models may differ and yet read each other's caches: of training, of the head, of how an exact
-# memory is searched, of how long an input may be.
+# memory is searched, of how long an input may be, of encoders alone.
 INDIFFERENT = {
     "max_position_embeddings", "max_decoder_position_embeddings", "activation_dropout",
     "vocab_size", "hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "initialization",
     "projection_init_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "sep_token_id", "decoder_start_token_id", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",
+    "classifier_act", "embedding_size",
 }  # fmt: skip
 
 

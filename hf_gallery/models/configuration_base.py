@@ -132,6 +132,11 @@ class GalleryConfig(PreTrainedConfig):
         """Facts of each row that the cache keeps, each with the state of the first layer that it counts in."""
         return {}
 
+    @property
+    def embedding_width(self) -> int:
+        """Width of the table of embeddings, and so of inputs_embeds."""
+        return self.hidden_size
+
     def check_count(self, name: str, least: int, most: int | None = None):
         """Raises ValueError unless the field is a whole number of at least `least`, at most `most` (default: what such
         a count can be)."""
@@ -221,6 +226,7 @@ class GalleryStackConfig(GalleryConfig):
     sinusoid_layout: str = "interleaved"  # interleaved: sin, cos, sin, cos, as published; concatenated: sines first
     scale_embedding: bool = False  # times sqrt(hidden_size)
     embedding_norm: bool = False  # a LayerNorm on the embeddings (BERT)
+    embedding_size: int | None = None  # width of the tables; if not hidden_size, a map follows (ELECTRA's encoder)
     type_vocab_size: int = 0  # token types (BERT); 0 = none
     attention_bias: bool = True
     initialization: str = (
@@ -250,6 +256,8 @@ class GalleryStackConfig(GalleryConfig):
         self.check_count("max_position_embeddings", 1)
         self.check_count("position_offset", 0)
         self.check_count("type_vocab_size", 0)
+        if self.embedding_size is not None:
+            self.check_count("embedding_size", 1, MOST)
         for name in ("num_encoder_layers", "num_decoder_layers", "max_decoder_position_embeddings"):
             if getattr(self, name) is not None:
                 self.check_count(name, 1)
@@ -273,7 +281,13 @@ class GalleryStackConfig(GalleryConfig):
             self.check_encoder_decoder()
         if self.position_embedding_type in ("sinusoidal", "relative") and self.hidden_size % 2:
             raise ValueError(f"hidden_size is {self.hidden_size}; sinusoidal positions need an even number")
+        if self.position_embedding_type == "sinusoidal" and self.embedding_width % 2:
+            raise ValueError(f"embedding_size is {self.embedding_size}; sinusoidal positions need an even number")
         super().__post_init__(**kwargs)
+
+    @property
+    def embedding_width(self) -> int:
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
 
     @property
     def longest_input(self) -> int | None:

@@ -21,9 +21,10 @@ class ForwardContext:
 
     device: of the input; parameters may be elsewhere, offloaded. cached: columns of time that the cache holds,
     C. keeps_state: a cache wants the new state, `max_columns` columns of it (None = all). records: and what it was
-    before each of its changes, so that tokens can be taken back. no_grad: no gradients are recorded. facts: what the
-    cache keeps of each row for the whole model. packed: several documents may lie in a row of the input. tables: of
-    the layers, which follow from weights alone; None where no cache can keep them. memo: see `once`.
+    before each of its changes, so that tokens can be taken back. no_grad: no gradients are recorded. carries:
+    they are, and reach what earlier forwards have left. facts: what the cache keeps of each row for the whole model.
+    packed: several documents may lie in a row of the input. tables: of the layers, which follow from weights alone;
+    None where no cache can keep them. memo: see `once`.
     """
 
     rows: Rows
@@ -33,6 +34,7 @@ class ForwardContext:
     max_columns: int | None = None
     records: bool = False
     no_grad: bool = False
+    carries: bool = False
     output_attentions: bool = False
     output_hidden_states: bool = False
     packed: bool = False

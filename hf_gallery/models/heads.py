@@ -11,6 +11,7 @@ import inspect
 
 import torch
 import torch.nn.functional as F
+from transformers.activations import ACT2FN
 from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
@@ -161,6 +162,13 @@ class MaskedLMHead:
 
     _auto_class = "AutoModelForMaskedLM"
     head_loss = "ForMaskedLM"
+
+    def build_head(self, config):
+        """Makes the modules that stand on `self.model`. The output map is the table of embeddings, with its width."""
+        self.transform = torch.nn.Linear(config.hidden_size, config.embedding_width)
+        self.transform_act = ACT2FN[config.hidden_act]
+        self.transform_norm = torch.nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
+        self.lm_head = torch.nn.Linear(config.embedding_width, config.vocab_size)
 
     @can_return_tuple
     def forward(

@@ -42,7 +42,8 @@ class Context(ForwardContext):
 
     def segments(self, window: int) -> tuple[Spans, Parts | None]:
         """The [cached | new] columns that a window shows of a query's segment and memory, and their parts."""
-        work = functools.partial(segment_spans, self.rows, self.cached, window=window, **(self.sizes or {}))
+        sizes = dict(window=window, carries=self.carries, **(self.sizes or {}))
+        work = functools.partial(segment_spans, self.rows, self.cached, **sizes)
         return self.once(("segments", window), work)
 
     def folding(self, dilation: int) -> Folding:

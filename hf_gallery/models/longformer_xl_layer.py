@@ -37,7 +37,8 @@ class GalleryLongformerXLAttention(GalleryLongformerAttention):
                 context, query, own, before, parts, position, dropout=self.dropout.rate
             )
         else:
-            keys = Keys(*joined, spans, position)
+            key, value = joined
+            keys = Keys(key, value, spans, position)
             out, probabilities = attend_shown(context, query, keys, dropout=self.dropout.rate)
         return self.o_proj(merge_heads(out)), probabilities
 

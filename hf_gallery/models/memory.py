@@ -444,7 +444,8 @@ class Appended(Kept):
     def map(self, change):
         return replace(self, tensor=None if self.tensor is None else change(self.tensor), new=change(self.new))
 
-    def ready(self) -> Folded | None:
+    def ready(self, detaches=True) -> Folded | None:
+        """As Kept's. Nothing stored is differentiated, so it is cut from its graph in any case."""
         ring = ring_with_room(self.tensor, self.new, self.first, self.count, self.size, self.in_place)
         lost = None if self.until is None or ring is None else self._lost(self.until)
         ring = append_to_ring(ring, self.new, self.first, self.count, self.size)

@@ -156,8 +156,9 @@ class GalleryPreTrainedModel(PreTrainedModel):
                 f"{name} has shape {tuple(x.shape)}; it must be "
                 f"(batch, tokens{', hidden_size' if wanted == 3 else ''}) with at least one row and one token"
             )
-        if wanted == 3 and x.shape[2] != self.config.hidden_size:
-            raise ValueError(f"{name} is {x.shape[2]} wide; this model's hidden_size is {self.config.hidden_size}")
+        if wanted == 3 and x.shape[2] != self.config.embedding_width:
+            field = "hidden_size" if getattr(self.config, "embedding_size", None) is None else "embedding_size"
+            raise ValueError(f"{name} is {x.shape[2]} wide; this model's {field} is {self.config.embedding_width}")
         if wanted == 3 and x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
             raise ValueError(f"{name} has type {x.dtype}, the model {self.dtype}; give {name}.to(model.dtype)")
         b, t = x.shape[:2]

@@ -425,13 +425,11 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
                 "output_attentions is True and config.feedback is True: blocks run one by one, so there is no one "
                 "map; leave output_attentions out"
             )
-        for layer in self.layers:
-            checkpoint = getattr(layer, "_gradient_checkpointing_func", None)
-            if self.training and layer.gradient_checkpointing and checkpoint.keywords.get("use_reentrant"):
-                raise ValueError(
-                    "use_reentrant is True and config.feedback is True: reentrant checkpoints cut the gradients that "
-                    "the state carries from block to block; enable gradient checkpointing with use_reentrant=False"
-                )
+        if self.has_reentrant_checkpoints():
+            raise ValueError(
+                "use_reentrant is True and config.feedback is True: reentrant checkpoints cut the gradients that the "
+                "state carries from block to block; enable gradient checkpointing with use_reentrant=False"
+            )
 
 
 class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecurrentTransformerPreTrainedModel):

@@ -308,10 +308,7 @@ class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedMode
     def __init__(self, config: GalleryLongformerConfig):
         super().__init__(with_config(config, is_decoder=False))
         self.model = GalleryLongformerModel(self.config)
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act = ACT2FN[config.hidden_act]
-        self.transform_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.build_head(self.config)
         self.post_init()
 
 

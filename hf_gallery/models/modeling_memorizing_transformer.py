@@ -206,7 +206,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         """x (B, T, E). Returns (B, T, E), the next state, and local probabilities (B, H, T, C + T) or None."""
         query, scale = self.project(x)  # (B, H, T, D), (H,)
         key, value = self.project.keys_values(x)  # (B, H, T, D)
-        keys, values, new = without_gradients(context, state, key, value)  # (B, H, C + T, D)
+        keys, values, new = extended(context, state, key, value)  # (B, H, C + T, D)
         position = self.relative_bias(context.farthest, scale) if hasattr(self, "relative_bias") else None
         out, probabilities = self._local(query, (key, value), (keys, values), position, context, state)
         if self.remembers:
@@ -220,6 +220,9 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         options = dict(scale=1.0, dropout=self.dropout.rate)
         if context.parts is None:
             return attend_shown(context, query, Keys(*joined, context.spans, position), **options)
+        if context.parts.carries:
+            constant = joined[0].detach(), joined[1].detach()
+            return attend_segments(context, query, joined, constant, context.parts, position, **options)
         before = joined if context.parts.crosses else (state.get("keys"), state.get("values"))
         return attend_segments(context, query, own, before, context.parts, position, **options)
 
@@ -267,8 +270,11 @@ class GalleryMemorizingTransformerAttention(nn.Module):
 
 
 @outside_graphs  # torch 2.13 fails on a compiled part that returns views and the same views detached
-def without_gradients(context, state, key, value):
-    """Keys and values (B, H, C + T, D) over [cached | new], which no gradient passes, and the next state."""
+def extended(context, state, key, value):
+    """Keys and values (B, H, C + T, D) over [cached | new], and the next state; no gradient passes them, unless the
+    cache carries gradients over."""
+    if context.carries:
+        return context.extend(state, keys=key, values=value)
     return context.extend(state, keys=key.detach(), values=value.detach())
 
 
@@ -386,7 +392,8 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     def plan(self, common, past, output_retrievals=False, **inputs) -> Context:
         config, cached = self.config, common.cached
         length, period = config.segment_length, config.position_period
-        spans, parts = segment_spans(common.rows, cached, segment_length=length, mem_len=config.mem_len, period=period)
+        sizes = dict(segment_length=length, mem_len=config.mem_len, period=period)
+        spans, parts = segment_spans(common.rows, cached, **sizes, carries=common.carries)
         return common.widened(
             Context,
             spans=spans,

@@ -310,10 +310,7 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
         one_stack(config, "GalleryTransformerForMaskedLM")
         super().__init__(with_config(config, is_decoder=False))
         self.model = GalleryTransformerModel(self.config)
-        self.transform = nn.Linear(config.hidden_size, config.hidden_size)
-        self.transform_act = ACT2FN[config.hidden_act]
-        self.transform_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
+        self.build_head(self.config)
         self.post_init()
 
 

@@ -3,7 +3,9 @@ Transformer, and the layer of the first two.
 
 Query p sees [seg(p) - mem_len, p], seg(p) = p - p mod segment_length; in Transformer-XL with same_length
 [p - mem_len + 1, p], in Longformer-XL what its window shows of that. With gradients, these are two parts: the keys of
-its own segment, and those before, which carry no gradient to the states they were made from. Letters: see spans.py.
+its own segment, and those before, which carry no gradient to the states they were made from. Of a segment that an
+earlier forward began, the own part is that of this forward alone, unless the cache carries gradients over. Letters:
+see spans.py.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from .states import LayerOutput, State
 class Parts:
     """A forward with gradients: which keys each query sees with gradient, and which without."""
 
-    own: Spans  # of the new columns, those of the query's own segment
+    own: Spans  # of the new columns, those of the query's own segment; of [cached | new] if gradients are carried over
     before: Spans | None  # those before, in the columns [cached] or [cached | new]; None if nobody sees any
-    crosses: bool  # somebody sees new columns of an earlier segment, so `before` is over [cached | new]
+    crosses: bool  # `before` is over [cached | new]: somebody sees new columns of an earlier segment, or `carries`
+    carries: bool = False  # gradients reach the columns of the own segment that earlier forwards have made
 
 
 def segment_spans(
@@ -44,13 +47,13 @@ def segment_spans(
     window: int | None = None,
     period: int | None = None,
     least: int = 0,
+    carries: bool = False,
 ) -> tuple[Spans, Parts | None]:
     """The intervals over the columns [cached | new], and where gradients are recorded their parts.
 
     same_length: [p - mem_len + 1, p] instead, mem_len keys for every query. window: of these no key that is farther.
-    period: nobody sees keys from before the
-    last multiple of it, since positions start anew there. least: the first position that there is, below 0 where
-    columns stand before a row's first token.
+    period: nobody sees keys from before the last multiple of it, since positions start anew there. least: the first
+    position that there is, below 0 where columns stand before a row's first token. carries: see Parts.
     """
     p = rows.positions  # (B or 1, T)
     segment = p - p % segment_length
@@ -62,6 +65,9 @@ def segment_spans(
     spans = rows.spans(lower, p, cached, least)
     if not records_gradients():
         return spans, None
+    if carries:
+        before = rows.spans(lower, segment - 1, cached, least) if mem_len > 0 else None
+        return spans, Parts(rows.spans(torch.maximum(lower, segment), p, cached, least), before, True, True)
     # Gradients stop at the segment's border, and at the forward's, whichever is nearer.
     border = torch.maximum(segment, p[:, :1])
     crosses = mem_len > 0 and bool((segment > p[:, :1]).any())
@@ -83,12 +89,14 @@ def attend_segments(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`attend_shown` whose gradient stops at the segment's border: over a segment's own keys and over those before it,
     one softmax for both. position: of [cached | new] columns."""
-    own_keys = Keys(*own, parts.own, _own_position(position, parts.own))
+    own_keys = Keys(*own, parts.own, position if parts.carries else _own_position(position, parts.own))
     if parts.before is None:
         return attend_shown(context, query, own_keys, **options)
     key, value = before
     first = key.shape[2]  # the column of the first new key
-    if parts.crosses:
+    if parts.carries:
+        first = 0  # all are in both parts
+    elif parts.crosses:
         first -= query.shape[2]
     elif position is not None:
         # `attend` counts distances from the end of the keys that it gets: without the new ones that is T nearer.
@@ -112,12 +120,14 @@ class SegmentLayer(ResidualLayer):
         own = self.self_attn.keys_values(y)
         past = self._past(state, context, x)
         joined = before = None
-        if context.parts is None or (context.keeps_state and "keys" in state):
+        if context.parts is None or context.carries or (context.keeps_state and "keys" in state):
             max_columns = context.max_columns if context.keeps_state else None
             joined = tuple(append_columns(x, y, max_columns) for x, y in zip(past or (None, None), own, strict=True))
         if context.parts is not None:
+            if context.carries:
+                past = self._past({name: kept.detach() for name, kept in state.items()}, context, x)
             before = self._before(x, past, context.parts)
-        y, probabilities = self.self_attn(y, own, joined, before, context)
+        y, probabilities = self.self_attn(y, joined if context.carries else own, joined, before, context)
         new = self._next_state(x, joined, state, context) if context.keeps_state else {}
         x = self.add(x, y, self.self_attn_norm)
         y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
@@ -139,9 +149,9 @@ class SegmentLayer(ResidualLayer):
 
     def _next_state(self, x, joined, state, context):
         if context.parts is not None and "keys" not in state:
-            return context.columns(context.max_columns, hidden=append_columns(state.get("hidden"), x.detach()))
+            return context.columns(context.max_columns, hidden=append_columns(state.get("hidden"), x))
         keys, values = joined
-        return context.columns(context.max_columns, keys=keys.detach(), values=values.detach())
+        return context.columns(context.max_columns, keys=keys, values=values)
 
     def _attention_input(self, x):
         return self.self_attn_norm(x) if self.pre else x

@@ -21,25 +21,36 @@ class AbsoluteEmbeddings:
     segment_length: int | None = None  # positions begin anew in every segment
 
     def build_embeddings(self, config, length: str = "max_position_embeddings"):
-        """Makes the modules that `embed` uses. length: the field with the length of the learned table."""
+        """Makes the modules that `embed` uses. length: the field with the length of the learned table.
+
+        Raises ValueError for tables of another width than the layers' in a decoder or an encoder-decoder."""
+        width = config.embedding_width
+        if width != config.hidden_size and (config.is_decoder or config.is_encoder_decoder):
+            raise ValueError(
+                f"embedding_size is {width} and hidden_size {config.hidden_size}; tables of another width than the "
+                "layers are ELECTRA's and for encoders alone, so leave embedding_size out"
+            )
         self.length = length if getattr(config, length) is not None else "max_position_embeddings"
-        scale = math.sqrt(config.hidden_size) if config.scale_embedding else 1.0
-        self.embed_tokens = ScaledEmbedding(config.vocab_size, config.hidden_size, scale)
+        scale = math.sqrt(width) if config.scale_embedding else 1.0
+        self.embed_tokens = ScaledEmbedding(config.vocab_size, width, scale)
         if config.position_embedding_type == "learned":
-            self.embed_positions = nn.Embedding(getattr(config, self.length), config.hidden_size)
+            self.embed_positions = nn.Embedding(getattr(config, self.length), width)
         if config.type_vocab_size:
-            self.embed_types = nn.Embedding(config.type_vocab_size, config.hidden_size)
+            self.embed_types = nn.Embedding(config.type_vocab_size, width)
         if config.embedding_norm:
-            self.embed_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.embed_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        if width != config.hidden_size:
+            self.embed_project = nn.Linear(width, config.hidden_size)
         if config.norm_position == "pre":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
     def embed(self, rows: Rows, input_ids, inputs_embeds, position_ids=None, token_type_ids=None, **more):
-        """Packed embeddings (B, T, E) with positions, types, norm and dropout."""
+        """Packed embeddings (B, T, E) with positions, types, norm and dropout; where the tables have another width,
+        mapped to E behind all these."""
         config = self.config
         if inputs_embeds is None:
-            x = self.embed_tokens(rows.pack(input_ids))  # (B, T, E)
+            x = self.embed_tokens(rows.pack(input_ids))  # (B, T, embedding_width)
         else:
             x = rows.pack(inputs_embeds)
         if self.embeds_positions:
@@ -50,7 +61,7 @@ class AbsoluteEmbeddings:
             if self.segment_length is not None:
                 positions = positions % self.segment_length
             if config.position_embedding_type == "sinusoidal":
-                x = x + sinusoids(positions, config.hidden_size, config.sinusoid_layout, x.dtype)
+                x = x + sinusoids(positions, config.embedding_width, config.sinusoid_layout, x.dtype)
             elif config.position_embedding_type == "learned":
                 # Columns after a row's end have positions that may not exist; they are never used.
                 x = x + self.embed_positions(positions.clamp(max=self.longest_input - 1) + config.position_offset)
@@ -62,7 +73,8 @@ class AbsoluteEmbeddings:
             x = x + self.embed_types(types)
         if config.embedding_norm:
             x = self.embed_norm(x)
-        return self.dropout(x)
+        x = self.dropout(x)
+        return x if config.embedding_width == config.hidden_size else self.embed_project(x)
 
     def finish(self, x):
         return self.norm(x) if self.config.norm_position == "pre" else x

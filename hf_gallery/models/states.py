@@ -28,10 +28,10 @@ class Kept:
     folds: ClassVar[bool] = False  # tokens went into it, and only a record can take them back
     columns: ClassVar[int | None] = None  # of time that it holds; None if it is not made of columns
 
-    def ready(self) -> Kept | None:
-        """Returns what the cache keeps, None for nothing: cut from its graph. All that may fail is done here, and
-        nothing that a forward before this one left is changed."""
-        return self.map(torch.Tensor.detach)
+    def ready(self, detaches: bool = True) -> Kept | None:
+        """Returns what the cache keeps, None for nothing: cut from its graph if it detaches. All that may fail is done
+        here, and nothing that a forward before this one left is changed."""
+        return self.map(torch.Tensor.detach) if detaches else self
 
     def after(self, old: Kept | None) -> Kept:
         """The same with what `old`, the state before this forward, has recorded, if this one records too."""

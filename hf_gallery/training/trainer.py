@@ -1,9 +1,10 @@
 """SegmentTrainer: transformers' Trainer for documents longer than a step.
 
 Each batch row is a lane that reads documents segment after segment (lanes.py). The model's cache goes from step to
-step, detached, so a model with memory trains on context that reaches back before the step; a row of the cache is
-reset where its lane starts another document. Everything else is transformers' Trainer: optimizer, schedulers, mixed
-precision, accumulation, checkpoints, callbacks and logging are its own.
+step, so a model with memory trains on context that reaches back before the step; a row of the cache is reset where its
+lane starts another document. Gradients stop between steps, or where backpropagate_segments asks for it every so many.
+Everything else is transformers' Trainer: optimizer, schedulers, mixed precision, accumulation, checkpoints, callbacks
+and logging are its own.
 
     training     self._training.cache    -> training_step -> self._training.cache     over all steps of an epoch
     evaluation   self._evaluation.cache  -> prediction_step -> ...                    over one evaluation, then dropped
@@ -49,6 +50,12 @@ class SegmentTrainer(Trainer):
         evaluation, where it changes speed but not results. args.data_seed, else args.seed: of the shuffle.
         args.train_sampling_strategy: "random" or "sequential".
     segment_length: tokens that a lane reads in a step (L). Default: the model config's segment_length.
+    backpropagate_segments: steps that a gradient passes back through, in windows that lie side by side (truncated
+        backpropagation through time): the gradients of one forward over that many segments. All of a window's graph is
+        in memory until its last step, activations included unless args.gradient_checkpointing has them computed again.
+        Weights must not change within a window, so it divides args.gradient_accumulation_steps; an update that the
+        end of an epoch cuts short ends its window. What the paper stops within a forward stays stopped, see
+        GalleryCache. 1: gradients stop between steps.
     predict_eos: the last token of a document predicts config.eos_token_id; otherwise it predicts nothing.
 
     A batch holds input_ids, attention_mask and shift_labels (B, L); shift_labels[b, t] is the token after
@@ -73,7 +80,8 @@ class SegmentTrainer(Trainer):
     of the official code). Their stream of tokens has no documents, so no row is reset there.
 
     Raises ValueError for arguments that have no meaning here (data_collator, dataloader_drop_last, batch_eval_metrics,
-    torch.nn.DataParallel, tensor, context and sequence parallelism), from train() for a checkpoint of another setup,
+    torch.nn.DataParallel, tensor, context and sequence parallelism; DeepSpeed and FSDP with backpropagate_segments
+    above 1), from train() for a checkpoint of another setup,
     before anything is changed, and for a model whose cache cannot be carried. RuntimeError for batches that
     come out of order.
     """
@@ -86,6 +94,7 @@ class SegmentTrainer(Trainer):
         args: Any = None,
         *,
         segment_length: int | None = None,
+        backpropagate_segments: int = 1,
         predict_eos: bool = False,
         **kwargs: Any,
     ):
@@ -110,6 +119,7 @@ class SegmentTrainer(Trainer):
                 "give SegmentTrainer(segment_length=...) an int of 1 or more (its default is the model config's)"
             )
         self.segment_length: int = length
+        self.backpropagate_segments = self._check_window(backpropagate_segments)
         self._eos_token_id = self._eos_of(config) if predict_eos else None
         self._training = _Carried()
         self._evaluation: _Carried | None = None
@@ -157,6 +167,27 @@ class SegmentTrainer(Trainer):
                 "'sequential' order, and always balanced by length"
             )
 
+    def _check_window(self, segments: Any) -> int:
+        steps = self.args.gradient_accumulation_steps
+        if not isinstance(segments, int) or isinstance(segments, bool) or segments < 1:
+            raise ValueError(
+                f"backpropagate_segments is {segments!r}; it counts the steps that a gradient passes back through, so "
+                "give an int of 1 or more"
+            )
+        if steps % segments:
+            raise ValueError(
+                f"backpropagate_segments is {segments} and gradient_accumulation_steps {steps}: weights must not "
+                "change between steps that one gradient passes through; set gradient_accumulation_steps to a multiple "
+                f"of {segments}"
+            )
+        if segments > 1 and (self.is_deepspeed_enabled or self.is_fsdp_enabled):
+            raise ValueError(
+                f"backpropagate_segments is {segments} under {'DeepSpeed' if self.is_deepspeed_enabled else 'FSDP'}, "
+                "which wants a backward after each forward; leave it at 1 and give a larger segment_length, or train "
+                "with DistributedDataParallel"
+            )
+        return segments
+
     @staticmethod
     def _eos_of(config):
         eos = config.eos_token_id
@@ -177,6 +208,7 @@ class SegmentTrainer(Trainer):
             lanes = self._make_lanes(dataset, batch_size, is_training)
         if is_training:
             self._train_lanes = lanes
+            self._training.cut()  # auto_find_batch_size: what an attempt that failed has left
         return _LaneLoader(lanes, self.args)
 
     def _make_lanes(self, dataset, lanes: int, is_training: bool) -> DocumentLanes:
@@ -198,7 +230,8 @@ class SegmentTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """As Trainer's, with the cache: its rows are reset as the batch says, it goes into the forward, and what comes
-        out is kept. Training and evaluation both pass here, each with a cache of its own."""
+        out is kept. Training and evaluation both pass here, each with a cache of its own. The loss of a step within a
+        window has no gradient: the window's last has those of all its steps."""
         inputs = dict(inputs)
         reset, position, following = inputs.pop("reset"), tuple(inputs.pop("position")), tuple(inputs.pop("following"))
         evaluating = self._evaluation is not None
@@ -217,6 +250,11 @@ class SegmentTrainer(Trainer):
         elif num_items_in_batch is not None:
             # 0 where this process ran dry and tokens are not counted over all of them: 0 / 0 would end the training
             num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+        windowed = not evaluating and self.backpropagate_segments > 1
+        if windowed and carried.cache is None:
+            carried.cache = GalleryCache(self.model.config)
+        if windowed:
+            carried.cache.detaches = False
         shift_labels = inputs["shift_labels"]
         if self._computes_loss:
             del inputs["shift_labels"]  # Trainer takes `labels` out too, so the model gives logits and no loss
@@ -229,7 +267,14 @@ class SegmentTrainer(Trainer):
         cache = cache_of(outputs) if isinstance(outputs, dict) else None
         if cache is None or not (hasattr(cache, "reset_rows") and hasattr(cache, "detach")):
             raise self._no_cache(type(cache).__name__)
-        carried.cache, carried.position = cache.detach(), following
+        carried.cache, carried.position = cache, following
+        if windowed:
+            loss = carried.within_window(loss)
+        # An update's last step ends a window, a short one perhaps at the end of an epoch.
+        if not windowed or carried.steps == self.backpropagate_segments or self.accelerator.sync_gradients:
+            carried.cut()
+        else:
+            loss = loss.detach().requires_grad_()  # Trainer's backward of it reaches nothing
         if evaluating:
             tokens = int((shift_labels != IGNORED).sum())
             if tokens == 0:
@@ -323,6 +368,7 @@ class SegmentTrainer(Trainer):
             "per_device_train_batch_size": setup["lanes"],
             "world_size": setup["world_size"],
             "segment_length": setup["segment_length"],
+            "backpropagate_segments": self.backpropagate_segments,
             "gradient_accumulation_steps": self.args.gradient_accumulation_steps,
             "seed": setup["seed"],
             "train_sampling_strategy": self.args.train_sampling_strategy,
@@ -369,7 +415,7 @@ class SegmentTrainer(Trainer):
         written = f"but checkpoint {folder!r} was written with"
         anew = "or begin anew without resume_from_checkpoint"
         for name, now in self._setup(lanes).items():
-            then = state["setup"].get(name)
+            then = state["setup"].get(name, 1 if name == "backpropagate_segments" else None)  # as it was before
             if then == now:
                 continue
             remedy = {
@@ -408,8 +454,21 @@ class _Carried:
 
     cache: Any = None
     position: tuple[int, int] = (0, 0)  # (epoch, step) that comes next
+    window: Any = None  # sum of the losses of a window's steps, with their graphs
+    steps: int = 0  # of the window
     loss: float = 0.0  # sum over tokens, in evaluation
     tokens: int = 0
+
+    def within_window(self, loss: torch.Tensor) -> torch.Tensor:
+        """loss as it is, with the gradients of all losses of its window."""
+        self.window, self.steps = loss if self.window is None else self.window + loss, self.steps + 1
+        return loss.detach() + (self.window - self.window.detach())
+
+    def cut(self):
+        """Ends a window: no later gradient reaches back before this."""
+        self.window, self.steps = None, 0
+        if self.cache is not None:
+            self.cache = self.cache.detach()
 
 
 class _LaneLoader(DataLoader):

@@ -7,7 +7,11 @@ and its like, against torch's layers and the authors' code.
 
 import pytest
 import torch
-from variants import VARIANTS, runner, streams, words
+from renamed import checkpoint_activations
+from test_law_2_batch_anyhow import padded, scatter
+from variants import VARIANTS, assert_equal, runner, streams, words
+
+from hf_gallery import GalleryCache
 
 without_source = streams(of_head=lambda head: not head.source)
 
@@ -97,3 +101,93 @@ def test_the_source_gets_gradients(variant):
     result, _ = run(words(2, 3, seed=1), cache=cache)
     gradients = torch.autograd.grad(result.square().sum(), encoder, allow_unused=True)
     assert all(g is None or (g == 0).all() for g in gradients)
+
+
+# ---- gradients through the state, when asked for
+
+
+def parameter_gradients(run, ids, mask, cuts, cache=None):
+    """Gradients of all parameters, of a weighed sum of the results at tokens, after forwards of the given sizes."""
+    run.model.zero_grad()
+    results = []
+    for some, part in zip(ids.split(cuts, dim=1), mask.split(cuts, dim=1), strict=True):
+        result, cache = run(some, part, cache)
+        results.append(result)
+    result = torch.cat(results, dim=1)
+    weight = torch.randn(result.shape, generator=torch.Generator().manual_seed(3), dtype=result.dtype)
+    (result * weight * mask[:, :, None]).sum().backward()
+    return {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.works("gradients through the state")
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointed"])
+@streams(of_head=lambda head: head.auto != "AutoModel")
+def test_gradients_pass_from_forward_to_forward_when_asked(variant, head, checkpointing):
+    """GalleryCache(config, detach=False): several forwards give the gradients of one, for every parameter, wherever
+    they are cut. What the paper stops within a forward stays stopped, as it is there."""
+    run = runner(variant, head, dtype=torch.float64, hidden_dropout=0.0, attention_dropout=0.0)
+    run.model.train()
+    lengths = (23, 16)
+    mask = padded(lengths, "left", 23)
+    ids = scatter([words(n, seed=n) for n in lengths], mask)
+    expected = parameter_gradients(run, ids, mask, [23])
+    detached = parameter_gradients(run, ids, mask, [9, 14], GalleryCache(run.model.config))
+    assert any((detached[name] - x).abs().max() > 1e-6 for name, x in expected.items())
+    if checkpointing:
+        checkpoint_activations(run.model, dict(use_reentrant=False))
+    for cuts in ([5, 2, 13, 3],) if checkpointing else ([1] * 23, [5, 2, 13, 3]):
+        got = parameter_gradients(run, ids, mask, cuts, GalleryCache(run.model.config, detach=False))
+        for name, x in expected.items():
+            assert_equal(got[name], x, f"{cuts} {name}")
+
+
+@streams(of_head=lambda head: head.auto == "AutoModelForCausalLM")
+def test_what_comes_after_leaves_the_graph_alone(variant, head):
+    """Decoding without gradients, copies, emptied and moved rows and a cache that is cut between a forward and its
+    backward change no gradient; what is read behind a cut reaches nothing before it."""
+    run = runner(variant, head, dtype=torch.float64)
+    ids = words(2, 20)
+
+    def gradients(disturb):
+        run.model.zero_grad()
+        cache = GalleryCache(run.model.config, detach=False)
+        first, _ = run(ids[:, :9], cache=cache)
+        second, _ = run(ids[:, 9:], cache=cache)
+        if disturb:
+            with torch.no_grad():
+                for step in range(12):
+                    run(words(2, 1, seed=step), cache=cache)
+                other = cache.copy()
+                other.reset_rows([0])
+                other.reorder_cache(torch.tensor([1, 0]))
+                run(words(2, 3), cache=other)
+            cache.detach()
+            run(words(2, 9, seed=40), cache=cache)
+        (first.sum() + second.square().sum()).backward()
+        return {name: p.grad.clone() for name, p in run.model.named_parameters() if p.grad is not None}
+
+    plain, disturbed = gradients(False), gradients(True)
+    assert plain.keys() == disturbed.keys() and all(torch.equal(plain[name], disturbed[name]) for name in plain)
+
+
+@streams(of_head=lambda head: head.auto == "AutoModelForCausalLM")
+def test_emptied_rows_reach_nothing_before(variant, head):
+    """With detach=False a row that begins a new text has no gradient of the one before; the others keep theirs."""
+    run = runner(variant, head, dtype=torch.float64)
+    embeds = run.model.get_input_embeddings()(words(2, 12)).detach().requires_grad_()
+    cache = GalleryCache(run.model.config, detach=False)
+    run(None, cache=cache, embeds=embeds[:, :6])
+    cache.reset_rows([0])
+    result, _ = run(None, cache=cache, embeds=embeds[:, 6:])
+    result.square().sum().backward()
+    assert (embeds.grad[0, :6] == 0).all() and embeds.grad[0, 6:].abs().amax() > 0
+    within_a_segment = variant.border is None or variant.border > 6  # else a border stops it just there
+    assert not within_a_segment or embeds.grad[1, :6].abs().amax() > 0
+
+
+def test_reentrant_checkpoints_are_refused():
+    """They give a layer's state no gradient."""
+    model = VARIANTS[0].make("causal").train()
+    checkpoint_activations(model, dict(use_reentrant=True))
+    with pytest.raises(ValueError, match="use_reentrant is True.*detach=False.*use_reentrant=False"):
+        model(words(1, 4), past_key_values=GalleryCache(model.config, detach=False))

@@ -68,6 +68,7 @@ def hidden_states(model, ids, marked=(), starts=(0,)):
     if c.position_embedding_type == "learned":
         x = x + model.embed_positions.weight[c.position_offset + torch.arange(n)]
     x = norm(x, model.embed_norm) if c.embedding_norm else x
+    x = x if c.embedding_width == c.hidden_size else linear(x, model.embed_project)
     windows, dilations = c.per_layer("attention_window"), c.per_layer("attention_dilation")
     for layer, w, g in zip(model.layers, windows, dilations, strict=True):
         y = norm(x, layer.self_attn_norm) if pre else x

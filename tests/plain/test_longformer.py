@@ -206,6 +206,7 @@ ENCODERS = {
     "window": dict(attention_window=4),
     "dilated": dict(attention_window=[4, 2, 6], attention_dilation=[1, 3, 2]),
     "relative": dict(attention_window=[4, 2, 6], attention_dilation=[2, 3, 1], **DECODER),
+    "narrow tables": dict(attention_window=4, embedding_size=12),
 }
 
 

@@ -27,15 +27,15 @@ def stack(model, ids, source=None, starts=(0,)):
     c, n, length = model.config, len(ids), getattr(model.config, "segment_length", None)
 
     def embed():
-        x = model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)  # section 3.4
+        width = c.embedding_width
+        x = model.embed_tokens.weight[ids] * (math.sqrt(width) if c.scale_embedding else 1)  # section 3.4
         places = [p if length is None else p % length for p in range(n)]
         if c.position_embedding_type == "learned":
             x = x + model.embed_positions.weight[[p + c.position_offset for p in places]]
         else:
-            x = x + torch.stack(
-                [sinusoid(p, c.hidden_size, c.sinusoid_layout == "interleaved") for p in places]
-            )  # 3.5
-        return norm(x, model.embed_norm) if c.embedding_norm else x
+            x = x + torch.stack([sinusoid(p, width, c.sinusoid_layout == "interleaved") for p in places])  # 3.5
+        x = norm(x, model.embed_norm) if c.embedding_norm else x
+        return x if width == c.hidden_size else linear(x, model.embed_project)
 
     def sees(p):
         """The positions that query p sees: in a decoder none after itself (section 3.2.3); windowed, its segment."""

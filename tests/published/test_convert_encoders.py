@@ -10,14 +10,21 @@ from safetensors.torch import load_file
 from test_convert_transformer import ROBERTA_PAD, assert_same_states, bert_input, opened, ours_of
 from test_convert_transformer import published as by_name
 from test_law_2_batch_anyhow import padded
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 from variants import SEP, assert_equal, words
 
 import hf_gallery as gallery
 from hf_gallery.convert import convert
 from hf_gallery.convert.bert import FAMILIES, OTHERS
 
-NAMES = ["Bert", "Roberta", "XLMRoberta", "Camembert", "Electra"]
-OFFSETS = {"Bert": 0, "Electra": 0}  # of the others 2: their positions begin behind the id of padding
+NAMES = ["Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "ElectraNarrow"]
+NARROW = dict(embedding_size=12)  # ELECTRA's tables may have another width than its layers
+OFFSETS = {
+    "Bert": 0,
+    "Electra": 0,
+    "ElectraNarrow": 0,
+}  # of the others 2, behind the id of padding
 WIDE = dict(to="longformer", attention_window=80, max_position_embeddings=101)  # the window holds everything
 WHOLE = "ForSequenceClassification", "ForMultipleChoice"  # one result a row
 
@@ -26,7 +33,10 @@ families = pytest.mark.parametrize("family", NAMES)
 
 def published(name, dtype=torch.float32, **settings):
     """transformers' model; of an answer's two logits, which it counts as labels, there are two."""
-    return by_name(name, dtype, **dict(num_labels=2) if name.endswith("QuestionAnswering") else {}, **settings)
+    settings = (dict(num_labels=2) if name.endswith("QuestionAnswering") else {}) | settings
+    if "Narrow" in name:
+        name, settings = name.replace("Narrow", ""), NARROW | settings
+    return by_name(name, dtype, **settings)
 
 
 def inputs_of(theirs, head):
@@ -90,7 +100,7 @@ def test_answers_and_their_loss_without_padding(family, tmp_path):
     assert_equal(got.end_logits, expected.end_logits)
 
 
-@pytest.mark.parametrize("family", ["XLMRoberta", "Camembert", "Electra"])
+@pytest.mark.parametrize("family", ["XLMRoberta", "Camembert", "Electra", "ElectraNarrow"])
 @torch.no_grad()
 def test_positions_are_copied_again_and_again(family, tmp_path):
     """Those of RoBERTa's kind behind the two that belong to no position."""
@@ -107,10 +117,11 @@ def test_positions_are_copied_again_and_again(family, tmp_path):
     assert_equal(ours(ids, mask).last_hidden_state[1:, -61:], again)
 
 
+@pytest.mark.parametrize("family", ["Electra", "ElectraNarrow"])
 @torch.no_grad()
-def test_the_discriminator_becomes_the_bare_model(tmp_path):
+def test_the_discriminator_becomes_the_bare_model(family, tmp_path):
     """ELECTRA's checkpoints are saved with the head that finds replaced tokens, which has no place here."""
-    theirs = published("ElectraForPreTraining", torch.float64)
+    theirs = published(f"{family}ForPreTraining", torch.float64)
     ours = ours_of(theirs, tmp_path)
     assert type(ours) is gallery.GalleryTransformerModel
     ids, inputs = bert_input(theirs)
@@ -158,12 +169,42 @@ def test_what_does_not_fit(name, change, message, tmp_path):
     assert not (tmp_path / "converted").exists()
 
 
+def test_narrow_tables_are_for_encoders():
+    sizes = dict(hidden_size=30, num_hidden_layers=1, num_attention_heads=3, **NARROW)
+    for name in ("TransformerForCausalLM", "LongformerForCausalLM", "TransformerForConditionalGeneration"):
+        config = getattr(gallery, f"Gallery{name.partition('For')[0]}Config")(**sizes)
+        with pytest.raises(ValueError, match="embedding_size is 12 and hidden_size 30; .* encoders alone"):
+            getattr(gallery, f"Gallery{name}")(config)
+    with pytest.raises(ValueError, match="embedding_size is 0"):
+        gallery.GalleryTransformerConfig(embedding_size=0)
+    with pytest.raises(ValueError, match="embedding_size is 7; sinusoidal positions need an even number"):
+        gallery.GalleryTransformerConfig(embedding_size=7)
+
+
 def test_a_question_whose_end_is_unknown(tmp_path):
     """BERT's separator stands in its tokenizer; where there is none, the option says it, or the mask."""
     ours = ours_of(published("BertForQuestionAnswering"), tmp_path, to="longformer")
     with pytest.raises(ValueError, match="sep_token_id is None, so the question's end is unknown"):
         ours(words(1, 9))
     assert ours(words(1, 9), global_attention_mask=torch.zeros(1, 9).long()).start_logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("family", "expected"), [("Bert", 4), ("Electra", 4), ("Camembert", 6)])
+@torch.no_grad()
+def test_a_question_ends_where_the_tokenizer_says(family, expected, tmp_path):
+    """At BERT's separator, or at the end of a text as RoBERTa's kind has it; an option comes first."""
+    letters = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "[SEP]": 4, "a": 5}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, sep_token="[SEP]", pad_token="[PAD]")
+    tokenizer.save_pretrained(tmp_path / "published")
+    special = dict(eos_token_id=6) if family == "Camembert" else {}
+    ours = ours_of(published(f"{family}ForQuestionAnswering", **special), tmp_path, to="longformer")
+    assert ours.config.sep_token_id == expected
+    ids = words(1, 19).clamp(min=9)
+    ids[0, 5] = expected
+    marked = (torch.arange(19) < 5).long()[None]
+    assert_equal(ours(ids).start_logits, ours(ids, global_attention_mask=marked).start_logits)
+    told = convert(tmp_path / "published", tmp_path / "told", to="longformer", sep_token_id=8)
+    assert opened(told).config.sep_token_id == 8
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -34,6 +34,12 @@ FOLDERS = {  # what it is made from, options, and the tokens after which its cac
     "bert sequence to longformer": (lambda: published("BertForSequenceClassification"), SHORT, None),
     "roberta to longformer": (lambda: published("RobertaForMaskedLM"), SHORT, None),
     "roberta sequence to longformer": (lambda: published("RobertaForSequenceClassification"), SHORT, None),
+    "bert tokens": (lambda: published("BertForTokenClassification"), {}, None),
+    "roberta question": (lambda: published("RobertaForQuestionAnswering", num_labels=2), {}, None),
+    "bert choice": (lambda: published("BertForMultipleChoice"), {}, None),
+    "longformer choice": (lambda: longformer("choice"), {}, None),
+    "xlm-r to longformer": (lambda: published("XLMRobertaForMaskedLM"), SHORT, None),
+    "electra, narrow, to longformer": (lambda: published("ElectraForMaskedLM", embedding_size=12), SHORT, None),
     "gpt2 to longformer": (lambda: published("GPT2LMHeadModel", pad_token_id=PAD), SHORT, 6),
     "gpt2 to memorizing": (lambda: published("GPT2LMHeadModel", pad_token_id=PAD), MEMORY, 42),
 }
@@ -60,5 +66,5 @@ def test_all_open_without_the_library(tmp_path):
     """One folder for each class that comes out."""
     variants = [made(name, tmp_path) for name in FOLDERS]
     kinds = {variant.heads[variant.head].kind: variant for variant in variants}
-    assert len(kinds) == 11
+    assert len(kinds) == 15
     open_without_the_library(list(kinds.values()), tmp_path)

@@ -151,7 +151,8 @@ def test_an_embedding_that_is_saved_whole_keeps_its_head(variant, head):
 @over(lambda variant, head: not is_adaptive(variant))
 def test_a_trained_token_is_the_token_of_a_model_with_that_row(variant, head):
     run = runner(variant, head, dtype=torch.float64)
-    rows = torch.randn(len(TOKENS), run.model.config.hidden_size, generator=torch.Generator().manual_seed(1)).double()
+    size = (len(TOKENS), run.model.config.embedding_width)
+    rows = torch.randn(size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     other = copy.deepcopy(run.model)
     with torch.no_grad():
         other.get_input_embeddings().weight[TOKENS] = rows

@@ -280,6 +280,27 @@ def test_any_reading_and_taking_back(variant, data):
             texts[1] = texts[1][:0]
 
 
+@causal(lambda v: v.croppable)
+def test_tokens_of_the_last_of_packed_documents_are_taken_back(variant):
+    """Also where a row was in the midst of another document before, whose record is not this one's."""
+    run = runner(variant, "causal", dtype=torch.float64)
+    cache = GalleryCache(run.model.config)
+    cache.activate_past_recording()
+    ids, places = words(2, 20, seed=3), torch.arange(20)
+    with torch.no_grad():
+        run(words(2, 16), None, cache)
+        run(
+            ids, None, cache, position_ids=torch.stack([torch.where(places < 4, 16 + places, places - 4), 16 + places])
+        )
+        cache.crop(-9)
+        assert cache.seen.tolist() == [7, 27]
+        more = words(2, 8, seed=4)
+        result, _ = run(more, None, cache)
+        for row, before in enumerate((ids[0, 4:11], torch.cat([words(2, 16)[1], ids[1, :11]]))):
+            expected, _ = run(torch.cat([before, more[row]])[None])
+            assert_equal(result[row], expected[0, -8:], f"row {row}")
+
+
 @streams(lambda v: v.croppable and v.horizon is not None)
 def test_what_is_recorded_is_dropped_by_a_crop_and_never_made_unasked(variant, head):
     """Not recording, a cache holds no more than one that was never asked to; recording, it holds what was read."""

@@ -93,9 +93,10 @@ def test_ids_and_embeddings(variant, head):
         model(input_ids=ids, inputs_embeds=embeds)
     with pytest.raises(ValueError, match="input_ids.*inputs_embeds"):
         model()
-    with pytest.raises(ValueError, match=r"inputs_embeds.*\b29\b.*\b30\b"):
-        model(inputs_embeds=embeds[..., :29])
-    with pytest.raises(ValueError, match=r"inputs_embeds.*\(2, 30\)"):
+    width = embeds.shape[-1]
+    with pytest.raises(ValueError, match=rf"inputs_embeds.*\b{width - 1}\b.*\b{width}\b"):
+        model(inputs_embeds=embeds[..., :-1])
+    with pytest.raises(ValueError, match=rf"inputs_embeds.*\(2, {width}\)"):
         model(inputs_embeds=embeds[:, 0])
 
 

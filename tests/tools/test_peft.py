@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, TaskType, get_peft_model
 from renamed import checkpointing
-from test_trainer import TOKENIZER, examples, five, make, trainer
+from test_trainer import COLLATORS, HEADS, TOKENIZER, examples, five, make, trainer
 from test_training import losses
-from variants import assert_equal
+from variants import assert_equal, result_of
 
 SETTINGS = {"r": 4, "lora_alpha": 16, "lora_dropout": 0.1}
 # The maps of attention that all variants have; "all-linear" is PEFT's own word for every map but the head's.
@@ -57,21 +57,43 @@ def test_lora_trains_travels_and_merges(variant, targets, tmp_path):
     assert_equal(logits(type(base).from_pretrained(tmp_path / "merged"), "causal"), trained)
 
 
-@pytest.mark.slow
+# PEFT's kind of task, and the map that it trains whole and saves with the adapter; it has no kind for choices.
+TASKS = {
+    "sequence": (TaskType.SEQ_CLS, "classifier"),
+    "tokens": (TaskType.TOKEN_CLS, "classifier"),
+    "question": (TaskType.QUESTION_ANS, "qa_outputs"),
+    "choice": (None, "score"),
+}
+TRIED = ("transformer-tokens", "longformer-question", "transformer-choice")  # by default
+
+
+def results(model, head):
+    with torch.no_grad():
+        return result_of(model.eval()(**COLLATORS[head](list(examples(head).select(range(3))))))
+
+
 @pytest.mark.works("PEFT LoRA")
-@five
-def test_lora_on_a_classifier(variant, tmp_path):
+@pytest.mark.parametrize(
+    ("variant", "head"),
+    [
+        pytest.param(v, head, id=f"{v.name}-{head}", marks=[] if f"{v.name}-{head}" in TRIED else pytest.mark.slow)
+        for v, head in HEADS
+        if head in TASKS
+    ],
+)
+def test_lora_on_a_head(variant, head, tmp_path):
     """The head is new: it is trained whole and saved with the adapter."""
-    make(variant, "sequence").save_pretrained(tmp_path / "base")
-    kind = variant.heads["sequence"].kind
-    config = LoraConfig(task_type=TaskType.SEQ_CLS, target_modules=["q_proj", "v_proj"], **SETTINGS)
+    make(variant, head).save_pretrained(tmp_path / "base")
+    kind, (task, new) = variant.heads[head].kind, TASKS[head]
+    whole = {} if task is not None else {"modules_to_save": [new]}
+    config = LoraConfig(task_type=task, target_modules=["q_proj", "v_proj"], **SETTINGS, **whole)
     model = get_peft_model(kind.from_pretrained(tmp_path / "base"), config)
-    before = model.base_model.model.classifier.weight.detach().clone()
-    own = trainer(model, "sequence", tmp_path / "run", max_steps=4, optim="adamw_torch", learning_rate=0.01)
+    before = getattr(model.base_model.model, new).weight.detach().clone()
+    own = trainer(model, head, tmp_path / "run", max_steps=4, optim="adamw_torch", learning_rate=0.01)
     own.train()
-    assert not torch.equal(model.base_model.model.classifier.weight, before)
-    trained = logits(model, "sequence")
+    assert not torch.equal(getattr(model.base_model.model, new).weight, before)
+    trained = results(model, head)
     own.save_model()
     again = PeftModel.from_pretrained(kind.from_pretrained(tmp_path / "base"), tmp_path / "run")
-    assert_equal(logits(again, "sequence"), trained)
-    assert_equal(logits(again.merge_and_unload(), "sequence"), trained)
+    assert_equal(results(again, head), trained)
+    assert_equal(results(again.merge_and_unload(), head), trained)

@@ -225,12 +225,22 @@ def arguments(folder, **changes):
 
 
 def trainer(
-    model, folder, documents=None, *, segment_length=4, evaluate=None, callbacks=None, predict_eos=False, **changes
+    model,
+    folder,
+    documents=None,
+    *,
+    segment_length=4,
+    backpropagate_segments=1,
+    evaluate=None,
+    callbacks=None,
+    predict_eos=False,
+    **changes,
 ):
     return SegmentTrainer(
         model,
         arguments(folder, **changes),
         segment_length=segment_length,
+        backpropagate_segments=backpropagate_segments,
         predict_eos=predict_eos,
         train_dataset=dataset(texts(*LENGTHS) if documents is None else documents),
         eval_dataset=None if evaluate is None else dataset(evaluate),
@@ -260,6 +270,20 @@ def assert_same(a, b):
 def test_training_equals_a_plain_loop(variant, accumulation, tmp_path):
     """Losses and weights are those of a loop that reads each document by itself, in a cache of its own, segment by
     segment, and takes the mean over all tokens of an update."""
+    train_beside_a_plain_loop(variant, accumulation, 1, tmp_path)
+
+
+@pytest.mark.works("gradients through the state")
+@causal(others_slow=True)
+@pytest.mark.parametrize(("accumulation", "segments"), [(2, 2), (4, 2)])
+def test_gradients_pass_through_several_segments(variant, accumulation, segments, tmp_path):
+    """Losses and weights are those of a loop that reads so many segments of a document in one forward: where a window
+    ends gradients stop, where a document ends within a window the next one is fresh, and the end of an epoch cuts a
+    window short."""
+    train_beside_a_plain_loop(variant, accumulation, segments, tmp_path)
+
+
+def train_beside_a_plain_loop(variant, accumulation, segments, tmp_path):
     a, b, c = texts(14, 9, 6)
     lanes = [[a], [b, c]]  # by length, each to the emptier lane; lane 0 is dry in the last step of an epoch
     epochs, steps, length = 2, 5, 4
@@ -269,6 +293,7 @@ def test_training_equals_a_plain_loop(variant, accumulation, tmp_path):
         tmp_path,
         [a, b, c],
         segment_length=length,
+        backpropagate_segments=segments,
         train_sampling_strategy="sequential",
         num_train_epochs=epochs,
         gradient_accumulation_steps=accumulation,
@@ -285,18 +310,21 @@ def test_training_equals_a_plain_loop(variant, accumulation, tmp_path):
         caches = [None, None]
         for first in range(0, steps, accumulation):
             total, count = 0.0, 0
-            for step in range(first, min(first + accumulation, steps)):
+            for window in range(first, min(first + accumulation, steps), segments):
                 for row, queue in enumerate(queues):
-                    if step >= len(queue):
-                        continue
-                    document, start = queue[step]
-                    piece = torch.tensor(document[start : start + length])
-                    target = torch.tensor(document[start + 1 : start + length + 1], dtype=torch.long)
-                    cache = None if start == 0 else caches[row]
-                    output = model(piece[None], past_key_values=cache, use_cache=True)
-                    caches[row] = output.past_key_values.detach()
-                    total = total + F.cross_entropy(output.logits[0, : len(target)], target, reduction="sum")
-                    count += len(target)
+                    # What a window holds of each document, in one forward.
+                    pieces = {}
+                    for document, start in queue[window : window + segments]:
+                        begin = pieces[id(document)][1] if id(document) in pieces else start
+                        pieces[id(document)] = document, begin, start + length
+                    for document, begin, end in pieces.values():
+                        piece = torch.tensor(document[begin:end])
+                        target = torch.tensor(document[begin + 1 : end + 1], dtype=torch.long)
+                        cache = None if begin == 0 else caches[row]
+                        output = model(piece[None], past_key_values=cache, use_cache=True)
+                        caches[row] = output.past_key_values.detach()
+                        total = total + F.cross_entropy(output.logits[0, : len(target)], target, reduction="sum")
+                        count += len(target)
             loss = total / count
             expected.append(loss.item())
             optimizer.zero_grad()
@@ -323,9 +351,10 @@ class Stop(TrainerCallback):
 @pytest.mark.works("resume")
 @causal(others_slow=True)
 def test_resuming_is_bit_for_bit(variant, tmp_path):
-    """With dropout, momentum and accumulation, losses and weights of a run that was cut off in its second epoch, and
-    went on in new objects, are those of an unbroken one."""
+    """With dropout, momentum, accumulation and gradients through two segments, losses and weights of a run that was
+    cut off in its second epoch, and went on in new objects, are those of an unbroken one."""
     changes = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "optim": "adamw_torch", "max_grad_norm": 1.0}
+    changes |= {"backpropagate_segments": 2}
     whole = trainer(variant.make(), tmp_path / "whole", **changes)
     whole.train()
     per_epoch = whole.state.max_steps // 2
@@ -369,6 +398,7 @@ def checkpoint(tmp_path_factory):
         ("per_device_train_batch_size is 3, .* 2; set per_device", {"per_device_train_batch_size": 3}),
         ("segment_length is 5, .* 4; set segment_length=4", {"segment_length": 5}),
         ("gradient_accumulation_steps is 2, .* 1; set", {"gradient_accumulation_steps": 2}),
+        ("backpropagate_segments is 2, .* 1; set", {"gradient_accumulation_steps": 2, "backpropagate_segments": 2}),
         ("seed is 6, .* 5; set seed=5", {"seed": 6}),
         ("train_sampling_strategy is 'sequential', .* 'random'", {"train_sampling_strategy": "sequential"}),
         ("predict_eos is 95, .* None; pass predict_eos=False", {"predict_eos": True}),
@@ -708,6 +738,9 @@ def test_transformers_own_trainer(variant, tmp_path):
     assert own.evaluate()["eval_loss"] < losses(own)[0]
 
 
+GROUPED = {"backpropagate_segments": 2, "gradient_accumulation_steps": 3}
+
+
 @pytest.mark.parametrize(
     ("message", "change"),
     [
@@ -716,6 +749,9 @@ def test_transformers_own_trainer(variant, tmp_path):
         ("dataloader_drop_last is True", {"dataloader_drop_last": True}),
         ("batch_eval_metrics is True", {"batch_eval_metrics": True}),
         ("train_sampling_strategy is 'group_by_length'", {"train_sampling_strategy": "group_by_length"}),
+        ("backpropagate_segments is 0; .* 1 or more", {"backpropagate_segments": 0}),
+        ("backpropagate_segments is True", {"backpropagate_segments": True}),
+        ("backpropagate_segments is 2 and .*_steps 3: .* a multiple of 2", GROUPED),
     ],
 )
 def test_arguments_without_a_meaning_here_are_refused(message, change, tmp_path):
@@ -756,6 +792,7 @@ def trained_and_resumed(variant, folder, lanes):
     changes |= {"per_device_train_batch_size": lanes, "save_strategy": "steps", "save_steps": 5}
     # Without find_unused_parameters, which Trainer then switches off: a process that is dry must reach every weight.
     changes |= checkpointing(variant.name == "transformer_xl_adaptive")
+    changes |= {"backpropagate_segments": 2 if variant.name in ("transformer", "block_recurrent") else 1}
     whole = trainer(variant.make(**NO_DROPOUT), folder / "whole", evaluate=texts(9, 30, 2, 4, 4), **changes)
     whole.train()
     metrics = whole.evaluate()
