@@ -60,6 +60,24 @@ def _recall_by_a_state(results: dict[str, Any]) -> Judged:
     return _at_the_far_end(results, ("block_recurrent_transformer", "transformer"), ("Block-Recurrent", "windowed"))
 
 
+def _recall_by_memory_tokens(results: dict[str, Any]) -> Judged:
+    """Recurrent Memory against the windowed Transformer, all distances from two windows on together: nothing but the
+    memory tokens goes from one segment into the next."""
+    scores = [_recall_from(results, name, 2.0) for name in ("recurrent_memory_transformer", "transformer")]
+    return _shares(scores, "Recurrent Memory", "windowed", "right from two windows back on")
+
+
+def _recall_with_memory_tokens(results: dict[str, Any]) -> Judged:
+    """Recurrent Memory against another of a quarter of its memory tokens, trained alike, from two windows on."""
+    names = ("recurrent_memory_transformer", "recurrent_memory_transformer_few")
+    scores = [_recall_from(results, name, 2.0) for name in names]
+    return _shares(scores, "all its memory tokens", "a quarter of them", "right from two windows back on")
+
+
+def _text_with_memory_tokens(results: dict[str, Any]) -> Judged:
+    return _texts(results, "recurrent_memory_transformer", "transformer", "Recurrent Memory", "windowed")
+
+
 def _recall_at_the_far_end(results: dict[str, Any]) -> Judged:
     """Memorizing against Transformer-XL at the longest distance."""
     return _at_the_far_end(results, ("memorizing_transformer", "transformer_xl"), ("Memorizing", "Transformer-XL"))
@@ -165,6 +183,13 @@ CLAIMS: list[tuple[str, str, Callable[[dict[str, Any]], Judged]]] = [
     ("A recurrent state carries what no window reaches", "Hutchins et al. 2022", _recall_by_a_state),
     ("Block-Recurrent beats Transformer-XL on text at no higher cost", "Hutchins et al. 2022", _text_at_equal_cost),
     ("A recurrent state composes permutations where attention cannot", "Hutchins et al. 2022", _permutations),
+    ("Memory tokens carry what lies beyond the segment", "Bulatov et al. 2022", _recall_by_memory_tokens),
+    ("More memory tokens hold more", "Bulatov et al. 2022", _recall_with_memory_tokens),
+    (
+        "Memory tokens model text better than a Transformer of the same segment",
+        "Bulatov et al. 2022",
+        _text_with_memory_tokens,
+    ),
 ]
 
 

@@ -20,7 +20,7 @@ MATCH = 0.03  # parameter counts of one run differ by no more than this share
 class Sizes:
     """Sizes shared by all contestants of a task. window: tokens of local attention. context: tokens that the upper
     line sees. memory_size, memory_topk, memory_layers: of the Memorizing Transformer. states, recurrent_layers: state
-    vectors of the Block-Recurrent Transformer, and the layers that have them."""
+    vectors of the Block-Recurrent Transformer, and the layers that have them; memory tokens go by the former."""
 
     hidden: int
     layers: int

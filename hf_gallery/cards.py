@@ -34,9 +34,9 @@ PIPELINES = {
 
 
 def write_cards(out: Path, results: Path) -> None:
-    """Renders the cards of all variants, with their measured numbers, to out/VARIANT.md. Raises as render_card does,
-    and then writes none."""
-    cards = {name: render_card(name, results=results) for name in VARIANTS}
+    """Renders the cards of all variants, with their numbers where they were measured, to out/VARIANT.md. Raises as
+    render_card does, and then writes none."""
+    cards = {name: render_card(name, results=results if v.measured else None) for name, v in VARIANTS.items()}
     for name, card in cards.items():
         write_text(out / f"{name}.md", card)
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from .models.modeling_block_recurrent_transformer import GalleryBlockRecurrentTransformerModel
 from .models.modeling_longformer import GalleryLongformerModel
 from .models.modeling_memorizing_transformer import GalleryMemorizingTransformerModel
+from .models.modeling_recurrent_memory_transformer import GalleryRecurrentMemoryTransformerModel
 from .models.modeling_transformer import GalleryTransformerModel
 from .models.modeling_transformer_xl import GalleryTransformerXLModel
 
@@ -47,7 +48,8 @@ class Variant:
 
     model: the bare model, whose `heads` name the others, of the same module. small: config arguments of a model that
     trains on a CPU, beside the sizes that all share. idea: in a line; sees, carries: what a query at position p sees,
-    and what goes from one call to the next; about, limits: as its card says it.
+    and what goes from one call to the next; about, limits: as its card says it. measured: its numbers stand in the
+    results that the cards are made of.
     """
 
     name: str
@@ -64,6 +66,7 @@ class Variant:
     model: type[PreTrainedModel]
     small: dict[str, Any]
     contestants: tuple[Contestant, ...] = ()
+    measured: bool = True
 
     @property
     def paper(self) -> str:
@@ -119,6 +122,11 @@ def unit_scale(sizes: Any) -> float:
     sqrt(D): sqrt(D). At 1, where the authors start, they are almost alike, and a training as short as
     the benchmark's cannot raise it."""
     return (sizes.hidden / sizes.heads) ** 0.5
+
+
+def memory_tokens(sizes: Any, fewer: int = 1) -> int:
+    """Memory tokens that read and write as many vectors together as a recurrent state has; or `fewer` times fewer."""
+    return max(1, sizes.states // 2 // fewer)
 
 
 # Colours are Okabe and Ito's, which the colour-blind can tell apart; symbols have plotly's names.
@@ -306,6 +314,55 @@ TABLE = (
                 carries="state",
                 colour="#CC79A7",
                 symbol="star",
+            ),
+        ),
+    ),
+    Variant(
+        name="recurrent_memory_transformer",
+        title="Recurrent Memory Transformer",
+        short="Recurrent Memory",
+        authors="Bulatov et al. 2022",
+        arxiv="2207.06881",
+        paper_title="Recurrent Memory Transformer",
+        idea="segments that hand memory tokens on, one to the next",
+        sees="its segment up to it, and the memory tokens in front",
+        carries="the memory tokens, keys and values of the segment",
+        about="The text is read in segments. Before each stand `num_memory_tokens` tokens of no text, to be read, and "
+        "as many behind it, to be written: what the layers make of the latter stands before the next segment. So "
+        "memory is written by the whole depth of the model, and learned by gradients that flow through segments.",
+        limits=(
+            "The memory has few tokens, and all that later segments know of a segment is in them.",
+            "It learns what to write from later segments of the same forward alone: a forward of one segment teaches "
+            "it to read only.",
+            "Segments run one after the other, so short ones leave a GPU idle.",
+        ),
+        model=GalleryRecurrentMemoryTransformerModel,
+        small=dict(norm_position="pre", segment_length=128, num_memory_tokens=16),
+        measured=False,
+        contestants=(
+            Contestant(
+                name="recurrent_memory_transformer",
+                label="Recurrent Memory Transformer",
+                reach="its segment of one window, and memory tokens",
+                settings=lambda sizes: dict(
+                    norm_position="pre", segment_length=sizes.window, num_memory_tokens=memory_tokens(sizes)
+                ),
+                carries="state",
+                colour="#0072B2",
+                symbol="hexagon",
+            ),
+            Contestant(
+                name="recurrent_memory_transformer_few",
+                label="Recurrent Memory, fewer tokens",
+                reach="its segment of one window, and a quarter of the memory tokens",
+                settings=lambda sizes: dict(
+                    norm_position="pre",
+                    segment_length=sizes.window,
+                    num_memory_tokens=memory_tokens(sizes, fewer=4),
+                ),
+                carries="state",
+                colour="#F0E442",
+                symbol="pentagon",
             ),
         ),
     ),

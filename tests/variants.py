@@ -55,6 +55,7 @@ class Variant:
     border: length of the segments at whose beginnings gradients stop; None where they reach all that is seen.
     croppable: tokens that were recorded can be taken back from its cache.
     reentrant: its layers stand reentrant gradient checkpoints.
+    one_by_one: its layers are called for one segment or block after another, and show no map of attention.
     shallow: what else to set for a model of two layers.
     needs: a package that it needs and that may be missing.
     larger: the same in a size that takes fewer operations for as many tokens, where every operation is counted.
@@ -71,6 +72,7 @@ class Variant:
     border: int | None = None
     croppable: bool = True
     reentrant: bool = True
+    one_by_one: bool = False
     shallow: dict[str, Any] = field(default_factory=dict)
     needs: str | None = None
     larger: Variant | None = None
@@ -189,6 +191,17 @@ RECURRENT_HEADS = {
         pooled=True,
     ),
 }
+MEMORY_TOKEN_HEADS = {
+    "causal": Head(gallery.GalleryRecurrentMemoryTransformerForCausalLM, "AutoModelForCausalLM", stream=True),
+    "decoder": Head(gallery.GalleryRecurrentMemoryTransformerModel, "AutoModel", stream=True),
+    "encoder": Head(gallery.GalleryRecurrentMemoryTransformerModel, "AutoModel", {"is_decoder": False}),
+    "sequence": Head(
+        gallery.GalleryRecurrentMemoryTransformerForSequenceClassification,
+        "AutoModelForSequenceClassification",
+        {"is_decoder": False},
+        pooled=True,
+    ),
+}
 
 
 def some(heads, *names):
@@ -303,9 +316,29 @@ def block_recurrent(name, heads, **settings):
             linear=True,
             period=length,
             reentrant=not settings.get("feedback"),
+            one_by_one=settings.get("feedback", False),
             shallow=dict(recurrent_layers=[1]),
         )
         for length in (settings["block_length"], 32)
+    )
+    return replace(small, larger=large)
+
+
+def recurrent_memory(name, heads, **settings):
+    tokens, depth = settings["num_memory_tokens"], settings.get("bptt_depth", -1)
+    small, large = (
+        Variant(
+            f"recurrent_memory{name}",
+            gallery.GalleryRecurrentMemoryTransformerConfig,
+            heads,
+            settings | dict(segment_length=length, max_position_embeddings=length + 2 * tokens),
+            horizon=length + 2 * tokens,  # the memory counts as columns
+            linear=True,
+            period=length,
+            border=None if depth < 0 else (depth + 1) * length,
+            one_by_one=True,
+        )
+        for length in (settings["segment_length"], 32)
     )
     return replace(small, larger=large)
 
@@ -424,6 +457,19 @@ VARIANTS = [
         num_state_vectors=3,
         recurrent_layers=[1],
         feedback=True,
+    ),
+    recurrent_memory("", MEMORY_TOKEN_HEADS, segment_length=7, num_memory_tokens=3),
+    recurrent_memory(
+        "_gpt2",
+        some(MEMORY_TOKEN_HEADS, "causal"),
+        segment_length=5,
+        num_memory_tokens=2,
+        memory_attention="causal",
+        bptt_depth=1,
+        norm_position="pre",
+        position_embedding_type="learned",
+        hidden_act="gelu_new",
+        scale_embedding=False,
     ),
 ]
 

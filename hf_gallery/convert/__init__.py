@@ -60,6 +60,8 @@ def convert(
             f"{source} is no checkpoint that can be converted: its config.json gives model_type "
             f"{opened.config.get('model_type')!r}; there are {', '.join(form.name for form in FORMATS)}"
         )
+    if f"{to}_transformer" in form.targets:  # the short name will do
+        to = f"{to}_transformer"
     _check_arguments(form, to, options)
     check_sizes(opened)
     plan = form.plan(opened, to or form.targets[0], **options)

@@ -1,5 +1,6 @@
-"""GPT-2 checkpoints of transformers (Radford et al. 2019): to a Transformer decoder, to a causal Longformer, or to a
-Memorizing Transformer, as Wu et al. 2022, section 4.5, give a trained model a memory."""
+"""GPT-2 checkpoints of transformers (Radford et al. 2019): to a Transformer decoder, to a causal Longformer, to a
+Memorizing Transformer, as Wu et al. 2022, section 4.5, give a trained model a memory, or to a Recurrent Memory
+Transformer, as the code of Bulatov et al. 2022 wraps one."""
 
 from __future__ import annotations
 
@@ -7,13 +8,20 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import GPT2Config
 
 from ..data.tokenizer import UNLIMITED
-from ..models import modeling_longformer, modeling_memorizing_transformer, modeling_transformer
+from ..models import (
+    modeling_longformer,
+    modeling_memorizing_transformer,
+    modeling_recurrent_memory_transformer,
+    modeling_transformer,
+)
 from ..models.configuration_longformer import GalleryLongformerConfig
 from ..models.configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
+from ..models.configuration_recurrent_memory_transformer import GalleryRecurrentMemoryTransformerConfig
 from ..models.configuration_transformer import GalleryTransformerConfig
 from .checkpoint import Plan, Source, Take, as_config, only
 from .parts import affine, alias, architecture, given, longer, prefix, repeated, tokenizer_for
@@ -23,6 +31,7 @@ OPTIONS = {
     "transformer": (),
     "longformer": ("attention_window", "max_position_embeddings"),
     "memorizing_transformer": ("memory_layers", "memory_size", "memory_topk", "mem_len", "segment_length"),
+    "recurrent_memory_transformer": ("num_memory_tokens", "segment_length", "memory_attention", "bptt_depth"),
 }
 
 
@@ -30,7 +39,7 @@ class GPT2:
     """Folders of transformers' GPT2LMHeadModel and GPT2Model."""
 
     name = "GPT-2"
-    targets = ("transformer", "longformer", "memorizing_transformer")
+    targets = ("transformer", "longformer", "memorizing_transformer", "recurrent_memory_transformer")
 
     def recognises(self, source: Source) -> bool:
         return source.config.get("model_type") == "gpt2"
@@ -47,6 +56,9 @@ class GPT2:
         memory_topk: int | None = None,
         mem_len: int | None = None,
         segment_length: int | None = None,
+        num_memory_tokens: int | None = None,
+        memory_attention: str | None = None,
+        bptt_depth: int | None = None,
     ) -> Plan:
         """to="transformer": the same model.
 
@@ -58,6 +70,11 @@ class GPT2:
         paper starts it; it learns to use the memory by further training. Closed gates (gate_bias far below 0) give
         what the source gives. Its positions end, so they start anew after as many whole segments as they cover: by
         default one segment_length of all of them, and mem_len 0. Other options are the config's, with its defaults.
+
+        to="recurrent_memory_transformer": the source's weights and fresh memory tokens, normal numbers as wide as its
+        embeddings, which learn by further training. segment_length is by default what the positions leave beside
+        num_memory_tokens (default 10) in front and behind; memory_attention is "causal", as the authors' code wraps
+        GPT-2. Without memory tokens a segment gives what the source gives.
         """
         theirs: Any = as_config(GPT2Config, source.config)
         head = "ForCausalLM" if architecture(source, HEADS) == "GPT2LMHeadModel" else "Model"
@@ -72,6 +89,9 @@ class GPT2:
             memory_topk=memory_topk,
             mem_len=mem_len,
             segment_length=segment_length,
+            num_memory_tokens=num_memory_tokens,
+            memory_attention=memory_attention,
+            bptt_depth=bptt_depth,
         )
         config: Any
         if to == "transformer":
@@ -82,6 +102,10 @@ class GPT2:
             model = getattr(modeling_longformer, f"GalleryLongformer{head}")
             length = longer(options.pop("max_position_embeddings", None), 4096, theirs.n_positions)
             config = GalleryLongformerConfig(**settings(theirs) | STACK | options, max_position_embeddings=length)
+        elif to == "recurrent_memory_transformer":
+            model = getattr(modeling_recurrent_memory_transformer, f"GalleryRecurrentMemoryTransformer{head}")
+            config = recurrent_memory(theirs, options)
+            length = UNLIMITED
         else:
             model = getattr(modeling_memorizing_transformer, f"GalleryMemorizingTransformer{head}")
             options = {
@@ -108,6 +132,10 @@ class GPT2:
         if to == "longformer":
             table = f"{backbone}embed_positions.weight"
             take[table] = Take(take[table].names, repeated(theirs.n_positions, length))
+        tokens = getattr(config, "num_memory_tokens", 0)
+        if tokens:
+            words = take[f"{backbone}embed_tokens.weight"].names
+            take[f"{backbone}memory.initial"] = Take(words, memory_tokens(tokens))
         gates = getattr(config, "memory_layers", [])
         return Plan(
             model=model,
@@ -129,6 +157,32 @@ STACK = dict(
     embedding_norm=False,
     initialization="normal",
 )
+
+
+def recurrent_memory(theirs: Any, options: dict[str, Any]) -> GalleryRecurrentMemoryTransformerConfig:
+    """The config of a Recurrent Memory Transformer whose segments use all of the source's positions."""
+    options = {"num_memory_tokens": 10, "memory_attention": "causal"} | options
+    tokens, length = options["num_memory_tokens"], theirs.n_positions
+    if "segment_length" not in options and type(tokens) is int and 2 * tokens >= length:
+        raise ValueError(
+            f"num_memory_tokens is {tokens}, before and behind each segment, and the source has {length} positions, "
+            "which leaves none to tokens; give fewer"
+        )
+    if type(tokens) is int:  # else the config says what is wrong
+        options.setdefault("segment_length", length - 2 * tokens)
+    return GalleryRecurrentMemoryTransformerConfig(
+        **settings(theirs) | STACK | options, max_position_embeddings=length
+    )
+
+
+def memory_tokens(count: int) -> Callable[[Tensor], Tensor]:
+    """Makes memory tokens beside a table of embeddings: normal numbers of its deviation, the same at every call."""
+
+    def make(table: Tensor) -> Tensor:
+        noise = torch.randn(count, table.shape[1], generator=torch.Generator().manual_seed(0))
+        return (noise.to(table.device) * table.float().std()).to(table.dtype)
+
+    return make
 
 
 def settings(theirs: Any) -> dict[str, Any]:

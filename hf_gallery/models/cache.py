@@ -516,7 +516,9 @@ class GalleryCache(Cache):
 
     def save(self, path: str | os.PathLike):
         """Writes the cache to one safetensors file, all or nothing, with a sample of the weights of its model."""
-        content = replace(self._content.without_derived(), sample=self._sample())
+        content = self._content.without_derived()
+        settled = tuple({name: x.settled(self.capacity) for name, x in state.items()} for state in content.states)
+        content = replace(content, states=settled, sample=self._sample())  # what was recorded stays behind
         write_cache_file(path, self.identity, self.capacity, content)
 
     @classmethod
@@ -658,7 +660,7 @@ INDIFFERENT = {
     "vocab_size", "hidden_dropout", "attention_dropout", "classifier_dropout", "initializer_range", "initialization",
     "projection_init_range", "tie_word_embeddings", "use_cache", "pad_token_id", "bos_token_id", "eos_token_id",
     "sep_token_id", "decoder_start_token_id", "final_logits_bias", "memory_topk", "memory_backend", "cluster_order",
-    "classifier_act", "embedding_size",
+    "classifier_act", "embedding_size", "bptt_depth",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from .rows import Rows
 
@@ -60,13 +61,20 @@ def next_columns(x: torch.Tensor, rows: Rows, max_columns: int | None) -> torch.
     x = rows.shift(x, x.dim() - 2)
     if max_columns is None or x.shape[-2] <= max_columns or not _may_share(x, x):
         return last_columns(x, max_columns)
-    kept = x[..., x.shape[-2] - max_columns :, :]
+    return _in_room(x[..., x.shape[-2] - max_columns :, :], max_columns)
+
+
+def whole_columns(x: torch.Tensor, max_columns: int) -> torch.Tensor:
+    """x (..., C, D), C <= max_columns, with zeros in front of it up to that; memory as `next_columns` has it."""
+    if x.shape[-2] < max_columns:
+        x = F.pad(x, (0, 0, max_columns - x.shape[-2], 0))
+    return _in_room(x, max_columns) if _may_share(x, x) else x
+
+
+def _in_room(x: torch.Tensor, max_columns: int) -> torch.Tensor:
+    """x (..., C, D) itself where it lies in memory with as many spare columns as its size asks for, else a copy."""
     room = _room_of(x)
-    return (
-        kept
-        if room is not None and room.columns == max_columns + _spare(max_columns)
-        else _with_room(kept, max_columns)
-    )
+    return x if room is not None and room.columns == max_columns + _spare(max_columns) else _with_room(x, max_columns)
 
 
 def _spare(max_columns: int) -> int:

@@ -60,11 +60,7 @@ class AbsoluteEmbeddings:
                 positions = rows.pack(position_ids.expand(rows.batch, -1))
             if self.segment_length is not None:
                 positions = positions % self.segment_length
-            if config.position_embedding_type == "sinusoidal":
-                x = x + sinusoids(positions, config.embedding_width, config.sinusoid_layout, x.dtype)
-            elif config.position_embedding_type == "learned":
-                # Columns after a row's end have positions that may not exist; they are never used.
-                x = x + self.embed_positions(positions.clamp(max=self.longest_input - 1) + config.position_offset)
+            x = self.add_positions(x, positions)
         if config.type_vocab_size:
             if token_type_ids is None:
                 types = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
@@ -75,6 +71,16 @@ class AbsoluteEmbeddings:
             x = self.embed_norm(x)
         x = self.dropout(x)
         return x if config.embedding_width == config.hidden_size else self.embed_project(x)
+
+    def add_positions(self, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """x (B, T, E) plus the embeddings of positions (B or 1, T), on its device."""
+        config = self.config
+        if config.position_embedding_type == "sinusoidal":
+            return x + sinusoids(positions, config.embedding_width, config.sinusoid_layout, x.dtype)
+        if config.position_embedding_type == "learned":
+            # Columns after a row's end have positions that may not exist; they are never used.
+            return x + self.embed_positions(positions.clamp(max=self.longest_input - 1) + config.position_offset)
+        return x
 
     def finish(self, x):
         return self.norm(x) if self.config.norm_position == "pre" else x

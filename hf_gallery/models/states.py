@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from .columns import last_columns
+from .columns import last_columns, whole_columns
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,7 @@ class Columns(Kept):
         return self.tensor.shape[-2]
 
     def take_back(self, removed, seen):
-        x, shortest = self.tensor, int(removed.min())
-        remaining = x.shape[-2] - shortest
-        # A row that loses more than others moves to the right, so that its last token comes last again.
-        column = torch.arange(remaining) - (removed - shortest)[:, None]  # (B, remaining)
-        shape = [len(removed), *[1] * (x.dim() - 3), remaining, 1]
-        column = column.clamp(min=0).to(x.device).view(shape).expand(*x.shape[:-2], remaining, x.shape[-1])
-        return type(self)(x.gather(-2, column))
+        return self.map(lambda x: without_last(x, removed))
 
     def last(self, count):
         return self.map(lambda x: last_columns(x, count))
@@ -172,6 +166,40 @@ class Folded(Kept):
         return self if self.record is None else replace(self, record=self.record.emptied())
 
 
+@dataclass(frozen=True)
+class SegmentColumns(Kept):
+    """Columns (B, H, C, D) of a text's segments: each row's tokens, and other columns before and behind each segment.
+
+    Made while a cache records, they are those of all tokens since, and say how long a segment is and how many `around`
+    stand on each of its sides; else of the row's own segment, of which length 0 says nothing.
+    """
+
+    length: int = 0
+    around: int = 0
+
+    kind = "segment"
+    folds = True
+
+    def map(self, change):
+        return replace(self, tensor=change(self.tensor))
+
+    @property
+    def can_take_back(self):
+        return self.length > 0
+
+    def take_back(self, removed, seen):
+        gone = self._count(seen + removed) - self._count(seen)
+        return self.map(lambda x: without_last(x, gone))
+
+    def _count(self, seen: torch.Tensor) -> torch.Tensor:
+        """The columns of as many tokens (B,): a segment has those behind it when it is complete, (B,)."""
+        whole, rest = seen // self.length, seen % self.length
+        return whole * (self.length + 2 * self.around) + torch.where(rest > 0, self.around + rest, 0)
+
+    def settled(self, count):
+        return self if count is None else SegmentColumns(whole_columns(last_columns(self.tensor, count), count))
+
+
 class Derived(Kept):
     """Follows from the other state and from weights, and is made anew when either has changed. It is not saved."""
 
@@ -192,12 +220,23 @@ NextState = dict[str, Kept]  # as a layer returns it
 # Of a layer: x (B, T, E), its next state, and probabilities (B, H, T, C + T) where output_attentions asks for them.
 LayerOutput = tuple[torch.Tensor, NextState, torch.Tensor | None]
 
-KINDS: dict[str, type[Kept]] = {kind.kind: kind for kind in (Columns, Fixed, Folded, Derived, Places)}
+KINDS: dict[str, type[Kept]] = {kind.kind: kind for kind in (Columns, Fixed, Folded, SegmentColumns, Derived, Places)}
 
 
 def tensors_of(state: NextState) -> State:
     """A layer's next state as it reads it."""
     return {name: kept.tensor for name, kept in state.items()}
+
+
+def without_last(x: torch.Tensor, removed: torch.Tensor) -> torch.Tensor:
+    """Columns of time x (B, ..., C, D) without the last `removed` (B,) of each row."""
+    shortest = int(removed.min())
+    remaining = x.shape[-2] - shortest
+    # A row that loses more than others moves to the right, so that its last token comes last again.
+    column = torch.arange(remaining) - (removed - shortest)[:, None]  # (B, remaining)
+    shape = [len(removed), *[1] * (x.dim() - 3), remaining, 1]
+    column = column.clamp(min=0).to(x.device).view(shape).expand(*x.shape[:-2], remaining, x.shape[-1])
+    return x.gather(-2, column)
 
 
 def follow(new: NextState, old: NextState) -> NextState:

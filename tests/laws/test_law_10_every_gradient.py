@@ -101,7 +101,9 @@ def test_with_checkpointed_activations(variant, head, reentrant):
         assert not missing(run.model), f"{length} tokens"
         for (name, parameter), twin in zip(run.model.named_parameters(), plain.model.parameters(), strict=True):
             torch.testing.assert_close(parameter.grad, twin.grad, **FLOAT32)
-            in_layers = ".layers." in name
+            in_layers = (
+                ".layers." in name and not variant.one_by_one
+            )  # each call's checkpoint is a backward of its own
             assert times[name] == 1 or (reentrant and not in_layers), (name, times[name])
 
 

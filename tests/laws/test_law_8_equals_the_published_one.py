@@ -142,6 +142,24 @@ COMPARISONS = [
         "block_recurrent_transformer", "transformers' T5 bias in torch's attention", INSTALLED,
         "plain/test_block_recurrent_transformer.py::test_without_recurrence_it_is_a_decoder_with_a_sliding_window",
     ),
+    Comparison(
+        "recurrent_memory_transformer", "booydar/recurrent-memory-transformer, forward", "9d0ebe1",
+        "published/test_recurrent_memory.py::test_logits_and_memories_of_the_code_around_gpt2", "recurrent_memory",
+        "GPT-2",
+    ),
+    Comparison(
+        "recurrent_memory_transformer", "booydar/recurrent-memory-transformer, gradients", "9d0ebe1",
+        "published/test_recurrent_memory.py::test_loss_and_gradients_of_the_code_around_gpt2", "recurrent_memory",
+        "GPT-2",
+    ),
+    Comparison(
+        "recurrent_memory_transformer", "booydar/LM-RMT", "e289508",
+        "published/test_recurrent_memory.py::test_hidden_states_and_memories_of_lm_rmt", "recurrent_memory",
+    ),
+    Comparison(
+        "recurrent_memory_transformer", "transformers' GPT-2, without memory tokens", INSTALLED,
+        "published/test_recurrent_memory.py::test_without_memory_tokens_a_segment_is_gpt2", None, "GPT-2",
+    ),
 ]  # fmt: skip
 
 

@@ -41,7 +41,7 @@ ENTRY = variants.Variant(
     contestants=(
         Contestant(
             name="toy", label="Toy", reach="a window", settings=lambda sizes: dict(reach=sizes.window),
-            carries="keys", colour="#0072B2", symbol="hexagon",
+            carries="keys", colour="#000000", symbol="cross",
         ),
     ),
 )  # fmt: skip

@@ -55,7 +55,7 @@ def test_a_config_that_asks_for_tuples_gets_them(variant, head):
 
 
 @pytest.mark.parametrize("padding", [False, True], ids=["no padding", "padding"])
-@over(lambda variant, head: not head.source and not variant.settings.get("feedback"))
+@over(lambda variant, head: not head.source and not variant.one_by_one)
 def test_gradients_are_retained_on_hidden_states(variant, head, padding):
     """Each hidden state that is returned lies on the way to the result, whose gradient it can keep."""
     run = runner(variant, head)
@@ -69,7 +69,7 @@ def test_gradients_are_retained_on_hidden_states(variant, head, padding):
 
 
 # 23 tokens cross the borders of segments and blocks; the heads bring cross-attention and global tokens.
-shows_maps = over(lambda variant, head: not variant.settings.get("feedback"))
+shows_maps = over(lambda variant, head: not variant.one_by_one)
 
 
 def looked_at(variant, head, padding, parts):
