@@ -105,7 +105,7 @@ class GalleryConfig(PreTrainedConfig):
         """Tokens of the longest input, under the first name that lm-eval looks for: as many as learned positions
         reach, unless they begin anew in each segment; UNLIMITED for models that read on for ever."""
         longest = getattr(self, "longest_input", None)
-        return UNLIMITED if longest is None else longest
+        return UNLIMITED if longest is None or getattr(self, "segment_length", None) is not None else longest
 
     @property
     def cache_capacity(self) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .configuration_base import MOST, ByteTokenizerId, GalleryStackConfig
+from .configuration_base import MOST, UNLIMITED, ByteTokenizerId, GalleryStackConfig
 
 
 class GalleryLongformerConfig(GalleryStackConfig):
@@ -104,6 +104,10 @@ class GalleryLongformerConfig(GalleryStackConfig):
         """attention_window or attention_dilation of every layer."""
         value = getattr(self, name)
         return value if isinstance(value, list) else [value] * self.window_layers
+
+    @property
+    def n_positions(self) -> int:
+        return UNLIMITED if self.longest_input is None else self.longest_input  # segments go on counting
 
     @property
     def window_layers(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .configuration_base import MOST, UNLIMITED, GalleryStackConfig
+from .configuration_base import MOST, GalleryStackConfig
 
 
 class GalleryTransformerConfig(GalleryStackConfig):
@@ -45,10 +45,6 @@ class GalleryTransformerConfig(GalleryStackConfig):
                 f"segment_length is {self.segment_length} and is_encoder_decoder is True; only a single stack can be "
                 "cut into segments, so leave segment_length at None"
             )
-
-    @property
-    def n_positions(self) -> int:
-        return UNLIMITED if self.segment_length is not None else super().n_positions  # they begin anew in each
 
     @property
     def cache_capacity(self) -> int | None:

@@ -112,6 +112,7 @@ class GalleryLongformerStack(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
                 "it at None, or set is_decoder"
             )
         self.build_embeddings(config)
+        self.segment_length = None  # positions go on from segment to segment
         layer = GalleryLongformerLayer if config.segment_length is None else GalleryLongformerXLLayer
         self.layers = nn.ModuleList([layer(config, i) for i in range(config.window_layers)])
         self.causal = config.is_decoder

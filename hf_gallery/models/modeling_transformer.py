@@ -165,7 +165,6 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
     def __init__(self, config: GalleryTransformerConfig, causal: bool, cross_attention: bool = False, layers=None):
         super().__init__(config)
         self.causal, self.cross_attention = causal, cross_attention
-        self.segment_length = config.segment_length
         self.build_embeddings(config, f"max_{'decoder_' if cross_attention else ''}position_embeddings")
         self.layers = nn.ModuleList(
             [GalleryTransformerLayer(config, cross_attention) for _ in range(layers or config.num_hidden_layers)]

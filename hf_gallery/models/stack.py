@@ -18,8 +18,6 @@ from .rows import Rows
 class AbsoluteEmbeddings:
     """Embeddings of tokens, positions and types, for a PreTrainedModel with a GalleryStackConfig."""
 
-    segment_length: int | None = None  # positions begin anew in every segment
-
     def build_embeddings(self, config, length: str = "max_position_embeddings"):
         """Makes the modules that `embed` uses. length: the field with the length of the learned table.
 
@@ -44,6 +42,8 @@ class AbsoluteEmbeddings:
         if config.norm_position == "pre":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        # Positions begin anew in each segment.
+        self.segment_length = getattr(config, "segment_length", None)
 
     def embed(self, rows: Rows, input_ids, inputs_embeds, position_ids=None, token_type_ids=None, **more):
         """Packed embeddings (B, T, E) with positions, types, norm and dropout; where the tables have another width,

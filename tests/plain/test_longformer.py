@@ -569,6 +569,7 @@ def test_over_segments_it_is_the_windowed_decoder(positions):
         xl = causal(**settings, **XL, **memory)
         xl.load_state_dict(plain.state_dict())
         assert xl.config.mem_len == memory.get("mem_len", 6) and xl.config.cache_capacity == 6
+        assert xl.config.n_positions == plain.config.n_positions
         assert_equal(xl(ids).logits, expected)
         cache, parts = None, []
         for part in ids.split([9, 1, 13, 7], dim=1):
