@@ -21,7 +21,7 @@ from .attention_maps import Keys, attend_shown
 from .blocks import ResidualLayer
 from .columns import append_columns
 from .context import ForwardContext
-from .exporting import records_gradients
+from .exporting import possibly, records_gradients
 from .rows import Rows
 from .spans import Spans
 from .states import LayerOutput, State
@@ -70,7 +70,7 @@ def segment_spans(
         return spans, Parts(rows.spans(torch.maximum(lower, segment), p, cached, least), before, True, True)
     # Gradients stop at the segment's border, and at the forward's, whichever is nearer.
     border = torch.maximum(segment, p[:, :1])
-    crosses = mem_len > 0 and bool((segment > p[:, :1]).any())
+    crosses = mem_len > 0 and possibly(segment > p[:, :1])
     before = rows.spans(lower, border - 1, cached, least) if cached or crosses else None
     return spans, Parts(rows.spans(torch.maximum(lower, border), p, 0), before, crosses)
 
