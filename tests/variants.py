@@ -155,6 +155,12 @@ LONGFORMER_ENCODERS = {
         choices=True,
     ),
 }
+LONGFORMER_DECODER = Head(
+    gallery.GalleryLongformerForSequenceClassification,
+    "AutoModelForSequenceClassification",
+    {"is_decoder": True},
+    pooled=True,
+)
 LED_HEADS = {
     "seq2seq": Head(
         gallery.GalleryLongformerForConditionalGeneration,
@@ -243,6 +249,14 @@ def longformer(name, heads, *, limit=None, **settings):
         limit=limit,
         shallow=dict(attention_window=4, attention_dilation=2),
     )
+
+
+def longformer_xl(name, heads, **settings):
+    """The decoder in segments with a memory."""
+    variant = longformer(f"_xl{name}", heads, **settings)
+    length = settings["segment_length"]
+    shallow = dict(attention_window=settings["mem_len"])
+    return replace(variant, period=length, border=length, shallow=shallow)
 
 
 def led(name, *, limit, **settings):
@@ -378,6 +392,23 @@ VARIANTS = [
         max_position_embeddings=63,
         sep_token_id=SEP,
         limit=61,  # positions count from 2
+    ),
+    longformer_xl(
+        "",
+        some(LONGFORMER_HEADS, "causal", "decoder") | {"sequence": LONGFORMER_DECODER},
+        position_embedding_type="relative",
+        norm_position="pre",
+        attention_window=[5, 3, 6],
+        segment_length=7,
+        mem_len=6,
+    ),
+    longformer_xl(  # a memory that cuts windows
+        "_short_memory",
+        some(LONGFORMER_HEADS, "causal"),
+        position_embedding_type="none",
+        attention_window=[5, 9, 4],
+        segment_length=4,
+        mem_len=3,
     ),
     led(
         "",
