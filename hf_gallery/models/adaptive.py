@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_transformer_xl import GalleryTransformerXLConfig
-from .exporting import is_exporting
+from .exporting import in_one_graph
 
 
 class Parameters(nn.ParameterList):
@@ -69,7 +69,7 @@ class AdaptiveEmbedding(nn.Module):
             x = self.tables[0](ids)
             x = F.linear(x, projs[0]) if projs else x
         else:
-            if is_exporting():
+            if in_one_graph():
                 return self._of_all_clusters(input_ids)
             x = torch.zeros(len(ids), self.embedding_dim, dtype=projs[0].dtype, device=ids.device)
             for i, (start, end) in enumerate(zip(self.ends[:-1], self.ends[1:], strict=True)):

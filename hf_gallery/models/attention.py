@@ -20,9 +20,9 @@ import torch
 
 from .attention_fused import attend_sdpa
 from .attention_problem import Position, Problem, compute_dtype, without_autocast
-from .attention_tiles import attend_tiles
+from .attention_tiles import attend_tiles, attend_tiles_in_graph
 from .attention_triton import attend_triton, why_not
-from .exporting import is_exporting
+from .exporting import in_one_graph, is_exporting
 from .spans import Spans
 
 
@@ -94,6 +94,9 @@ def attend(
         out = out.to(query.dtype)
         return (out, lse) if return_lse else out
     chosen = choose(problem, implementation)
+    if chosen == "tiles" and in_one_graph():
+        out, lse = attend_tiles_in_graph(problem)
+        return (out, lse) if return_lse else out
     if chosen == "sdpa":
         if return_lse:
             raise ValueError('implementation="sdpa" has no log-sum-exp to return; use implementation="eager"')

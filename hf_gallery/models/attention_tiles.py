@@ -18,6 +18,8 @@ import torch.nn.functional as F
 
 from .attention_problem import Position, Problem, compute_dtype, without_autocast
 from .exporting import outside_graphs
+from .operators import operator
+from .spans import Spans
 
 _NEVER = 1e30  # a masked score is -_NEVER: finite, so that no inf - inf arises; its exponential is exactly 0
 # Scores of the tiles are in base 2. On CPUs torch's exp takes a slow path where results vanish, as they do for every
@@ -70,6 +72,15 @@ def _attend_one(problem: Problem, needs_lse: bool) -> tuple[torch.Tensor, torch.
     return out.to(query.dtype), total.log_().add_(top).squeeze(-1)
 
 
+def attend_tiles_in_graph(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    """`attend_tiles` as an operator, for a problem that is checked when the graph runs."""
+    query, key, value, asked, table = problem.tensors
+    farthest = 0 if problem.position is None else problem.position.farthest
+    seed = torch.randint(2**62, ()) if problem.dropout > 0.0 else None
+    ends = problem.spans.lower, problem.spans.upper
+    return _tiles_forward(query, key, value, asked, table, *ends, seed, farthest, problem.scale, problem.dropout)
+
+
 class _TiledAttention(torch.autograd.Function):
     """The tiles of `attend`. A batch group's tensors are heads-major, (H * rows, T, D), so that a table of positions
     serves all of its rows in one product."""
@@ -77,20 +88,7 @@ class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, problem: Problem, seed: int, *tensors: torch.Tensor | None):
         """tensors: those of the problem, by themselves, since autograd sees only what it is given directly."""
-        b, h, t, _ = problem.query.shape
-        query, value = problem.query, problem.value
-        out = torch.empty(b, h, t, value.shape[-1], dtype=query.dtype, device=query.device)
-        lse = torch.empty(b, h, t, dtype=compute_dtype(query), device=query.device)
-        with without_autocast(query):
-            tiling = _Tiling(problem)
-            for group in tiling.groups:
-                scorer = _Scorer(problem, group, tiling)
-                drop = _Dropout(problem.dropout, seed, group.start)
-                group_value = _pack(value, group, lse.dtype)  # (H * rows, S, Dv)
-                for tile in tiling.query_tiles(group):
-                    tile_out, tile_lse = _forward_tile(scorer, group_value, tile, drop)
-                    out[group, :, tile.queries] = _unpack(tile_out, h)
-                    lse[group, :, tile.queries] = _unpack(tile_lse, h)
+        out, lse = _forward(problem, seed)
         ctx.save_for_backward(*tensors, out, lse)
         ctx.spans, ctx.farthest, ctx.seed = problem.spans, problem.position and problem.position.farthest, seed
         ctx.scale, ctx.dropout = problem.scale, problem.dropout
@@ -103,45 +101,77 @@ class _TiledAttention(torch.autograd.Function):
         query, key, value, asked, table, out, lse = ctx.saved_tensors
         position = None if table is None else Position(table, ctx.farthest, asked)
         problem = Problem(query, key, value, ctx.spans, position, ctx.scale, ctx.dropout)
-        dtype, h = lse.dtype, query.shape[1]
-        wants = _Gradients(*ctx.needs_input_grad[2:])  # keys from before a border want none: two products less
-        totals = _Gradients(
-            *(
-                torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None
-                for x, wanted in zip((query, key, value, asked), wants, strict=False)
-            )
+        wants = _Gradients(*ctx.needs_input_grad[2:])
+        return None, None, *_backward(problem, ctx.seed, (out, lse), (grad_out, grad_lse), wants)
+
+
+def _forward(problem: Problem, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """out (B, H, T, Dv) and lse (B, H, T)."""
+    b, h, t, _ = problem.query.shape
+    query, value = problem.query, problem.value
+    out = torch.empty(b, h, t, value.shape[-1], dtype=query.dtype, device=query.device)
+    lse = torch.empty(b, h, t, dtype=compute_dtype(query), device=query.device)
+    with without_autocast(query):
+        tiling = _Tiling(problem)
+        for group in tiling.groups:
+            scorer = _Scorer(problem, group, tiling)
+            drop = _Dropout(problem.dropout, seed, group.start)
+            group_value = _pack(value, group, lse.dtype)  # (H * rows, S, Dv)
+            for tile in tiling.query_tiles(group):
+                tile_out, tile_lse = _forward_tile(scorer, group_value, tile, drop)
+                out[group, :, tile.queries] = _unpack(tile_out, h)
+                lse[group, :, tile.queries] = _unpack(tile_lse, h)
+    return out, lse
+
+
+def _backward(
+    problem: Problem,
+    seed: int,
+    results: tuple[torch.Tensor, torch.Tensor],
+    given: tuple[torch.Tensor | None, torch.Tensor | None],
+    wants: _Gradients,
+) -> _Gradients:
+    """Gradients of the problem's tensors. results: out, lse; given: their gradients, of which one may be None. wants:
+    whether each tensor wants its own; keys from before a border want none, which saves two products."""
+    query, key, value, asked, table = problem.tensors
+    (out, lse), (grad_out, grad_lse) = results, given
+    dtype, h, scale = lse.dtype, query.shape[1], problem.scale
+    totals = _Gradients(
+        *(
+            torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None
+            for x, wanted in zip((query, key, value, asked), wants, strict=False)
         )
-        # The scorer's queries are scaled and in base 2.
-        factors = _Gradients(ctx.scale, 1 / _LOG2_E, 1.0, ctx.scale, 1 / _LOG2_E if asked is not None else ctx.scale)
-        grad_table = None
-        with without_autocast(query):
-            tiling = _Tiling(problem)
-            if table is not None and (wants.asked or wants.table):
-                grad_table = _TableGradient(table, dtype, tiling)
-            for group in tiling.groups:
-                scorer = _Scorer(problem, group, tiling)
-                drop = _Dropout(ctx.dropout, ctx.seed, group.start)
-                group_grad = _pack(torch.zeros_like(out) if grad_out is None else grad_out, group, dtype)
-                # The softmax's derivative subtracts sum_s p_s dp_s from dp; it equals grad_out . out, and the
-                # gradient of lse, whose derivative is p itself, is one more constant of the row.
-                offset = (group_grad * _pack(out, group, dtype)).sum(-1)  # (H * rows, T)
-                if grad_lse is not None:
-                    offset = offset - _pack(grad_lse, group, dtype)
-                group_lse = _pack(lse, group, dtype) * _LOG2_E
-                group_lse = group_lse.masked_fill(group_lse == -math.inf, _NEVER)  # exp2(score - _NEVER) is 0
-                given = _Given(_pack(value, group, dtype), group_grad, group_lse, offset)
-                buffers = (
-                    torch.zeros_like(x) if x is not None and wanted else None
-                    for x, wanted in zip((scorer.query, scorer.key, given.value, scorer.asked), wants, strict=False)
-                )
-                grads = _Gradients(*buffers)._replace(table=grad_table)
-                for tile in tiling.query_tiles(group):
-                    _backward_tile(scorer, given, tile, drop, grads)
-                for total, found, factor in zip(totals[:4], grads[:4], factors[:4], strict=True):
-                    if total is not None:
-                        total[group] = _unpack(found.mul_(factor), h)
-        found = None if grad_table is None else grad_table.result(factors.table)
-        return None, None, *totals._replace(table=found)
+    )
+    # The scorer's queries are scaled and in base 2.
+    factors = _Gradients(scale, 1 / _LOG2_E, 1.0, scale, 1 / _LOG2_E if asked is not None else scale)
+    grad_table = None
+    with without_autocast(query):
+        tiling = _Tiling(problem)
+        if table is not None and (wants.asked or wants.table):
+            grad_table = _TableGradient(table, dtype, tiling)
+        for group in tiling.groups:
+            scorer = _Scorer(problem, group, tiling)
+            drop = _Dropout(problem.dropout, seed, group.start)
+            group_grad = _pack(torch.zeros_like(out) if grad_out is None else grad_out, group, dtype)
+            # The softmax's derivative subtracts sum_s p_s dp_s from dp; it equals grad_out . out, and the gradient of
+            # lse, whose derivative is p itself, is one more constant of the row.
+            offset = (group_grad * _pack(out, group, dtype)).sum(-1)  # (H * rows, T)
+            if grad_lse is not None:
+                offset = offset - _pack(grad_lse, group, dtype)
+            group_lse = _pack(lse, group, dtype) * _LOG2_E
+            group_lse = group_lse.masked_fill(group_lse == -math.inf, _NEVER)  # exp2(score - _NEVER) is 0
+            of_group = _Given(_pack(value, group, dtype), group_grad, group_lse, offset)
+            buffers = (
+                torch.zeros_like(x) if x is not None and wanted else None
+                for x, wanted in zip((scorer.query, scorer.key, of_group.value, scorer.asked), wants, strict=False)
+            )
+            grads = _Gradients(*buffers)._replace(table=grad_table)
+            for tile in tiling.query_tiles(group):
+                _backward_tile(scorer, of_group, tile, drop, grads)
+            for total, found, factor in zip(totals[:4], grads[:4], factors[:4], strict=True):
+                if total is not None:
+                    total[group] = _unpack(found.mul_(factor), h)
+    return totals._replace(table=None if grad_table is None else grad_table.result(factors.table))
 
 
 class _Gradients(NamedTuple):
@@ -435,3 +465,82 @@ def _unpack(x, num_heads):
 
 def _pad_table(table, pad):
     return F.pad(table, (pad, pad)) if table.dim() == 2 else F.pad(table, (0, 0, pad, pad))
+
+
+# ------------------------------------------------------------------------------------------------------- the operators
+
+
+def _problem_of(query, key, value, asked, table, lower, upper, seed, farthest, scale, dropout):
+    """The problem of an operator's parameters, and the seed of its dropout."""
+    position = None if table is None else Position(table, farthest, asked)
+    problem = Problem(query, key, value, Spans(lower, upper), position, scale, dropout)
+    return problem.check(), 0 if seed is None else int(seed)
+
+
+def _operator_forward(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    asked: torch.Tensor | None,
+    table: torch.Tensor | None,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    seed: torch.Tensor | None,
+    farthest: int,
+    scale: float,
+    dropout: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _forward(*_problem_of(query, key, value, asked, table, lower, upper, seed, farthest, scale, dropout))
+
+
+def _forward_shapes(query, key, value, *rest):
+    b, h, t, _ = query.shape
+    return query.new_empty(b, h, t, value.shape[-1]), query.new_empty(b, h, t, dtype=compute_dtype(query))
+
+
+def _operator_backward(
+    grad_out: torch.Tensor | None,
+    grad_lse: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    wants: list[bool],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    asked: torch.Tensor | None,
+    table: torch.Tensor | None,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    seed: torch.Tensor | None,
+    farthest: int,
+    scale: float,
+    dropout: float,
+) -> list[torch.Tensor]:
+    problem, drawn = _problem_of(query, key, value, asked, table, lower, upper, seed, farthest, scale, dropout)
+    grads = _backward(problem, drawn, (out, lse), (grad_out, grad_lse), _Gradients(*wants))
+    return [out.new_empty(0) if x is None else x for x in grads]
+
+
+def _backward_shapes(grad_out, grad_lse, out, lse, wants, query, key, value, asked, table, *rest):
+    return [
+        torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else out.new_empty(0)
+        for x, wanted in zip((query, key, value, asked, table), wants, strict=True)
+    ]
+
+
+def _keep(ctx, inputs, output):
+    *tensors, farthest, scale, dropout = inputs
+    ctx.save_for_backward(*output, *tensors)
+    ctx.numbers = farthest, scale, dropout
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx, grad_out, grad_lse):
+    out, lse, *tensors = ctx.saved_tensors
+    wants = list(ctx.needs_input_grad[:5])
+    grads = _tiles_backward(grad_out, grad_lse, out, lse, wants, *tensors, *ctx.numbers)
+    return (*(x if wanted else None for x, wanted in zip(grads, wants, strict=True)), *[None] * 6)
+
+
+_tiles_backward = operator(__file__, "tiles_backward", _operator_backward, _backward_shapes)
+_tiles_forward = operator(__file__, "tiles", _operator_forward, _forward_shapes, (_differentiate, _keep))

@@ -23,17 +23,16 @@ Letters: see spans.py; BLOCK_M and BLOCK_N queries and keys of a tile; GROUP hea
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from .attention_problem import Problem, check_distances
+from .operators import operator
 from .spans import Spans
 
 try:
@@ -863,8 +862,6 @@ def _bias_gradient(call: _Call, tensors: dict, term: _Term) -> torch.Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- the operators
-# Their parameters are flat, as torch's schemas are. Remote code is imported once for each folder that it is loaded
-# from, so operators are known by the hash of their code: a second import of the same code uses those of the first.
 
 
 def _forward_kernels(
@@ -942,19 +939,8 @@ def _differentiate(ctx, grad_out, grad_lse):
     return (*(x if wanted else None for x, wanted in zip(grads, wants, strict=True)), *[None] * 7)
 
 
-def _operator(name: str, kernels, shapes):
-    """The operator of this file's code with that name, made by whoever comes first; and whether that was now."""
-    space = "hf_gallery_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    existing = getattr(getattr(torch.ops, space), name, None)
-    if existing is not None:
-        return existing, False
-    made = torch.library.custom_op(f"{space}::{name}", kernels, mutates_args=())
-    made.register_fake(shapes)
-    return made, True
-
-
 if triton is not None:
-    _backward_operator, _ = _operator("interval_attention_backward", _backward_kernels, _backward_shapes)
-    _forward_operator, _new = _operator("interval_attention", _forward_kernels, _forward_shapes)
-    if _new:
-        _forward_operator.register_autograd(_differentiate, setup_context=_keep)
+    _backward_operator = operator(__file__, "interval_attention_backward", _backward_kernels, _backward_shapes)
+    _forward_operator = operator(
+        __file__, "interval_attention", _forward_kernels, _forward_shapes, (_differentiate, _keep)
+    )

@@ -27,7 +27,7 @@ from .block_rows import BlockRows
 from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
 from .documents import PACKING, Documents
-from .exporting import is_exporting, records_gradients, require
+from .exporting import compile_whole, in_one_graph, records_gradients, require
 from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
 from .rows import Rows, unpack
@@ -134,6 +134,40 @@ class Backbone(GalleryPreTrainedModel):
             use_cache = False
         check_arguments(self, inputs, self.arguments())
         check_tensors(inputs)
+        given = dict(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            position_ids=position_ids,
+            **inputs,
+        )
+        if torch.compiler.is_compiling() and self.fits_one_graph(**given):
+            return compile_whole(lambda: self._run(**given))
+        return self._run(**given)
+
+    def fits_one_graph(self, past_key_values, use_cache, position_ids, **inputs) -> bool:
+        """Whether torch.compile may follow a forward as one graph: what a cache holds, where documents begin and which
+        tokens are global decides how much there is to do, so it is asked."""
+        caches = self.config.use_cache and not self.training if use_cache is None else use_cache
+        asks = [position_ids, past_key_values, *(inputs.get(name) for name in (*PACKING, "global_attention_mask"))]
+        return not caches and all(x is None for x in asks) and self.config._attn_implementation != "sdpa"
+
+    def _run(
+        self,
+        input_ids,
+        attention_mask,
+        past_key_values,
+        inputs_embeds,
+        use_cache,
+        output_attentions,
+        output_hidden_states,
+        position_ids,
+        **inputs,
+    ):
         if "token_type_ids" not in self.own_arguments:
             no_types(inputs.pop("token_type_ids", None))
         packing = {name: inputs.pop(name, None) for name in PACKING} | {"position_ids": position_ids}
@@ -149,7 +183,7 @@ class Backbone(GalleryPreTrainedModel):
         if documents is not None:
             longest = documents.longest
         else:
-            longest = rows.columns if is_exporting() else rows.longest
+            longest = rows.columns if in_one_graph() and not rows.uniform else rows.longest
         inputs |= {"position_ids": position_ids}
         self.check(rows, cache, longest, **inputs)
         attends = self.config.output_attentions if output_attentions is None else output_attentions
@@ -329,7 +363,7 @@ def no_types(token_type_ids: torch.Tensor | None):
     unasked."""
     if token_type_ids is None:
         return
-    if is_exporting():
+    if in_one_graph():
         require(token_type_ids == 0, "token_type_ids hold more than zeros, but this model has no token types")
     elif bool(token_type_ids.any()):
         raise ValueError("token_type_ids hold more than zeros, but this model has no token types; leave them out")

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-from .exporting import fixed_length, is_exporting
+from .exporting import fixed_length, in_one_graph
 from .rows import Rows
 
 
@@ -21,14 +21,14 @@ class BlockRows:
     def __init__(self, rows: Rows, length: int):
         self.rows, self.length = rows, length
         self.phase = rows.seen % length  # (B,) tokens of the first block that are already behind
-        most = fixed_length(rows.width) if is_exporting() else int((self.phase + rows.lengths).max())
+        most = fixed_length(rows.width) if in_one_graph() else int((self.phase + rows.lengths).max())
         self.count = max(1, -(-most // length))  # J
         ends = (torch.arange(self.count + 1)[:, None] * length - self.phase).clamp(min=0)
         self.ends = torch.minimum(ends, rows.lengths)  # (J + 1, B), in packed tokens
 
     def split(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, Rows]]:
         """The tokens of x (B, T, E) in each block, packed, and their rows."""
-        if is_exporting():  # no row has a past, so all begin with a whole block
+        if in_one_graph():  # no row has a past, so all begin with a whole block
             widths = [min(self.length, self.rows.width - j * self.length) for j in range(self.count)]
         else:
             widths = [max(1, int(most)) for most in (self.ends[1:] - self.ends[:-1]).amax(1)]

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .documents import Documents
-from .exporting import is_exporting, require
+from .exporting import require
 from .rows import Rows
 from .spans import Spans
 
@@ -174,7 +174,7 @@ def question_tokens(
     if attention_mask is not None:
         separator = separator & (attention_mask != 0)
     without = ~separator.any(1)
-    if is_exporting():
+    if torch.compiler.is_compiling():
         require(~without, f"input_ids has rows without a sep_token_id {sep_token_id}")
     elif bool(without.any()):
         raise ValueError(

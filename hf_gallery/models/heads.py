@@ -510,12 +510,12 @@ def checked_labels(name: str, labels, columns, count: int, counted: str = "vocab
         raise ValueError(
             f"{name} has shape {tuple(labels.shape)}; the input's columns need {tuple(columns.shape[:2])}"
         )
-    wrong = labels[(labels != -100) & ((labels < 0) | (labels >= count))]
-    if len(wrong):
-        raise ValueError(
-            f"{name} holds {int(wrong[0])}; labels are numbers from 0 and below {counted} {count}, or -100 to leave a "
-            "column out"
-        )
+    sound = (labels == -100) | ((labels >= 0) & (labels < count))
+    wanted = f"labels are numbers from 0 and below {counted} {count}, or -100 to leave a column out"
+    if torch.compiler.is_compiling():
+        require(sound, f"{name} holds others; {wanted}", labels)
+    elif not bool(sound.all()):
+        raise ValueError(f"{name} holds {int(labels[~sound][0])}; {wanted}")
     return labels.long()
 
 
@@ -538,12 +538,13 @@ def checked_classes(labels: torch.Tensor | None, count: int, counted: str = "num
             f"labels has type {labels.dtype}; give classes as torch.long or torch.int, and several at once, or values "
             "to be met, as a floating type"
         )
-    if count > 1 and bool(((labels != -100) & ((labels < 0) | (labels >= count))).any()):
+    sound = (labels == -100) | ((labels >= 0) & (labels < count))
+    wanted = f"they must be numbers of classes, from 0 and below {counted} {count}, or -100 to leave a row out"
+    if count > 1 and torch.compiler.is_compiling():
+        require(sound, f"labels hold others; {wanted}", labels)
+    elif count > 1 and not bool(sound.all()):
         low, high = (int(x) for x in labels.aminmax())
-        raise ValueError(
-            f"labels hold values from {low} to {high}; they must be numbers of classes, from 0 and below {counted} "
-            f"{count}, or -100 to leave a row out"
-        )
+        raise ValueError(f"labels hold values from {low} to {high}; {wanted}")
     return labels.long()
 
 
@@ -630,7 +631,7 @@ def pooled_rows(
         return hidden[:, -1 if last else 0]
     mask = attention_mask[:, -t:].bool()
     empty = ~mask.any(1)
-    if is_exporting():
+    if torch.compiler.is_compiling():
         require(~empty, "attention_mask has rows without a token")
     elif bool(empty.any()):
         raise ValueError(

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from .attention_problem import compute_dtype, without_autocast
-from .exporting import is_exporting
+from .exporting import in_one_graph, is_exporting
+from .operators import operator
 from .states import Folded, Kept, Record
 
 faiss: Any
@@ -288,6 +289,8 @@ def retrieve(
     Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
     """
+    if in_one_graph() and not is_exporting():
+        return _retrieve_in_graph(backend, query, sources, topk)
     search = BACKENDS[backend]
     if is_exporting():
         if backend not in ("exact", "faiss_flat"):
@@ -326,6 +329,38 @@ def retrieve(
                 picked_keys = torch.where(inside[..., None], some_keys, picked_keys)
                 picked_values = torch.where(inside[..., None], some_values, picked_values)
     return picked_keys, picked_values, found, columns
+
+
+def _retrieve_in_graph(backend, query, sources, topk):
+    """`retrieve` as an operator, which may ask tensors what they hold."""
+    source = sources[0]  # of a forward without a past, the columns are all there are
+    found = _retrieve(backend, query.detach(), *(x.detach() for x in source), topk)
+    return tuple(found)
+
+
+def _retrieve_from_columns(
+    backend: str,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    lower: torch.Tensor,
+    upper: torch.Tensor,
+    topk: int,
+) -> list[torch.Tensor]:
+    return list(retrieve(backend, query, [Source(keys, values, lower, upper)], topk))
+
+
+def _retrieved_shapes(backend, query, keys, values, lower, upper, topk):
+    shape = (*query.shape[:3], topk)
+    return [
+        keys.new_empty(*shape, keys.shape[-1]),
+        values.new_empty(*shape, values.shape[-1]),
+        query.new_empty(shape, dtype=torch.bool),
+        query.new_empty(shape, dtype=torch.long),
+    ]
+
+
+_retrieve = operator(__file__, "retrieve", _retrieve_from_columns, _retrieved_shapes)
 
 
 def _reach(lower, upper, n):

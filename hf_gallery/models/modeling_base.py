@@ -18,7 +18,7 @@ from transformers.generation import GenerationMixin
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .early_exit import EarlyExit
-from .exporting import is_exporting, outside_graphs, require
+from .exporting import in_one_graph, is_exporting, outside_graphs, require
 from .loading import check_weights
 from .rows import Rows
 
@@ -215,8 +215,10 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """Raises ValueError if an id is outside the vocabulary: a GPU would only say that an assertion failed."""
         if ids.dtype not in (torch.long, torch.int):
             raise ValueError(f"{name} has type {ids.dtype}; token ids must be torch.long or torch.int")
-        if is_exporting():
-            require((ids >= 0) & (ids < self.config.vocab_size), f"{name} holds ids outside the vocabulary")
+        if in_one_graph():
+            size = self.config.vocab_size
+            wanted = f"ids must be in [0, {size}). Is the tokenizer this model's?"
+            require((ids >= 0) & (ids < size), f"{name} holds ids outside the vocabulary; {wanted}", ids)
             return
         low, high = (int(x) for x in ids.aminmax())
         if low < 0 or high >= self.config.vocab_size:
@@ -354,7 +356,7 @@ def check_tensors(given: dict):
 def check_marks(name: str, mask: torch.Tensor, ones: str, zeros: str):
     """Raises ValueError unless the mask holds nothing but 1, at `ones`, and 0, at `zeros`."""
     sound, wanted = (mask == 0) | (mask == 1), f"it must hold 1 at {ones} and 0 at {zeros}"
-    if is_exporting():
+    if in_one_graph():
         require(sound, f"{name} holds other values; {wanted}")
     elif not bool(sound.all()):
         raise ValueError(f"{name} holds values from {mask.min().item()} to {mask.max().item()}; {wanted}")

@@ -60,7 +60,7 @@ from .blocks import (
 )
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
-from .exporting import fixed_length, is_exporting, possibly, surely
+from .exporting import fixed_length, in_one_graph, is_exporting, possibly, surely
 from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
@@ -97,10 +97,10 @@ class Blocks:
         self.rows, self.length, w = rows, length, length
         self.phase = rows.seen % w  # (B,) tokens of the first block that are already behind
         reach = self.phase + rows.lengths  # (B,) tokens from the first block's start
-        most = rows.width if is_exporting() else int(reach.max())
+        most = fixed_length(rows.width) if in_one_graph() else int(reach.max())
         self.count = max(1, -(-most // w))  # J; one also where no row has a token
         self.complete = reach[:, None] >= (1 + torch.arange(self.count)) * w  # (B, J): the block ends in this forward
-        begins = is_exporting() or bool((self.phase == 0).all())  # what is exported has no past
+        begins = in_one_graph() or bool((self.phase == 0).all())  # what is followed has no past
         self.whole = begins and rows.width == self.count * w  # nothing to move
         place = torch.arange(self.count * w) - self.phase[:, None]  # (B, J * W) packed token of each place
         self.query_at = place.clamp(0, rows.width - 1)

@@ -38,7 +38,7 @@ from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbeddin
 from .columns import append_columns
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .context import ForwardContext
-from .exporting import is_exporting, possibly
+from .exporting import in_one_graph, possibly
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
 from .modeling_base import GalleryPreTrainedModel, init_linear
 from .positions import sinusoids
@@ -318,7 +318,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         is above `cached` where more are needed than the cache holds."""
         config = self.config
         reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
-        begins = config.same_length or is_exporting()  # what is exported has no past
+        begins = config.same_length or in_one_graph()  # what is followed has no past
         columns = max(cached, config.mem_len if begins else int(reach.max()))
         start = rows.first - columns + torch.arange(columns) < 0
         return start if columns and possibly(start) else None

@@ -12,11 +12,10 @@ intervals differ between them.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
 
 import torch
 
-from .exporting import is_exporting, surely
+from .exporting import in_one_graph, surely
 from .spans import Spans
 
 
@@ -44,7 +43,7 @@ class Rows:
             self._lay(None, torch.full((batch,), columns), seen, columns, start)
         else:
             lengths = self.mask.sum(1).cpu()
-            width = columns if is_exporting() else max(1, int(lengths.max()))
+            width = columns if in_one_graph() else max(1, int(lengths.max()))
             order = true_first(self.mask)[:, :width]  # (B, T)
             index = order + columns * torch.arange(batch, device=order.device)[:, None]
             self._lay(index, lengths, seen, width, start)
@@ -111,19 +110,19 @@ class Rows:
         """Tokens that the longest row reaches."""
         return self.start + self.width if self.start is not None else int((self.seen + self.lengths).amax())
 
-    @cached_property
+    @property
     def first(self) -> torch.Tensor:
         """The position of each row's first packed token, (B or 1, 1)."""
         return self.seen[:, None] if self.start is None else torch.full((1, 1), self.start)
 
-    @cached_property
+    @property
     def last(self) -> torch.Tensor:
         """The position of each row's last packed token, (B or 1, 1); first - 1 in a row without any."""
         if self.start is None:
             return self.first + self.lengths[:, None] - 1
         return torch.full((1, 1), self.start + self.width - 1)
 
-    @cached_property
+    @property
     def positions(self) -> torch.Tensor:
         """The positions of the packed tokens in their rows, (B or 1, T)."""
         if self.start is None:
@@ -166,7 +165,7 @@ class DocumentRows(Rows):
 
 def common_value(x: torch.Tensor) -> int | None:
     """The number that all of x (B,) are; None where they differ, or where that cannot be asked."""
-    if is_exporting():
+    if in_one_graph():
         return None
     first, *others = x.tolist()
     return first if all(value == first for value in others) else None

@@ -15,7 +15,7 @@ import torch
 from .attention import Position
 from .attention_maps import Keys, attend_shown
 from .context import ForwardContext
-from .exporting import records_gradients
+from .exporting import possibly, records_gradients
 from .rows import Rows
 from .spans import Spans
 
@@ -60,7 +60,7 @@ def segment_spans(
         return spans, Parts(rows.spans(torch.maximum(lower, segment), p, cached, least), before, True, True)
     # Gradients stop at the segment's border, and at the forward's, whichever is nearer.
     border = torch.maximum(segment, p[:, :1])
-    crosses = mem_len > 0 and bool((segment > p[:, :1]).any())
+    crosses = mem_len > 0 and possibly(segment > p[:, :1])
     before = rows.spans(lower, border - 1, cached, least) if cached or crosses else None
     return spans, Parts(rows.spans(torch.maximum(lower, border), p, 0), before, crosses)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .exporting import is_exporting
+from .exporting import in_one_graph
 
 
 class Spans:
@@ -70,9 +70,9 @@ class Spans:
     def distances(self, offset: int) -> tuple[int, int]:
         """The least and greatest distance from a query to a key it sees; query t stands at column offset + t.
 
-        (0, -1) if nobody sees anything. Under torch.export the least and greatest that can be.
+        (0, -1) if nobody sees anything. In one graph the least and greatest that can be.
         """
-        if is_exporting():
+        if in_one_graph():
             return 1 - self.lower.shape[1], offset + self.lower.shape[1] - 1
         if self._one is not None:
             lower, upper = self._one

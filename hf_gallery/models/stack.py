@@ -9,7 +9,7 @@ from torch import nn
 
 from .blocks import ScaledEmbedding
 from .cache import GalleryCache
-from .exporting import is_exporting, require
+from .exporting import in_one_graph, require
 from .modeling_base import init_linear
 from .positions import sinusoids
 from .rows import Rows
@@ -106,8 +106,8 @@ class AbsoluteEmbeddings:
             if token_type_ids.dtype not in (torch.long, torch.int):
                 raise ValueError(f"token_type_ids has type {token_type_ids.dtype}; it must be torch.long or torch.int")
             types = config.type_vocab_size
-            low, high = (0, 0) if is_exporting() else (int(x) for x in token_type_ids.aminmax())
-            if is_exporting():
+            low, high = (0, 0) if in_one_graph() else (int(x) for x in token_type_ids.aminmax())
+            if in_one_graph():
                 require(
                     (token_type_ids >= 0) & (token_type_ids < types), "token_type_ids holds types that there are not"
                 )

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -182,26 +183,20 @@ else:
 
 
 @needs_triton
-def test_a_second_import_of_the_code_uses_the_operators_of_the_first(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "made"), [("attention_triton", "_forward_operator"), ("attention_tiles", "_tiles_forward")]
+)
+def test_a_second_import_of_the_code_uses_the_operators_of_the_first(name, made, tmp_path, monkeypatch):
     """Remote code is imported once for each folder: the same code must not collide with itself, other code neither."""
-    from hf_gallery.models import attention_triton
-
-    source = Path(attention_triton.__file__).read_text()
-    package = tmp_path / "copied"
-    package.mkdir()
-    for name in ("__init__", "spans", "attention_problem", "exporting"):
-        (package / f"{name}.py").write_text((Path(attention_triton.__file__).parent / f"{name}.py").read_text())
-    (package / "attention_triton.py").write_text(source)
-    (package / "other_triton.py").write_text(source + "\n# changed\n")
-    sys.path.insert(0, str(tmp_path))
-    try:
-        same = importlib.import_module("copied.attention_triton")
-        other = importlib.import_module("copied.other_triton")
-    finally:
-        sys.path.remove(str(tmp_path))
-    first = str(attention_triton._forward_operator._qualname)
-    assert first.split("::")[0] in str(same._forward_operator)
-    assert first != other._forward_operator._qualname
+    original = importlib.import_module(f"hf_gallery.models.{name}")
+    package = tmp_path / f"copied_{name}"
+    shutil.copytree(Path(original.__file__).parent, package)
+    (package / "other.py").write_text(Path(original.__file__).read_text() + "\n# changed\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    same = importlib.import_module(f"{package.name}.{name}")
+    other = importlib.import_module(f"{package.name}.other")
+    assert getattr(same, made) is getattr(original, made)
+    assert getattr(other, made).name() != getattr(original, made).name()
 
 
 def test_limits_hold_for_what_is_not_a_number():

@@ -45,7 +45,7 @@ def plain_and_slow():
 
 
 @pytest.mark.works("torch.export")
-@pytest.mark.parametrize(("variant", "head", "padded"), plain_and_slow())
+@pytest.mark.parametrize(("variant", "head", "padded"), list(plain_and_slow()))
 def test_a_graph_serves_all_shapes(variant, head, padded):
     run = runner(variant, head)
 

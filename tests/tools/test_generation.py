@@ -161,11 +161,14 @@ def test_going_on_from_a_returned_cache(variant):
     assert torch.equal(first.sequences, expected[:, : PROMPT + 8])
     assert first.past_key_values.get_seq_length() == PROMPT + 7  # the last token was not read yet
     kept = first.past_key_values.copy()
-    second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=12, do_sample=False)
+    # All are tokens: without a mask generate() takes those that the model said of the padding's id for padding.
+    every = dict(attention_mask=torch.ones_like(first.sequences), do_sample=False)
+    second = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=12, **every)
     assert torch.equal(second, expected)
     # and with more text from the user in between, from the copy
     more = torch.cat([first.sequences, words(2, 5, seed=9)], dim=1)
-    got = model.generate(more, past_key_values=kept, max_new_tokens=6, do_sample=False)
+    every["attention_mask"] = torch.ones_like(more)
+    got = model.generate(more, past_key_values=kept, max_new_tokens=6, **every)
     assert torch.equal(got, greedy(model, more, 6))
 
 

@@ -1,0 +1,75 @@
+"""torch.compile(fullgraph=True): a forward without a cache is one graph, padded or not, and so is a training step.
+They give what the model gives without it, and refuse the same inputs."""
+
+import pytest
+import torch
+from variants import COLUMNS, VARIANTS, assert_equal, missing, result_of, runner, words
+
+
+def cases(condition=lambda variant, head: True):
+    """The causal head of each plain variant; among the slow tests its other heads, and one head of each other
+    variant, which differ below."""
+    found = []
+    for variant in VARIANTS:
+        plain = variant.name in COLUMNS
+        for head in variant.heads if plain else list(variant.heads)[:1]:
+            marks = [*missing(variant), *([] if plain and head == "causal" else [pytest.mark.slow])]
+            if condition(variant, head):
+                found.append(pytest.param(variant, head, id=f"{variant.name}-{head}", marks=marks))
+    return found
+
+
+def whole(model, backend="aot_eager"):
+    torch.compiler.reset()
+    return torch.compile(model, fullgraph=True, backend=backend)
+
+
+def mask_of(*shape):
+    """Padding before, behind and in the midst of texts; every row has a token."""
+    mask = (torch.rand(*shape, generator=torch.Generator().manual_seed(7)) > 0.3).long()
+    mask[:, shape[1] // 2] = 1
+    return mask
+
+
+# Global tokens decide how much there is to do, so their forwards are several graphs; all questions are global.
+@pytest.mark.works("torch.compile, one graph")
+@pytest.mark.parametrize(("variant", "head"), cases(lambda variant, head: head != "question"))
+def test_a_forward_is_one_graph(variant, head):
+    run = runner(variant, head)
+    run.model.config.use_cache = False  # decoders under a classifier keep one by themselves
+    graph = whole(run.model)
+    with torch.no_grad():
+        for mask in (None, mask_of(2, 17)):
+            inputs = run.inputs(words(2, 17), mask)
+            assert_equal(result_of(graph(**inputs)), result_of(run.model(**inputs)), f"padded: {mask is not None}")
+
+
+@pytest.mark.works("torch.compile, one graph")
+@pytest.mark.parametrize(("variant", "head"), cases(lambda variant, head: head == "causal"))
+def test_a_training_step_is_one_graph(variant, head):
+    """Loss and gradients, each parameter's, of padded rows without dropout."""
+    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0)
+    model, ids, mask = run.model.train(), words(2, 17), mask_of(2, 17)
+    found = []
+    for step in (model, whole(model)):
+        model.zero_grad()
+        loss = step(input_ids=ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        found.append((loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters()}))
+    (loss, gradients), (compiled_loss, compiled_gradients) = found
+    assert_equal(compiled_loss, loss)
+    for name, gradient in gradients.items():
+        assert_equal(compiled_gradients[name], gradient, name)
+
+
+def test_a_graph_refuses_what_the_model_refuses():
+    """Ids and labels outside the vocabulary, at once, with what was found."""
+    run = runner(next(v for v in VARIANTS if v.name == "transformer"), "causal")
+    model, ids = run.model.train(), words(2, 9)
+    graph, wrong = whole(model), words(2, 9)
+    wrong[1, 3] = 5000
+    graph(input_ids=ids, labels=ids)
+    with pytest.raises(ValueError, match=r"input_ids holds ids outside the vocabulary.*found \[5000\]"):
+        graph(input_ids=wrong, labels=ids)
+    with pytest.raises(ValueError, match=r"labels holds others.*found \[5000\]"):
+        graph(input_ids=ids, labels=wrong)
