@@ -214,7 +214,8 @@ TABLE = (
         about="A query sees a sliding window, dilated if asked, and a few global tokens. The causal language model is "
         "the paper's character model; encoder heads serve classification, token classification, question answering "
         "and multiple choice. The encoder-decoder, LED, reads a long source through windows and writes, say, its "
-        "summary.",
+        "summary. With `segment_length` the decoder is a Longformer-XL, whose windows reach into Transformer-XL's "
+        "memory of states.",
         limits=(
             "The causal model reaches back one window per layer, times its dilation.",
             "Absolute learned positions, as the released checkpoints have them, end at `max_position_embeddings`; "

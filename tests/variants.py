@@ -53,7 +53,6 @@ class Variant:
     limit: the longest input, where there is one.
     period: tokens after which the same happens again, say a segment ends.
     border: length of the segments at whose beginnings gradients stop; None where they reach all that is seen.
-    croppable: tokens that were recorded can be taken back from its cache.
     reentrant: its layers stand reentrant gradient checkpoints.
     one_by_one: its layers are called for one segment or block after another, and show no map of attention.
     shallow: what else to set for a model of two layers.
@@ -70,7 +69,6 @@ class Variant:
     limit: int | None = None
     period: int = 1
     border: int | None = None
-    croppable: bool = True
     reentrant: bool = True
     one_by_one: bool = False
     shallow: dict[str, Any] = field(default_factory=dict)
@@ -157,6 +155,12 @@ LONGFORMER_ENCODERS = {
         choices=True,
     ),
 }
+LONGFORMER_DECODER = Head(
+    gallery.GalleryLongformerForSequenceClassification,
+    "AutoModelForSequenceClassification",
+    {"is_decoder": True},
+    pooled=True,
+)
 LED_HEADS = {
     "seq2seq": Head(
         gallery.GalleryLongformerForConditionalGeneration,
@@ -245,6 +249,14 @@ def longformer(name, heads, *, limit=None, **settings):
         limit=limit,
         shallow=dict(attention_window=4, attention_dilation=2),
     )
+
+
+def longformer_xl(name, heads, **settings):
+    """The decoder in segments with a memory."""
+    variant = longformer(f"_xl{name}", heads, **settings)
+    length = settings["segment_length"]
+    shallow = dict(attention_window=settings["mem_len"])
+    return replace(variant, period=length, border=length, shallow=shallow)
 
 
 def led(name, *, limit, **settings):
@@ -380,6 +392,23 @@ VARIANTS = [
         max_position_embeddings=63,
         sep_token_id=SEP,
         limit=61,  # positions count from 2
+    ),
+    longformer_xl(
+        "",
+        some(LONGFORMER_HEADS, "causal", "decoder") | {"sequence": LONGFORMER_DECODER},
+        position_embedding_type="relative",
+        norm_position="pre",
+        attention_window=[5, 3, 6],
+        segment_length=7,
+        mem_len=6,
+    ),
+    longformer_xl(  # a memory that cuts windows
+        "_short_memory",
+        some(LONGFORMER_HEADS, "causal"),
+        position_embedding_type="none",
+        attention_window=[5, 9, 4],
+        segment_length=4,
+        mem_len=3,
     ),
     led(
         "",

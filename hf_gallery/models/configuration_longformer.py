@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from .configuration_base import MOST, ByteTokenizerId, GalleryStackConfig
+from .configuration_base import MOST, UNLIMITED, ByteTokenizerId, GalleryStackConfig
 
 
 class GalleryLongformerConfig(GalleryStackConfig):
@@ -16,6 +16,9 @@ class GalleryLongformerConfig(GalleryStackConfig):
     attention_window: one number, or one per layer. An encoder's window is the total width, half on each side, so it
     must be even: [p - w/2, p + w/2]. A decoder's is the keys before the query: [p - w, p].
     attention_dilation: one number, or one per layer: attend to every g-th key; the window then reaches g times as far.
+    segment_length, mem_len: a decoder's, which is then a Longformer-XL: no gradient crosses from a segment into the
+    one before, and of that a query sees what lies both in its window and in the mem_len tokens before its segment (by
+    default all of its window). In numbers it is the windowed decoder, unless mem_len is shorter than a window.
     Of an encoder-decoder both are the encoder's; its decoder, of num_decoder_layers, sees all that was written.
 
     Raises ValueError for values that do not fit, naming the argument.
@@ -39,6 +42,8 @@ class GalleryLongformerConfig(GalleryStackConfig):
     position_embedding_type: str = "learned"
     max_position_embeddings: int | None = 4098
     position_offset: int = 2
+    segment_length: int | None = None
+    mem_len: int | None = None  # default the farthest that a window reaches, where there are segments
     embedding_norm: bool = True
     initialization: str = "normal"
     sep_token_id: int | None = ByteTokenizerId(260)  # ends the question, for ForQuestionAnswering
@@ -66,9 +71,29 @@ class GalleryLongformerConfig(GalleryStackConfig):
                 f"attention_window is {self.attention_window!r} and attention_dilation {self.attention_dilation!r}, "
                 f"which reach {self.reach} tokens; {MOST} at most"
             )
+        if self.segment_length is not None:
+            self._check_segments()
+        elif self.mem_len is not None:
+            raise ValueError(f"mem_len is {self.mem_len!r} and segment_length None; a memory stands before segments")
         super().__post_init__(**kwargs)
 
+    def _check_segments(self):
+        self.check_count("segment_length", 1, MOST)
+        if self.mem_len is None:
+            self.mem_len = self.reach
+        self.check_count("mem_len", 0, MOST)
+        if set(self.per_layer("attention_dilation")) != {1}:
+            raise ValueError(
+                f"attention_dilation is {self.attention_dilation!r} and segment_length {self.segment_length}; windows "
+                "over segments are not dilated, so give 1, or leave segment_length at None"
+            )
+
     def check_encoder_decoder(self):
+        if self.segment_length is not None:
+            raise ValueError(
+                f"segment_length is {self.segment_length} and is_encoder_decoder is True; segments with a memory are "
+                "read by a decoder alone, so leave segment_length at None"
+            )
         if self.position_embedding_type == "relative":
             raise ValueError(
                 "position_embedding_type is 'relative' and is_encoder_decoder is True; distances are those of "
@@ -79,6 +104,10 @@ class GalleryLongformerConfig(GalleryStackConfig):
         """attention_window or attention_dilation of every layer."""
         value = getattr(self, name)
         return value if isinstance(value, list) else [value] * self.window_layers
+
+    @property
+    def n_positions(self) -> int:
+        return UNLIMITED if self.longest_input is None else self.longest_input  # segments go on counting
 
     @property
     def window_layers(self) -> int:
@@ -94,14 +123,20 @@ class GalleryLongformerConfig(GalleryStackConfig):
     @property
     def cache_capacity(self) -> int | None:
         """Keys kept for the tokens to come: those that any layer looks back to."""
-        return None if self.is_encoder_decoder else self.reach
+        if self.is_encoder_decoder:
+            return None
+        return self.reach if self.segment_length is None else min(self.reach, self.mem_len + self.segment_length - 1)
 
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         (layout,) = super().cache_layout(layer)
         pair = (self.num_attention_heads, None, self.head_dim)
         with_globals = layout | {"global_keys": pair, "global_values": pair}
-        return [layout] if self.is_encoder_decoder else [layout, with_globals]
+        if self.is_encoder_decoder:
+            return [layout]
+        return [layout, with_globals if self.segment_length is None else {"hidden": (None, self.hidden_size)}]
 
     @property
     def cache_facts(self) -> dict[str, str]:
-        return super().cache_facts if self.is_encoder_decoder else {"global_positions": "global_keys"}
+        if self.is_encoder_decoder:
+            return super().cache_facts
+        return {} if self.segment_length is not None else {"global_positions": "global_keys"}

@@ -29,7 +29,6 @@ class EncoderDecoder:
 
     def join(self, config, encoder: nn.Module, decoder: nn.Module):
         """Takes both, over one table of embeddings for source and target."""
-        config.check_encoder_decoder()
         self._tied_weights_keys = {
             "encoder.embed_tokens.weight": "shared.weight",
             "decoder.embed_tokens.weight": "shared.weight",

@@ -5,6 +5,7 @@ Letters: see spans.py. G global tokens of a row.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from .exporting import is_exporting
 from .folding import Folding, GlobalTokens, in_order
 from .gradients import with_gradients_for
 from .positions import sinusoids
+from .segments import Parts, segment_spans
 from .spans import Spans
 from .stack import mark_branches
 from .states import Fixed, LayerOutput, State
@@ -35,6 +37,14 @@ class Context(ForwardContext):
     causal: bool
     everything: Spans | None  # encoder: all tokens, for global queries
     globals: GlobalTokens | None
+    sizes: dict[str, int] | None = None  # of segments and their memory; None where the text is not cut
+    parts: Parts | None = None  # of the segments, with gradients; None without
+
+    def segments(self, window: int) -> tuple[Spans, Parts | None]:
+        """The [cached | new] columns that a window shows of a query's segment and memory, and their parts."""
+        sizes = dict(window=window, carries=self.carries, **(self.sizes or {}))
+        work = functools.partial(segment_spans, self.rows, self.cached, **sizes)
+        return self.once(("segments", window), work)
 
     def folding(self, dilation: int) -> Folding:
         return self.once(("folding", dilation), lambda: Folding(self.rows, self.cached, dilation))
@@ -203,10 +213,12 @@ class GalleryLongformerAttention(nn.Module):
 class GalleryLongformerLayer(ResidualLayer):
     """One layer. State of a decoder: keys, values (B, H, C, D); with global tokens global_keys, global_values."""
 
+    attention: type[GalleryLongformerAttention] = GalleryLongformerAttention
+
     def __init__(self, config: GalleryLongformerConfig, layer: int):
         super().__init__()
         self.pre = config.norm_position == "pre"
-        self.self_attn = GalleryLongformerAttention(config, layer)
+        self.self_attn = self.attention(config, layer)
         self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.feed_forward = FeedForward(config, inner_dropout=config.activation_dropout)
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)

@@ -13,6 +13,11 @@ The decoder is the paper's autoregressive model (section 4), which has no global
 all later tokens, however far, and themselves see what their window shows: a query over the whole past would need the
 whole past kept.
 
+With segment_length the decoder is a Longformer-XL, over Transformer-XL's memory of hidden states (Dai et al. 2019,
+section 3.2; longformer_xl_layer.py). No paper describes it and public code of that name (a LongformerXL over a
+LocalXLAttention: windows over [memory | segment], by chunks) has no relative positions; the memory and the positions
+here are Transformer-XL's, the window is this model's.
+
 The encoder-decoder, LED (section 7), puts a Transformer's decoder on this encoder, with learned positions for each. As
 in the released code (transformers' models/led) no token of the source is global unless it is marked.
 
@@ -51,6 +56,7 @@ from .heads import (
     reads,
 )
 from .longformer_layer import Context, GalleryLongformerLayer
+from .longformer_xl_layer import GalleryLongformerXLLayer
 from .modeling_base import GalleryPreTrainedModel, check_marks, with_config
 from .modeling_transformer import GalleryTransformerStack
 from .multiple_choice import MultipleChoiceHead
@@ -64,7 +70,7 @@ class GalleryLongformerPreTrainedModel(GalleryPreTrainedModel):
 
     config: GalleryLongformerConfig
     config_class = GalleryLongformerConfig
-    _no_split_modules = ["GalleryLongformerLayer", "GalleryTransformerLayer"]
+    _no_split_modules = ["GalleryLongformerLayer", "GalleryLongformerXLLayer", "GalleryTransformerLayer"]
     takes_pairs = True
     implementations = OWN_IMPLEMENTATIONS | {
         "eager": "their own tiles or kernels, which join the window with the global tokens"
@@ -100,8 +106,15 @@ class GalleryLongformerStack(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
                 f"attention_window is {config.attention_window!r}; an encoder's window has two equal sides, so give "
                 "even numbers, or set is_decoder"
             )
+        if config.segment_length is not None and not config.is_decoder:
+            raise ValueError(
+                f"segment_length is {config.segment_length}, and segments with a memory are read by a decoder; leave "
+                "it at None, or set is_decoder"
+            )
         self.build_embeddings(config)
-        self.layers = nn.ModuleList([GalleryLongformerLayer(config, i) for i in range(config.window_layers)])
+        self.segment_length = None  # positions go on from segment to segment
+        layer = GalleryLongformerLayer if config.segment_length is None else GalleryLongformerXLLayer
+        self.layers = nn.ModuleList([layer(config, i) for i in range(config.window_layers)])
         self.causal = config.is_decoder
         self.post_init()
 
@@ -123,6 +136,11 @@ class GalleryLongformerStack(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         super().check(rows, cache, longest, **inputs)
         if global_attention_mask is None:
             return
+        if self.config.segment_length is not None:
+            raise ValueError(
+                f"global_attention_mask is given, and segment_length is {self.config.segment_length}; what a segment "
+                "carries on is its memory, so leave one of them out"
+            )
         if not isinstance(global_attention_mask, torch.Tensor):
             raise TypeError(
                 f"global_attention_mask is a {type(global_attention_mask).__name__}; give a tensor, "
@@ -147,7 +165,15 @@ class GalleryLongformerStack(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         if not self.causal:
             zeros = torch.zeros_like(rows.positions)
             everything = rows.spans(zeros, zeros + rows.last, 0)
-        return common.widened(Context, causal=self.causal, everything=everything, globals=globals_, facts=facts)
+        own = dict(causal=self.causal, everything=everything, globals=globals_, facts=facts)
+        if self.config.segment_length is None:
+            return common.widened(Context, **own)
+        sizes = dict(segment_length=self.config.segment_length, mem_len=self.config.mem_len)
+        context = common.widened(Context, sizes=sizes, **own)
+        # All windows now: a layer under reentrant checkpoints could not tell that gradients are recorded.
+        for window in self.config.per_layer("attention_window"):
+            context.parts = context.segments(window)[1]
+        return context
 
     def _global_tokens(self, rows: Rows, past, mask):
         """The global tokens, None if there are none, and what the cache must remember of them."""
@@ -209,6 +235,7 @@ class GalleryLongformerEncoderDecoder(EncoderDecoder, GalleryLongformerPreTraine
     source_arguments = ("global_attention_mask",)
 
     def __init__(self, config: GalleryLongformerConfig):
+        config.check_encoder_decoder()
         super().__init__(config)
         decoder = GalleryTransformerStack(config, causal=True, cross_attention=True, layers=config.num_decoder_layers)
         self.join(config, GalleryLongformerStack(config), decoder)

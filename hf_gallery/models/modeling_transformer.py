@@ -256,6 +256,7 @@ class GalleryTransformerModel(EncoderDecoder, GalleryTransformerPreTrainedModel)
     def __init__(self, config: GalleryTransformerConfig):
         super().__init__(config)
         if config.is_encoder_decoder:
+            config.check_encoder_decoder()
             self.join(
                 config,
                 GalleryTransformerStack(config, causal=False, layers=config.num_encoder_layers),

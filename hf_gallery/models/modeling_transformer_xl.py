@@ -34,8 +34,7 @@ from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Projections, is_adapti
 from .attention import OWN_IMPLEMENTATIONS, Position
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
-from .blocks import AttentionDropout, FeedForward, ResidualLayer, ScaledEmbedding, merge_heads, split_heads
-from .columns import append_columns
+from .blocks import AttentionDropout, FeedForward, ScaledEmbedding, merge_heads, split_heads
 from .configuration_transformer_xl import GalleryTransformerXLConfig
 from .context import ForwardContext
 from .exporting import in_one_graph, possibly
@@ -43,9 +42,8 @@ from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
 from .modeling_base import GalleryPreTrainedModel, init_linear
 from .positions import sinusoids
 from .rows import Rows
-from .segments import Parts, attend_segments, segment_spans
+from .segments import Parts, SegmentLayer, attend_segments, segment_spans
 from .spans import Spans
-from .states import LayerOutput, State
 
 
 @dataclass(kw_only=True)
@@ -107,8 +105,8 @@ class GalleryTransformerXLAttention(nn.Module):
         return self.o_proj(merge_heads(out)), probabilities
 
 
-class GalleryTransformerXLLayer(ResidualLayer):
-    """One layer. State: keys, values (B, H, C, D); after a forward with gradients hidden (B, C, E), its past input."""
+class GalleryTransformerXLLayer(SegmentLayer):
+    """One layer; its state is that of SegmentLayer."""
 
     def __init__(self, config: GalleryTransformerXLConfig, layer: int):
         super().__init__()
@@ -119,32 +117,8 @@ class GalleryTransformerXLLayer(ResidualLayer):
         self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
 
-    def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
-        """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
-        y = self._attention_input(x)
-        own = self.self_attn.keys_values(y)
-        past = self._past(state, context, x)
-        joined = before = None
-        if context.parts is None or context.carries or (context.keeps_state and "keys" in state):
-            max_columns = context.max_columns if context.keeps_state else None
-            joined = tuple(append_columns(x, y, max_columns) for x, y in zip(past or (None, None), own, strict=True))
-        if context.parts is not None:
-            if context.carries:
-                past = self._past({name: kept.detach() for name, kept in state.items()}, context, x)
-            before = self._before(x, past, context.parts)
-        y, probabilities = self.self_attn(y, joined if context.carries else own, joined, before, context)
-        new = self._next_state(x, joined, state, context) if context.keeps_state else {}
-        x = self.add(x, y, self.self_attn_norm)
-        y = self.feed_forward(self.feed_forward_norm(x) if self.pre else x)
-        return self.add(x, y, self.feed_forward_norm), new, probabilities
-
     def _past(self, state, context, x):
-        """Keys and values (B, H, C, D) of the cached columns; made anew from hidden states, so that W_k, W_v learn."""
-        past = None
-        if "hidden" in state:
-            past = self.self_attn.keys_values(self._attention_input(state["hidden"]))
-        elif state:
-            past = state["keys"], state["values"]
+        past = super()._past(state, context, x)
         if context.start is None:
             return past
         zeros = self.self_attn.keys_values(self._attention_input(x.new_zeros(1, 1, x.shape[-1])))
@@ -152,23 +126,6 @@ class GalleryTransformerXLLayer(ResidualLayer):
             start_with(zero, columns, context.start, x.shape[0])
             for zero, columns in zip(zeros, past or (None, None), strict=True)
         )
-
-    def _before(self, x, past, parts):
-        if parts.before is None:  # nobody sees any, though rows that were emptied may have left a cache of no columns
-            return None
-        if not parts.crosses:
-            return past
-        new = self.self_attn.keys_values(self._attention_input(x.detach()))
-        return new if past is None else tuple(map(append_columns, past, new))
-
-    def _next_state(self, x, joined, state, context):
-        if context.parts is not None and "keys" not in state:
-            return context.columns(context.max_columns, hidden=append_columns(state.get("hidden"), x))
-        keys, values = joined
-        return context.columns(context.max_columns, keys=keys, values=values)
-
-    def _attention_input(self, x):
-        return self.self_attn_norm(x) if self.pre else x
 
 
 def start_with(zero: torch.Tensor, columns: torch.Tensor | None, start: torch.Tensor, batch: int) -> torch.Tensor:

@@ -42,6 +42,7 @@ class AbsoluteEmbeddings:
         if config.norm_position == "pre":
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
+        # Positions begin anew in each segment.
         self.segment_length = getattr(config, "segment_length", None)
 
     def embed(self, rows: Rows, input_ids, inputs_embeds, position_ids=None, token_type_ids=None, **more):

@@ -2,7 +2,7 @@
 
 Each batch row is a lane that reads documents segment after segment (lanes.py). The model's cache goes from step to
 step, so a model with memory trains on context that reaches back before the step; a row of the cache is reset where its
-lane starts another document. Gradients stop between steps, or where backpropagate_segments asks for it every so many.
+lane starts another document. Gradients stop between steps, or after as many as backpropagate_segments says.
 Everything else is transformers' Trainer: optimizer, schedulers, mixed precision, accumulation, checkpoints, callbacks
 and logging are its own.
 

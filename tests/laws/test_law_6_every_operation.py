@@ -152,8 +152,6 @@ def test_an_interrupt_at_any_line(variant, head):
 @streams(lambda v: True, of_head=lambda head: head.auto == "AutoModelForCausalLM")
 def test_each_operation_of_a_change_fails_in_turn(variant, head, name):
     """Also where rows move, end or are taken back."""
-    if name == "crop" and not variant.croppable:
-        return
     arguments = dict(reset_rows=([1],), batch_select_indices=(torch.tensor([1, 0]),), crop=(-2,))
     arguments |= dict(batch_repeat_interleave=(2,), detach=())
     run = small(variant, head)

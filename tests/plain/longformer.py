@@ -7,7 +7,7 @@ import math
 
 import torch
 from plain import transformer
-from plain.parts import feed_forward, head, linear, norm, past, sinusoid, start_of
+from plain.parts import feed_forward, head, linear, norm, sinusoid, start_of
 
 
 def logits(model, ids, source=None, marked=(), starts=(0,)):
@@ -20,25 +20,33 @@ def logits(model, ids, source=None, marked=(), starts=(0,)):
 
 
 def hidden_states(model, ids, marked=(), starts=(0,)):
-    """(T, E) of one row of tokens; marked: the positions of its global tokens. starts: where forwards began."""
+    """(T, E) of one row of tokens; marked: the positions of its global tokens. starts: where forwards began; what they
+    left behind carries no gradient, nor does what a segment of Longformer-XL has before it to the states that made it
+    (Dai et al. 2019, section 3.2)."""
     c, n, d = model.config, len(ids), model.config.head_dim
-    pre, relative = c.norm_position == "pre", c.position_embedding_type == "relative"
+    pre, relative, xl = c.norm_position == "pre", c.position_embedding_type == "relative", c.segment_length
 
     def window(p, w, g):
         """Section 3.1: w / 2 keys on each side, every g-th; in a decoder (section 4) w before. Always itself."""
         offsets = range(-w, 1) if c.is_decoder else range(-(w // 2), w // 2 + 1)
-        return [p + j * g for j in offsets if 0 <= p + j * g < n]
+        first = max(0, p - p % xl - c.mem_len) if xl else 0
+        return [p + j * g for j in offsets if first <= p + j * g < n]
 
-    def local(attn, y, w, g):
+    def local(attn, y, before, w, g):
         """Every query over its window and the global keys outside it, in one softmax."""
         q, k, v = (linear(y, f) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
+        earlier = [linear(before, f) for f in (attn.k_proj, attn.v_proj)] if xl else [k.detach(), v.detach()]
         rows = []
         for p in range(n):
-            near, border, row = window(p, w, g), start_of(p, starts), []
+            near, row = window(p, w, g), []
+            border = max(start_of(p, starts), p - p % xl if xl else 0)
             far = [s for s in marked if s not in near and (s < p or not c.is_decoder)]
             for h in range(c.num_attention_heads):
                 at = head(h, d)
-                keys, values = past(k[:, at], near + far, border), past(v[:, at], near + far, border)
+                keys, values = (
+                    torch.stack([(now if s >= border else then)[s, at] for s in near + far])
+                    for now, then in zip((k, v), earlier, strict=True)
+                )
                 scores = keys @ q[p, at]
                 if relative:  # section 4: as Transformer-XL, within the window
                     r = torch.stack([attn.r_proj.weight[at] @ sinusoid(p - s, c.hidden_size) for s in near])
@@ -64,7 +72,8 @@ def hidden_states(model, ids, marked=(), starts=(0,)):
     windows, dilations = c.per_layer("attention_window"), c.per_layer("attention_dilation")
     for layer, w, g in zip(model.layers, windows, dilations, strict=True):
         y = norm(x, layer.self_attn_norm) if pre else x
-        rows = local(layer.self_attn, y, w, g)
+        before = norm(x.detach(), layer.self_attn_norm) if pre else x.detach()
+        rows = local(layer.self_attn, y, before, w, g)
         if marked and not c.is_decoder:
             from_globals(layer.self_attn, y, rows)
         x = x + linear(torch.stack(rows), layer.self_attn.o_proj)

@@ -550,3 +550,92 @@ def test_questions_without_an_end():
     with pytest.raises(ValueError, match="sep_token_id.*None.*global_attention_mask"):
         model(ids)
     model(ids, global_attention_mask=torch.zeros_like(ids))
+
+
+# ------------------------------------------------------------------------------------------------------- Longformer-XL
+
+XL = dict(attention_window=[5, 3, 6], segment_length=7)
+
+
+@pytest.mark.parametrize("positions", ["relative", "learned", "sinusoidal", "none"])
+@torch.no_grad()
+def test_over_segments_it_is_the_windowed_decoder(positions):
+    """In numbers, at any length and through the cache, while the memory holds all windows, as it does by default."""
+    settings = dict(position_embedding_type=positions, max_position_embeddings=64)
+    plain = causal(**settings, attention_window=XL["attention_window"])
+    ids = words(2, 30)
+    expected = plain(ids).logits
+    for memory in (dict(), dict(mem_len=6), dict(mem_len=20)):
+        xl = causal(**settings, **XL, **memory)
+        xl.load_state_dict(plain.state_dict())
+        assert xl.config.mem_len == memory.get("mem_len", 6) and xl.config.cache_capacity == 6
+        assert xl.config.n_positions == plain.config.n_positions
+        assert_equal(xl(ids).logits, expected)
+        cache, parts = None, []
+        for part in ids.split([9, 1, 13, 7], dim=1):
+            output = xl(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+        assert_equal(torch.cat(parts, dim=1), expected)
+    short = causal(**settings, **XL, mem_len=2)
+    short.load_state_dict(plain.state_dict())
+    difference = (short(ids).logits - expected).abs().amax((0, 2))
+    assert difference[:7].max() < 1e-9 and difference[7] > 1e-3  # the first query whose window the memory cuts
+
+
+def test_gradients_stop_at_segments_and_reach_the_maps_of_the_memory():
+    """The windowed decoder has gradients of all tokens in the window; over segments a token learns from none of an
+    earlier segment, in the same forward or another, but by the maps that make its keys and values."""
+    ids = words(1, 14)
+    found = {}
+    for name, settings in (("window", {}), ("segments", dict(segment_length=7))):
+        model = causal(**DECODER, attention_window=5, num_hidden_layers=1, **settings)
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds).logits[:, 7]  # the first of the second segment
+        key = model.model.layers[0].self_attn.k_proj.weight
+        found[name] = torch.autograd.grad(logits.square().sum(), (embeds, key))
+    for (name, (embeds, key)), reached in zip(found.items(), (range(2, 8), range(7, 8)), strict=True):
+        assert [p for p in range(14) if embeds[0, p].abs().max() > 0] == list(reached), name
+        assert key.abs().max() > 0, name
+    torch.testing.assert_close(found["window"][1], found["segments"][1])  # one layer: the states are constants anyway
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(segment_length=0), "segment_length is 0"),
+        (dict(mem_len=4), "mem_len is 4 and segment_length None"),
+        (dict(segment_length=7, mem_len=-1), "mem_len is -1"),
+        (dict(segment_length=7, attention_dilation=2), "attention_dilation is 2 and segment_length 7"),
+        (dict(segment_length=7, is_encoder_decoder=True), "segment_length is 7 and is_encoder_decoder is True"),
+    ],
+    ids=str,
+)
+def test_segments_that_do_not_fit(settings, message):
+    with pytest.raises(ValueError, match=message):
+        gallery.GalleryLongformerConfig(**settings)
+
+
+def test_an_encoder_has_no_segments():
+    with pytest.raises(ValueError, match="segment_length is 7, and segments with a memory are read by a decoder"):
+        make(gallery.GalleryLongformerForMaskedLM, attention_window=4, segment_length=7)
+    with pytest.raises(ValueError, match="segment_length is 7 and is_encoder_decoder is True"):
+        make(gallery.GalleryLongformerForConditionalGeneration, attention_window=4, segment_length=7)
+
+
+def test_the_encoder_decoder_has_a_config_of_its_own():
+    """Refused by one stack, by relative positions, and windows for layers that there are not."""
+    kind = gallery.GalleryLongformerForConditionalGeneration
+    with pytest.raises(ValueError, match="GalleryLongformerModel has one stack"):
+        make(gallery.GalleryLongformerForMaskedLM, attention_window=4, is_encoder_decoder=True)
+    with pytest.raises(ValueError, match="num_encoder_layers is 2, of an encoder-decoder"):
+        make(gallery.GalleryLongformerModel, attention_window=4, num_encoder_layers=2)
+    with pytest.raises(ValueError, match="position_embedding_type is 'relative' and is_encoder_decoder is True"):
+        make(kind, attention_window=4, position_embedding_type="relative")
+    with pytest.raises(ValueError, match="attention_window has 3 entries.*num_encoder_layers 2"):
+        make(kind, attention_window=[4, 4, 4], num_encoder_layers=2)
+    with pytest.raises(ValueError, match="global_attention_mask and encoder_outputs are given"):
+        model = make(kind, attention_window=4)
+        source, marked = words(1, 5), torch.ones(1, 5)
+        encoded = model.get_encoder()(source)
+        model(encoder_outputs=encoded, global_attention_mask=marked, decoder_input_ids=source)

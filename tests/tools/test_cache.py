@@ -161,7 +161,7 @@ def test_a_loaded_cache_of_another_model(tmp_path):
         other(words(2, 3), past_key_values=GalleryCache.load(tmp_path / "book"))
 
 
-@streams(lambda v: v.croppable)
+@streams()
 def test_tokens_are_taken_back(variant, head):
     """While the cache records, any number of columns; what follows is as if they had never been read."""
     run = runner(variant, head, dtype=torch.float64)
@@ -179,7 +179,7 @@ def test_tokens_are_taken_back(variant, head):
         assert_equal(go_on(run, cache), go_on(run, read(run)[0]))
 
 
-@streams(lambda v: v.croppable and v.horizon is not None and v.limit is None)
+@streams(lambda v: v.horizon is not None and v.limit is None)
 def test_a_bounded_cache_is_bounded_again_after_the_crop(variant, head):
     run = runner(variant, head)
     plain, recording = (GalleryCache(run.model.config) for _ in range(2))
@@ -197,7 +197,7 @@ def test_a_bounded_cache_is_bounded_again_after_the_crop(variant, head):
     assert_equal(go_on(run, recording), go_on(run, plain))
 
 
-@streams(lambda v: v.croppable and v.horizon is not None)
+@streams(lambda v: v.horizon is not None)
 def test_what_was_forgotten_cannot_be_taken_back(variant, head):
     """Not croppable, says so, and is unharmed."""
     run = runner(variant, head)
@@ -216,7 +216,7 @@ def test_what_was_forgotten_cannot_be_taken_back(variant, head):
         assert torch.equal(go_on(run, cache), go_on(run, twin))
 
 
-@causal(lambda v: v.croppable)
+@causal()
 def test_more_is_taken_back_than_there_is(variant):
     run = runner(variant, "causal")
     cache, _ = read(run, record=True)
@@ -231,7 +231,7 @@ ROWS = 2
 
 @settings(max_examples=6)
 @given(data=st.data())
-@causal(lambda v: v.croppable)
+@causal()
 def test_any_reading_and_taking_back(variant, data):
     """As speculative decoding does: read some in pieces, take some back, and so on. Rows have padding anywhere, so
     that they take back different numbers of tokens; they move, are emptied, and go on from copies. Each gives what it
@@ -280,7 +280,7 @@ def test_any_reading_and_taking_back(variant, data):
             texts[1] = texts[1][:0]
 
 
-@causal(lambda v: v.croppable)
+@causal()
 def test_tokens_of_the_last_of_packed_documents_are_taken_back(variant):
     """Also where a row was in the midst of another document before, whose record is not this one's."""
     run = runner(variant, "causal", dtype=torch.float64)
@@ -301,7 +301,7 @@ def test_tokens_of_the_last_of_packed_documents_are_taken_back(variant):
             assert_equal(result[row], expected[0, -8:], f"row {row}")
 
 
-@streams(lambda v: v.croppable and v.horizon is not None)
+@streams(lambda v: v.horizon is not None)
 def test_what_is_recorded_is_dropped_by_a_crop_and_never_made_unasked(variant, head):
     """Not recording, a cache holds no more than one that was never asked to; recording, it holds what was read."""
     run = runner(variant, head)
@@ -323,7 +323,7 @@ def test_what_is_recorded_is_dropped_by_a_crop_and_never_made_unasked(variant, h
     assert_equal(go_on(run, recording), go_on(run, plain))
 
 
-@causal(lambda v: v.croppable)
+@causal()
 def test_a_file_saved_while_recording_opens(variant, tmp_path):
     """The record stays behind: the loaded cache goes on, and takes back what it records itself."""
     run = runner(variant, "causal")

@@ -241,7 +241,7 @@ def test_scores_are_the_logits_of_one_forward(variant):
 
 @pytest.mark.works("generate, assisted decoding")
 @pytest.mark.parametrize("helper", ["another model", "a good model", "prompt lookup", "early exit"])
-@causal(lambda v: v.croppable)
+@causal()
 def test_assisted_decoding(variant, helper):
     """The assistant's tokens are taken back where the model disagrees: caches are cropped, the text is greedy's."""
     model = model_of(variant)
@@ -262,7 +262,7 @@ def test_assisted_decoding(variant, helper):
     assert torch.equal(model.generate(prompt, max_new_tokens=30, do_sample=False, **options), expected)
 
 
-@causal(lambda v: v.croppable, others_slow=True)
+@causal(others_slow=True)
 def test_an_assistant_of_another_architecture_and_a_text_read_before(variant):
     """A cache that is given goes on, is as greedy search leaves it, and records no longer."""
     model, other, prompt = model_of(variant), model_of(VARIANTS[0]), words(1, PROMPT)
@@ -279,7 +279,7 @@ def test_an_assistant_of_another_architecture_and_a_text_read_before(variant):
     assert torch.equal(other.generate(prompt, assistant_model=model, **options), expected)
 
 
-@causal(lambda v: v.croppable, others_slow=True)
+@causal(others_slow=True)
 def test_assisted_decoding_by_sampling(variant):
     """Near temperature 0 it is greedy search; a seed gives the same text again, and hot texts are others."""
     model, assistant, prompt = model_of(variant), model_of(VARIANTS[0]), words(1, PROMPT)
@@ -292,13 +292,13 @@ def test_assisted_decoding_by_sampling(variant):
     assert torch.equal(texts[0], texts[1]) and not torch.equal(texts[0], texts[2])
 
 
-@causal(lambda v: v.croppable and v.name in COLUMNS)
+@causal(lambda v: v.name in COLUMNS)
 def test_assisted_decoding_takes_one_text_at_a_time(variant):
     with pytest.raises(ValueError, match="batch_size = 1"):
         model_of(variant).generate(words(2, PROMPT), prompt_lookup_num_tokens=3, **OPTIONS)
 
 
-@causal(lambda v: v.croppable and v.name in COLUMNS)
+@causal(lambda v: v.name in COLUMNS)
 def test_layers_that_draft(variant, monkeypatch):
     """Only so many run, and all of them again when the draft is done, however it ends."""
     model, prompt = model_of(variant), words(1, PROMPT)

@@ -277,7 +277,7 @@ def test_training_equals_a_plain_loop(variant, accumulation, tmp_path):
 @causal(others_slow=True)
 @pytest.mark.parametrize(("accumulation", "segments"), [(2, 2), (4, 2)])
 def test_gradients_pass_through_several_segments(variant, accumulation, segments, tmp_path):
-    """Losses and weights are those of a loop that reads so many segments of a document in one forward: where a window
+    """Losses and weights are those of a loop that reads as many segments of a document in one forward: where a window
     ends gradients stop, where a document ends within a window the next one is fresh, and the end of an epoch cuts a
     window short."""
     train_beside_a_plain_loop(variant, accumulation, segments, tmp_path)
