@@ -329,7 +329,7 @@ def recurrent_memory(name, heads, **settings):
             f"recurrent_memory{name}",
             gallery.GalleryRecurrentMemoryTransformerConfig,
             heads,
-            settings | dict(segment_length=length, max_position_embeddings=length + 2 * tokens),
+            settings | dict(segment_length=length),
             horizon=length + 2 * tokens,  # the memory counts as columns
             linear=True,
             period=length,
@@ -456,7 +456,7 @@ VARIANTS = [
         recurrent_layers=[1],
         feedback=True,
     ),
-    recurrent_memory("", MEMORY_TOKEN_HEADS, segment_length=7, num_memory_tokens=3),
+    recurrent_memory("", MEMORY_TOKEN_HEADS, segment_length=7, num_memory_tokens=3, norm_position="pre"),
     recurrent_memory(
         "_gpt2",
         some(MEMORY_TOKEN_HEADS, "causal"),
@@ -464,6 +464,7 @@ VARIANTS = [
         num_memory_tokens=2,
         memory_attention="causal",
         bptt_depth=1,
+        max_position_embeddings=61,
         norm_position="pre",
         position_embedding_type="learned",
         hidden_act="gelu_new",

@@ -131,7 +131,7 @@ class GalleryRecurrentMemoryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryRecurrentMemoryTransformerConfig
     config_class = GalleryRecurrentMemoryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
-    implementations = OWN_IMPLEMENTATIONS | {"sdpa": "torch's fused kernels"}
+    implementations = OWN_IMPLEMENTATIONS
     auto_classes = {
         "AutoModel": "GalleryRecurrentMemoryTransformerModel",
         "AutoModelForCausalLM": "GalleryRecurrentMemoryTransformerForCausalLM",

@@ -21,7 +21,8 @@ def exported(run, arguments, tokens=TOKENS):
 
 
 def recurrent(variant):
-    return "block_recurrent" in variant.name
+    """Whether it reads block after block, and is exported for one length."""
+    return "recurrent" in variant.name
 
 
 def mask_of(*shape):
@@ -118,7 +119,7 @@ def test_a_model_in_training_is_refused(variant, head):
         torch.export.export(runner(variant, head).model.train(), (), {"input_ids": words(2, 9)})
 
 
-@over(lambda variant, head: head.auto == "AutoModelForCausalLM" and "block_recurrent" not in variant.name)
+@over(lambda variant, head: head.auto == "AutoModelForCausalLM" and not recurrent(variant))
 def test_a_graph_asserts_its_input(variant, head):
     run = runner(variant, head)
     graph = exported(run, {"input_ids": words(2, 9), "attention_mask": mask_of(2, 9)}, limited(variant))
@@ -140,7 +141,7 @@ def test_token_types_are_in_the_graph(variant, head):
         graph(input_ids=words(3, 6), token_type_ids=torch.full((3, 6), 2))
 
 
-@over(lambda variant, head: head.auto == "AutoModelForCausalLM" and "block_recurrent" in variant.name)
+@over(lambda variant, head: head.auto == "AutoModelForCausalLM" and recurrent(variant))
 def test_blocks_that_follow_one_another_have_one_length(variant, head):
     with pytest.raises(ValueError, match="export it for one length"):
         exported(runner(variant, head), {"input_ids": words(2, 9)})

@@ -13,7 +13,7 @@ def fields(output, kind):
 
 def shows(variant, run, kind):
     """Whether this setting has maps of attention to show at all."""
-    return kind == "hidden_states" or not getattr(run.model.config, "feedback", False)
+    return kind == "hidden_states" or not variant.one_by_one
 
 
 @pytest.mark.works("config.output_hidden_states and output_attentions")
@@ -24,7 +24,7 @@ def test_what_the_config_asks_for_is_returned(variant, head, kind, tmp_path):
     argument has the last word."""
     run = runner(variant, head)
     if not shows(variant, run, kind):
-        pytest.skip("blocks run one by one, so there is no one map")
+        pytest.skip("its blocks run one after another, so there is no single map of attention")
     inputs, name = run.inputs(words(2, 9)), f"output_{kind}"
     with torch.no_grad():
         assert not fields(run.model(**inputs), kind)

@@ -47,7 +47,7 @@ def test_keys_and_values_of_tokens_are_those_tokens(variant, gradients):
 @five
 def test_a_prefix_learns_travels_and_generates(variant, tmp_path):
     if variant.config.model_type not in KINDS:
-        pytest.skip("refused: a prefix is keys and values alone, and the cache of these two keeps more of a token")
+        pytest.skip("refused: a prefix is keys and values alone, and the cache of these keeps more of a token")
     base = make(variant, **NO_DROPOUT)
     base.save_pretrained(tmp_path / "base")
     model = prefixed(base)
