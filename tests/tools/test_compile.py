@@ -3,17 +3,15 @@ They give what the model gives without it, and refuse the same inputs."""
 
 import pytest
 import torch
-from variants import COLUMNS, VARIANTS, assert_equal, missing, result_of, runner, words
+from variants import COLUMNS, VARIANTS, assert_equal, causal, missing, result_of, runner, words
 
 
 def cases(condition=lambda variant, head: True):
-    """The causal head of each plain variant; among the slow tests its other heads, and one head of each other
-    variant, which differ below."""
+    """The causal head of each architecture; among the slow tests its other heads."""
     found = []
     for variant in VARIANTS:
-        plain = variant.name in COLUMNS
-        for head in variant.heads if plain else list(variant.heads)[:1]:
-            marks = [*missing(variant), *([] if plain and head == "causal" else [pytest.mark.slow])]
+        for head in variant.heads if variant.name in COLUMNS else ():
+            marks = [*missing(variant), *([] if head == "causal" else [pytest.mark.slow])]
             if condition(variant, head):
                 found.append(pytest.param(variant, head, id=f"{variant.name}-{head}", marks=marks))
     return found
@@ -45,10 +43,10 @@ def test_a_forward_is_one_graph(variant, head):
 
 
 @pytest.mark.works("torch.compile, one graph")
-@pytest.mark.parametrize(("variant", "head"), cases(lambda variant, head: head == "causal"))
-def test_a_training_step_is_one_graph(variant, head):
+@causal(others_slow=True)
+def test_a_training_step_is_one_graph(variant):
     """Loss and gradients, each parameter's, of padded rows without dropout."""
-    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0)
+    run = runner(variant, "causal", hidden_dropout=0.0, attention_dropout=0.0)
     model, ids, mask = run.model.train(), words(2, 17), mask_of(2, 17)
     found = []
     for step in (model, whole(model)):

@@ -262,7 +262,7 @@ def test_assisted_decoding(variant, helper):
     assert torch.equal(model.generate(prompt, max_new_tokens=30, do_sample=False, **options), expected)
 
 
-@causal(others_slow=True)
+@causal(lambda variant: variant.name in COLUMNS)
 def test_an_assistant_of_another_architecture_and_a_text_read_before(variant):
     """A cache that is given goes on, is as greedy search leaves it, and records no longer."""
     model, other, prompt = model_of(variant), model_of(VARIANTS[0]), words(1, PROMPT)
@@ -279,7 +279,7 @@ def test_an_assistant_of_another_architecture_and_a_text_read_before(variant):
     assert torch.equal(other.generate(prompt, assistant_model=model, **options), expected)
 
 
-@causal(others_slow=True)
+@causal(lambda variant: variant.name in COLUMNS)
 def test_assisted_decoding_by_sampling(variant):
     """Near temperature 0 it is greedy search; a seed gives the same text again, and hot texts are others."""
     model, assistant, prompt = model_of(variant), model_of(VARIANTS[0]), words(1, PROMPT)
