@@ -4,7 +4,7 @@ A test that proves an ability carries `@pytest.mark.works("ability")`. Its colum
 (`@pytest.mark.works("DDP", "transformer", "longformer")`, model types or names of tests/variants.py), else the one in
 its parameter `variant`. A test may carry several marks.
 
-    pytest --works README.md         writes the outcomes of this run into the table between the two comments
+    pytest --works=README.md         writes the outcomes of this run into the table between the two comments
     pytest --check-works README.md   fails if the table says something else than this run
 
 A cell is `yes` if all tests behind it passed, `no` if one failed, and `-` where there is no test, say because the
