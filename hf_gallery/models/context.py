@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from .columns import append_columns, next_columns
+from .exporting import in_one_graph
 from .rows import Rows
 from .states import Columns, NextState, State
 
@@ -49,6 +50,8 @@ class ForwardContext:
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
         """Returns what several layers need alike, worked out by the first that asks for it."""
+        if in_one_graph():  # it finds by itself what is worked out twice, and checkpoints in it keep nothing
+            return work()
         if key not in self.memo:
             self.memo[key] = work()
         return self.memo[key]

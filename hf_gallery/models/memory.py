@@ -347,7 +347,13 @@ def _retrieve_from_columns(
     upper: torch.Tensor,
     topk: int,
 ) -> list[torch.Tensor]:
-    return list(retrieve(backend, query, [Source(keys, values, lower, upper)], topk))
+    b, h, t, d = query.shape
+    tile = query_tile(b, h, d, topk, keys.shape[2])
+    source, results = Source(keys, values, lower, upper), []
+    for start in range(0, t, tile):
+        part = slice(start, start + tile)
+        results.append(retrieve(backend, query[:, :, part], [source.of_queries(part)], topk))
+    return [torch.cat(x, dim=2) for x in zip(*results, strict=True)]
 
 
 def _retrieved_shapes(backend, query, keys, values, lower, upper, topk):

@@ -61,7 +61,7 @@ from .blocks import (
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
 from .context import ForwardContext
-from .exporting import is_exporting, outside_graphs, possibly
+from .exporting import in_one_graph, outside_graphs, possibly
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
@@ -250,8 +250,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
     def _search(self, query: torch.Tensor, sources: list[Source], size: int) -> Found:
         """The k pairs of all sources that suit each query best, and its attention over them; queries in tiles."""
         b, h, t, d = query.shape
-        tile, results = t if is_exporting() else query_tile(b, h, d, self.topk, size), []
-        for start in (0,) if is_exporting() else range(0, t, tile):
+        tile, results = t if in_one_graph() else query_tile(b, h, d, self.topk, size), []
+        for start in (0,) if in_one_graph() else range(0, t, tile):
             part = slice(start, start + tile)
             keys, values, is_found, columns = retrieve(
                 self.backend, query[:, :, part], [x.of_queries(part) for x in sources], self.topk

@@ -161,5 +161,5 @@ def _own_position(position: Position | None, own: Spans) -> Position | None:
     """The entries of the table that a segment's own keys read."""
     if position is None:
         return None
-    reach = max(0, own.distances(0)[1])
+    reach = min(max(0, own.distances(0)[1]), position.farthest)  # in one graph the distances are only bounded
     return position._replace(table=position.table[:, position.farthest - reach :], farthest=reach)

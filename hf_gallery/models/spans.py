@@ -34,6 +34,8 @@ class Spans:
         self._memo: dict = {}
 
     def _once(self, key, work):
+        if in_one_graph():  # see ForwardContext.once
+            return work()
         if key not in self._memo:
             self._memo[key] = work()
         return self._memo[key]

@@ -60,6 +60,32 @@ def test_a_training_step_is_one_graph(variant):
         assert_equal(compiled_gradients[name], gradient, name)
 
 
+@pytest.mark.slow
+@causal(lambda variant: variant.name in COLUMNS)
+def test_checkpointed_layers_are_in_the_graph(variant):
+    model, ids = runner(variant, "causal", hidden_dropout=0.0, attention_dropout=0.0).model.train(), words(2, 17)
+    model(input_ids=ids, labels=ids).loss.backward()
+    expected = {name: x.grad.clone() for name, x in model.named_parameters()}
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    whole(model)(input_ids=ids, labels=ids).loss.backward()
+    for name, x in model.named_parameters():
+        assert_equal(x.grad, expected[name], name)
+
+
+@pytest.mark.slow
+@causal(lambda variant: variant.name in COLUMNS and "recurrent" not in variant.name)
+def test_a_graph_serves_other_lengths(variant):
+    """More of them than the compiler would make graphs for; those that read block after block are of one length."""
+    model = runner(variant, "causal").model
+    graph = whole(model, backend="eager")
+    with torch.no_grad():
+        for length in range(14, 14 + torch._dynamo.config.recompile_limit + 2):
+            ids = words(2, length)
+            found, expected = graph(input_ids=ids, use_cache=False).logits, model(input_ids=ids).logits
+            assert_equal(found, expected, f"{length} tokens")
+
+
 def test_a_graph_refuses_what_the_model_refuses():
     """Ids and labels outside the vocabulary, at once, with what was found."""
     run = runner(next(v for v in VARIANTS if v.name == "transformer"), "causal")
