@@ -3,6 +3,7 @@ They give what the model gives without it, and refuse the same inputs."""
 
 import pytest
 import torch
+from renamed import checkpoint_activations
 from variants import COLUMNS, VARIANTS, assert_equal, causal, missing, result_of, runner, words
 
 
@@ -67,7 +68,7 @@ def test_checkpointed_layers_are_in_the_graph(variant):
     model(input_ids=ids, labels=ids).loss.backward()
     expected = {name: x.grad.clone() for name, x in model.named_parameters()}
     model.zero_grad()
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    checkpoint_activations(model, {"use_reentrant": False})
     whole(model)(input_ids=ids, labels=ids).loss.backward()
     for name, x in model.named_parameters():
         assert_equal(x.grad, expected[name], name)

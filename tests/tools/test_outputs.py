@@ -193,7 +193,7 @@ def test_a_loss_on_attentions_passes_checkpoints(variant, head, reentrant):
 
 @pytest.mark.slow
 @pytest.mark.works("torch.compile")
-@over(lambda variant, head: variant.name in COLUMNS and "LM" in head.auto)
+@over(lambda variant, head: variant.name in COLUMNS and "LM" in head.auto and variant.name != "recurrent_memory")
 def test_a_loss_on_attentions_of_a_compiled_model(variant, head):
     """Compiled forward and backward give the maps and the gradients that the model gives."""
     torch.compiler.reset()
