@@ -470,8 +470,9 @@ def _pad_table(table, pad):
 # ------------------------------------------------------------------------------------------------------- the operators
 
 
-def _problem_of(query, key, value, asked, table, lower, upper, seed, farthest, scale, dropout):
+def _problem_of(*parameters):
     """The problem of an operator's parameters, and the seed of its dropout."""
+    query, key, value, asked, table, lower, upper, seed, farthest, scale, dropout = parameters
     position = None if table is None else Position(table, farthest, asked)
     problem = Problem(query, key, value, Spans(lower, upper), position, scale, dropout)
     return problem.check(), 0 if seed is None else int(seed)

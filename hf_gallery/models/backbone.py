@@ -158,6 +158,7 @@ class Backbone(GalleryPreTrainedModel):
 
     def _run(
         self,
+        *,
         input_ids,
         attention_mask,
         past_key_values,

@@ -356,7 +356,8 @@ def _retrieve_from_columns(
     return [torch.cat(x, dim=2) for x in zip(*results, strict=True)]
 
 
-def _retrieved_shapes(backend, query, keys, values, lower, upper, topk):
+def _retrieved_shapes(backend, query, keys, values, *rest):
+    *_, topk = rest
     shape = (*query.shape[:3], topk)
     return [
         keys.new_empty(*shape, keys.shape[-1]),

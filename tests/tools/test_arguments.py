@@ -9,8 +9,11 @@ import hf_gallery
 
 FOLDER = Path(hf_gallery.__file__).parent
 MOST = 6
-# torch reads an operator's schema from flat parameters, see the end of attention_triton.py.
-OPERATORS = {"_forward_kernels", "_backward_kernels", "_backward_shapes"}
+# torch reads an operator's schema from flat parameters, see operators.py.
+OPERATORS = {
+    *("_forward_kernels", "_backward_kernels", "_backward_shapes"),
+    *("_operator_forward", "_operator_backward", "_retrieve_from_columns"),
+}
 
 
 def functions(tree, of_class=False):

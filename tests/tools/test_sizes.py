@@ -64,6 +64,7 @@ COUNTS = {
     "attention_dilation": 10**12,
     "block_length": 10**12,
     "num_state_vectors": 10**12,
+    "num_memory_tokens": 10**12,
     "num_positions": 10**12,
     "max_position_embeddings": 10**12,
     "position_offset": 10**12,
@@ -104,8 +105,8 @@ def test_a_count_of_another_type(architecture, name, value):
 
 def test_every_count_is_tried():
     """A new field that is a whole number, and is no id and no special sign, is among those above."""
-    # Bounded by memory_size; a distance, of which nothing is made; ids within the vocabulary.
-    known = {*COUNTS, "memory_topk", "clamp_len", "cutoffs"}
+    # Bounded by memory_size; distances, of which nothing is made; ids within the vocabulary.
+    known = {*COUNTS, "memory_topk", "clamp_len", "bptt_depth", "cutoffs"}
     for architecture in ARCHITECTURES.values():
         for kind in architecture.config.__mro__:
             if kind.__name__.startswith("Gallery"):
