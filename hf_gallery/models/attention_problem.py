@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from .exporting import is_exporting
+from .exporting import in_one_graph
 from .spans import Spans
 
 
@@ -52,7 +52,7 @@ class Problem(NamedTuple):
     def check(self) -> Problem:
         """The problem with its intervals cut to the keys that exist. Raises ValueError unless everything fits."""
         self.check_shapes()
-        if is_exporting():  # intervals of keys that do not exist show none, and tables are as long as their models
+        if in_one_graph():  # intervals of keys that do not exist show none, and tables are as long as their models
             return self
         spans = self.spans.clamp(self.key.shape[2])
         if self.position is not None:
