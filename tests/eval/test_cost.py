@@ -77,13 +77,15 @@ def test_what_a_cell_holds(cell):
 
 
 def test_the_caches_stop_growing():
-    """Beyond its horizon each cache is of one size. Before, the line through log(bytes) goes up."""
+    """Beyond its horizon each cache is of one size. Before, the line through log(bytes) goes up, where a segment's
+    columns are not there from its first token on."""
     horizon = TINY_SIZES.memory_size + TINY_SIZES.context
     for contexts in ((1, horizon), (2 * horizon, 3 * horizon, 4 * horizon)):
         settings = dataclasses.replace(TINY.cost, lengths=(8,), contexts=contexts, decode_tokens=1)
         for name, entry in cost.measure(CHOSEN, settings, 0, CPU, lambda ticks: None).items():
             grown = entry["slopes"]["cache_bytes"]
-            assert grown > 0.05 if contexts[0] == 1 else abs(grown) < 0.01, name
+            grows = contexts[0] == 1 and "recurrent_memory" not in name
+            assert grown > 0.05 if grows else abs(grown) < 0.01, name
 
 
 def test_the_page_shows_what_it_costs(cell):
