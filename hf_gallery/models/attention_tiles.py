@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from .attention_problem import Position, Problem, compute_dtype, without_autocast
 from .exporting import outside_graphs
-from .operators import operator
+from .operators import attention_gradient, operator
 from .spans import Spans
 
 _NEVER = 1e30  # a masked score is -_NEVER: finite, so that no inf - inf arises; its exponential is exactly 0
@@ -500,7 +500,7 @@ def _forward_shapes(query, key, value, *rest):
 
 
 def _operator_backward(
-    grad_out: torch.Tensor | None,
+    grad_out: torch.Tensor,
     grad_lse: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
@@ -529,19 +529,5 @@ def _backward_shapes(grad_out, grad_lse, out, lse, wants, query, key, value, ask
     ]
 
 
-def _keep(ctx, inputs, output):
-    *tensors, farthest, scale, dropout = inputs
-    ctx.save_for_backward(*output, *tensors)
-    ctx.numbers = farthest, scale, dropout
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_out, grad_lse):
-    out, lse, *tensors = ctx.saved_tensors
-    wants = list(ctx.needs_input_grad[:5])
-    grads = _tiles_backward(grad_out, grad_lse, out, lse, wants, *tensors, *ctx.numbers)
-    return (*(x if wanted else None for x, wanted in zip(grads, wants, strict=True)), *[None] * 6)
-
-
 _tiles_backward = operator(__file__, "tiles_backward", _operator_backward, _backward_shapes)
-_tiles_forward = operator(__file__, "tiles", _operator_forward, _forward_shapes, (_differentiate, _keep))
+_tiles_forward = operator(__file__, "tiles", _operator_forward, _forward_shapes, attention_gradient(_tiles_backward))

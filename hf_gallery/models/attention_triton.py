@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_problem import Problem, check_distances
-from .operators import operator
+from .operators import attention_gradient, operator
 from .spans import Spans
 
 try:
@@ -924,23 +924,8 @@ def _backward_shapes(grad_out, grad_lse, out, lse, wants, query, key, value, ask
     ]
 
 
-def _keep(ctx, inputs, output):
-    *tensors, farthest, scale, dropout = inputs
-    ctx.save_for_backward(*output, *tensors)
-    ctx.numbers = farthest, scale, dropout
-    ctx.set_materialize_grads(False)
-
-
-def _differentiate(ctx, grad_out, grad_lse):
-    out, lse, *tensors = ctx.saved_tensors
-    wants = list(ctx.needs_input_grad[:5])
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    grads = _backward_operator(grad_out, grad_lse, out, lse, wants, *tensors, *ctx.numbers)
-    return (*(x if wanted else None for x, wanted in zip(grads, wants, strict=True)), *[None] * 7)
-
-
 if triton is not None:
     _backward_operator = operator(__file__, "interval_attention_backward", _backward_kernels, _backward_shapes)
     _forward_operator = operator(
-        __file__, "interval_attention", _forward_kernels, _forward_shapes, (_differentiate, _keep)
+        __file__, "interval_attention", _forward_kernels, _forward_shapes, attention_gradient(_backward_operator)
     )

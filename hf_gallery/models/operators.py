@@ -31,3 +31,27 @@ def operator(
     if gradient is not None:
         made.register_autograd(gradient[0], setup_context=gradient[1])
     return getattr(getattr(torch.ops, space), name).default
+
+
+def attention_gradient(backward: Any) -> tuple[Callable, Callable]:
+    """`gradient` of an operator that attends: its parameters are those of `Problem.tensors`, then others, of which the
+    last three are no tensors; its results out and lse.
+
+    backward: the operator that gives the gradients, from those of out and of lse (None if it has none), from out and
+    lse, which tensors want one, and all parameters.
+    """
+
+    def keep(ctx, inputs, output):
+        ctx.save_for_backward(*output, *inputs[:-3])
+        ctx.numbers = inputs[-3:]
+        ctx.set_materialize_grads(False)
+
+    def differentiate(ctx, grad_out, grad_lse):
+        out, lse, *tensors = ctx.saved_tensors
+        wants = list(ctx.needs_input_grad[:5])
+        grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+        grads = backward(grad_out, grad_lse, out, lse, wants, *tensors, *ctx.numbers)
+        found = (x if wanted else None for x, wanted in zip(grads, wants, strict=True))
+        return *found, *[None] * (len(ctx.needs_input_grad) - len(wants))
+
+    return differentiate, keep
