@@ -141,12 +141,12 @@ def join(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention over two disjoint sets of keys from the (out, lse) over each: one softmax over their union."""
-    (out1, lse1), (out2, lse2) = first, second  # (B, H, T, Dv), (B, H, T)
-    top = torch.maximum(lse1, lse2).detach()
-    top = top.masked_fill(top == -math.inf, 0.0)
-    weight1, weight2 = (lse1 - top).exp(), (lse2 - top).exp()
-    total = weight1 + weight2
-    nothing = total == 0.0
-    share = (weight1 / total.masked_fill(nothing, 1.0))[..., None].to(out1.dtype)
-    out = out1 * share + out2 * (1 - share)  # zeros where both are empty, since both outs are
-    return out, (total.masked_fill(nothing, 1.0).log() + top).masked_fill(nothing, -math.inf)
+    # Finite where nothing is seen, so that the difference of two such is 0 and no gradient is NaN.
+    lse1, lse2 = (lse.masked_fill(lse == -math.inf, _NOTHING) for _, lse in (first, second))  # (B, H, T)
+    share = torch.sigmoid(lse1 - lse2)[..., None].to(first[0].dtype)  # of the first in the one softmax
+    out = torch.lerp(second[0], first[0], share)  # (B, H, T, Dv), zeros where both are
+    lse = torch.logaddexp(lse1, lse2)
+    return out, lse.masked_fill(lse < _NOTHING / 2, -math.inf)
+
+
+_NOTHING = -1e30  # less than any sum of scores, and finite

@@ -97,7 +97,12 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager:
     """A block without autocast on the device of x: `attend` computes in float32 at least."""
     device = x.device.type
     # To enter and leave it costs as much as a small operation, and mostly there is nothing to switch off.
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for a type of device; "meta" knows none."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

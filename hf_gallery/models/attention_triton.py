@@ -33,7 +33,7 @@ import torch.nn.functional as F
 
 from .attention_problem import Problem, check_distances
 from .operators import attention_gradient, operator
-from .spans import Spans
+from .spans import Spans, moved
 
 try:
     import triton
@@ -118,12 +118,13 @@ def _check_distances(problem: Problem):
 def key_plan(spans: Spans, device: torch.device, columns: int, tiles: _Tiles) -> torch.Tensor:
     """Tiles of queries that see a tile of keys: int32 (B or 1, key tiles, 4), on the device, once a forward.
 
+    They are worked out where the intervals were made: on the CPU it costs a GPU one copy.
+
     [first, end) of those that see some of its keys; within, [whole, whole end) of those whose queries all see all.
     """
 
     def work():
-        lower, upper = spans.on(device)
-        upper = upper.clamp(max=columns - 1)
+        lower, upper = spans.lower, spans.upper.clamp(max=columns - 1)
         empty = upper < lower
         lower, upper = lower.masked_fill(empty, columns), upper.masked_fill(empty, -1)
         pad = -lower.shape[1] % tiles.queries
@@ -137,13 +138,13 @@ def key_plan(spans: Spans, device: torch.device, columns: int, tiles: _Tiles) ->
             x = F.pad(x.to(torch.int32), (0, pad), value=outside)
             bounds.append(reduce(x.view(x.shape[0], 1, -1, tiles.queries), -1))  # (B or 1, 1, query tiles)
         first, last, full_first, full_last = bounds
-        start = torch.arange(0, columns, tiles.keys, device=device)[:, None]  # (key tiles, 1)
+        start = torch.arange(0, columns, tiles.keys, device=lower.device)[:, None]  # (key tiles, 1)
         touch = (first < start + tiles.keys) & (last >= start)  # (B or 1, key tiles, query tiles)
         whole = (full_first <= start) & (full_last >= (start + tiles.keys - 1))
         ranges = [*_range(touch), *_range(whole)]
         gap = ranges[3] - ranges[2] != whole.sum(-1)  # not one stretch: then mask them all
         ranges[2:] = (x.masked_fill(gap, 0) for x in ranges[2:])
-        return torch.stack(ranges, -1).to(torch.int32)
+        return moved(torch.stack(ranges, -1).to(torch.int32), device)
 
     return spans._once(("key plan", device, columns, tiles.queries, tiles.keys), work)
 

@@ -38,7 +38,7 @@ class BlockRows:
         parts = x.gather(1, pick[:, :, None].expand(-1, -1, x.shape[2])).split(widths, dim=1)
         seen = self.rows.seen
         for part, place, end in zip(parts, places, self.ends[1:], strict=True):
-            rows = Rows(seen.shape[0], part.shape[1], (place < end[:, None]).to(x.device), seen)
+            rows = Rows(seen.shape[0], part.shape[1], place < end[:, None], seen)
             yield part, rows
             seen = seen + rows.lengths
 

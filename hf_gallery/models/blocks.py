@@ -10,7 +10,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention_problem import Position, compute_dtype
 from .context import ForwardContext
+from .exporting import in_one_graph
 from .positions import t5_buckets
+from .spans import moved
 from .states import LayerOutput, State
 
 
@@ -163,8 +165,10 @@ class T5Bias(nn.Module):
 
     def forward(self, farthest: int, scale: torch.Tensor) -> Position:
         """The term for distances farthest, ..., 0, times the heads' scales (H,)."""
-        distance = torch.arange(farthest, -1, -1, device=scale.device)
-        return Position(self.table(t5_buckets(distance)).T * scale[:, None], farthest)
+        # Worked out on the CPU they cost a GPU one copy; a graph that is to be captured holds no copy.
+        distance = torch.arange(farthest, -1, -1, device=scale.device if in_one_graph() else None)
+        buckets = moved(t5_buckets(distance), scale.device)
+        return Position(self.table(buckets).T * scale[:, None], farthest)
 
 
 def init_scaled(module: nn.Module, std: float, scale: float):

@@ -63,19 +63,30 @@ def records_gradients() -> bool:
     return torch.is_grad_enabled() and not is_exporting()
 
 
+def readable(x: torch.Tensor) -> bool:
+    """Whether a forward may ask what x holds: a graph cannot, and a GPU would make the host wait for all before."""
+    return x.device.type == "cpu" and not in_one_graph()
+
+
+def asks_later(x: torch.Tensor) -> bool:
+    """Whether a check of x is left to `require`, by the compiler or by a GPU, and not done at once in words of its
+    own."""
+    return torch.compiler.is_compiling() or not readable(x)
+
+
 def surely(held: torch.Tensor) -> bool:
     """Whether `held` is true everywhere, so that a forward may do less; False where that cannot be asked."""
-    return not in_one_graph() and bool(held.all())
+    return readable(held) and bool(held.all())
 
 
 def possibly(found: torch.Tensor) -> bool:
     """Whether `found` is true anywhere, so that a forward must do more; True where that cannot be asked."""
-    return in_one_graph() or bool(found.any())
+    return not readable(found) or bool(found.any())
 
 
 def require(held: torch.Tensor, message: str, values: torch.Tensor | None = None) -> None:
     """Has the graph check that `held` is true everywhere: on CPUs a ValueError with the message, and what of `values`
-    is wrong; an assertion of the device's where asking would make it wait, and in exported graphs."""
+    is wrong; an assertion of the device's own where the host would wait for it, and in exported graphs."""
     if is_exporting() or held.device.type != "cpu":
         torch._assert_async(held.all(), message)
     else:

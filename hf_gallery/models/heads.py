@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME, cache_of
 from .documents import PACKING, Documents
-from .exporting import compile_whole, is_exporting, require
+from .exporting import asks_later, compile_whole, is_exporting, require
 from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors, refuse_export
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
@@ -524,7 +524,7 @@ def checked_labels(name: str, labels, columns, count: int, counted: str = "vocab
         )
     sound = (labels == -100) | ((labels >= 0) & (labels < count))
     wanted = f"labels are numbers from 0 and below {counted} {count}, or -100 to leave a column out"
-    if torch.compiler.is_compiling():
+    if asks_later(sound):
         require(sound, f"{name} holds others; {wanted}", labels)
     elif not bool(sound.all()):
         raise ValueError(f"{name} holds {int(labels[~sound][0])}; {wanted}")
@@ -552,7 +552,7 @@ def checked_classes(labels: torch.Tensor | None, count: int, counted: str = "num
         )
     sound = (labels == -100) | ((labels >= 0) & (labels < count))
     wanted = f"they must be numbers of classes, from 0 and below {counted} {count}, or -100 to leave a row out"
-    if count > 1 and torch.compiler.is_compiling():
+    if count > 1 and asks_later(sound):
         require(sound, f"labels hold others; {wanted}", labels)
     elif count > 1 and not bool(sound.all()):
         low, high = (int(x) for x in labels.aminmax())
@@ -643,7 +643,7 @@ def pooled_rows(
         return hidden[:, -1 if last else 0]
     mask = attention_mask[:, -t:].bool()
     empty = ~mask.any(1)
-    if torch.compiler.is_compiling():
+    if asks_later(empty):
         require(~empty, "attention_mask has rows without a token")
     elif bool(empty.any()):
         raise ValueError(

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_problem import compute_dtype, without_autocast
-from .exporting import in_one_graph, is_exporting
+from .exporting import in_one_graph, is_exporting, readable
 from .operators import operator
 from .states import Folded, Kept, Record
 
@@ -51,6 +51,8 @@ def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int, n: 
 def search_exact(query, keys, lower, upper, topk):
     """Exact search, a tile of queries at a time, over tiles of keys with a running top-k. Of pairs whose scores, as
     computed, are the same, the most recent come first."""
+    if not readable(query) and query.dtype != torch.float64:
+        return search_numbered(query, keys, lower, upper, topk)
     b, h, t, _ = query.shape
     n = keys.shape[2]
     everything = bool((upper - lower == n).all())
@@ -77,6 +79,44 @@ def search_exact(query, keys, lower, upper, topk):
     best, best_at = torch.cat(scores, 2), torch.cat(columns, 2)
     missing = topk - best.shape[-1]
     return F.pad(best, (0, missing), value=-math.inf), F.pad(best_at, (0, missing))
+
+
+def search_numbered(query, keys, lower, upper, topk):
+    """`search_exact` where the host is not to wait for a GPU: a score and its pair's turn in the ring make one whole
+    number, so that no two pairs are equal, and the largest numbers are the result whatever they hold. Scores are
+    float32."""
+    b, h, t, _ = query.shape
+    n = keys.shape[2]
+    width = min(n, _WIDTH)
+    height = max(1, _SCORES // (b * h * width))
+    others = (n - (upper - lower))[..., None]  # (B, T, 1) pairs outside the interval, all older in the ring's turn
+    query, results = query.float(), []
+    for first in range(0, t, height):
+        some = slice(first, first + height)
+        best: Any = None
+        for start in range(0, n, width):
+            stop = min(start + width, n)
+            tile = query[:, :, some] @ keys[:, :, start:stop].float().mT  # (B, H, height, width)
+            turn = (torch.arange(start, stop, device=upper.device) - upper[:, some, None]) % n  # n - 1 at the newest
+            tile.masked_fill_((turn < others[:, some])[:, None], -math.inf).masked_fill_(tile.isnan(), math.nan)
+            turn = turn.to(torch.int32)[:, None].expand_as(tile)
+            # Two words of one number, the lower first; -0.0 + 0.0 is 0.0.
+            number = torch.stack([turn, _ordered(tile.add_(0.0).view(torch.int32))], -1).view(torch.int64).squeeze(-1)
+            number = number if best is None else torch.cat([best, number], -1)
+            best = number.topk(min(topk, number.shape[-1]), -1).values
+        results.append(best)
+    best = results[0] if len(results) == 1 else torch.cat(results, 2)  # (B, H, T, k)
+    turn, ordered = best.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
+    scores, columns = _ordered(ordered).view(torch.float32), (upper[:, None, :, None] + turn) % n
+    missing = topk - best.shape[-1]
+    if missing:
+        scores, columns = F.pad(scores, (0, missing), value=-math.inf), F.pad(columns, (0, missing))
+    return scores, columns
+
+
+def _ordered(bits):
+    """The bits of float32 as int32 numbers that have the same order, and back: it is its own inverse."""
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 def search_naive(query, keys, lower, upper, topk):
@@ -271,12 +311,26 @@ class Source(NamedTuple):
     lower: torch.Tensor
     upper: torch.Tensor
 
+    planned: tuple[torch.Tensor, torch.Tensor] | None = None  # the interval where it was made, on the CPU
+
     def of_queries(self, part: slice) -> Source:
-        return self._replace(lower=self.lower[:, part], upper=self.upper[:, part])
+        planned = None if self.planned is None else (self.planned[0][:, part], self.planned[1][:, part])
+        return self._replace(lower=self.lower[:, part], upper=self.upper[:, part], planned=planned)
 
     def on(self, device: torch.device) -> Source:
         """The same with its intervals on a device."""
-        return self._replace(lower=self.lower.to(device), upper=self.upper.to(device))
+        lower, upper = self.lower.to(device), self.upper.to(device)
+        return self._replace(lower=lower, upper=upper, planned=(self.lower, self.upper))
+
+    def reach(self) -> tuple[int, int]:
+        """The columns [first, last) that hold all intervals, at least one of them; all where that cannot be asked."""
+        lower, upper = (self.lower, self.upper) if self.planned is None else self.planned
+        n = self.keys.shape[2]
+        if not readable(lower) or bool((upper > n).any()):
+            return 0, n
+        some = lower < upper
+        first = int(torch.where(some, lower, n - 1).min())
+        return first, max(first + 1, int(torch.where(some, upper, 0).max()))
 
 
 def retrieve(
@@ -301,31 +355,37 @@ def retrieve(
     # Under autocast the products of scores would be in half precision, and the k best others than the best.
     with torch.no_grad(), without_autocast(query):
         results, ends, parts = [], [0], []
-        for keys, values, lower, upper in sources:
-            first, last = (0, keys.shape[2]) if is_exporting() else _reach(lower, upper, keys.shape[2])
+        for source in sources:
+            keys, values, lower, upper, _ = source
+            first, last = source.reach()
             some = keys[:, :, first:last]
-            scores, at = search(query.detach(), some, lower - first, upper - first, topk)
-            results.append((scores, at + first + ends[-1]))
+            lower, upper = (lower - first, upper - first) if first else (lower, upper)
+            scores, at = search(query.detach(), some, lower, upper, topk)
+            start = first + ends[-1]
+            results.append((scores, at + start if start else at))
             if keys.is_contiguous() and values.is_contiguous():  # a ring, whose pairs are picked where they lie
                 parts.append((keys, values, ends[-1]))
             else:  # only what these queries reach: tiles that each copied all of a long input would be quadratic
                 parts.append((some, values[:, :, first:last], ends[-1] + first))
             ends.append(ends[-1] + keys.shape[2])
-        # Later sources first: their pairs are more recent, and a stable sort leaves equals as they stand.
-        scores, columns = (torch.cat(x[::-1], -1) for x in zip(*results, strict=True))  # (B, H, T, sources * topk)
+        scores, columns = results[0]
         if len(results) > 1:
+            # Later sources first: their pairs are more recent, and a stable sort leaves equals as they stand.
+            scores, columns = (torch.cat(x[::-1], -1) for x in zip(*results, strict=True))  # (B, H, T, sources * k)
             scores, pick = scores.sort(dim=-1, descending=True, stable=True)
             scores, columns = scores[..., :topk], columns.gather(-1, pick[..., :topk])
         found = scores > -math.inf
         picked_keys: Any = None
         picked_values: Any = None
         for source_keys, source_values, start in parts:
-            inside = (columns >= start) & (columns < start + source_keys.shape[2])
-            at = (columns - start).clamp(0, source_keys.shape[2] - 1)
+            at = columns
+            if len(parts) > 1 or start:
+                at = (columns - start).clamp(0, source_keys.shape[2] - 1)
             some_keys, some_values = (_pick_pairs(x, at) for x in (source_keys, source_values))
             if picked_keys is None:
                 picked_keys, picked_values = some_keys, some_values
             else:
+                inside = (columns >= start) & (columns < start + source_keys.shape[2])
                 picked_keys = torch.where(inside[..., None], some_keys, picked_keys)
                 picked_values = torch.where(inside[..., None], some_values, picked_values)
     return picked_keys, picked_values, found, columns
@@ -334,7 +394,7 @@ def retrieve(
 def _retrieve_in_graph(backend, query, sources, topk):
     """`retrieve` as an operator, which may ask tensors what they hold."""
     source = sources[0]  # of a forward without a past, the columns are all there are
-    found = _retrieve(backend, query.detach(), *(x.detach() for x in source), topk)
+    found = _retrieve(backend, query.detach(), *(x.detach() for x in source[:4]), topk)
     return tuple(found)
 
 
@@ -368,15 +428,6 @@ def _retrieved_shapes(backend, query, keys, values, *rest):
 
 
 _retrieve = operator(__file__, "retrieve", _retrieve_from_columns, _retrieved_shapes)
-
-
-def _reach(lower, upper, n):
-    """The columns [first, last) of n that hold all ring intervals [lower, upper) (B, T), at least one of them."""
-    if bool((upper > n).any()):
-        return 0, n
-    some = lower < upper
-    first = int(torch.where(some, lower, n - 1).min())
-    return first, max(first + 1, int(torch.where(some, upper, 0).max()))
 
 
 def _pick_pairs(x, at):

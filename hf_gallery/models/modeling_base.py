@@ -15,10 +15,11 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 
+from .attention_problem import autocasts
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .early_exit import EarlyExit
-from .exporting import in_one_graph, is_exporting, outside_graphs, require
+from .exporting import is_exporting, outside_graphs, readable, require
 from .loading import check_weights
 from .rows import Rows
 
@@ -159,7 +160,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
         if wanted == 3 and x.shape[2] != self.config.embedding_width:
             field = "hidden_size" if getattr(self.config, "embedding_size", None) is None else "embedding_size"
             raise ValueError(f"{name} is {x.shape[2]} wide; this model's {field} is {self.config.embedding_width}")
-        if wanted == 3 and x.dtype != self.dtype and not torch.is_autocast_enabled(x.device.type):
+        if wanted == 3 and x.dtype != self.dtype and not autocasts(x.device.type):
             raise ValueError(f"{name} has type {x.dtype}, the model {self.dtype}; give {name}.to(model.dtype)")
         b, t = x.shape[:2]
         if is_exporting():
@@ -215,7 +216,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
         """Raises ValueError if an id is outside the vocabulary: a GPU would only say that an assertion failed."""
         if ids.dtype not in (torch.long, torch.int):
             raise ValueError(f"{name} has type {ids.dtype}; token ids must be torch.long or torch.int")
-        if in_one_graph():
+        if not readable(ids):
             size = self.config.vocab_size
             wanted = f"ids must be in [0, {size}). Is the tokenizer this model's?"
             require((ids >= 0) & (ids < size), f"{name} holds ids outside the vocabulary; {wanted}", ids)
@@ -356,7 +357,7 @@ def check_tensors(given: dict):
 def check_marks(name: str, mask: torch.Tensor, ones: str, zeros: str):
     """Raises ValueError unless the mask holds nothing but 1, at `ones`, and 0, at `zeros`."""
     sound, wanted = (mask == 0) | (mask == 1), f"it must hold 1 at {ones} and 0 at {zeros}"
-    if in_one_graph():
+    if not readable(sound):
         require(sound, f"{name} holds other values; {wanted}")
     elif not bool(sound.all()):
         raise ValueError(f"{name} holds values from {mask.min().item()} to {mask.max().item()}; {wanted}")

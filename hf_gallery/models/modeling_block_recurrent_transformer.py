@@ -169,8 +169,7 @@ class StateGate(nn.Module):
         if self.lstm:
             forget = torch.sigmoid(self.forget_gate(hidden) + 1.0)
             return vectors * forget + content * torch.sigmoid(self.input_gate(hidden) - 1.0)
-        gate = torch.sigmoid(self.gate_bias)
-        return vectors * gate + content * (1 - gate)
+        return torch.lerp(content, vectors, torch.sigmoid(self.gate_bias).to(content.dtype))
 
 
 class RecurrentState(nn.Module):

@@ -212,7 +212,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         if self.remembers:
             retrieved, memory = self._remember(query, (keys, values), context, state)
             gate = torch.sigmoid(self.gate_bias)[:, None, None].to(out.dtype)
-            out = out * (1 - gate) + retrieved * gate
+            out = torch.lerp(out, retrieved, gate)
             new |= memory
         return self.o_proj(merge_heads(out)), new, probabilities
 
@@ -260,7 +260,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             )
             out, weights = attend_retrieved(query[:, :, part], keys, values, is_found)
             results.append((out, weights, is_found, columns))
-        return Found(*(torch.cat(x, dim=2) for x in zip(*results, strict=True)))
+        return Found(*(results[0] if len(results) == 1 else (torch.cat(x, dim=2) for x in zip(*results, strict=True))))
 
     def _retrieval(self, query: torch.Tensor, found: Found | None, slots: int, where: MemoryIntervals) -> Retrieval:
         """The pairs that were found, as they are shown."""

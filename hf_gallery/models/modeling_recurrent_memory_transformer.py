@@ -85,7 +85,7 @@ class Segment:
     ends: torch.Tensor
 
     @classmethod
-    def lay(cls, tokens: Rows, config: GalleryRecurrentMemoryTransformerConfig, writes: bool, device) -> Segment:
+    def lay(cls, tokens: Rows, config: GalleryRecurrentMemoryTransformerConfig, writes: bool) -> Segment:
         """writes: whether anybody will read what is written."""
         length, m = config.segment_length, config.num_memory_tokens
         phase = tokens.seen % length
@@ -93,10 +93,8 @@ class Segment:
         before = m if possibly(begins) else 0
         behind = m if writes and possibly(ends) else 0
         parts = [begins[:, None].expand(-1, before), ~tokens.beyond, ends[:, None].expand(-1, behind)]
-        mask = torch.cat(parts, dim=1).to(device)  # (B, M + T + M)
-        laid = Rows(
-            mask.shape[0], mask.shape[1], None if surely(mask) else mask, torch.where(phase == 0, 0, m + phase)
-        )
+        mask = torch.cat(parts, dim=1)  # (B, M + T + M)
+        laid = Rows(mask.shape[0], mask.shape[1], mask, torch.where(phase == 0, 0, m + phase))
         return cls(tokens, laid, before, behind, begins, ends)
 
     def enter(self, x: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -201,7 +199,7 @@ class GalleryRecurrentMemoryTransformerModel(
         for j, (part, tokens) in enumerate(cut.split(x)):
             last = j + 1 == cut.count
             writes = config.is_decoder and (context.keeps_state or not last)
-            segment = Segment.lay(tokens, config, writes, x.device)
+            segment = Segment.lay(tokens, config, writes)
             keeps = context.records or (context.keeps_state and (last or not surely(goes_on[j + 1])))
             memory = self._cut(memory, tokens)
             result = self._run_segment(part, segment, memory, replace(context, keeps_state=keeps), past)

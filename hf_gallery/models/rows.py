@@ -35,10 +35,12 @@ class Rows:
         fresh: torch.Tensor | None = None,
     ):
         self.batch, self.columns, self.fresh = batch, columns, fresh
-        self.mask = None if mask is None or surely(mask) else mask
         start = common_value(seen) if seen is not None else 0
         if seen is None:
             seen = torch.zeros(batch, dtype=torch.long)
+        if mask is not None and not in_one_graph():
+            mask = mask.cpu()  # the one thing that a padded forward asks of a GPU
+        self.mask = None if mask is None or surely(mask) else mask
         if self.mask is None:
             self._lay(None, torch.full((batch,), columns), seen, columns, start)
         else:

@@ -60,7 +60,7 @@ class Spans:
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(lower, upper) on a device. The planning above stays where the intervals were made, mostly the CPU."""
-        return self._once(("on", device), lambda: (_moved(self.lower, device), _moved(self.upper, device)))
+        return self._once(("on", device), lambda: (moved(self.lower, device), moved(self.upper, device)))
 
     @property
     def widest(self) -> int:
@@ -146,7 +146,7 @@ class Spans:
         return (column >= self.lower[..., None]) & (column <= self.upper[..., None])
 
 
-def _moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+def moved(x: torch.Tensor, device: torch.device) -> torch.Tensor:
     """x on a device, without waiting for what a GPU has still to do."""
     if device.type == "cuda" and x.device.type == "cpu" and not torch.compiler.is_compiling():
         return x.contiguous().pin_memory().to(device, non_blocking=True)  # it copies no expanded tensor

@@ -248,40 +248,46 @@ def test_a_stored_key_finds_itself():
     """A query of unit length that is stored has the dot product 1 with it, and no other has more."""
     _, keys, values = random_store()
     ends = torch.zeros(2, 200, dtype=torch.long), torch.full((2, 200), 200)
-    found_keys, found_values, found, columns = memory.retrieve("exact", keys, [(keys, values, *ends)], 4)
+    found_keys, found_values, found, columns = memory.retrieve("exact", keys, [memory.Source(keys, values, *ends)], 4)
     assert (columns[..., 0] == torch.arange(200)).all() and found.all()
     assert torch.equal(found_keys[..., 0, :], keys) and torch.equal(found_values[..., 0, :], values)
     product = (found_keys[..., 0, :] * keys).sum(-1)
     torch.testing.assert_close(product, torch.ones_like(product), rtol=0, atol=2e-6)
 
 
+# The second is what GPUs run: it asks no tensor what it holds.
+SEARCHES = pytest.mark.parametrize("search", [memory.search_exact, memory.search_numbered], ids=["exact", "numbered"])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("topk", [1, 6, 32, 200])
 @pytest.mark.parametrize("interval", INTERVALS.values(), ids=INTERVALS.keys())
 @pytest.mark.parametrize("tile", [(2**22, 2**14), (600, 30)], ids=["one tile", "many tiles"])
-def test_of_equal_scores_the_most_recent_come_first(tile, interval, topk, dtype, monkeypatch):
+@SEARCHES
+def test_of_equal_scores_the_most_recent_come_first(search, tile, interval, topk, dtype, monkeypatch):
     """Keys of small whole numbers: scores are exact in every type, and most of them are alike."""
     monkeypatch.setattr(memory, "_SCORES", tile[0])
     monkeypatch.setattr(memory, "_WIDTH", tile[1])
     query, keys = (torch.randint(-1, 2, (2, 3, size, 4), generator=torch.Generator().manual_seed(size)).to(dtype)
                    for size in (5, 200))  # fmt: skip
     low, high = (torch.as_tensor(x).expand(2, 5).contiguous() for x in interval(5, 200))
-    scores, columns = memory.search_exact(query, keys, low, high, topk)
+    scores, columns = search(query, keys, low, high, topk)
     expected, places = brute_force(query, keys, low, high, topk)
     assert torch.equal(scores.double(), expected)
     assert torch.equal(columns.masked_fill(scores == -math.inf, -1), places)
 
 
 @pytest.mark.parametrize("topk", [1, 6, 32])
-def test_a_key_of_nan_is_found_first_and_harms_no_other_row(topk):
+@SEARCHES
+def test_a_key_of_nan_is_found_first_and_harms_no_other_row(search, topk):
     """A training that has diverged gives NaN, as elsewhere, and fails nowhere; equal scores stand beside it."""
     query, keys = (torch.randint(-1, 2, (2, 3, size, 4), generator=torch.Generator().manual_seed(size)).float()
                    for size in (5, 200))  # fmt: skip
     low, high = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 200)
-    scores, columns = memory.search_exact(query, keys, low, high, topk)
+    scores, columns = search(query, keys, low, high, topk)
     broken = keys.clone()
-    broken[0, 1, 3:8] = torch.nan
-    got, at = memory.search_exact(query, broken, low, high, topk)
+    broken[0, 1, 3:8] = -torch.tensor(torch.nan)  # of either sign
+    got, at = search(query, broken, low, high, topk)
     count = min(topk, 5)
     assert got[0, 1, :, :count].isnan().all() and (at[0, 1, :, :count] >= 3).all() and (at[0, 1, :, :count] < 8).all()
     assert got[0, 1, :, count:].isfinite().all()
@@ -295,7 +301,7 @@ def test_of_equal_scores_a_later_source_comes_first():
     query, keys = (torch.randint(-1, 2, (2, 3, size, 4), generator=torch.Generator().manual_seed(size)).float()
                    for size in (5, 60))  # fmt: skip
     parts, ends = keys.split([40, 20], dim=2), [torch.tensor(x).expand(2, 5) for x in (7, 47, 3, 20)]
-    sources = [(parts[0], parts[0], *ends[:2]), (parts[1], parts[1], *ends[2:])]
+    sources = [memory.Source(parts[0], parts[0], *ends[:2]), memory.Source(parts[1], parts[1], *ends[2:])]
     found_keys, _, found, columns = memory.retrieve("exact", query, sources, 9)
     order = torch.tensor([c % 40 for c in range(7, 47)] + list(range(43, 60)))  # by position
     _, expected = brute_force(query, keys[:, :, order], torch.zeros(2, 5), torch.full((2, 5), len(order)), 9)
@@ -310,7 +316,7 @@ def test_the_order_of_the_store_does_not_matter(backend):
     ends = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 200)
     results = []
     for places in (torch.arange(200), order):
-        source = (keys[:, :, places], values[:, :, places], *ends)
+        source = memory.Source(keys[:, :, places], values[:, :, places], *ends)
         found = memory.retrieve(backend, query, [source], 7)
         results.append(memory.attend_retrieved(query, *found[:3])[0])
     assert_equal(results[1], results[0])
@@ -319,11 +325,11 @@ def test_the_order_of_the_store_does_not_matter(backend):
 def test_sources_are_searched_as_one():
     query, keys, values = random_store()
     ends = torch.zeros(2, 5, dtype=torch.long), torch.full((2, 5), 200)
-    whole = memory.retrieve("exact", query, [(keys, values, *ends)], 9)
+    whole = memory.retrieve("exact", query, [memory.Source(keys, values, *ends)], 9)
     sources = []
     for part in (slice(0, 3), slice(3, 150), slice(150, 200)):
         n = part.stop - part.start
-        sources.append((keys[:, :, part], values[:, :, part], ends[0], torch.full((2, 5), n)))
+        sources.append(memory.Source(keys[:, :, part], values[:, :, part], ends[0], torch.full((2, 5), n)))
     for a, b in zip(memory.retrieve("exact", query, sources, 9), whole, strict=True):
         assert torch.equal(a, b)
 
@@ -334,10 +340,12 @@ def test_recall_of_approximate_search(backend, least):
     pytest.importorskip("faiss")
     query, keys, values = random_store(b=1, h=2, t=64, n=2000, d=16, dtype=torch.float32)
     ends = torch.zeros(1, 64, dtype=torch.long), torch.full((1, 64), 2000)
-    exact, columns = (memory.retrieve(name, query, [(keys, values, *ends)], 10)[3] for name in ("faiss_flat", backend))
+    exact, columns = (
+        memory.retrieve(name, query, [memory.Source(keys, values, *ends)], 10)[3] for name in ("faiss_flat", backend)
+    )
     recall = (columns[..., None] == exact[..., None, :]).any(-1).float().mean()
     assert recall > least
-    assert torch.equal(memory.retrieve("exact", query, [(keys, values, *ends)], 10)[3], exact)
+    assert torch.equal(memory.retrieve("exact", query, [memory.Source(keys, values, *ends)], 10)[3], exact)
 
 
 @pytest.mark.parametrize("backend", ["faiss_flat", "faiss_hnsw", "faiss_ivf"])
@@ -403,7 +411,7 @@ def test_half_types_are_searched_in_float32(dtype, autocast):
     query, keys, values = (x.to(dtype) for x in random_store(b=1, h=2, t=16, n=4096, d=32, dtype=torch.float32))
     ends = torch.zeros(1, 16, dtype=torch.long), torch.full((1, 16), 4096)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        _, _, _, columns = memory.retrieve("exact", query, [(keys, values, *ends)], 32)
+        _, _, _, columns = memory.retrieve("exact", query, [memory.Source(keys, values, *ends)], 32)
     best = (query.double() @ keys.double().mT).topk(32, -1).indices
     assert (columns[..., None] == best[..., None, :]).any(-1).float().mean() > 0.999
 

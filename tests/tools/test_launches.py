@@ -1,0 +1,122 @@
+"""What a forward costs the host of a GPU, counted without one: on the device "meta" every operation is called as on a
+GPU, and none has a result that could be asked. Nothing is read but a mask, once; and a layer launches few operations.
+"""
+
+import pytest
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.modeling_layers import GradientCheckpointingLayer
+from variants import COLUMNS, causal
+
+from hf_gallery.models import attention
+
+# They launch nothing: views, and memory that nobody fills.
+VIEWS = {
+    "_reshape_alias", "_unsafe_view", "alias", "as_strided", "detach", "diagonal", "empty", "empty_like",
+    "empty_strided", "expand", "lift_fresh", "movedim", "new_empty", "new_empty_strided", "permute", "select", "slice",
+    "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unfold", "unsqueeze", "view",
+}  # fmt: skip
+# Launches of a layer at most, in a forward of one block or segment, its backward, and a decode step.
+MOST = {"forward": 60, "backward": 80, "decode": 40}
+# More than was aimed at: a search of the memory, with and without columns of a segment that has just ended; and a step
+# of the state after each block.
+LARGER = {
+    "memorizing": {"forward": 105, "backward": 110, "decode": 85},
+    "block_recurrent": {"forward": 125, "backward": 115, "decode": 65},
+}
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operations that have a tensor of the device, copies from the host among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        tensors = (x for x in tree_leaves((args, kwargs, out)) if isinstance(x, torch.Tensor))
+        self.count += func.overloadpacket.__name__ not in VIEWS and any(x.is_meta for x in tensors)
+        return out
+
+
+class FusedNorms(TorchFunctionMode):
+    """RMSNorm as one kernel, as on a GPU: elsewhere torch takes six operations for it, and one for LayerNorm."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.rms_norm, torch.nn.functional.rms_norm):
+            x, shape, weight, *_ = (*args, *(kwargs or {}).values())
+            return torch.nn.functional.layer_norm(x, shape, weight)
+        return func(*args, **kwargs or {})
+
+
+class Model:
+    """A causal model on the device, and what was asked of it: shapes of `reads`, launches of its `layers`."""
+
+    def __init__(self, variant, monkeypatch, train):
+        monkeypatch.setattr(attention, "choose", lambda problem, implementation: "triton")
+        self.model, self.reads, self.layers = variant.make("causal").train(train).to("meta"), [], []
+        real = torch.Tensor.cpu
+
+        def cpu(x):
+            if not x.is_meta:
+                return real(x)
+            self.reads.append(tuple(x.shape))
+            mask = torch.ones(x.shape, dtype=x.dtype)
+            mask[0, :2] = 0
+            return mask
+
+        monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+        for layer in (m for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)):
+            counts = []
+            layer.register_forward_pre_hook(lambda *_, counts=counts: counts.append(Launches().__enter__()))
+            layer.register_forward_hook(lambda *_, counts=counts: self.leave(counts.pop()))
+
+    def leave(self, launches):
+        launches.__exit__(None, None, None)
+        self.layers.append(launches.count)
+
+    def __call__(self, tokens, columns=None, **more):
+        """A forward of two rows of tokens; columns: of their mask, None for no mask."""
+        ids = torch.zeros(2, tokens, dtype=torch.long, device="meta")
+        mask = None if columns is None else torch.ones(2, columns, dtype=torch.long, device="meta")
+        labels = ids if self.model.training else None
+        with FusedNorms():
+            return self.model(input_ids=ids, attention_mask=mask, labels=labels, **more)
+
+
+@causal(lambda variant: variant.name in COLUMNS)
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+def test_the_host_reads_no_more_than_a_mask(variant, masked, monkeypatch):
+    """In training, in a forward that begins a cache, and in a decode step: anything else that asks would raise."""
+    model = Model(variant, monkeypatch, train=True)
+    model(40, 40 if masked else None).loss.backward()
+    assert model.reads == [(2, 40)] * masked
+    model = Model(variant, monkeypatch, train=False)
+    with torch.no_grad():
+        cache = model(40, 40 if masked else None, use_cache=True).past_key_values
+        model(1, 41 if masked else None, past_key_values=cache)
+    assert model.reads == [(2, 40), (2, 1)] * masked
+
+
+@causal(lambda variant: variant.name in COLUMNS)
+def test_a_layer_is_few_launches(variant, monkeypatch):
+    """Each layer's in a forward of two blocks or segments and in a decode step; and of a backward its share."""
+    most = MOST | LARGER.get(variant.name, {})
+    model = Model(variant, monkeypatch, train=True)
+    config = model.model.config
+    tokens = 2 * (getattr(config, "segment_length", None) or getattr(config, "block_length", 20))
+    loss = model(tokens).loss
+    count = len(model.layers)  # the Recurrent Memory Transformer's are called for each segment
+    assert max(model.layers) <= most["forward"]
+    with Launches() as backward:
+        loss.backward()
+    assert backward.count <= most["backward"] * count
+    model = Model(variant, monkeypatch, train=False)
+    with torch.no_grad():
+        cache = model(tokens, use_cache=True).past_key_values
+        model.layers.clear()
+        model(1, past_key_values=cache)
+    assert max(model.layers) <= most["decode"]
