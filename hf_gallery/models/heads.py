@@ -102,10 +102,9 @@ class Head:
 def one_stack(model: torch.nn.Module, config):
     """Raises ValueError for the config of an encoder-decoder, whose weights a single stack cannot take."""
     if config.is_encoder_decoder:
-        raise ValueError(
-            f"{type(model).__name__} has one stack, but config.is_encoder_decoder is True; use "
-            "...ForConditionalGeneration (AutoModelForSeq2SeqLM) for this config"
-        )
+        other = model.auto_classes.get("AutoModelForSeq2SeqLM")
+        hint = f"use {other} (AutoModelForSeq2SeqLM) for this config" if other else "leave it False"
+        raise ValueError(f"{type(model).__name__} has one stack, but config.is_encoder_decoder is True; {hint}")
 
 
 class CausalLMHead(Head, GalleryGenerationMixin):
