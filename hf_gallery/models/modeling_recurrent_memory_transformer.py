@@ -34,6 +34,7 @@ not between forwards. Letters: see spans.py. L segment_length, M num_memory_toke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -188,7 +189,7 @@ class GalleryRecurrentMemoryTransformerModel(
     def run_layers(self, x, context, states, *more) -> LayerResults:
         """The only loop over segments: each goes through all layers with the memory that the one before has left."""
         config, rows = self.config, context.rows
-        cut = BlockRows(rows, config.segment_length)
+        cut = BlockRows(rows, config.segment_length, partial(self.agreed, x.device))
         goes_on = cut.ends[1:] > cut.ends[:-1]  # (J, B): the row has tokens in the segment
         memory = x[:, :0]
         if config.num_memory_tokens:
