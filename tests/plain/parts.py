@@ -55,6 +55,16 @@ def attend(query, key, value, bias=0):
     return torch.einsum("tsh,shd->thd", scores.softmax(1), value).flatten(1)
 
 
+def queries(x, layer, scale):
+    """Queries (T, H, D) of unit length times a learned scale (H,), as google-research/meliad has them."""
+    return unit(heads(linear(x, layer), len(scale))) * scale.abs()[:, None]
+
+
+def keys_values(x, maps):
+    """Keys of unit length and values, (T, H, D) each."""
+    return [unit(heads(linear(x, maps.k_proj), len(maps.scale))), heads(linear(x, maps.v_proj), len(maps.scale))]
+
+
 def embedded(model, ids):
     """Vectors (T, width) of tokens, from one table (Vaswani et al. 2017, section 3.4)."""
     scaled = getattr(model.config, "scale_embedding", True)
@@ -62,7 +72,7 @@ def embedded(model, ids):
 
 
 def positioned(x, model, places):
-    """Vectors (T, width) with the positions of their places (section 3.5), and what BERT and ELECTRA put behind them."""
+    """Vectors (T, width) with the positions of their places (section 3.5), and BERT's norm or ELECTRA's map."""
     c = model.config
     if c.position_embedding_type == "learned":
         x = x + model.embed_positions.weight[[p + c.position_offset for p in places]]
