@@ -60,7 +60,7 @@ class Sight:
     seen: dict[str, Pairs]
 
     def mask(self, *roads: str) -> torch.Tensor:
-        """Marks where a query sees a key by any of these roads, by any at all if none is named: bool (queries, keys)."""
+        """Marks, bool (queries, keys), where a query sees a key by any of these roads; of all if none is named."""
         row, column = ({key: i for i, key in enumerate(keys)} for keys in (self.queries, self.keys))
         mask = torch.zeros(len(row), len(column), dtype=torch.bool)
         for road in roads or self.seen:

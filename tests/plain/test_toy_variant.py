@@ -118,8 +118,7 @@ def test_an_encoder_alone_is_saved_and_opens(tmp_path):
 
 def test_it_is_small_and_touches_nothing():
     path = Path(__file__).with_name("toy_variant.py")
-    code = [line for line in path.read_text().splitlines() if line.strip()]
-    assert len(code) <= 75
+    assert len(path.read_text().splitlines()) <= 60
     root = path.parents[2]
     for other in [*root.glob("hf_gallery/**/*.py"), *root.glob("eval/**/*.py")]:
         names = {x.id for x in ast.walk(ast.parse(other.read_text())) if isinstance(x, ast.Name)}
