@@ -101,7 +101,7 @@ def without_autocast(x: torch.Tensor) -> AbstractContextManager:
 
 
 def autocasts(device: str) -> bool:
-    """Whether autocast is on for a type of device; "meta" knows none."""
+    """Tells whether autocast is on for a type of device; "meta" knows none."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 

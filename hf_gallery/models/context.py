@@ -11,6 +11,7 @@ import torch
 from .columns import append_columns, next_columns
 from .exporting import in_one_graph
 from .rows import Rows
+from .spans import Spans
 from .states import Columns, NextState, State
 
 Wider = TypeVar("Wider", bound="ForwardContext")
@@ -77,3 +78,10 @@ class ForwardContext:
     def columns(self, max_columns: int | None, **joined: torch.Tensor) -> NextState:
         """Columns of [cached | new] that a cache keeps, `max_columns` of them."""
         return {name: Columns(next_columns(x, self.rows, max_columns)) for name, x in joined.items()}
+
+
+@dataclass(kw_only=True)
+class IntervalContext(ForwardContext):
+    """One forward whose layers all see alike. spans: the [cached | new] columns that each query sees."""
+
+    spans: Spans
