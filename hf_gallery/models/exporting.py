@@ -64,13 +64,12 @@ def records_gradients() -> bool:
 
 
 def readable(x: torch.Tensor) -> bool:
-    """Tells whether a forward may ask what x holds: a graph cannot, and a GPU would make the host wait for all before."""
+    """Tells whether a forward may ask what x holds: a graph cannot, and a GPU would make the host wait."""
     return x.device.type == "cpu" and not in_one_graph()
 
 
 def asks_later(x: torch.Tensor) -> bool:
-    """Tells whether a check of x is left to `require`, by the compiler or by a GPU, and not done at once in words of its
-    own."""
+    """Tells whether a check of x is left to `require`, by the compiler or for a GPU, and not done here at once."""
     return torch.compiler.is_compiling() or not readable(x)
 
 
