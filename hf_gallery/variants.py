@@ -40,6 +40,7 @@ class Contestant:
     carries: str
     colour: str
     symbol: str
+    measured: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -240,6 +241,23 @@ TABLE = (
                 carries="keys",
                 colour="#009E73",
                 symbol="diamond",
+            ),
+            Contestant(
+                name="longformer_xl",
+                label="Longformer-XL",
+                reach="two windows in each layer, those before its segment in a memory",
+                settings=lambda sizes: dict(
+                    norm_position="pre",
+                    position_embedding_type="relative",
+                    embedding_norm=False,
+                    attention_window=2 * sizes.window,
+                    segment_length=sizes.window,
+                    mem_len=2 * sizes.window,
+                ),
+                carries="keys",
+                colour="#44AA99",
+                symbol="diamond-open",
+                measured=False,
             ),
         ),
     ),
