@@ -30,7 +30,8 @@ class Contestant:
 
     reach: what a query of it sees. settings: its config arguments for given sizes (eval.contestants.Sizes), beside
     those that all share. carries: what goes from one segment into the next, "nothing", "keys", "memory" (searched) or
-    "state" (recurrent). colour, symbol: as plots draw it.
+    "state" (recurrent). colour, symbol: as plots draw it. in_quick: it takes part in the quick run unasked; others
+    do where `--variants` names them, so that the quick run stays one of minutes.
     """
 
     name: str
@@ -40,7 +41,7 @@ class Contestant:
     carries: str
     colour: str
     symbol: str
-    measured: bool = True
+    in_quick: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -256,8 +257,8 @@ TABLE = (
                 ),
                 carries="keys",
                 colour="#44AA99",
-                symbol="diamond-open",
-                measured=False,
+                symbol="cross",
+                in_quick=False,
             ),
         ),
     ),
@@ -381,6 +382,7 @@ TABLE = (
                 carries="state",
                 colour="#F0E442",
                 symbol="pentagon",
+                in_quick=False,
             ),
         ),
     ),
