@@ -121,7 +121,7 @@ class GalleryCache(Cache):
 
     def __repr__(self):
         kind = self.identity["model_type"]
-        return f"GalleryCache({kind}, rows={self.batch_size}, columns={self.columns}, bytes={self.nbytes})"
+        return f"{type(self).__name__}({kind}, rows={self.batch_size}, columns={self.columns}, bytes={self.nbytes})"
 
     def __len__(self):
         return len(self._content.states)
@@ -207,6 +207,14 @@ class GalleryCache(Cache):
                 "to use it all the same"
             )
         self._content = replace(self._content, maker=weakref.ref(model))
+
+    def rows_of(self, batch: int, columns: int, mask: torch.Tensor | None, packed: bool = False) -> Rows:
+        """The rows of a forward that goes on from here. packed: documents lie in them one behind another."""
+        return Rows(batch, columns, mask, self.seen)
+
+    def past_of(self, rows: Rows) -> GalleryCache:
+        """What the rows of a forward go on with."""
+        return self
 
     def read_states(self, version: Version | None = None) -> list[State]:
         """Each layer's state for a forward. version: of the model's weights now, see `version_of`; what follows from

@@ -112,6 +112,11 @@ class GalleryConfig(PreTrainedConfig):
         """Keys that a layer must keep for the tokens to come; None where every key may be seen again."""
         return None
 
+    @property
+    def why_no_static_cache(self) -> str | None:
+        """What keeps a GalleryStaticCache from holding what the layers keep; None where it can."""
+        return None
+
     # ---- what a cache holds for a model of this configuration; `check_content` in cache.py compares
 
     @property
