@@ -89,8 +89,8 @@ def attend(
     do what is asked.
     """
     if spans.of_ring:
-        result = attend_ring(query, key, value, spans, position=position, scale=scale, dropout=dropout)
-        return result if return_lse else result[0]
+        of_ring = attend_ring(query, key, value, spans, position=position, scale=scale, dropout=dropout)
+        return of_ring if return_lse else of_ring[0]
     problem = Problem(query, key, value, spans, position, query.shape[-1] ** -0.5 if scale is None else scale, dropout)
     if is_exporting():
         with without_autocast(query):

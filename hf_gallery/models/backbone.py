@@ -193,6 +193,11 @@ class Backbone(GalleryPreTrainedModel):
         shows = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if documents is not None:
             self.check_packed(attends, inputs)
+        if attends and rows.steps:
+            raise ValueError(
+                "output_attentions is True, and past_key_values is a GalleryStaticCache, whose columns do not stand "
+                "in the order of time; leave one of them out"
+            )
         parts = self.parts(rows, None if cache is None else cache.past_of(rows), documents)
         done, writes = [], None
         no_grad = not records_gradients()

@@ -40,6 +40,10 @@ def cache_of(outputs):
     return outputs.get(CACHE_NAME)
 
 
+def _nobody():
+    return None
+
+
 @dataclass(frozen=True)
 class Content:
     """All that a cache holds at one time.
@@ -60,7 +64,7 @@ class Content:
     recorded: int = 0
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     version: Version | None = None
-    maker: Callable[[], Any] = lambda: None
+    maker: Callable[[], Any] = _nobody
     sample: WeightSample | None = None
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Content:
@@ -544,10 +548,6 @@ class GalleryCache(Cache):
         cache = cls(MadeFor(identity, capacity))
         cache._content, cache._unchecked, cache.any_weights = Content(**fields), True, any_weights
         return cache
-
-
-def _nobody():
-    return None
 
 
 def ready(state: NextState, detaches: bool = True) -> NextState:

@@ -94,6 +94,10 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         return None if self.num_positions is None else self.num_positions - self.num_positions % self.segment_length
 
     @property
+    def why_no_static_cache(self) -> str:
+        return "its memory is searched among as many pairs as there are"
+
+    @property
     def cache_capacity(self) -> int:
         """Keys kept for local attention; the next token may be anywhere in its segment."""
         return self.mem_len + self.segment_length - 1

@@ -13,7 +13,6 @@ the ring's device, so a step asks nothing and is the same graph at every token:
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,24 +69,33 @@ class StepRows(Rows):
 
 
 class RingSpans(Spans):
-    """The interval [lower, upper] of positions (B or 1, 1) that each row's one query sees, in whatever ring."""
+    """The interval [lower, upper] of positions (B or 1, 1) that each row's one query sees, in whatever ring.
+
+    dilation: it sees every such position of these, counted from its own."""
 
     of_ring = True
 
-    def __init__(self, lower: torch.Tensor, upper: torch.Tensor, rows: StepRows):
+    def __init__(self, lower: torch.Tensor, upper: torch.Tensor, rows: StepRows, dilation: int = 1):
         super().__init__(lower, upper)
-        self.rows = rows
+        self.rows, self.dilation = rows, dilation
+
+    def dilated(self, dilation: int) -> RingSpans:
+        return RingSpans(self.lower, self.upper, self.rows, dilation)
 
     def distances(self, offset: int) -> tuple[int, int]:
         return 0, offset
 
     def ring(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each of the slots the distance from the query back to it, and whether it is seen, (B, N) both."""
+        """Of each of the slots the distance from the query back to it, counted in dilations, and whether it is seen,
+        (B, N) both."""
         position = self.rows.column_positions(slots)
         visible = (position >= self.lower) & (position <= self.upper)
         if self.rows.mask is not None:
             visible = visible & self.rows.mask
-        return self.rows.first - position, visible
+        distance = self.rows.first - position
+        if self.dilation == 1:
+            return distance, visible
+        return distance // self.dilation, visible & (distance % self.dilation == 0)
 
 
 def attend_ring(
@@ -100,8 +108,8 @@ def attend_ring(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` of one query (B, H, 1, D) over rings of keys (B, H, N, D) and values (B, H, N, Dv): out (B, H, 1, Dv) and
-    lse (B, H, 1)."""
+    """`attend` of one query (B, H, 1, D) over rings of keys (B, H, N, D) and values (B, H, N, Dv): out (B, H, 1, Dv)
+    and lse (B, H, 1)."""
     dtype = compute_dtype(query)
     distance, visible = (x[:, None, None] for x in spans.ring(key.shape[2]))  # (B, 1, 1, N)
     with without_autocast(query):
@@ -130,8 +138,8 @@ def lay(x: torch.Tensor, seen: torch.Tensor, slots: int) -> torch.Tensor:
     filled. seen: (B,), tokens of each row."""
     newest = seen.to(x.device)[:, None] - 1
     age = (newest - torch.arange(slots, device=x.device)) % slots  # (B, N) of each slot, 0 for the newest
-    ring = _columns(x, (x.shape[2] - 1 - age).clamp(min=0)) if x.shape[2] else x.new_zeros(*x.shape[:2], slots, x.shape[3])
-    return ring.masked_fill((age >= x.shape[2])[:, None, :, None], 0)
+    x = F.pad(x, (0, 0, 1, 0))  # zeros in front, for what is not filled
+    return _columns(x, (x.shape[2] - 1 - age).clamp(min=0))
 
 
 def unlay(ring: torch.Tensor, seen: torch.Tensor, count: int) -> torch.Tensor:

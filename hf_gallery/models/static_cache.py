@@ -7,6 +7,7 @@ go on with, and the rings are laid anew from what it leaves: so whatever reads a
 
 from __future__ import annotations
 
+import functools
 import os
 import weakref
 from dataclasses import replace
@@ -25,8 +26,8 @@ class GalleryStaticCache(GalleryCache):
 
     The first forward, which is of a prompt and not compiled, makes it for as many rows as it has. From then on a
     forward of one token a row is one graph under torch.compile(fullgraph=True), the same at every token, and
-    torch.export takes the cache as an input. Results are those of a GalleryCache. It serves inference: no gradients are
-    recorded.
+    torch.export takes the cache as an input. Results are those of a GalleryCache. It serves inference: no gradients
+    are recorded.
 
     config: the configuration of the model that it will serve. max_cache_len: the most columns that a layer holds.
         Needed where every token stays seen, and the longest text then; else layers hold what they can see again, and
@@ -77,8 +78,8 @@ class GalleryStaticCache(GalleryCache):
             super().check(config, batch)
         elif batch != len(self._content.seen):
             raise ValueError(
-                f"past_key_values holds {len(self._content.seen)} rows, the input has {batch}; a graph is for one number "
-                "of rows"
+                f"past_key_values holds {len(self._content.seen)} rows, the input has {batch}; a graph is for one "
+                "number of rows"
             )
 
     def check_weights(self, model):
@@ -95,9 +96,9 @@ class GalleryStaticCache(GalleryCache):
             return StepRows(self._content.seen, mask)
         if in_one_graph():
             raise ValueError(
-                f"past_key_values is {'a filled' if self.is_initialized else 'an empty'} GalleryStaticCache, and the "
-                f"input has {columns} columns{', packed documents' if packed else ''}; a graph takes one column behind "
-                "a prompt, so read the prompt outside of it"
+                f"the input has {columns} columns{' of packed documents' if packed else ''}, and past_key_values is a "
+                f"GalleryStaticCache{'' if self.is_initialized else ' without a prompt'}; a graph takes one column "
+                "behind a prompt, so read the prompt outside of it"
             )
         rows = Rows(batch, columns, mask, self.seen.cpu() if self.is_initialized else None)
         if self.longest is not None and rows.longest > self.longest:
@@ -230,16 +231,16 @@ class GalleryStaticCache(GalleryCache):
 
     def crop(self, tokens_to_remove: int):
         raise ValueError(
-            f"cannot take back {tokens_to_remove} columns of a GalleryStaticCache, whose rings hold no more than is seen "
-            "again; keep a copy(), or use a GalleryCache"
+            f"cannot take back {tokens_to_remove} columns of a GalleryStaticCache, whose rings hold no more than is "
+            "seen again; keep a copy(), or use a GalleryCache"
         )
 
     def _pick(self, name, indices):
         indices = row_numbers(name, indices, self.batch_size)
         if len(indices) != max(self.batch_size, 0):
             raise ValueError(
-                f"{name} names {len(indices)} rows of {self.batch_size}; a GalleryStaticCache keeps its number of rows, "
-                "so use a GalleryCache"
+                f"{name} names {len(indices)} rows of {self.batch_size}; a GalleryStaticCache keeps its number of "
+                "rows, so use a GalleryCache"
             )
         picked = self._content.map_rows(lambda x: x.index_select(0, indices.to(x.device)))
         self._content = content_over(picked, self._content)
@@ -273,7 +274,9 @@ class GalleryStaticCache(GalleryCache):
         content = self._content
         if content.seen is not None:
             tables = {layer: x.to(device) for layer, x in content.tables.items()}
-            moved = replace(content.map_rows(lambda x: x.to(device)), columns=content.columns.to(device), tables=tables)
+            moved = replace(
+                content.map_rows(lambda x: x.to(device)), columns=content.columns.to(device), tables=tables
+            )
             self._content = content_over(moved, content)
         return self
 
@@ -292,8 +295,8 @@ class GalleryStaticCache(GalleryCache):
     @classmethod
     def load(cls, path, device="cpu", any_weights=False):
         raise ValueError(
-            "a GalleryStaticCache is made for a model and filled by reading a text; GalleryCache.load reads files, those "
-            "that a GalleryStaticCache has saved too"
+            "a GalleryStaticCache is made for a model and filled by reading a text; GalleryCache.load reads files, "
+            "those that a GalleryStaticCache has saved too"
         )
 
     @classmethod
@@ -316,12 +319,13 @@ def content_over(new: Content, old: Content) -> Content:
 
 def state_over(new: NextState, old: NextState) -> NextState:
     """A layer's state in the memory of an old one."""
-    return {name: kept.map(lambda x, y=old.get(name): over(x, y and y.tensor)) for name, kept in new.items()}
+    before = tensors_of(old)
+    return {name: kept.map(functools.partial(over, old=before.get(name))) for name, kept in new.items()}
 
 
-def over(new: torch.Tensor | None, old) -> torch.Tensor | None:
+def over(new: torch.Tensor, old) -> torch.Tensor:
     """The tensor in the memory of the old one; in its own, which nobody else has, where that does not fit."""
-    if new is None or new is old:
+    if new is old:
         return new
     fits = isinstance(old, torch.Tensor) and old.shape == new.shape
     if fits and (old.dtype, old.device) == (new.dtype, new.device):
