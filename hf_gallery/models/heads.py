@@ -26,7 +26,7 @@ from transformers.utils import can_return_tuple
 
 from .cache import CACHE_NAME, cache_of
 from .documents import PACKING, Documents
-from .exporting import is_exporting, require
+from .exporting import compile_whole, is_exporting, require
 from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors, refuse_export
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
@@ -40,6 +40,19 @@ def find_packed(head, input_ids, inputs_embeds, attention_mask, past_key_values=
         return None
     own = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
     return head.open_input(**own, past_key_values=past_key_values, packing=given)[2]
+
+
+def open_documents(head, input_ids, inputs_embeds, attention_mask, **inputs) -> Documents | None:
+    """Checks all of a head's input before the head itself reads it. Returns the documents packed in it, None if there
+    are none."""
+    packing = {name: inputs.get(name) for name in PACKING}
+
+    def opened():
+        own = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+        return head.open_input(**own, packing=packing)[2]
+
+    whole = torch.compiler.is_compiling() and all(x is None for x in packing.values())
+    return compile_whole(opened) if whole else opened()
 
 
 def reads(*names: str):
@@ -342,8 +355,7 @@ class QuestionAnsweringHead:
         """
         check_arguments(self, kwargs, self.model.arguments() | READ_BY_BACKBONE)
         own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
-        packing = {name: kwargs.get(name) for name in PACKING} | {"position_ids": position_ids}
-        *_, documents = self.open_input(**own, packing=packing)  # its errors come first
+        documents = open_documents(self, **own, **kwargs | {"position_ids": position_ids})  # its errors come first
         if documents is not None and (start_positions is not None or end_positions is not None):
             raise ValueError(
                 "start_positions and end_positions are columns of a row with one text, and documents are packed in "

@@ -40,7 +40,6 @@ from .attention import OWN_IMPLEMENTATIONS
 from .backbone import Backbone
 from .cache import CACHE_NAME
 from .configuration_longformer import GalleryLongformerConfig
-from .documents import PACKING
 from .encoder_decoder import EncoderDecoder, one_stack
 from .exporting import is_exporting
 from .folding import GlobalTokens, choice_tokens, first_token, question_tokens
@@ -52,6 +51,7 @@ from .heads import (
     SequenceClassificationHead,
     TokenClassificationHead,
     classifier_dropout,
+    open_documents,
     pooled_rows,
     reads,
 )
@@ -345,8 +345,7 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
         """As in SequenceClassificationHead. An encoder's first token is global, unless others are given."""
         own = dict(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds)
         if global_attention_mask is None and not self.config.is_decoder:
-            packing = {name: inputs.get(name) for name in PACKING}
-            *_, documents = self.open_input(**own, packing=packing)  # its errors come first
+            documents = open_documents(self, **own, **inputs)  # its errors come first
             columns = input_ids if inputs_embeds is None else inputs_embeds
             global_attention_mask = first_token(columns, attention_mask, documents)
         return super().forward(**own, global_attention_mask=global_attention_mask, **inputs)

@@ -12,9 +12,9 @@ from transformers.activations import ACT2FN
 from transformers.modeling_outputs import MultipleChoiceModelOutput
 from transformers.utils import can_return_tuple
 
-from .documents import PACKING, Documents
+from .documents import Documents
 from .exporting import is_exporting
-from .heads import READ_BY_BACKBONE, checked_classes, classifier_dropout, pooled_rows
+from .heads import READ_BY_BACKBONE, checked_classes, classifier_dropout, open_documents, pooled_rows
 from .modeling_base import check_arguments
 
 # Inputs of a forward that have a row for each text.
@@ -63,9 +63,7 @@ class MultipleChoiceHead:
         own = dict(input_ids=input_ids, inputs_embeds=inputs_embeds, attention_mask=attention_mask)
         flat, choices = as_rows(own | dict(token_type_ids=token_type_ids, position_ids=position_ids) | kwargs)
         labels = checked_classes(labels, 1 if choices is None else choices, "the choices'")
-        packing = {name: flat.get(name) for name in PACKING}
-        own = {name: flat[name] for name in own}
-        *_, documents = self.open_input(**own, packing=packing)  # its errors come first
+        documents = open_documents(self, **flat)  # its errors come first
         flat |= self.choice_inputs(flat, documents)
         outputs = self.model(**flat | {"return_dict": True, "use_cache": False})
         pooled = pooled_rows(outputs.last_hidden_state, flat["attention_mask"], documents, last=False)
