@@ -16,11 +16,12 @@ from torch.utils import _pytree as pytree
 from transformers.cache_utils import Cache
 
 from .cache import Content, GalleryCache
+from .rings import RingLayout
 from .states import Kept, Record
 from .static_cache import GalleryStaticCache
 
 # What a cache is besides its content, and what of the content is of this process alone.
-_ATTRIBUTES = ("identity", "capacity", "recording", "detaches", "any_weights", "_unchecked", "slots", "longest")
+_ATTRIBUTES = ("identity", "capacity", "recording", "detaches", "any_weights", "_unchecked", "longest")
 _OF_PROCESS = ("version", "maker", "sample")
 
 
@@ -61,6 +62,7 @@ def flatten_with_keys(cache: GalleryCache) -> tuple[list[tuple[Any, torch.Tensor
     content = cache._content
     tree = {
         "attributes": {name: vars(cache)[name] for name in _ATTRIBUTES if name in vars(cache)},
+        "rings": _taken(getattr(cache, "rings", ()), "", leaves),
         "content": _taken(content, "", leaves),
     }
     return leaves, Layout(json.dumps(tree), {name: getattr(content, name) for name in _OF_PROCESS})
@@ -74,7 +76,7 @@ def unflatten(kind: type[GalleryCache], leaves, layout: Layout) -> GalleryCache:
     cache._content, cache._waiting = Content(), None
     vars(cache).update(tree["attributes"])
     if isinstance(cache, GalleryStaticCache):
-        cache.slots, cache._emptied = tuple(cache.slots), Content()
+        cache.rings, cache._emptied = _given(tree["rings"], iter(())), Content()
     cache._content = dataclasses.replace(_given(tree["content"], iter(leaves)), **layout.of_process)
     return cache
 
@@ -114,7 +116,7 @@ def _given(tree: dict, leaves) -> Any:
 def _kinds() -> dict[str, type]:
     """The classes that a content is made of, by name."""
     found: dict[str, type] = {"Content": Content}
-    waiting: list[type] = [Kept, Record]
+    waiting: list[type] = [Kept, Record, RingLayout]
     while waiting:
         kind = waiting.pop()
         found[kind.__name__] = kind

@@ -70,10 +70,6 @@ class GalleryBlockRecurrentTransformerConfig(GalleryConfig):
         super().__post_init__(**kwargs)
 
     @property
-    def why_no_static_cache(self) -> str:
-        return "how many blocks a forward ends is asked"
-
-    @property
     def cache_capacity(self) -> int:
         """Keys kept for the tokens to come: a window; with a state, all of its block and of the block before."""
         return 2 * self.block_length - 1 if self.recurrent_layers else self.block_length

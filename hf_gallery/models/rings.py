@@ -13,6 +13,7 @@ the ring's device, so a step asks nothing and is the same graph at every token:
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from .attention_problem import Position, compute_dtype, without_autocast
 from .rows import Rows
 from .spans import Spans
-from .states import Kept
+from .states import Columns, Kept, NextState
 
 
 class RingColumns(Kept):
@@ -151,3 +152,18 @@ def unlay(ring: torch.Tensor, seen: torch.Tensor, count: int) -> torch.Tensor:
 def _columns(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     """Columns at (B, any) of x (B, H, C, D)."""
     return x.gather(2, at[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+@dataclass(frozen=True)
+class RingLayout:
+    """How a static cache holds what a growing one has as columns of time. slots: of the ring."""
+
+    slots: int
+
+    def lay(self, name: str, state: NextState, seen: torch.Tensor) -> torch.Tensor:
+        """The ring of a growing cache's state of that name; seen: (B,), tokens of each row."""
+        return lay(state[name].tensor, seen, self.slots)
+
+    def unlay(self, ring: torch.Tensor, seen: torch.Tensor) -> Kept | None:
+        """What `lay` undoes; None where a growing cache has nothing yet."""
+        return Columns(unlay(ring, seen, min(int(seen.max()), self.slots)))

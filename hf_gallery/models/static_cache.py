@@ -16,9 +16,9 @@ import torch
 
 from .cache import Content, GalleryCache, MadeFor, row_numbers, whole_number
 from .exporting import in_one_graph, records_gradients, require
-from .rings import RingColumns, StepRows, lay, unlay
+from .rings import RingColumns, RingLayout, StepRows
 from .rows import Rows
-from .states import Columns, Kept, NextState, tensors_of
+from .states import NextState, tensors_of
 
 
 class GalleryStaticCache(GalleryCache):
@@ -58,16 +58,9 @@ class GalleryStaticCache(GalleryCache):
             )
         if max_cache_len is not None and (not isinstance(max_cache_len, int) or max_cache_len < 1):
             raise ValueError(f"max_cache_len is {max_cache_len!r}; it must be a whole number of at least 1, or None")
-        # One more than are seen again: the new token's own column stands in the ring too.
-        wanted = [kept if kept is None else kept + 1 for kept in map(config.columns_kept, range(config.cache_layers))]
-        if max_cache_len is None and None in wanted:
-            raise ValueError(
-                f"max_cache_len is None, and {config.model_type} keeps every token; give the length of the longest "
-                "text, prompt and all"
-            )
-        most = max_cache_len or 0
-        self.slots = tuple(most if n is None or (most and n > most) else n for n in wanted)  # of each layer's rings
-        cut = any(n is None or n > m for n, m in zip(wanted, self.slots, strict=True))
+        self.rings = tuple(config.ring_layout(i, max_cache_len) for i in range(config.cache_layers))
+        kept = [config.columns_kept(i) for i in range(config.cache_layers)]
+        cut = max_cache_len is not None and any(n is None or n >= max_cache_len for n in kept)
         self.longest = max_cache_len if cut else None  # tokens of a row's text; None = no end
         self._emptied = Content()  # memory of the content before a reset
 
@@ -171,14 +164,16 @@ class GalleryStaticCache(GalleryCache):
             return cache
         seen = content.seen.cpu()
 
-        def unlaid(kept: Kept) -> Kept:
-            if isinstance(kept, RingColumns):
-                return Columns(unlay(kept.tensor, content.seen, min(int(seen.max()), kept.columns)))
-            return kept.map(torch.Tensor.clone)
+        def unlaid(state: NextState, rings: dict[str, RingLayout]) -> NextState:
+            found = {
+                name: rings[name].unlay(kept.tensor, content.seen) if name in rings else kept.map(torch.Tensor.clone)
+                for name, kept in state.items()
+            }
+            return {name: kept for name, kept in found.items() if kept is not None}
 
         cache._content = replace(
             content,
-            states=tuple({name: unlaid(kept) for name, kept in state.items()} for state in content.states),
+            states=tuple(map(unlaid, content.states, self.rings)),
             seen=seen.clone(),
             facts={name: kept.map(lambda x: x.to("cpu", copy=True)) for name, kept in content.facts.items()},
             columns=int(content.columns),
@@ -190,18 +185,13 @@ class GalleryStaticCache(GalleryCache):
         """The content of a growing cache in rings, in the memory of the old one or of what reset() left."""
         device = next(kept.tensor.device for state in content.states for kept in state.values())
 
-        def laid(kept: Kept, slots: int) -> Kept:
-            if not isinstance(kept, Columns):
-                return kept
-            return RingColumns(lay(kept.tensor, content.seen, slots))
+        def laid(state: NextState, rings: dict[str, RingLayout]) -> NextState:
+            return state | {name: RingColumns(ring.lay(name, state, content.seen)) for name, ring in rings.items()}
 
-        rings = tuple(
-            {name: laid(kept, n) for name, kept in state.items()}
-            for state, n in zip(content.states, self.slots, strict=True)
-        )
         counts = dict(seen=content.seen.to(device), columns=torch.tensor(content.columns, device=device))
         facts = {name: kept.map(lambda x: x.to(device)) for name, kept in content.facts.items()}
-        content = replace(content, states=rings, facts=facts, history=(), **counts)
+        states = tuple(map(laid, content.states, self.rings))
+        content = replace(content, states=states, facts=facts, history=(), **counts)
         return content_over(content, old if old.seen is not None else self._emptied)
 
     # ---- transformers' Cache
