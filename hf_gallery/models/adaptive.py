@@ -1,6 +1,6 @@
 """Adaptive embeddings and softmax of Transformer-XL: frequent words get wide vectors, rare ones narrow.
 
-Letters: see spans.py.
+The same cluster by cluster: tests/plain/adaptive.py. Letters: see spans.py.
 """
 
 from __future__ import annotations

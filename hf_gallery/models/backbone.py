@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -310,6 +311,15 @@ class Backbone(GalleryPreTrainedModel):
                 attentions.append(probabilities[0] if len(probabilities) == 1 else tuple(probabilities))
         return LayerResults(x, new, hidden, attentions)
 
+    def agreed(self, device: torch.device, calls: int) -> int:
+        """How often to call each layer where this rank needs so many `calls`: where weights are gathered at each call
+        as often as the rank that needs most, or ranks would wait for each other for ever."""
+        if in_one_graph() or not is_sharded(self) or not torch.distributed.is_initialized():
+            return calls
+        most = torch.tensor(calls, device=device)
+        torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        return int(most)
+
     def run_in_blocks(
         self,
         x: torch.Tensor,
@@ -323,7 +333,7 @@ class Backbone(GalleryPreTrainedModel):
 
         enter: makes a block's Context, of one without what crosses blocks and the states that the block before left.
         """
-        cut = BlockRows(context.rows, length)
+        cut = BlockRows(context.rows, length, partial(self.agreed, x.device))
         results: list[LayerResults] = []
         for part, rows in cut.split(x):
             own = replace(

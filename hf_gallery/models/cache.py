@@ -217,7 +217,7 @@ class GalleryCache(Cache):
         return Rows(batch, columns, mask, self.seen)
 
     def past_of(self, rows: Rows) -> GalleryCache:
-        """What the rows of a forward go on with."""
+        """Returns what the rows of a forward go on with."""
         return self
 
     def read_states(self, version: Version | None = None) -> list[State]:

@@ -101,7 +101,7 @@ def _joined(name: str, more: Any) -> str:
 
 
 def _given(tree: dict, leaves) -> Any:
-    """What `_taken` undoes."""
+    """Puts together what `_taken` has taken apart."""
     if "tensor" in tree:
         return next(leaves)
     if "kind" in tree:

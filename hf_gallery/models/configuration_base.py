@@ -115,7 +115,7 @@ class GalleryConfig(PreTrainedConfig):
 
     @property
     def why_no_static_cache(self) -> str | None:
-        """What keeps a GalleryStaticCache from holding what the layers keep; None where it can."""
+        """The reason that a GalleryStaticCache cannot hold what the layers keep; None where it can."""
         return None
 
     # ---- what a cache holds for a model of this configuration; `check_content` in cache.py compares

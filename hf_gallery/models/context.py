@@ -12,6 +12,7 @@ from .columns import append_columns, next_columns
 from .exporting import in_one_graph
 from .rings import RingColumns
 from .rows import Rows
+from .spans import Spans
 from .states import Columns, NextState, State
 
 Wider = TypeVar("Wider", bound="ForwardContext")
@@ -86,3 +87,10 @@ class ForwardContext:
         if self.rows.steps:
             return {name: RingColumns(x) for name, x in joined.items()}
         return {name: Columns(next_columns(x, self.rows, max_columns)) for name, x in joined.items()}
+
+
+@dataclass(kw_only=True)
+class IntervalContext(ForwardContext):
+    """One forward whose layers all see alike. spans: the [cached | new] columns that each query sees."""
+
+    spans: Spans

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 
+from .attention import OWN_IMPLEMENTATIONS
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
 from .early_exit import EarlyExit
@@ -36,7 +37,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     auto_classes: dict[str, str] = {}
     takes_pairs = False  # what a layer keeps of a token is its key and value, so that a prefix may be made of them
-    implementations: dict[str, str] = {}  # of attention, with what each is
+    implementations: dict[str, str] = OWN_IMPLEMENTATIONS  # of attention, with what each is
     embeds_positions = True  # whether position_ids may be anything; a backbone may know distances only
     prefix = ""  # of the input's names, in messages
     head_loss: str | None = None  # which of transformers' losses; it would go by the class name, also of a subclass
@@ -50,6 +51,9 @@ class GalleryPreTrainedModel(PreTrainedModel):
         config.check_special_ids()  # again: fields may have been set since, from_pretrained(vocab_size=...) does so
         super().__init__(config, *inputs, **kwargs)
         self.loss_type = self.head_loss or self.loss_type
+
+    def _init_weights(self, module: nn.Module):
+        init_linear(module, self.config.initializer_range)
 
     def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
         requested = requested_attention or "eager"

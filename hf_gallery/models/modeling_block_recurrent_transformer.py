@@ -43,7 +43,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .attention import OWN_IMPLEMENTATIONS, attend
+from .attention import attend
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import (
@@ -349,12 +349,7 @@ class GalleryBlockRecurrentTransformerLayer(PreNormLayer):
     forward without gradients their keys and values, state_keys and state_values (B, H, Z, D)."""
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, layer: int):
-        super().__init__()
-        self.self_attn = GalleryBlockRecurrentTransformerAttention(config, layer)
-        self.self_attn_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config, bias=False)
-        self.feed_forward_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        super().__init__(config, GalleryBlockRecurrentTransformerAttention(config, layer), nn.RMSNorm)
 
     def forward(
         self, x: torch.Tensor | None, context: Context, state: State
@@ -369,7 +364,6 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryBlockRecurrentTransformerConfig
     config_class = GalleryBlockRecurrentTransformerConfig
     _no_split_modules = ["GalleryBlockRecurrentTransformerLayer"]
-    implementations = OWN_IMPLEMENTATIONS
     auto_classes = {
         "AutoModel": "GalleryBlockRecurrentTransformerModel",
         "AutoModelForCausalLM": "GalleryBlockRecurrentTransformerForCausalLM",
@@ -465,13 +459,7 @@ class GalleryBlockRecurrentTransformerForCausalLM(CausalLMHead, GalleryBlockRecu
     torch.Size([1, 4, 262])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
-        super().__init__(config)
-        self.model = GalleryBlockRecurrentTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    backbone_class = GalleryBlockRecurrentTransformerModel
 
 
 class GalleryBlockRecurrentTransformerForSequenceClassification(
@@ -489,12 +477,7 @@ class GalleryBlockRecurrentTransformerForSequenceClassification(
     torch.Size([1, 2])
     """
 
-    def __init__(self, config: GalleryBlockRecurrentTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = GalleryBlockRecurrentTransformerModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
+    backbone_class = GalleryBlockRecurrentTransformerModel
 
 
 __all__ = [

@@ -51,7 +51,6 @@ from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import (
     AttentionDropout,
-    FeedForward,
     PreNormLayer,
     QueryKeyValue,
     ScaledEmbedding,
@@ -61,13 +60,12 @@ from .blocks import (
     merge_heads,
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
-from .context import ForwardContext
+from .context import IntervalContext
 from .exporting import in_one_graph, outside_graphs, possibly
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
 from .segments import Pair, Parts, attend_segments, segment_spans
-from .spans import Spans
 from .states import LayerOutput, NextState, State
 
 
@@ -111,10 +109,9 @@ class MemorizingSequenceClassifierOutput(SequenceClassifierOutputWithPast):
 
 
 @dataclass(kw_only=True)
-class Context(ForwardContext):
-    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
+class Context(IntervalContext):
+    """Inputs shared by all layers of one forward. Adds to IntervalContext:"""
 
-    spans: Spans
     parts: Parts | None
     farthest: int
     segment_length: int
@@ -313,22 +310,17 @@ def extended(context, state, key, value):
     return context.extend(state, keys=key.detach(), values=value.detach())
 
 
-def make_norm(config: GalleryMemorizingTransformerConfig) -> nn.Module:
-    """The norm that config.norm_type names, over the last dimension E."""
-    kind = nn.RMSNorm if config.norm_type == "rms" else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.layer_norm_eps)
+def norm_of(config: GalleryMemorizingTransformerConfig) -> type[nn.Module]:
+    """The kind of norm that config.norm_type names."""
+    return nn.RMSNorm if config.norm_type == "rms" else nn.LayerNorm
 
 
 class GalleryMemorizingTransformerLayer(PreNormLayer):
     """One layer. State: keys, values (B, H, C, D); a memory layer's also memory_keys, memory_values (B, H, N, D)."""
 
     def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
-        super().__init__()
-        self.self_attn = GalleryMemorizingTransformerAttention(config, layer)
-        self.self_attn_norm = make_norm(config)
-        self.feed_forward = FeedForward(config, bias=config.mlp_bias)
-        self.feed_forward_norm = make_norm(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        attention = GalleryMemorizingTransformerAttention(config, layer)
+        super().__init__(config, attention, norm_of(config), config.mlp_bias)
 
 
 class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
@@ -376,7 +368,7 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
         self.layers = nn.ModuleList(
             [GalleryMemorizingTransformerLayer(config, i) for i in range(config.num_hidden_layers)]
         )
-        self.norm = make_norm(config)
+        self.norm = norm_of(config)(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
@@ -456,14 +448,8 @@ class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTra
     torch.Size([1, 4, 262])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    backbone_class = GalleryMemorizingTransformerModel
     output_type = MemorizingCausalLMOutput
-
-    def __init__(self, config: GalleryMemorizingTransformerConfig):
-        super().__init__(config)
-        self.model = GalleryMemorizingTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
 
 class GalleryMemorizingTransformerForSequenceClassification(
@@ -481,14 +467,8 @@ class GalleryMemorizingTransformerForSequenceClassification(
     torch.Size([1, 2])
     """
 
+    backbone_class = GalleryMemorizingTransformerModel
     output_type = MemorizingSequenceClassifierOutput
-
-    def __init__(self, config: GalleryMemorizingTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = GalleryMemorizingTransformerModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
 
 
 __all__ = [

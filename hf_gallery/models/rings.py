@@ -87,8 +87,8 @@ class RingSpans(Spans):
         return 0, offset
 
     def ring(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of each of the slots the distance from the query back to it, counted in dilations, and whether it is seen,
-        (B, N) both."""
+        """Distances from the query back to each of the slots, counted in dilations, and which of them it sees: (B, N)
+        both."""
         position = self.rows.column_positions(slots)
         visible = (position >= self.lower) & (position <= self.upper)
         if self.rows.mask is not None:
@@ -144,7 +144,7 @@ def lay(x: torch.Tensor, seen: torch.Tensor, slots: int) -> torch.Tensor:
 
 
 def unlay(ring: torch.Tensor, seen: torch.Tensor, count: int) -> torch.Tensor:
-    """What `lay` undoes: the last `count` columns of a ring (B, H, N, D), each row's last token in the last one."""
+    """The inverse of `lay`: the last `count` columns of a ring (B, H, N, D), each row's last token in the last one."""
     age = torch.arange(count - 1, -1, -1, device=ring.device)
     return _columns(ring, (seen.to(ring.device)[:, None] - 1 - age) % ring.shape[2])
 
@@ -156,7 +156,7 @@ def _columns(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RingLayout:
-    """How a static cache holds what a growing one has as columns of time. slots: of the ring."""
+    """The way in which a static cache holds what a growing one has as columns of time. slots: of the ring."""
 
     slots: int
 
@@ -165,5 +165,5 @@ class RingLayout:
         return lay(state[name].tensor, seen, self.slots)
 
     def unlay(self, ring: torch.Tensor, seen: torch.Tensor) -> Kept | None:
-        """What `lay` undoes; None where a growing cache has nothing yet."""
+        """The inverse of `lay`; None where a growing cache has nothing yet."""
         return Columns(unlay(ring, seen, min(int(seen.max()), self.slots)))

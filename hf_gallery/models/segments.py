@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from .attention import Position
 from .attention_maps import Keys, attend_shown
@@ -108,11 +107,6 @@ def attend_segments(
 class SegmentLayer(ResidualLayer):
     """A layer over segments with a memory of its past input. State: keys, values (B, H, C, D); after a forward with
     gradients hidden (B, C, E), that input itself, of which keys and values are made anew so that W_k and W_v learn."""
-
-    self_attn: Any
-    self_attn_norm: nn.Module
-    feed_forward: nn.Module
-    feed_forward_norm: nn.Module
 
     def forward(self, x: torch.Tensor, context: Any, state: State) -> LayerOutput:
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""

@@ -189,7 +189,7 @@ def test_copies_and_files_go_on_by_themselves(variant, tmp_path):
 
 @causal(plain)
 def test_steps_outside_of_graphs_follow_the_weights(variant):
-    """What follows from weights alone is made anew when they have changed."""
+    """Tables, and all that follows from weights alone, are made anew when they have changed."""
     run = runner(variant, "causal")
     growing, static = caches(run)
     with torch.no_grad():
