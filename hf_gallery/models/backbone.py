@@ -312,7 +312,7 @@ class Backbone(GalleryPreTrainedModel):
         return LayerResults(x, new, hidden, attentions)
 
     def agreed(self, device: torch.device, calls: int) -> int:
-        """How often to call each layer where this rank needs so many `calls`: where weights are gathered at each call
+        """Returns how often to call each layer where this rank needs `calls`: where weights are gathered at each call
         as often as the rank that needs most, or ranks would wait for each other for ever."""
         if in_one_graph() or not is_sharded(self) or not torch.distributed.is_initialized():
             return calls
