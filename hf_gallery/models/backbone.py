@@ -6,7 +6,7 @@
                            -> unpack: the input's columns again; the cache takes the new state, last of all
 
 A variant says how it embeds, what its layers share (`plan`) and what stands behind the last of them (`finish`).
-Padding, packed documents, the cache and transformers' output classes are known here and nowhere in a variant.
+Padding, packed documents, the cache and transformers' output classes are dealt with here, nowhere in a variant.
 Letters: see spans.py.
 """
 
@@ -151,8 +151,8 @@ class Backbone(GalleryPreTrainedModel):
         return self._run(**given)
 
     def fits_one_graph(self, past_key_values, use_cache, position_ids, **inputs) -> bool:
-        """Whether torch.compile may follow a forward as one graph: what a growing cache holds, where documents begin
-        and which tokens are global decides how much there is to do, so it is asked."""
+        """Tells whether torch.compile may follow a forward as one graph: what a growing cache holds, where documents
+        begin and which tokens are global decides how much there is to do, so it is asked."""
         if is_static(past_key_values) and past_key_values.is_initialized:
             return position_ids is None and all(inputs.get(name) is None for name in PACKING)
         caches = self.config.use_cache and not self.training if use_cache is None else use_cache
@@ -291,7 +291,7 @@ class Backbone(GalleryPreTrainedModel):
         return [*parts, Part(last, past, True)]
 
     def has_reentrant_checkpoints(self) -> bool:
-        """Whether layers are computed again by reentrant checkpoints, which give no gradient to a layer's state."""
+        """Tells whether reentrant checkpoints compute layers again, which give no gradient to a layer's state."""
         checkpoints = (layer._gradient_checkpointing_func for layer in self.layers if layer.gradient_checkpointing)
         return self.training and any(checkpoint.keywords.get("use_reentrant") for checkpoint in checkpoints)
 
@@ -312,8 +312,8 @@ class Backbone(GalleryPreTrainedModel):
         return LayerResults(x, new, hidden, attentions)
 
     def agreed(self, device: torch.device, calls: int) -> int:
-        """Returns how often to call each layer where this rank needs `calls`: where weights are gathered at each call
-        as often as the rank that needs most, or ranks would wait for each other for ever."""
+        """The number of times to call each layer. This rank needs `calls`; where weights are gathered at each call it
+        is the most that a rank needs, or ranks would wait for each other for ever."""
         if in_one_graph() or not is_sharded(self) or not torch.distributed.is_initialized():
             return calls
         most = torch.tensor(calls, device=device)
@@ -372,7 +372,7 @@ def shown(x: torch.Tensor, hidden: list | None, context: ForwardContext) -> torc
 
 
 def is_sharded(model: Backbone) -> bool:
-    """Whether calls of the layers gather weights from other ranks, by ZeRO-3, FSDP or fully_shard."""
+    """Tells whether calls of the layers gather weights from other ranks, by ZeRO-3, FSDP or fully_shard."""
     names = {kind.__name__ for module in (model, *model.layers) for kind in type(module).__mro__}
     return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model) or "FSDPModule" in names
 

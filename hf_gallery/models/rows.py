@@ -64,7 +64,7 @@ class Rows:
         self.place: torch.Tensor | None = None  # see `unpack`
         # Whether all rows end with the last packed column.
         self.is_full = index is None or surely(lengths == width)
-        # Rows that move together need one interval for all, and their positions are known without a look at tensors.
+        # Rows that move together need one interval for all, and their positions can be told without a look at tensors.
         self.start = start if self.is_full else None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
@@ -104,7 +104,7 @@ class Rows:
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows stand at the same positions."""
+        """Tells whether all rows stand at the same positions."""
         return self.start is not None
 
     @property

@@ -94,7 +94,7 @@ class Spans:
 
     @property
     def is_causal(self) -> bool:
-        """Whether query t sees exactly the columns [0, t], in every row."""
+        """Tells whether query t sees exactly the columns [0, t], in every row."""
 
         def work():
             t = torch.arange(self.lower.shape[1], device=self.lower.device)
