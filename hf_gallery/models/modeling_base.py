@@ -349,7 +349,7 @@ class GalleryGenerationMixin(GenerationMixin):
 
 
 def is_static(past_key_values) -> bool:
-    """Whether it is a GalleryStaticCache, of whatever copy of this code."""
+    """Tells whether it is a GalleryStaticCache, of whatever copy of this code."""
     return type(past_key_values).__name__ == "GalleryStaticCache"
 
 

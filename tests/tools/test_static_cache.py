@@ -17,7 +17,7 @@ LENGTH = 61  # of texts; past every ring of a bounded cache
 
 
 def holds(variant):
-    """Whether a static cache can hold what its layers keep."""
+    """Tells whether a static cache can hold what its layers keep."""
     return variant.make_config(next(iter(variant.heads))).why_no_static_cache is None
 
 
