@@ -40,6 +40,10 @@ def cache_of(outputs):
     return outputs.get(CACHE_NAME)
 
 
+def _nobody():
+    return None
+
+
 @dataclass(frozen=True)
 class Content:
     """All that a cache holds at one time.
@@ -60,7 +64,7 @@ class Content:
     recorded: int = 0
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     version: Version | None = None
-    maker: Callable[[], Any] = lambda: None
+    maker: Callable[[], Any] = _nobody
     sample: WeightSample | None = None
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Content:
@@ -121,7 +125,7 @@ class GalleryCache(Cache):
 
     def __repr__(self):
         kind = self.identity["model_type"]
-        return f"GalleryCache({kind}, rows={self.batch_size}, columns={self.columns}, bytes={self.nbytes})"
+        return f"{type(self).__name__}({kind}, rows={self.batch_size}, columns={self.columns}, bytes={self.nbytes})"
 
     def __len__(self):
         return len(self._content.states)
@@ -207,6 +211,14 @@ class GalleryCache(Cache):
                 "to use it all the same"
             )
         self._content = replace(self._content, maker=weakref.ref(model))
+
+    def rows_of(self, batch: int, columns: int, mask: torch.Tensor | None, packed: bool = False) -> Rows:
+        """The rows of a forward that goes on from here. packed: documents lie in them one behind another."""
+        return Rows(batch, columns, mask, self.seen)
+
+    def past_of(self, rows: Rows) -> GalleryCache:
+        """Returns what the rows of a forward go on with."""
+        return self
 
     def read_states(self, version: Version | None = None) -> list[State]:
         """Each layer's state for a forward. version: of the model's weights now, see `version_of`; what follows from
@@ -536,10 +548,6 @@ class GalleryCache(Cache):
         cache = cls(MadeFor(identity, capacity))
         cache._content, cache._unchecked, cache.any_weights = Content(**fields), True, any_weights
         return cache
-
-
-def _nobody():
-    return None
 
 
 def ready(state: NextState, detaches: bool = True) -> NextState:

@@ -58,7 +58,7 @@ from .heads import (
 )
 from .longformer_layer import Context, GalleryLongformerLayer
 from .longformer_xl_layer import GalleryLongformerXLLayer
-from .modeling_base import GalleryPreTrainedModel, check_marks
+from .modeling_base import GalleryPreTrainedModel, check_marks, is_static
 from .modeling_transformer import GalleryTransformerStack
 from .multiple_choice import MultipleChoiceHead
 from .rows import Rows, true_first
@@ -137,6 +137,11 @@ class GalleryLongformerStack(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         super().check(rows, cache, longest, **inputs)
         if global_attention_mask is None:
             return
+        if is_static(cache):
+            raise ValueError(
+                "global_attention_mask is given, and past_key_values is a GalleryStaticCache, which keeps windows "
+                "alone; give a GalleryCache"
+            )
         if self.config.segment_length is not None:
             raise ValueError(
                 f"global_attention_mask is given, and segment_length is {self.config.segment_length}; what a segment "
@@ -323,6 +328,7 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler_act = ACT2FN[config.classifier_act]
         self.dropout = classifier_dropout(config)
+        self.pooler_dropout = self.dropout if config.pooler_dropout is None else nn.Dropout(config.pooler_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, global_attention_mask=None, **inputs):
@@ -336,7 +342,7 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
 
     def pool(self, hidden, attention_mask, documents):
         x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
-        return self.dropout(self.pooler_act(self.pooler(self.dropout(x))))
+        return self.dropout(self.pooler_act(self.pooler(self.pooler_dropout(x))))
 
 
 @reads("global_attention_mask")

@@ -262,7 +262,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
         begins = config.same_length or in_one_graph()  # what is followed has no past
         columns = max(cached, config.mem_len if begins else int(reach.max()))
-        start = rows.first - columns + torch.arange(columns) < 0
+        start = rows.column_positions(columns) < 0
         return start if columns and possibly(start) else None
 
 

@@ -26,6 +26,8 @@ class Rows:
     behind it. fresh: (B,), True where a row forgets in this forward what it had behind it; None = nowhere.
     """
 
+    steps = False  # whether they are one column behind rings: see StepRows
+
     def __init__(
         self,
         batch: int,
@@ -80,7 +82,7 @@ class Rows:
     @property
     def beyond(self) -> torch.Tensor:
         """Packed columns behind their row's last token, (B, T)."""
-        return torch.arange(self.width) >= self.lengths[:, None]
+        return torch.arange(self.width, device=self.lengths.device) >= self.lengths[:, None]
 
     @property
     def recent(self) -> int:
@@ -128,8 +130,12 @@ class Rows:
     def positions(self) -> torch.Tensor:
         """The positions of the packed tokens in their rows, (B or 1, T)."""
         if self.start is None:
-            return self.first + torch.arange(self.width)
+            return self.first + torch.arange(self.width, device=self.seen.device)
         return torch.arange(self.start, self.start + self.width)[None]
+
+    def column_positions(self, columns: int) -> torch.Tensor:
+        """The positions of as many cached columns, below 0 before a row's first token: (B or 1, columns)."""
+        return self.first - columns + torch.arange(columns)
 
     def spans(self, lower: torch.Tensor, upper: torch.Tensor, cached: int, least: int = 0) -> Spans:
         """Intervals of positions (B or 1, T) as intervals of the columns [cached | new tokens].

@@ -23,6 +23,8 @@ class Spans:
     all of its layers.
     """
 
+    of_ring = False  # whether they are of positions in a ring: see RingSpans
+
     def __init__(self, lower: torch.Tensor, upper: torch.Tensor):
         if lower.shape != upper.shape or lower.dim() != 2:
             raise ValueError(
