@@ -37,6 +37,16 @@ hypothesis.settings.load_profile("suite")
 def pytest_addoption(parser):
     parser.addoption("--works", metavar="FILE", help="write what works for which variant into the table in FILE")
     parser.addoption("--check-works", metavar="FILE", help="fail if the table in FILE says something else")
+    parser.addoption("--plain", action="store_true", help="each architecture in its plain settings only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--plain"):
+        return
+    variants = (getattr(item, "callspec", None) and item.callspec.params.get("variant") for item in items)
+    other = [x is not None and getattr(x, "name", x) not in COLUMNS for x in variants]
+    config.hook.pytest_deselected(items=[item for item, left_out in zip(items, other, strict=True) if left_out])
+    items[:] = [item for item, left_out in zip(items, other, strict=True) if not left_out]
 
 
 def pytest_configure(config):

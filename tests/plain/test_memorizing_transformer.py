@@ -430,7 +430,7 @@ def test_a_memory_of_262144_pairs():
     query = torch.nn.functional.normalize(pairs[:, :, -3:], dim=-1)
     keys = torch.nn.functional.normalize(ring, dim=-1)
     ends = torch.zeros(1, 3, dtype=torch.long), torch.full((1, 3), size)
-    columns = memory.retrieve("exact", query, [(keys, ring, *ends)], 1)[3].flatten()
+    columns = memory.retrieve("exact", query, [memory.Source(keys, ring, *ends)], 1)[3].flatten()
     assert columns.tolist() == [(int(done) - 3 + i) % size for i in range(3)]
 
 
