@@ -1,0 +1,90 @@
+"""What each source is worth: the bits of a text read again without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .reading import Progress, quiet, read, read_apart
+from .watch import period_of
+
+Reader = Callable[..., torch.Tensor]
+# Settings that say how far a window reaches, by model type; the first that is set is halved.
+WINDOWS = {
+    "gallery_transformer": ("segment_length",),
+    "gallery_transformer_xl": ("mem_len",),
+    "gallery_longformer": ("attention_window",),
+    "gallery_memorizing_transformer": ("mem_len",),
+}
+
+
+def readings(model: Any) -> dict[str, Reader]:
+    """The ways to read a text without one of the model's sources, by name."""
+    config, found = model.config, {}
+    kind, length = config.model_type, period_of(config)
+    # Apart from the others a segment has no memory. Learned positions that run on over several would begin anew too.
+    apart = partial(read_apart, model, size=length) if getattr(config, "position_period", None) is None else None
+    if kind == "gallery_memorizing_transformer":
+        names = ("memory_keys", "memory_values")
+        found["retrieval emptied"] = partial(read, model, size=length, forget=names)
+        if apart is not None:
+            found["memory and retrieval emptied"] = apart
+    elif kind == "gallery_block_recurrent_transformer":
+        names = ("state", "state_keys", "state_values")
+        found["state reset"] = partial(read, model, size=length, forget=names)
+    elif kind == "gallery_recurrent_memory_transformer":
+        if config.num_memory_tokens:
+            found["memory tokens reset"] = apart
+    elif length is not None and kind != "gallery_transformer" and _keeps_places(config):
+        if config.mem_len:
+            found["memory emptied"] = apart
+    halved = half_window(config) if isinstance(model, PreTrainedModel) else None
+    if halved is not None:
+        found["window halved"] = partial(_with_settings, model, halved)
+    return found
+
+
+def worth(model: Any, ids: torch.Tensor, size: int, progress: Progress = quiet) -> dict[str, torch.Tensor]:
+    """Bits of each token of ids (T,), by what the text was read without."""
+    found = {}
+    for name, reader in readings(model).items():
+        more = {} if "size" in getattr(reader, "keywords", {}) else {"size": size}
+        found[name] = reader(ids=ids, what=name, progress=progress, **more)
+    return found
+
+
+def _keeps_places(config: Any) -> bool:
+    """Whether a segment read apart stands where it stood: positions are distances, or there are none."""
+    return getattr(config, "position_embedding_type", "relative") in ("relative", "none")
+
+
+def half_window(config: Any) -> dict[str, Any] | None:
+    """Settings of the same model with half its window; None where none is set, or it is too small to halve."""
+    name = next((x for x in WINDOWS.get(config.model_type, ()) if getattr(config, x, None)), None)
+    if name is None:
+        return None
+    value = getattr(config, name)
+    half = [x // 2 for x in value] if isinstance(value, list) else value // 2
+    return {name: half} if min(half if isinstance(half, list) else [half]) >= 1 else None
+
+
+def _with_settings(model: Any, settings: dict[str, Any], ids: torch.Tensor, **options: Any) -> torch.Tensor:
+    """`read` by a model of other settings on the same weights."""
+    return read(twin(model, **settings), ids, **options)
+
+
+def twin(model: Any, **settings: Any) -> Any:
+    """A model of other settings whose weights are the same tensors."""
+    config = type(model.config).from_dict(model.config.to_dict() | settings)
+    config._attn_implementation = model.config._attn_implementation
+    with torch.device("meta"):
+        other = type(model)(config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    waiting = [name for name, x in (*other.named_parameters(), *other.named_buffers()) if x.is_meta]
+    if waiting:
+        raise ValueError(f"{type(model).__name__} keeps {waiting[0]} out of its state, so no other settings are read")
+    return other.eval()
