@@ -1,7 +1,7 @@
 """hf-gallery: long-sequence transformers, written from scratch, each a real Hugging Face model.
 
-Public here are GalleryCache, `look` and, of every architecture in variants.py, the configuration and all heads. Importing
-this makes the Auto classes of transformers know them.
+Public here are GalleryCache, `look` and, of every architecture in variants.py, the configuration and all heads.
+Importing this makes the Auto classes of transformers know them.
 """
 
 from .spinning import is_command as _is_command

@@ -20,10 +20,10 @@ class Reach:
     is from the one that moves it; entry d is of distance d, NaN where none was measured.
 
     changed (N,): the mean change of the loss in bits, up or down, by a token that is another one. gradient (N,): the
-    mean length of the gradient at a token's embedding, in bits per unit; it stops where the paper stops it, so a memory
-    that is not learned through has none. allowed (N,): the greatest distance that the intervals of all layers together
-    allow for the loss of each token; memories, states and retrieval go beyond it. further: whether the model has any.
-    samples: the positions of the tokens that were changed.
+    mean length of the gradient at a token's embedding, in bits per unit; it stops where the paper stops it, so a
+    memory that is not learned through has none. allowed (N,): the greatest distance that the intervals of all layers
+    together allow for the loss of each token; memory tokens, states and retrieval go beyond it. further: whether the
+    model has any. samples: the positions of the tokens that were changed.
     """
 
     changed: torch.Tensor

@@ -13,7 +13,7 @@ import torch
 from ..models.cache import CACHE_NAME, GalleryCache
 from .reach import Reach
 from .reach import reach as measure_reach
-from .reading import Progress, bits, piece_size, pieces, quiet
+from .reading import Progress, bits, piece_size, quiet
 from .watch import NOTHING, Sources, Watch, Watched, backbone_of, period_of
 from .worth import worth as measure_worth
 
@@ -30,9 +30,9 @@ class Look:
     ids (T,). surprise (T,): bits of each token, NaN of the first, or of all where the model predicts none. sources:
     names. weights (T, layers, H, Z): of each source, adding up to one; pairs that were retrieved have their gate's
     share, a recurrent state its share of the output (see `Watch`). first (T, layers): the first position that the
-    query's interval shows. shown: of some queries, by position, the sources of each layer. gates (layers, H): the share
-    of retrieval, NaN where there is none. fetched (T,): how much weight each token was retrieved with by all later
-    ones, over layers and heads; None without retrieval. passages (P, P): the same from passage to passage, of
+    query's interval shows. shown: of some queries, by position, the sources of each layer. gates (layers, H): the
+    share of retrieval, NaN where there is none. fetched (T,): how much weight each token was retrieved with by all
+    later ones, over layers and heads; None without retrieval. passages (P, P): the same from passage to passage, of
     passage_length tokens, a row for each that fetched. worth: the bits of each token read without a source. reach:
     see Reach.
     """

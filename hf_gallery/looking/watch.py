@@ -1,8 +1,9 @@
 """Watching the layers of a model while it reads: each is asked for its map of attention, one after the other.
 
-A layer gives its probabilities where its context asks for them (models/attention_maps.py), also where the model refuses
-to return them, since segments or blocks run one by one and have no map in common. What a layer adds beside its interval
-of keys is read where it is joined: retrieved pairs behind their gate, the state where the output's map takes it in.
+A layer gives its probabilities where its context asks for them (models/attention_maps.py), also where the model
+refuses to return them, since segments or blocks run one by one and have no map in common. What a layer adds beside its
+interval of keys is read where it is joined: retrieved pairs behind their gate, the state where the output's map takes
+it in.
 
 Letters: see models/spans.py. Z sources.
 """
@@ -56,8 +57,8 @@ def sources_of(config: Any) -> tuple[str, ...]:
 class Sources:
     """Where one query of one layer takes from, head by head: the weights (H, N) of N sources add up to one.
 
-    positions (H, N): in the text; below 0 for what stands nowhere in it, of memory token i -1 - i. kinds (N,): each
-    one's place among the names of the sources.
+    positions (H, N): in the text; below 0 for what stands nowhere in it, of memory token i -1 - i; where a memory
+    begins as zeros, those before the text. kinds (N,): each one's place among the names of the sources.
     """
 
     positions: torch.Tensor
@@ -90,8 +91,12 @@ class Watched:
         """The weights by source, (T, H, Z)."""
         h, t, _ = self.map.shape
         found = self.map.new_zeros(h, t, names)
-        for kind in self.kinds.unique().tolist():
-            found[..., kind] = (self.map * (self.kinds == kind)).sum(-1)
+        least, most = (int(x) for x in self.kinds.aminmax())
+        if least == most:
+            found[..., least] = self.map.sum(-1)
+        else:
+            for kind in range(least, most + 1):
+                found[..., kind] = self.map.mul(self.kinds == kind).sum(-1)
         if self.retrieved is not None:
             kind, _, weights = self.retrieved
             found[..., kind] = weights.sum(-1)
@@ -189,7 +194,10 @@ class Watch:
             call = self._by_column(i, weights, context)
             self._add_retrieved(i, call, context)
             self._add_state(i, call)
-        unseen = call.sums(len(self.names)).sum(-1).T == 0  # (H, T)
+        seen = call.map.sum(-1) + sum(call.extra.values(), start=torch.zeros(()))  # (H, T)
+        if call.retrieved is not None:
+            seen = seen + call.retrieved[2].sum(-1)
+        unseen = seen == 0
         if bool(unseen.any()):
             self._add(call, NOTHING, unseen.float())
         self.read[i] += call.map.shape[1]
@@ -206,7 +214,7 @@ class Watch:
         keys = start + t - s + torch.arange(s)
         query = start + torch.arange(t)
         kinds = torch.zeros(1, s, dtype=torch.long)
-        if "memory" in self.names:
+        if "memory" in self.names and self.period is not None:
             kinds = (keys < (query - query % self.period)[:, None]).long()  # (T, S)
         marked = getattr(context, "globals", None)
         if marked is not None:

@@ -24,23 +24,20 @@ WINDOWS = {
 
 def readings(model: Any) -> dict[str, Reader]:
     """The ways to read a text without one of the model's sources, by name."""
-    config, found = model.config, {}
-    kind, length = config.model_type, period_of(config)
-    # Apart from the others a segment has no memory. Learned positions that run on over several would begin anew too.
-    apart = partial(read_apart, model, size=length) if getattr(config, "position_period", None) is None else None
-    if kind == "gallery_memorizing_transformer":
-        names = ("memory_keys", "memory_values")
-        found["retrieval emptied"] = partial(read, model, size=length, forget=names)
-        if apart is not None:
-            found["memory and retrieval emptied"] = apart
-    elif kind == "gallery_block_recurrent_transformer":
-        names = ("state", "state_keys", "state_values")
-        found["state reset"] = partial(read, model, size=length, forget=names)
-    elif kind == "gallery_recurrent_memory_transformer":
-        if config.num_memory_tokens:
+    config, kind, length = model.config, model.config.model_type, period_of(model.config)
+    found: dict[str, Reader] = {}
+    if length is not None:
+        apart = partial(read_apart, model, size=length)
+        if kind == "gallery_memorizing_transformer":
+            found["retrieval emptied"] = partial(read, model, size=length, forget=("memory_keys", "memory_values"))
+            if config.position_period is None:  # else positions that run on over several segments would begin anew too
+                found["memory and retrieval emptied"] = apart
+        elif kind == "gallery_block_recurrent_transformer":
+            state = ("state", "state_keys", "state_values")
+            found["state reset"] = partial(read, model, size=length, forget=state)
+        elif kind == "gallery_recurrent_memory_transformer" and config.num_memory_tokens:
             found["memory tokens reset"] = apart
-    elif length is not None and kind != "gallery_transformer" and _keeps_places(config):
-        if config.mem_len:
+        elif getattr(config, "mem_len", None) and _keeps_places(config):
             found["memory emptied"] = apart
     halved = half_window(config) if isinstance(model, PreTrainedModel) else None
     if halved is not None:

@@ -22,8 +22,10 @@ def looked_at(variant, monkeypatch=None, **options):
 
 def of_pieces(monkeypatch, size):
     """Pieces of about `size` tokens, whole segments where they must be."""
-    monkeypatch.setattr("hf_gallery.looking.text.piece_size", lambda config, *_: piece_size(config, 1, 0) if hasattr(
-        config, "num_memory_tokens") else size)
+    monkeypatch.setattr(
+        "hf_gallery.looking.text.piece_size",
+        lambda config, *_: piece_size(config, 1, 0) if hasattr(config, "num_memory_tokens") else size,
+    )
 
 
 @causal()
@@ -191,8 +193,8 @@ def test_a_source_that_is_forgotten_is_as_it_began(variant):
 
 @causal()
 def test_no_token_moves_a_loss_from_beyond_the_reach(variant):
-    """What the intervals of all layers allow is what a changed token and the gradients find, where nothing else carries
-    it on; and they do find something there."""
+    """What the intervals of all layers allow is what a changed token and the gradients find, where nothing else
+    carries it on; and they do find something there."""
     model, found = looked_at(variant, reach=True, most=0)
     reach = found.reach
     assert reach.changed[1:9].isfinite().all() and reach.changed[1] > 0 and reach.gradient[1] > 0
