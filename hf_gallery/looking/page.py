@@ -92,7 +92,11 @@ def findings(found: Look) -> list[str]:
         said.append(
             f"Its intervals allow a token to move losses up to {farthest:,} tokens later"
             + (", and what it carries beside them goes on from there" if found.reach.further else "")
-            + (f"; changed ones moved some by a thousandth of a bit {int(seen.max()):,} later." if len(seen) else ".")
+            + (
+                f"; changed tokens moved losses a thousandth of a bit up to {int(seen.max()):,} later."
+                if len(seen)
+                else "."
+            )
         )
     return said
 
