@@ -64,7 +64,7 @@ def words_of(tokenizer: Any, ids: torch.Tensor) -> list[str]:
 
 
 def findings(found: Look) -> list[str]:
-    """What the numbers say, in sentences."""
+    """Sentences about the numbers."""
     total, said = found.weights.mean((0, 1, 2)), []
     layers = found.weights.shape[1]
     if found.predicts:
@@ -127,7 +127,7 @@ def worth_curve(found: Look) -> dict[str, Any] | None:
 
 
 def reach_curve(found: Look) -> dict[str, Any] | None:
-    """How much a token moves the losses behind it, by distance, on axes of powers; each line by its own greatest
+    """The change of losses by a token before them, by distance, on axes of powers; each line by its own greatest
     value, since one is in bits and one in bits per unit."""
     if found.reach is None:
         return None
@@ -156,7 +156,7 @@ def drawing(
     powers: bool = False,
     marks: dict[str, float] | None = None,
 ) -> dict[str, Any] | None:
-    """What the template draws as SVG: lines as points of the drawing, and the numbers beside its axes."""
+    """A drawing that the template makes an SVG of: lines as points of the drawing, and the numbers beside its axes."""
     points = [point for line in lines.values() for point in line]
     if not points:
         return None
@@ -213,7 +213,7 @@ def passage_rows(found: Look, words: list[str]) -> list[dict[str, Any]]:
 
 
 def data(found: Look, words: list[str]) -> dict[str, Any]:
-    """What the page's script reads. Shares of sources are bytes, 255 for all; numbers of keys are per thousand."""
+    """The data of the page's script. Shares of sources are bytes, 255 for all; bits are in tenths."""
     layers = found.weights.shape[1]
     by_layer = found.weights.mean(2)  # (T, layers, Z)
     names = [i for i, name in enumerate(found.sources) if _appears(found, name)]

@@ -1,4 +1,4 @@
-"""How far back a model reaches: by reading with a token changed, by gradients, and by what its intervals allow."""
+"""The reach of a model: by reading with a token changed, by gradients, and by what its intervals allow."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ SAMPLES = 8  # tokens that are changed, and losses whose gradients are taken
 
 @dataclass
 class Reach:
-    """What tokens of a text's beginning do to the losses of later ones. A distance is that of the token whose loss it
-    is from the one that moves it; entry d is of distance d, NaN where none was measured.
+    """The effect of tokens on the losses of later ones, at a text's beginning.
+
+    A distance is that of the token whose loss it is from the one that moves it; entry d is of distance d, NaN where
+    none was measured.
 
     changed (N,): the mean change of the loss in bits, up or down, by a token that is another one. gradient (N,): the
     mean length of the gradient at a token's embedding, in bits per unit; it stops where the paper stops it, so a

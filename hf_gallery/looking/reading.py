@@ -26,7 +26,7 @@ def pieces(total: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def bits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """What each target (B, T) costs in bits under logits (B, T, V)."""
+    """The bits that each target (B, T) costs under logits (B, T, V)."""
     loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
     return loss.view_as(targets).cpu() / math.log(2)
 

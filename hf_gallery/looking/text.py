@@ -22,7 +22,7 @@ PASSAGES = 256  # that a long text is cut into, to say which fetch which
 
 @dataclass
 class Look:
-    """What a model did with a text of T tokens.
+    """A reading of a text of T tokens by one model.
 
     Queries have the positions of the tokens that they read: what token t was predicted from is row t - 1. An encoder
     predicts nothing; its row t is of token t.
@@ -80,6 +80,14 @@ def look(
 
     Raises ValueError for a text of fewer than two tokens, positions that are not in it, and inputs of a causal model;
     TypeError for a model that is no stack of the gallery.
+
+    >>> import torch
+    >>> from hf_gallery import GalleryTransformerXLConfig, GalleryTransformerXLForCausalLM, look
+    >>> sizes = dict(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, intermediate_size=64)
+    >>> model = GalleryTransformerXLForCausalLM(GalleryTransformerXLConfig(**sizes, segment_length=8, mem_len=8))
+    >>> found = look(model, torch.tensor(list(b"a long time ago")))
+    >>> found.sources, found.weights.shape, list(found.worth)
+    (('segment', 'memory', 'nothing'), torch.Size([15, 2, 4, 3]), ['memory emptied', 'window halved'])
     """
     ids = torch.as_tensor(ids)
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids

@@ -38,24 +38,24 @@ def period_of(config: Any) -> int | None:
 
 def sources_of(config: Any) -> tuple[str, ...]:
     """Names of what a query of such a model may take from, in the order of `Watched.weights`."""
-    kind = config.model_type
-    names = ["segment" if getattr(config, "segment_length", None) else "window"]
-    if kind == "gallery_recurrent_memory_transformer":
-        names += ["memory tokens"] if config.num_memory_tokens else []
-    elif kind == "gallery_block_recurrent_transformer":
-        names += ["state"]
-    elif kind != "gallery_transformer" and "segment" in names:
-        names += ["memory"]
-    elif kind == "gallery_longformer" and not config.is_decoder:
-        names += ["global tokens"]
-    if kind == "gallery_memorizing_transformer":
-        names += ["retrieved"]
+    cut = getattr(config, "segment_length", None)
+    names = ["segment" if cut else "window"]
+    if getattr(config, "num_memory_tokens", None):
+        names.append("memory tokens")
+    if cut and hasattr(config, "mem_len"):
+        names.append("memory")
+    if hasattr(config, "attention_window") and not config.is_decoder:
+        names.append("global tokens")
+    if hasattr(config, "recurrent_layers"):
+        names.append("state")
+    if hasattr(config, "memory_layers"):
+        names.append("retrieved")
     return (*names, NOTHING)
 
 
 @dataclass
 class Sources:
-    """Where one query of one layer takes from, head by head: the weights (H, N) of N sources add up to one.
+    """The sources of one query in one layer, head by head: the weights (H, N) of N of them add up to one.
 
     positions (H, N): in the text; below 0 for what stands nowhere in it, of memory token i -1 - i; where a memory
     begins as zeros, those before the text. kinds (N,): each one's place among the names of the sources.

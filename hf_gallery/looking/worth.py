@@ -1,4 +1,4 @@
-"""What each source is worth: the bits of a text read again without it."""
+"""The worth of each source: the bits of a text read again without it."""
 
 from __future__ import annotations
 
@@ -13,29 +13,24 @@ from .reading import Progress, quiet, read, read_apart
 from .watch import period_of
 
 Reader = Callable[..., torch.Tensor]
-# Settings that say how far a window reaches, by model type; the first that is set is halved.
-WINDOWS = {
-    "gallery_transformer": ("segment_length",),
-    "gallery_transformer_xl": ("mem_len",),
-    "gallery_longformer": ("attention_window",),
-    "gallery_memorizing_transformer": ("mem_len",),
-}
+# Settings that say how far a window reaches; of those that a configuration has, the first is halved.
+WINDOWS = ("attention_window", "mem_len", "segment_length")
 
 
 def readings(model: Any) -> dict[str, Reader]:
     """The ways to read a text without one of the model's sources, by name."""
-    config, kind, length = model.config, model.config.model_type, period_of(model.config)
+    config, length = model.config, period_of(model.config)
     found: dict[str, Reader] = {}
     if length is not None:
         apart = partial(read_apart, model, size=length)
-        if kind == "gallery_memorizing_transformer":
+        if hasattr(config, "memory_layers"):
             found["retrieval emptied"] = partial(read, model, size=length, forget=("memory_keys", "memory_values"))
             if config.position_period is None:  # else positions that run on over several segments would begin anew too
                 found["memory and retrieval emptied"] = apart
-        elif kind == "gallery_block_recurrent_transformer":
+        elif hasattr(config, "recurrent_layers"):
             state = ("state", "state_keys", "state_values")
             found["state reset"] = partial(read, model, size=length, forget=state)
-        elif kind == "gallery_recurrent_memory_transformer" and config.num_memory_tokens:
+        elif getattr(config, "num_memory_tokens", None):
             found["memory tokens reset"] = apart
         elif getattr(config, "mem_len", None) and _keeps_places(config):
             found["memory emptied"] = apart
@@ -61,9 +56,9 @@ def _keeps_places(config: Any) -> bool:
 
 def half_window(config: Any) -> dict[str, Any] | None:
     """Settings of the same model with half its window; None where none is set, or it is too small to halve."""
-    name = next((x for x in WINDOWS.get(config.model_type, ()) if getattr(config, x, None)), None)
-    if name is None:
-        return None
+    name = next((x for x in WINDOWS if hasattr(config, x)), None)
+    if name is None or hasattr(config, "num_memory_tokens") or not getattr(config, name):
+        return None  # a segment between memory tokens says when they are written, too
     value = getattr(config, name)
     half = [x // 2 for x in value] if isinstance(value, list) else value // 2
     return {name: half} if min(half if isinstance(half, list) else [half]) >= 1 else None

@@ -44,7 +44,7 @@ def test_weights_of_all_sources_add_up_to_one(variant, monkeypatch):
             assert bool((sources.positions <= query).all())
 
 
-@causal()
+@causal(others_slow=True)
 def test_surprise_is_the_loss_of_each_token(variant, monkeypatch):
     """In bits, though the text was read in pieces."""
     of_pieces(monkeypatch, 11)
@@ -135,7 +135,7 @@ def test_the_states_share_is_its_part_of_the_output(variant):
             assert_equal(found.weights[:, number, head, kind], (state / (window + state)).float())
 
 
-@causal()
+@causal(others_slow=True)
 def test_what_a_source_is_worth(variant):
     """Without its memory each segment costs what it costs alone, and a reset state is the one that a text begins
     with; half a window is another model of the same weights."""
@@ -191,10 +191,10 @@ def test_a_source_that_is_forgotten_is_as_it_began(variant):
         assert_equal(closed.worth[name][1:], closed.surprise[1:])
 
 
-@causal()
+@causal(others_slow=True)
 def test_no_token_moves_a_loss_from_beyond_the_reach(variant):
-    """What the intervals of all layers allow is what a changed token and the gradients find, where nothing else
-    carries it on; and they do find something there."""
+    """A changed token and the gradients find nothing beyond what the intervals of all layers allow, where nothing else
+    carries it on; and they do find something within."""
     model, found = looked_at(variant, reach=True, most=0)
     reach = found.reach
     assert reach.changed[1:9].isfinite().all() and reach.changed[1] > 0 and reach.gradient[1] > 0
