@@ -17,6 +17,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from .drawing import draw
 from .errors import one_line
 from .files import read_json, write_text
 from .variants import VARIANTS, Variant
@@ -34,22 +35,33 @@ PIPELINES = {
 
 
 def write_cards(out: Path, results: Path) -> None:
-    """Renders the cards of all variants, with their numbers where they were measured, to out/VARIANT.md. Raises as
-    render_card does, and then writes none."""
-    cards = {name: render_card(name, results=results if v.measured else None) for name, v in VARIANTS.items()}
+    """Renders the cards of all variants, with their numbers where they were measured, to out/VARIANT.md, and what they
+    see to out/VARIANT.svg. Raises as render_card does, and then writes none."""
+    cards = {
+        name: render_card(name, results=results if v.measured else None, drawing=f"{name}.svg")
+        for name, v in VARIANTS.items()
+    }
+    drawings = {name: draw(name) for name in VARIANTS}
     for name, card in cards.items():
         write_text(out / f"{name}.md", card)
+        write_text(out / f"{name}.svg", drawings[name])
 
 
 def render_card(
-    variant: str, *, folder: Path | None = None, results: Path | None = None, repo_id: str | None = None
+    variant: str,
+    *,
+    folder: Path | None = None,
+    results: Path | None = None,
+    repo_id: str | None = None,
+    drawing: str | None = None,
 ) -> str:
     """The model card of an architecture, or of a trained model: metadata and text, as README.md holds them.
 
     folder: a saved model. Its class, sizes and, where Trainer.save_metrics("eval", ...) left an eval_results.json, its
     scores are read from there. results: a file that `python -m eval` wrote. Its numbers are of models which that
     command trained, so they enter the metadata (model-index) of an architecture's card, and only the text of a
-    folder's. repo_id: USER/NAME or NAME, where it will be, for the code that loads it.
+    folder's. repo_id: USER/NAME or NAME, where it will be, for the code that loads it. drawing: where the
+    drawing of what the architecture's queries see will be, for the card to show it.
 
     What comes from files and arguments enters as text: it can start no line, table cell or code of its own.
 
@@ -93,6 +105,10 @@ def render_card(
         f"The architecture is that of [{about.paper_title}]({about.paper}) ({about.authors}), written from scratch in "
         "hf-gallery. What it carries from one call to the next lives in its cache, and goes on in `generate`.",
     ]
+    if drawing is not None:
+        sections.append(
+            f"What each query sees, as `hf-gallery spans {variant}` draws it:\n\n![{drawing_text(about)}]({drawing})"
+        )
     sections += [] if saved is None else [saved.text()]
     sections += [
         "## How to use",
@@ -116,6 +132,11 @@ def render_card(
     sections += [] if measured is None else [_told(Path(str(results)), lambda: measured.text(own=saved is None))]
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     return str(card)
+
+
+def drawing_text(about: Variant) -> str:
+    """Says in words what an architecture's drawing shows."""
+    return f"A query of the {about.title} sees {about.sees.replace('`', '')}."
 
 
 def check_repo_id(repo_id: str):

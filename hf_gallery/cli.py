@@ -1,4 +1,4 @@
-"""The command line: `hf-gallery list | train | generate | look | eval | convert | card | push`.
+"""The command line: `hf-gallery list | spans | train | generate | look | eval | convert | card | push`.
 
 Messages for people go to stderr, output that a script may read to stdout. Exit codes: 0 success, 1 failure, 2
 usage error. Imports that only one command needs stand in it.
@@ -112,6 +112,38 @@ def list_command(
         heads = "\n".join(name.removeprefix(prefix).removeprefix("For") for name in v.auto_classes.values())
         table.add_row(v.name, f"{v.authors}: {v.idea}", heads)
     Console().print(table)
+
+
+@app.command()
+@_plainly
+def spans(
+    variant: Annotated[str, typer.Argument(help="A variant's name (see `list`).", autocompletion=_variants_like)],
+    *,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A config argument, NAME=VALUE; give it as often as needed."),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Length of the text; default three times the longest window or segment.")
+    ] = None,
+    marks: Annotated[
+        list[int] | None, typer.Option("--global", help="Position of a global token, of a variant that has them.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The SVG file to write; default stdout.", dir_okay=False)] = None,
+) -> None:
+    """Draw which keys each query sees and by what road: window, memory, global tokens, retrieval, state.
+
+    Example: hf-gallery spans transformer_xl --set segment_length=8 --set mem_len=16 --out xl.svg
+    """
+    from .drawing import draw
+    from .files import write_text
+
+    drawn = draw(variant, settings=dict(_setting(x) for x in settings or []), tokens=tokens, marks=marks or ())
+    if out is None:
+        typer.echo(drawn, nl=False)
+    else:
+        write_text(out, drawn)
+        typer.echo(out)
 
 
 @app.command()

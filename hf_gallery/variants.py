@@ -42,14 +42,22 @@ class Contestant:
     symbol: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A setting in which it is drawn what queries see: config arguments, and positions of global tokens."""
+
+    settings: dict[str, Any]
+    marks: tuple[int, ...] = ()
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
     """One architecture.
 
     model: the bare model, whose `heads` name the others, of the same module. small: config arguments of a model that
-    trains on a CPU, beside the sizes that all share. idea: in a line; sees, carries: what a query at position p sees,
-    and what goes from one call to the next; about, limits: as its card says it. measured: its numbers stand in the
-    results that the cards are made of.
+    trains on a CPU, beside the sizes that all share. drawn: settings that show in a few tokens what queries see. idea:
+    in a line; sees, carries: what a query at position p sees, and what goes from one call to the next; about, limits:
+    as its card says it. measured: its numbers stand in the results that the cards are made of.
     """
 
     name: str
@@ -65,6 +73,7 @@ class Variant:
     limits: tuple[str, ...]
     model: type[PreTrainedModel]
     small: dict[str, Any]
+    drawn: tuple[Drawn, ...] = (Drawn(dict(num_hidden_layers=1)),)
     contestants: tuple[Contestant, ...] = ()
     measured: bool = True
 
@@ -150,6 +159,11 @@ TABLE = (
         ),
         model=GalleryTransformerModel,
         small=dict(norm_position="pre", segment_length=256),
+        drawn=(
+            Drawn(dict(is_decoder=True, segment_length=None)),
+            Drawn(dict(is_decoder=True, segment_length=4)),
+            Drawn(dict(is_decoder=False, segment_length=None)),
+        ),
         contestants=(
             Contestant(
                 name="transformer_full",
@@ -189,6 +203,10 @@ TABLE = (
         ),
         model=GalleryTransformerXLModel,
         small=dict(segment_length=128, mem_len=128),
+        drawn=(
+            Drawn(dict(segment_length=4, mem_len=4)),
+            Drawn(dict(segment_length=4, mem_len=4, same_length=True)),
+        ),
         contestants=(
             Contestant(
                 name="transformer_xl",
@@ -225,6 +243,12 @@ TABLE = (
         model=GalleryLongformerModel,
         small=dict(
             norm_position="pre", position_embedding_type="relative", embedding_norm=False, attention_window=128
+        ),
+        drawn=(
+            Drawn(dict(is_decoder=True, attention_window=3), (0,)),
+            Drawn(dict(is_decoder=True, attention_window=3, attention_dilation=2)),
+            Drawn(dict(is_decoder=False, attention_window=4), (0,)),
+            Drawn(dict(is_decoder=True, attention_window=4, segment_length=4, mem_len=4)),
         ),
         contestants=(
             Contestant(
@@ -263,6 +287,11 @@ TABLE = (
         ),
         model=GalleryMemorizingTransformerModel,
         small=dict(segment_length=128, mem_len=128, memory_layers=[2], memory_size=8192, memory_topk=32),
+        drawn=(
+            Drawn(
+                dict(num_hidden_layers=2, memory_layers=[1], segment_length=4, mem_len=2, memory_size=6, memory_topk=2)
+            ),
+        ),
         contestants=(
             Contestant(
                 name="memorizing_transformer",
@@ -300,6 +329,7 @@ TABLE = (
         ),
         model=GalleryBlockRecurrentTransformerModel,
         small=dict(block_length=128, num_state_vectors=64, recurrent_layers=[2]),
+        drawn=(Drawn(dict(num_hidden_layers=2, recurrent_layers=[1], block_length=4, num_state_vectors=2)),),
         contestants=(
             Contestant(
                 name="block_recurrent_transformer",
@@ -338,6 +368,10 @@ TABLE = (
         ),
         model=GalleryRecurrentMemoryTransformerModel,
         small=dict(norm_position="pre", segment_length=128, num_memory_tokens=16),
+        drawn=(
+            Drawn(dict(is_decoder=True, segment_length=4, num_memory_tokens=1)),
+            Drawn(dict(is_decoder=False, segment_length=4, num_memory_tokens=1)),
+        ),
         measured=False,
         contestants=(
             Contestant(

@@ -6,7 +6,7 @@ forward, and its last where the rest is yet to come. Letters: see spans.py. J bl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +16,16 @@ from .rows import Rows
 
 
 class BlockRows:
-    """The rows of a forward, cut at multiples of `length` of their own tokens."""
+    """The rows of a forward, cut at multiples of `length` of their own tokens.
 
-    def __init__(self, rows: Rows, length: int):
+    agreed: given how many blocks there are, says how many to run; those behind the last have no tokens.
+    """
+
+    def __init__(self, rows: Rows, length: int, agreed: Callable[[int], int]):
         self.rows, self.length = rows, length
         self.phase = rows.seen % length  # (B,) tokens of the first block that are already behind
         most = fixed_length(rows.width) if in_one_graph() else int((self.phase + rows.lengths).max())
-        self.count = max(1, -(-most // length))  # J
+        self.count = agreed(max(1, -(-most // length)))  # J
         ends = (torch.arange(self.count + 1)[:, None] * length - self.phase).clamp(min=0)
         self.ends = torch.minimum(ends, rows.lengths)  # (J + 1, B), in packed tokens
 

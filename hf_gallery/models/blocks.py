@@ -15,10 +15,20 @@ from .states import LayerOutput, State
 
 
 class ResidualLayer(GradientCheckpointingLayer):
-    """A layer with `dropout`, and `pre`: whether norms stand before its parts or after the sums."""
+    """self_attn, where given cross_attn, and feed_forward, each with a norm, which stands before the part if `pre`,
+    else after the sum. inner_dropout: in the feed-forward."""
 
-    pre: bool
-    dropout: nn.Module
+    def __init__(self, config, self_attn: nn.Module, pre: bool, inner_dropout: float, cross_attn=None):
+        super().__init__()
+        self.pre = pre
+        self.self_attn = self_attn
+        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        if cross_attn is not None:
+            self.cross_attn = cross_attn
+            self.cross_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config, inner_dropout)
+        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def add(self, x: torch.Tensor, y: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         """The sum of x and what a part has made of it, (B, T, E) each. Post-norm: norm(x + dropout(y))."""
@@ -30,11 +40,13 @@ class PreNormLayer(GradientCheckpointingLayer):
     """A layer as google-research/meliad has it (transformer/transformer_layer.py): self_attn and feed_forward on what
     their norms give, dropout before the one and after the other."""
 
-    self_attn: nn.Module
-    self_attn_norm: nn.Module
-    feed_forward: nn.Module
-    feed_forward_norm: nn.Module
-    dropout: nn.Module
+    def __init__(self, config, self_attn: nn.Module, norm: type[nn.Module] = nn.LayerNorm, bias: bool = False):
+        super().__init__()
+        self.self_attn = self_attn
+        self.self_attn_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.feed_forward = FeedForward(config, bias=bias)
+        self.feed_forward_norm = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout)
 
     def forward(self, x: torch.Tensor, context: ForwardContext, state: State) -> LayerOutput:
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
@@ -95,9 +107,8 @@ class ScaledEmbedding(nn.Embedding):
         return super().forward(input_ids) * self.embed_scale
 
 
-class QueryKeyValue(nn.Module):
-    """Linear maps to the queries, keys and values of all heads; the queries carry the scale, 1 / sqrt(D) (Vaswani et
-    al. 2017, section 3.2.1).
+class MultiHead(nn.Module):
+    """Linear maps to the queries, keys and values of all heads (Vaswani et al. 2017, section 3.2.2).
 
     A module's own parameters are read in its forward only, here and in all models: tools that offload or shard them
     bring them in for it. `keys_values` has none but those of the maps that it calls.
@@ -111,15 +122,32 @@ class QueryKeyValue(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, inner, bias=bias)
         self.v_proj = nn.Linear(config.hidden_size, inner, bias=bias)
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, E) to the query (B, H, T, D), and the scale in each head's (H,)."""
-        query = split_heads(self.q_proj(x), self.num_heads)
-        scale = query.new_full((self.num_heads,), query.shape[-1] ** -0.5)
-        return query * query.shape[-1] ** -0.5, scale
+    def query(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, T, E) to the query (B, H, T, D)."""
+        return split_heads(self.q_proj(x), self.num_heads)
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(B, S, E) to key and value (B, H, S, D)."""
         return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
+
+
+class MultiHeadAttention(MultiHead):
+    """Multi-head attention but for its forward: the maps of MultiHead, `o_proj` behind the heads, and dropout."""
+
+    def __init__(self, config, bias: bool = False):
+        super().__init__(config, bias)
+        self.o_proj = nn.Linear(self.num_heads * config.head_dim, config.hidden_size, bias=bias)
+        self.dropout = AttentionDropout(config.attention_dropout)
+
+
+class QueryKeyValue(MultiHead):
+    """MultiHead's maps as a module of their own, whose queries carry the scale, 1 / sqrt(D) (section 3.2.1)."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(B, T, E) to the query (B, H, T, D), and the scale in each head's (H,)."""
+        query = self.query(x)
+        scale = query.new_full((self.num_heads,), query.shape[-1] ** -0.5)
+        return query * query.shape[-1] ** -0.5, scale
 
 
 class ScaledQueryKeyValue(QueryKeyValue):
@@ -135,7 +163,7 @@ class ScaledQueryKeyValue(QueryKeyValue):
         self.scale = nn.Parameter(torch.ones(self.num_heads))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return scaled_unit(split_heads(self.q_proj(x), self.num_heads), self.scale), self.scale.abs()
+        return scaled_unit(self.query(x), self.scale), self.scale.abs()
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = super().keys_values(x)

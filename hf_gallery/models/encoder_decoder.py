@@ -149,12 +149,3 @@ class EncoderDecoder:
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
         )
-
-
-def one_stack(config, name: str):
-    """Raises ValueError for the config of an encoder-decoder, whose weights a single stack cannot take."""
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"{name} has one stack, but config.is_encoder_decoder is True; use ...ForConditionalGeneration "
-            "(AutoModelForSeq2SeqLM) for this config"
-        )

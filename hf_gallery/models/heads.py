@@ -1,7 +1,7 @@
 """Heads that variants share: what a head does with the hidden states of its backbone, `self.model`.
 
-A variant's class takes one of these first and its own PreTrainedModel second, builds backbone and maps by name, and
-widens `forward` only where its backbone takes more input. Letters: see spans.py.
+A variant's class takes one of these first and its own PreTrainedModel second, names its backbone, and widens
+`forward` only where that takes more input. Letters: see spans.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from transformers.utils import can_return_tuple
 from .cache import CACHE_NAME, cache_of
 from .documents import PACKING, Documents
 from .exporting import compile_whole, is_exporting, require
-from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors, refuse_export
+from .modeling_base import GalleryGenerationMixin, check_arguments, check_tensors, refuse_export, with_config
 
 LOSS_ARGUMENTS = ("num_items_in_batch", "shift_labels")
 READ_BY_BACKBONE = {"past_key_values", "use_cache", "output_attentions", "output_hidden_states"}
@@ -90,9 +90,41 @@ def name_causal(kind: type):
         mapping[name if not model_type or model_type in mapping else model_type] = name
 
 
-class CausalLMHead(GalleryGenerationMixin):
-    """Next-token prediction: `lm_head` on every hidden state."""
+class Head:
+    """A backbone, and what `build_head` makes to stand on it."""
 
+    backbone_class: type[torch.nn.Module]
+    config_changes: dict[str, bool] = {}  # what the head makes of the configuration
+
+    def __init__(self, config):
+        self.check_config(config)
+        super().__init__(with_config(config, **self.config_changes))  # type: ignore[call-arg] # the PreTrainedModel's
+        self.model = self.backbone_class(self.config)
+        self.build_head(self.config)
+        self.post_init()
+
+    def check_config(self, config):
+        """Raises ValueError unless the head can stand on a model of this configuration."""
+        one_stack(self, config)
+
+    def build_head(self, config):
+        """Makes the modules that stand on `self.model`."""
+        raise NotImplementedError
+
+
+def one_stack(model: torch.nn.Module, config):
+    """Raises ValueError for the config of an encoder-decoder, whose weights a single stack cannot take."""
+    if config.is_encoder_decoder:
+        other = model.auto_classes.get("AutoModelForSeq2SeqLM")
+        hint = f"use {other} (AutoModelForSeq2SeqLM) for this config" if other else "leave it False"
+        raise ValueError(f"{type(model).__name__} has one stack, but config.is_encoder_decoder is True; {hint}")
+
+
+class CausalLMHead(Head, GalleryGenerationMixin):
+    """Next-token prediction: `lm_head` on every hidden state, tied to the embeddings."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    lm_head: torch.nn.Module
     _auto_class = "AutoModelForCausalLM"
     output_type = CausalLMOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForCausalLM"
@@ -100,6 +132,9 @@ class CausalLMHead(GalleryGenerationMixin):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         name_causal(cls)
+
+    def build_head(self, config):
+        self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @can_return_tuple
     def forward(
@@ -170,14 +205,16 @@ class CausalLMHead(GalleryGenerationMixin):
         )
 
 
-class MaskedLMHead:
+class MaskedLMHead(Head):
     """The token that belongs in each column: a dense map with norm, then `lm_head` (Devlin et al. 2018)."""
 
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    config_changes = {"is_decoder": False}
     _auto_class = "AutoModelForMaskedLM"
     head_loss = "ForMaskedLM"
 
     def build_head(self, config):
-        """Makes the modules that stand on `self.model`. The output map is the table of embeddings, with its width."""
+        """As Head's. The output map is the table of embeddings, with its width."""
         self.transform = torch.nn.Linear(config.hidden_size, config.embedding_width)
         self.transform_act = ACT2FN[config.hidden_act]
         self.transform_norm = torch.nn.LayerNorm(config.embedding_width, eps=config.layer_norm_eps)
@@ -226,12 +263,16 @@ class MaskedLMHead:
         )
 
 
-class SequenceClassificationHead:
+class SequenceClassificationHead(Head):
     """A label for each row, from its last token; `pool` may say otherwise."""
 
     _auto_class = "AutoModelForSequenceClassification"
     output_type = SequenceClassifierOutputWithPast  # override when the backbone returns extra fields
     head_loss = "ForSequenceClassification"
+
+    def build_head(self, config):
+        self.num_labels = config.num_labels
+        self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels, bias=False)
 
     @can_return_tuple
     def forward(
@@ -284,14 +325,13 @@ class SequenceClassificationHead:
         return pooled_rows(hidden, attention_mask, documents, last=True)
 
 
-class TokenClassificationHead:
+class TokenClassificationHead(Head):
     """A label for each token: dropout, then `classifier` on every hidden state."""
 
     _auto_class = "AutoModelForTokenClassification"
     head_loss = "ForTokenClassification"
 
     def build_head(self, config):
-        """Makes the modules that stand on `self.model`."""
         self.num_labels = config.num_labels
         self.dropout = classifier_dropout(config)
         self.classifier = torch.nn.Linear(config.hidden_size, config.num_labels)
@@ -328,14 +368,14 @@ class TokenClassificationHead:
         )
 
 
-class QuestionAnsweringHead:
+class QuestionAnsweringHead(Head):
     """Start and end of an answer in each row: `qa_outputs` on every hidden state."""
 
     _auto_class = "AutoModelForQuestionAnswering"
     head_loss = "ForQuestionAnswering"
+    config_changes = {"is_decoder": False}
 
     def build_head(self, config):
-        """Makes the module that stands on `self.model`."""
         self.qa_outputs = torch.nn.Linear(config.hidden_size, 2)
 
     @can_return_tuple
@@ -395,14 +435,18 @@ class QuestionAnsweringHead:
         return {}
 
 
-class ConditionalGenerationHead(GalleryGenerationMixin):
+class ConditionalGenerationHead(Head, GalleryGenerationMixin):
     """The target's next token from the source and the target so far: `lm_head` on the decoder's hidden states, and
     where config.final_logits_bias asks for it a bias on the logits."""
 
     _auto_class = "AutoModelForSeq2SeqLM"
+    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
+    config_changes = {"is_encoder_decoder": True}
+
+    def check_config(self, config):
+        pass
 
     def build_head(self, config):
-        """Makes the modules that stand on `self.model`."""
         self.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.final_logits_bias:
             self.final_logits_bias = torch.nn.Parameter(torch.zeros(1, config.vocab_size))

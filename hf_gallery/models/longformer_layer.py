@@ -16,7 +16,7 @@ from torch import nn
 from .attention import Position, attend, attend_naive, join
 from .attention_maps import show
 from .attention_problem import compute_dtype, without_autocast
-from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
+from .blocks import MultiHeadAttention, ResidualLayer, merge_heads, split_heads
 from .columns import append_columns
 from .configuration_longformer import GalleryLongformerConfig
 from .context import ForwardContext
@@ -50,19 +50,15 @@ class Context(ForwardContext):
         return self.once(("folding", dilation), lambda: Folding(self.rows, self.cached, dilation))
 
 
-class GalleryLongformerAttention(nn.Module):
+class GalleryLongformerAttention(MultiHeadAttention):
     """Sliding-window attention with global tokens, section 3.1. One layer has one window and one dilation."""
 
     def __init__(self, config: GalleryLongformerConfig, layer: int):
-        super().__init__()
-        self.layer, self.num_heads, self.width = layer, config.num_attention_heads, config.hidden_size
+        super().__init__(config, config.attention_bias)
+        self.layer, self.width = layer, config.hidden_size
         inner = self.num_heads * config.head_dim
         window, self.dilation = (config.per_layer(f"attention_{name}")[layer] for name in ("window", "dilation"))
         self.left, self.right = (window, 0) if config.is_decoder else (window // 2, window // 2)
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
         if not config.is_decoder:
             self.q_global_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
             self.k_global_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
@@ -72,11 +68,11 @@ class GalleryLongformerAttention(nn.Module):
             self.r_proj = nn.Linear(config.hidden_size, inner, bias=False)
             self.content_bias = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))  # u of Transformer-XL
             self.position_bias = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))  # v of Transformer-XL
-        self.dropout = AttentionDropout(config.attention_dropout)
 
     def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
-        query, key, value = (split_heads(f(x), self.num_heads) for f in (self.q_proj, self.k_proj, self.v_proj))
+        query = self.query(x)  # (B, H, T, D)
+        key, value = self.keys_values(x)  # (B, H, T, D)
         keys, values, new = context.extend(state, keys=key, values=value)  # (B, H, C + T, D)
         global_pairs = None
         if context.globals is not None:
@@ -91,7 +87,10 @@ class GalleryLongformerAttention(nn.Module):
         if not context.causal and context.globals is not None:
             of_globals = self._of_globals(x, context)
         options = dict(dropout=self.dropout.rate, implementation=context.implementation)
-        if context.output_attentions or is_exporting():
+        if context.rows.steps:
+            spans = context.once((self.left, self.dilation, "ring"), lambda: self._ring(context.rows))
+            out = attend(query, keys, values, spans, position=position, **options)
+        elif context.output_attentions or is_exporting():
             out, probabilities = self._look(query, keys, values, position, of_globals, context)
         else:
             out = self._local(query, (keys, values), global_pairs, position, context, options)
@@ -100,6 +99,11 @@ class GalleryLongformerAttention(nn.Module):
         if not context.causal and of_globals is None:
             out = with_gradients_for(out, self.q_global_proj, self.k_global_proj, self.v_global_proj)
         return self.o_proj(merge_heads(out)), new, probabilities
+
+    def _ring(self, rows) -> Spans:
+        """A decoder's window in a ring."""
+        p = rows.positions
+        return rows.spans(p - self.left * self.dilation, p, 0).dilated(self.dilation)
 
     def _local(self, query, pair, global_pairs, position, context, options):
         folding = context.folding(self.dilation)
@@ -216,14 +220,9 @@ class GalleryLongformerLayer(ResidualLayer):
     attention: type[GalleryLongformerAttention] = GalleryLongformerAttention
 
     def __init__(self, config: GalleryLongformerConfig, layer: int):
-        super().__init__()
-        self.pre = config.norm_position == "pre"
-        self.self_attn = self.attention(config, layer)
-        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config, inner_dropout=config.activation_dropout)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        mark_branches([self.self_attn.o_proj, self.feed_forward.down_proj], config)
+        attention = self.attention(config, layer)
+        super().__init__(config, attention, config.norm_position == "pre", config.activation_dropout)
+        mark_branches([attention.o_proj, self.feed_forward.down_proj], config)
 
     def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""

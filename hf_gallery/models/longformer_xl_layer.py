@@ -10,10 +10,8 @@ windowed decoder. Letters: see spans.py.
 
 from __future__ import annotations
 
-import torch
-
 from .attention_maps import Keys, attend_shown
-from .blocks import merge_heads, split_heads
+from .blocks import merge_heads
 from .longformer_layer import Context, GalleryLongformerAttention, GalleryLongformerLayer
 from .segments import SegmentLayer, attend_segments
 
@@ -21,14 +19,10 @@ from .segments import SegmentLayer, attend_segments
 class GalleryLongformerXLAttention(GalleryLongformerAttention):
     """A decoder's window within its segment and the memory before it."""
 
-    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S, E) to keys and values (B, H, S, D)."""
-        return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
-
     def forward(self, x, own, joined, before, context: Context):
         """As in Transformer-XL: x (B, T, E), pairs of keys and values (B, H, ., D). Returns (B, T, E) and, if asked
         for, probabilities (B, H, T, C + T)."""
-        query, position = split_heads(self.q_proj(x), self.num_heads), None  # (B, H, T, D)
+        query, position = self.query(x), None  # (B, H, T, D)
         if self.relative:
             query, position = self._relative(query, context)
         spans, parts = context.segments(self.left)

@@ -40,7 +40,7 @@ from .attention import OWN_IMPLEMENTATIONS
 from .backbone import Backbone
 from .cache import CACHE_NAME
 from .configuration_longformer import GalleryLongformerConfig
-from .encoder_decoder import EncoderDecoder, one_stack
+from .encoder_decoder import EncoderDecoder
 from .exporting import is_exporting
 from .folding import GlobalTokens, choice_tokens, first_token, question_tokens
 from .heads import (
@@ -51,13 +51,14 @@ from .heads import (
     SequenceClassificationHead,
     TokenClassificationHead,
     classifier_dropout,
+    one_stack,
     open_documents,
     pooled_rows,
     reads,
 )
 from .longformer_layer import Context, GalleryLongformerLayer
 from .longformer_xl_layer import GalleryLongformerXLLayer
-from .modeling_base import GalleryPreTrainedModel, check_marks, with_config
+from .modeling_base import GalleryPreTrainedModel, check_marks, is_static
 from .modeling_transformer import GalleryTransformerStack
 from .multiple_choice import MultipleChoiceHead
 from .rows import Rows, true_first
@@ -136,6 +137,11 @@ class GalleryLongformerStack(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         super().check(rows, cache, longest, **inputs)
         if global_attention_mask is None:
             return
+        if is_static(cache):
+            raise ValueError(
+                "global_attention_mask is given, and past_key_values is a GalleryStaticCache, which keeps windows "
+                "alone; give a GalleryCache"
+            )
         if self.config.segment_length is not None:
             raise ValueError(
                 f"global_attention_mask is given, and segment_length is {self.config.segment_length}; what a segment "
@@ -218,7 +224,7 @@ class GalleryLongformerModel(GalleryLongformerStack):
     _auto_class: Any = "AutoModel"
 
     def __init__(self, config: GalleryLongformerConfig):
-        one_stack(config, type(self).__name__)
+        one_stack(self, config)
         if config.window_layers != config.num_hidden_layers:
             raise ValueError(
                 f"num_encoder_layers is {config.num_encoder_layers}, of an encoder-decoder; {type(self).__name__} has "
@@ -256,13 +262,8 @@ class GalleryLongformerForCausalLM(CausalLMHead, GalleryLongformerPreTrainedMode
     torch.Size([1, 4, 262])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: GalleryLongformerConfig):
-        super().__init__(with_config(config, is_decoder=True))
-        self.model = GalleryLongformerModel(self.config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    backbone_class = GalleryLongformerModel
+    config_changes = {"is_decoder": True}
 
     def prepare_inputs_for_generation(
         self,
@@ -304,13 +305,7 @@ class GalleryLongformerForMaskedLM(MaskedLMHead, GalleryLongformerPreTrainedMode
     torch.Size([1, 15, 262])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: GalleryLongformerConfig):
-        super().__init__(with_config(config, is_decoder=False))
-        self.model = GalleryLongformerModel(self.config)
-        self.build_head(self.config)
-        self.post_init()
+    backbone_class = GalleryLongformerModel
 
 
 @reads("global_attention_mask", "position_ids", "token_type_ids")
@@ -326,15 +321,14 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
     torch.Size([1, 2])
     """
 
-    def __init__(self, config: GalleryLongformerConfig):
-        super().__init__(config)
+    backbone_class = GalleryLongformerModel
+
+    def build_head(self, config):
         self.num_labels = config.num_labels
-        self.model = GalleryLongformerModel(config)
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler_act = ACT2FN[config.classifier_act]
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, global_attention_mask=None, **inputs):
         """As in SequenceClassificationHead. An encoder's first token is global, unless others are given."""
@@ -363,11 +357,7 @@ class GalleryLongformerForTokenClassification(TokenClassificationHead, GalleryLo
     torch.Size([1, 15, 2])
     """
 
-    def __init__(self, config: GalleryLongformerConfig):
-        super().__init__(config)
-        self.model = GalleryLongformerModel(config)
-        self.build_head(config)
-        self.post_init()
+    backbone_class = GalleryLongformerModel
 
 
 @reads("global_attention_mask")
@@ -384,12 +374,11 @@ class GalleryLongformerForQuestionAnswering(QuestionAnsweringHead, GalleryLongfo
     torch.Size([1, 21])
     """
 
-    def __init__(self, config: GalleryLongformerConfig):
+    backbone_class = GalleryLongformerModel
+
+    def check_config(self, config):
+        super().check_config(config)
         config.check_ids("sep_token_id")
-        super().__init__(with_config(config, is_decoder=False))
-        self.model = GalleryLongformerModel(self.config)
-        self.build_head(self.config)
-        self.post_init()
 
     def question_inputs(self, input_ids, attention_mask, documents, given):
         """The question is global, unless other tokens are given. Raises ValueError if a row has no separator."""
@@ -418,13 +407,8 @@ class GalleryLongformerForConditionalGeneration(ConditionalGenerationHead, Galle
     torch.Size([1, 4, 262])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
-
-    def __init__(self, config: GalleryLongformerConfig):
-        super().__init__(with_config(config, is_encoder_decoder=True, is_decoder=False))
-        self.model = GalleryLongformerEncoderDecoder(self.config)
-        self.build_head(self.config)
-        self.post_init()
+    backbone_class = GalleryLongformerEncoderDecoder
+    config_changes = {"is_encoder_decoder": True, "is_decoder": False}
 
     @functools.wraps(ConditionalGenerationHead.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, **kwargs):
@@ -447,12 +431,11 @@ class GalleryLongformerForMultipleChoice(MultipleChoiceHead, GalleryLongformerPr
     torch.Size([1, 3])
     """
 
-    def __init__(self, config: GalleryLongformerConfig):
+    backbone_class = GalleryLongformerModel
+
+    def check_config(self, config):
+        super().check_config(config)
         config.check_ids("sep_token_id")
-        super().__init__(with_config(config, is_decoder=False))
-        self.model = GalleryLongformerModel(self.config)
-        self.build_head(self.config)
-        self.post_init()
 
     def choice_inputs(self, flat, documents):
         """Choices are global, unless other tokens are given. Raises ValueError if a row has no separator."""

@@ -34,6 +34,7 @@ Letters: see spans.py. L segment_length, N slots of the memory, k memory_topk.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -50,7 +51,6 @@ from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import (
     AttentionDropout,
-    FeedForward,
     PreNormLayer,
     QueryKeyValue,
     ScaledEmbedding,
@@ -60,13 +60,12 @@ from .blocks import (
     merge_heads,
 )
 from .configuration_memorizing_transformer import GalleryMemorizingTransformerConfig
-from .context import ForwardContext
+from .context import IntervalContext
 from .exporting import in_one_graph, outside_graphs, possibly
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
 from .segments import Pair, Parts, attend_segments, segment_spans
-from .spans import Spans
 from .states import LayerOutput, NextState, State
 
 
@@ -110,10 +109,9 @@ class MemorizingSequenceClassifierOutput(SequenceClassifierOutputWithPast):
 
 
 @dataclass(kw_only=True)
-class Context(ForwardContext):
-    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
+class Context(IntervalContext):
+    """Inputs shared by all layers of one forward. Adds to IntervalContext:"""
 
-    spans: Spans
     parts: Parts | None
     farthest: int
     segment_length: int
@@ -122,6 +120,9 @@ class Context(ForwardContext):
 
     def memory_intervals(self) -> MemoryIntervals:
         return self.once("memory", lambda: MemoryIntervals(self))
+
+    def memory_in_ring(self, slots: int) -> MemoryInRing:
+        return self.once("memory", lambda: MemoryInRing(self, slots))
 
 
 class MemoryIntervals:
@@ -184,6 +185,22 @@ class MemoryIntervals:
         return self.stored[:, None] + offset - offset % self.length + self.length
 
 
+class MemoryInRing:
+    """Places of the memory of a static cache's one query, see MemoryLayout: ring (lower, upper), (B, 1) each."""
+
+    def __init__(self, context: Context, slots: int):
+        position = context.rows.positions  # (B, 1)
+        segment = position - position % context.segment_length
+        oldest = (segment - context.memory_size).clamp(min=0)
+        self.ring = oldest % slots, oldest % slots + segment - oldest
+        self.newest, self.slots = context.rows.last, slots
+
+    def positions(self, columns: torch.Tensor) -> torch.Tensor:
+        """Positions in the row of the slots (B, H, 1, k) that `retrieve` found."""
+        newest = self.newest[..., None, None]
+        return newest - (newest - columns) % self.slots
+
+
 class GalleryMemorizingTransformerAttention(nn.Module):
     """Local attention, and in a memory layer retrieval joined to it by the gate."""
 
@@ -210,7 +227,10 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         position = self.relative_bias(context.farthest, scale) if hasattr(self, "relative_bias") else None
         out, probabilities = self._local(query, (key, value), (keys, values), position, context, state)
         if self.remembers:
-            retrieved, memory = self._remember(query, (keys, values), context, state)
+            if context.rows.steps:
+                retrieved, memory = self._remember_in_ring(query, (key, value), context, state)
+            else:
+                retrieved, memory = self._remember(query, (keys, values), context, state)
             gate = torch.sigmoid(self.gate_bias)[:, None, None].to(out.dtype)
             out = out * (1 - gate) + retrieved * gate
             new |= memory
@@ -237,7 +257,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         found = self._search(query, sources, where.size) if sources else None
         if context.retrievals is not None:
             slots = 0 if ring is None else ring[0].shape[2]
-            context.retrievals[self.layer] = self._retrieval(query, found, slots, where)
+            context.retrievals[self.layer] = self._retrieval(query, found, lambda x: where.positions(x, slots))
         retrieved = torch.zeros_like(query) if found is None else found.out
         if not context.keeps_state:
             return retrieved, {}
@@ -246,6 +266,17 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             pairs, until = where.appended_columns(x.detach()), where.appended_at() if context.records else None
             new[name] = Appended(old, pairs, where.stored, where.appended, where.size, context.no_grad, until)
         return retrieved, new
+
+    def _remember_in_ring(self, query, own: Pair, context: Context, state: State) -> tuple[torch.Tensor, NextState]:
+        """`_remember` of one token behind a static cache."""
+        names = "memory_keys", "memory_values"
+        keys, values = (context.append(state[name], x, None) for name, x in zip(names, own, strict=True))
+        where = context.memory_in_ring(keys.shape[2])
+        lower, upper = where.ring
+        found = self._search(query, [Source(keys, values, lower, upper)], where.slots)
+        if context.retrievals is not None:
+            context.retrievals[self.layer] = self._retrieval(query, found, where.positions)
+        return found.out, context.columns(None, memory_keys=keys, memory_values=values)
 
     def _search(self, query: torch.Tensor, sources: list[Source], size: int) -> Found:
         """The k pairs of all sources that suit each query best, and its attention over them; queries in tiles."""
@@ -262,13 +293,12 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             results.append((out, weights, is_found, columns))
         return Found(*(torch.cat(x, dim=2) for x in zip(*results, strict=True)))
 
-    def _retrieval(self, query: torch.Tensor, found: Found | None, slots: int, where: MemoryIntervals) -> Retrieval:
-        """The pairs that were found, as they are shown."""
+    def _retrieval(self, query: torch.Tensor, found: Found | None, positions: Callable) -> Retrieval:
+        """The pairs that were found, as they are shown. positions: in the row, of the columns that were found."""
         if found is None:
             shape = (*query.shape[:3], self.topk)
             return Retrieval(torch.full(shape, -1, device=query.device), query.new_zeros(shape))
-        positions = where.positions(found.columns, slots).masked_fill(~found.is_found, -1)
-        return Retrieval(positions, found.weights)
+        return Retrieval(positions(found.columns).masked_fill(~found.is_found, -1), found.weights)
 
 
 @outside_graphs  # torch 2.13 fails on a compiled part that returns views and the same views detached
@@ -280,22 +310,17 @@ def extended(context, state, key, value):
     return context.extend(state, keys=key.detach(), values=value.detach())
 
 
-def make_norm(config: GalleryMemorizingTransformerConfig) -> nn.Module:
-    """The norm that config.norm_type names, over the last dimension E."""
-    kind = nn.RMSNorm if config.norm_type == "rms" else nn.LayerNorm
-    return kind(config.hidden_size, eps=config.layer_norm_eps)
+def norm_of(config: GalleryMemorizingTransformerConfig) -> type[nn.Module]:
+    """The kind of norm that config.norm_type names."""
+    return nn.RMSNorm if config.norm_type == "rms" else nn.LayerNorm
 
 
 class GalleryMemorizingTransformerLayer(PreNormLayer):
     """One layer. State: keys, values (B, H, C, D); a memory layer's also memory_keys, memory_values (B, H, N, D)."""
 
     def __init__(self, config: GalleryMemorizingTransformerConfig, layer: int):
-        super().__init__()
-        self.self_attn = GalleryMemorizingTransformerAttention(config, layer)
-        self.self_attn_norm = make_norm(config)
-        self.feed_forward = FeedForward(config, bias=config.mlp_bias)
-        self.feed_forward_norm = make_norm(config)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        attention = GalleryMemorizingTransformerAttention(config, layer)
+        super().__init__(config, attention, norm_of(config), config.mlp_bias)
 
 
 class GalleryMemorizingTransformerPreTrainedModel(GalleryPreTrainedModel):
@@ -343,7 +368,7 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
         self.layers = nn.ModuleList(
             [GalleryMemorizingTransformerLayer(config, i) for i in range(config.num_hidden_layers)]
         )
-        self.norm = make_norm(config)
+        self.norm = norm_of(config)(config.hidden_size, eps=config.layer_norm_eps)
         self.dropout = nn.Dropout(config.hidden_dropout)
         self.post_init()
 
@@ -423,14 +448,8 @@ class GalleryMemorizingTransformerForCausalLM(CausalLMHead, GalleryMemorizingTra
     torch.Size([1, 4, 262])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    backbone_class = GalleryMemorizingTransformerModel
     output_type = MemorizingCausalLMOutput
-
-    def __init__(self, config: GalleryMemorizingTransformerConfig):
-        super().__init__(config)
-        self.model = GalleryMemorizingTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
 
 class GalleryMemorizingTransformerForSequenceClassification(
@@ -448,14 +467,8 @@ class GalleryMemorizingTransformerForSequenceClassification(
     torch.Size([1, 2])
     """
 
+    backbone_class = GalleryMemorizingTransformerModel
     output_type = MemorizingSequenceClassifierOutput
-
-    def __init__(self, config: GalleryMemorizingTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = GalleryMemorizingTransformerModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
 
 
 __all__ = [

@@ -34,11 +34,11 @@ not between forwards. Letters: see spans.py. L segment_length, M num_memory_toke
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import nn
 
-from .attention import OWN_IMPLEMENTATIONS
 from .backbone import Backbone, LayerResults
 from .block_rows import BlockRows
 from .columns import whole_columns
@@ -46,8 +46,8 @@ from .configuration_recurrent_memory_transformer import GalleryRecurrentMemoryTr
 from .context import ForwardContext
 from .exporting import fixed_length, is_exporting, possibly, surely
 from .gradients import with_gradients_for
-from .heads import CausalLMHead, SequenceClassificationHead
-from .modeling_base import GalleryPreTrainedModel, with_config
+from .heads import CausalLMHead, SequenceClassificationHead, classifier_dropout
+from .modeling_base import GalleryPreTrainedModel
 from .modeling_transformer import Context, GalleryTransformerLayer
 from .rows import Rows
 from .spans import Spans
@@ -131,7 +131,6 @@ class GalleryRecurrentMemoryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryRecurrentMemoryTransformerConfig
     config_class = GalleryRecurrentMemoryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
-    implementations = OWN_IMPLEMENTATIONS
     auto_classes = {
         "AutoModel": "GalleryRecurrentMemoryTransformerModel",
         "AutoModelForCausalLM": "GalleryRecurrentMemoryTransformerForCausalLM",
@@ -190,7 +189,7 @@ class GalleryRecurrentMemoryTransformerModel(
     def run_layers(self, x, context, states, *more) -> LayerResults:
         """The only loop over segments: each goes through all layers with the memory that the one before has left."""
         config, rows = self.config, context.rows
-        cut = BlockRows(rows, config.segment_length)
+        cut = BlockRows(rows, config.segment_length, partial(self.agreed, x.device))
         goes_on = cut.ends[1:] > cut.ends[:-1]  # (J, B): the row has tokens in the segment
         memory = x[:, :0]
         if config.num_memory_tokens:
@@ -296,13 +295,8 @@ class GalleryRecurrentMemoryTransformerForCausalLM(CausalLMHead, GalleryRecurren
     torch.Size([1, 4, 262])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: GalleryRecurrentMemoryTransformerConfig):
-        super().__init__(with_config(config, is_decoder=True))
-        self.model = GalleryRecurrentMemoryTransformerModel(self.config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+    backbone_class = GalleryRecurrentMemoryTransformerModel
+    config_changes = {"is_decoder": True}
 
 
 class GalleryRecurrentMemoryTransformerForSequenceClassification(
@@ -320,14 +314,12 @@ class GalleryRecurrentMemoryTransformerForSequenceClassification(
     torch.Size([1, 2])
     """
 
-    def __init__(self, config: GalleryRecurrentMemoryTransformerConfig):
-        super().__init__(config)
+    backbone_class = GalleryRecurrentMemoryTransformerModel
+
+    def build_head(self, config):
         self.num_labels = config.num_labels
-        self.model = GalleryRecurrentMemoryTransformerModel(config)
-        dropout = config.hidden_dropout if config.classifier_dropout is None else config.classifier_dropout
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     def pool(self, hidden, attention_mask, documents):
         return self.dropout(super().pool(hidden, attention_mask, documents))

@@ -3,10 +3,11 @@
     Attention(Q, K, V) = softmax(Q K^T / sqrt(D)) V                      section 3.2.1, in H heads: 3.2.2
     post-norm: x = LayerNorm(x + Dropout(Sublayer(x)))                   sections 3.1 and 5.4
     encoder layer: self-attention, feed-forward; decoder layer: causal self-attention, cross-attention, feed-forward
-    sinusoids and embeddings (3.4, 3.5) are in stack.py, the feed-forward (3.3) in blocks.py, losses in heads.py
+    sinusoids and embeddings (3.4, 3.5) are in stack.py, maps W^Q, W^K, W^V, W^O (3.2.2) and the feed-forward (3.3) in
+    blocks.py, losses in heads.py
 
 One stack serves three forms: encoder-decoder as published, decoder alone (ForCausalLM), encoder alone (ForMaskedLM
-and all heads but these). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
+and the other output heads). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
 [seg(p), p]. Switches in the config give what later models changed: GPT-2 (pre-norm, learned positions), BERT
 (embedding norm, token types), Marian (sines first, bias on the logits).
 
@@ -23,17 +24,15 @@ from typing import Any
 import torch
 from torch import nn
 from transformers.activations import ACT2FN
-from transformers.modeling_outputs import (
-    BaseModelOutputWithPastAndCrossAttentions,
-)
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .attention import OWN_IMPLEMENTATIONS
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
-from .blocks import AttentionDropout, FeedForward, ResidualLayer, merge_heads, split_heads
+from .blocks import MultiHeadAttention, ResidualLayer, merge_heads
 from .configuration_transformer import GalleryTransformerConfig
-from .context import ForwardContext
-from .encoder_decoder import EncoderDecoder, one_stack
+from .context import IntervalContext
+from .encoder_decoder import EncoderDecoder
 from .exporting import surely
 from .gradients import with_gradients_for
 from .heads import (
@@ -47,7 +46,7 @@ from .heads import (
     pooled_rows,
     reads,
 )
-from .modeling_base import GalleryPreTrainedModel, with_config
+from .modeling_base import GalleryPreTrainedModel
 from .multiple_choice import MultipleChoiceHead
 from .rows import Rows
 from .spans import Spans
@@ -56,34 +55,19 @@ from .states import Fixed, State
 
 
 @dataclass(kw_only=True)
-class Context(ForwardContext):
-    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
+class Context(IntervalContext):
+    """Inputs shared by all layers of one forward. Adds to IntervalContext:"""
 
-    spans: Spans
     source: torch.Tensor | None = None  # cross-attention: the encoder's output, packed (B, S, E)
     source_spans: Spans | None = None  # and the tokens of it that each row has
 
 
-class GalleryTransformerAttention(nn.Module):
+class GalleryTransformerAttention(MultiHeadAttention):
     """Multi-head attention, section 3.2.2, over the intervals that it is given."""
-
-    def __init__(self, config: GalleryTransformerConfig):
-        super().__init__()
-        self.num_heads = config.num_attention_heads
-        inner = self.num_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, inner, bias=config.attention_bias)
-        self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_bias)
-        self.dropout = AttentionDropout(config.attention_dropout)
-
-    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S, E) to keys and values (B, H, S, D)."""
-        return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
 
     def forward(self, x, keys: Keys, context: Context, keys_too: bool = True):
         """x (B, T, E) to (B, T, E) and, if asked for, probabilities (B, H, T, S). keys_too: the last T are x's own."""
-        query = split_heads(self.q_proj(x), self.num_heads)  # (B, H, T, D)
+        query = self.query(x)  # (B, H, T, D)
         out, probabilities = attend_shown(context, query, keys, dropout=self.dropout.rate, keys_too=keys_too)
         return self.o_proj(merge_heads(out)), probabilities
 
@@ -92,21 +76,11 @@ class GalleryTransformerLayer(ResidualLayer):
     """An encoder or decoder layer. State: keys, values (B, H, C, D); with cross-attention cross_keys, cross_values."""
 
     def __init__(self, config: GalleryTransformerConfig, cross_attention: bool = False):
-        super().__init__()
-        self.pre = config.norm_position == "pre"
-        self.self_attn = GalleryTransformerAttention(config)
-        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        if cross_attention:
-            self.cross_attn = GalleryTransformerAttention(config)
-            self.cross_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        own = GalleryTransformerAttention(config, config.attention_bias)
+        cross = GalleryTransformerAttention(config, config.attention_bias) if cross_attention else None
+        super().__init__(config, own, config.norm_position == "pre", config.activation_dropout, cross)
         self.cross_attention = cross_attention
-        self.feed_forward = FeedForward(config, inner_dropout=config.activation_dropout)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
-        ends = [self.self_attn.o_proj, self.feed_forward.down_proj] + (
-            [self.cross_attn.o_proj] if cross_attention else []
-        )
-        mark_branches(ends, config)
+        mark_branches([x.o_proj for x in (own, cross) if x is not None] + [self.feed_forward.down_proj], config)
 
     def forward(self, x: torch.Tensor, context: Context, state: State, source: torch.Tensor | None = None):
         """x (B, T, E), source (B, S, E): the encoder's output. Returns x, the next state, own and cross attentions."""
@@ -281,14 +255,9 @@ class GalleryTransformerForCausalLM(CausalLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 4, 262])
     """
 
+    backbone_class = GalleryTransformerModel
+    config_changes = {"is_decoder": True}
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
-
-    def __init__(self, config: GalleryTransformerConfig):
-        one_stack(config, "GalleryTransformerForCausalLM")
-        super().__init__(with_config(config, is_decoder=True))
-        self.model = GalleryTransformerModel(self.config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
 
 
 class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedModel):
@@ -303,14 +272,8 @@ class GalleryTransformerForMaskedLM(MaskedLMHead, GalleryTransformerPreTrainedMo
     torch.Size([1, 15, 262])
     """
 
+    backbone_class = GalleryTransformerModel
     _tied_weights_keys = {"lm_head.weight": "model.stack.embed_tokens.weight"}
-
-    def __init__(self, config: GalleryTransformerConfig):
-        one_stack(config, "GalleryTransformerForMaskedLM")
-        super().__init__(with_config(config, is_decoder=False))
-        self.model = GalleryTransformerModel(self.config)
-        self.build_head(self.config)
-        self.post_init()
 
 
 @reads("position_ids", "token_type_ids")
@@ -326,17 +289,15 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
     torch.Size([1, 2])
     """
 
-    def __init__(self, config: GalleryTransformerConfig):
-        one_stack(config, "GalleryTransformerForSequenceClassification")
-        super().__init__(config)
+    backbone_class = GalleryTransformerModel
+
+    def build_head(self, config):
         self.num_labels = config.num_labels
-        self.model = GalleryTransformerModel(config)
         if not config.is_decoder:
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
             self.pooler_act = ACT2FN[config.classifier_act]
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
 
     def pool(self, hidden, attention_mask, documents):
         x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
@@ -355,12 +316,7 @@ class GalleryTransformerForTokenClassification(TokenClassificationHead, GalleryT
     torch.Size([1, 15, 2])
     """
 
-    def __init__(self, config: GalleryTransformerConfig):
-        one_stack(config, "GalleryTransformerForTokenClassification")
-        super().__init__(config)
-        self.model = GalleryTransformerModel(self.config)
-        self.build_head(self.config)
-        self.post_init()
+    backbone_class = GalleryTransformerModel
 
 
 class GalleryTransformerForQuestionAnswering(QuestionAnsweringHead, GalleryTransformerPreTrainedModel):
@@ -375,12 +331,7 @@ class GalleryTransformerForQuestionAnswering(QuestionAnsweringHead, GalleryTrans
     torch.Size([1, 15])
     """
 
-    def __init__(self, config: GalleryTransformerConfig):
-        one_stack(config, "GalleryTransformerForQuestionAnswering")
-        super().__init__(with_config(config, is_decoder=False))
-        self.model = GalleryTransformerModel(self.config)
-        self.build_head(self.config)
-        self.post_init()
+    backbone_class = GalleryTransformerModel
 
 
 class GalleryTransformerForMultipleChoice(MultipleChoiceHead, GalleryTransformerPreTrainedModel):
@@ -395,12 +346,7 @@ class GalleryTransformerForMultipleChoice(MultipleChoiceHead, GalleryTransformer
     torch.Size([1, 3])
     """
 
-    def __init__(self, config: GalleryTransformerConfig):
-        one_stack(config, "GalleryTransformerForMultipleChoice")
-        super().__init__(with_config(config, is_decoder=False))
-        self.model = GalleryTransformerModel(self.config)
-        self.build_head(self.config)
-        self.post_init()
+    backbone_class = GalleryTransformerModel
 
 
 class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, GalleryTransformerPreTrainedModel):
@@ -416,13 +362,7 @@ class GalleryTransformerForConditionalGeneration(ConditionalGenerationHead, Gall
     torch.Size([1, 4, 262])
     """
 
-    _tied_weights_keys = {"lm_head.weight": "model.shared.weight"}
-
-    def __init__(self, config: GalleryTransformerConfig):
-        super().__init__(with_config(config, is_encoder_decoder=True))
-        self.model = GalleryTransformerModel(self.config)
-        self.build_head(self.config)
-        self.post_init()
+    backbone_class = GalleryTransformerModel
 
 
 __all__ = [

@@ -34,23 +34,21 @@ from .adaptive import AdaptiveEmbedding, AdaptiveSoftmax, Projections, is_adapti
 from .attention import OWN_IMPLEMENTATIONS, Position
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
-from .blocks import AttentionDropout, FeedForward, ScaledEmbedding, merge_heads, split_heads
+from .blocks import AttentionDropout, MultiHead, ScaledEmbedding, merge_heads, split_heads
 from .configuration_transformer_xl import GalleryTransformerXLConfig
-from .context import ForwardContext
+from .context import IntervalContext
 from .exporting import in_one_graph, possibly
 from .heads import CausalLMHead, SequenceClassificationHead, keep_logits
-from .modeling_base import GalleryPreTrainedModel, init_linear
+from .modeling_base import GalleryPreTrainedModel
 from .positions import sinusoids
 from .rows import Rows
 from .segments import Parts, SegmentLayer, attend_segments, segment_spans
-from .spans import Spans
 
 
 @dataclass(kw_only=True)
-class Context(ForwardContext):
-    """Inputs shared by all layers of one forward. Adds to ForwardContext:"""
+class Context(IntervalContext):
+    """Inputs shared by all layers of one forward. Adds to IntervalContext:"""
 
-    spans: Spans  # the [cached | new] columns that each query sees
     farthest: int  # the greatest distance of the table of positions
     relative: torch.Tensor | None  # (R, E) sinusoids of the distances farthest, ..., 1, 0; None if all tables are made
     parts: Parts | None  # with gradients; None without
@@ -58,16 +56,12 @@ class Context(ForwardContext):
     start: torch.Tensor | None = None  # (B or 1, C) the columns before a row's first token, where they hold zeros
 
 
-class GalleryTransformerXLAttention(nn.Module):
+class GalleryTransformerXLAttention(MultiHead):
     """Attention with relative positions, appendix B."""
 
     def __init__(self, config: GalleryTransformerXLConfig, layer: int):
-        super().__init__()
-        self.layer, self.num_heads = layer, config.num_attention_heads
-        inner = self.num_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, inner, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, inner, bias=False)
+        super().__init__(config)
+        self.layer, inner = layer, self.num_heads * config.head_dim
         self.r_proj = nn.Linear(config.hidden_size, inner, bias=False)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=False)
         if config.untie_r:
@@ -75,10 +69,6 @@ class GalleryTransformerXLAttention(nn.Module):
             self.position_bias = nn.Parameter(torch.zeros(self.num_heads, config.head_dim))  # v
         self.untie_r = config.untie_r
         self.dropout = AttentionDropout(config.attention_dropout)
-
-    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, S, E) to keys and values (B, H, S, D)."""
-        return split_heads(self.k_proj(x), self.num_heads), split_heads(self.v_proj(x), self.num_heads)
 
     def table(self, context: Context) -> torch.Tensor:
         """r of the distances farthest, ..., 0: (H, R, D)."""
@@ -91,7 +81,7 @@ class GalleryTransformerXLAttention(nn.Module):
         Returns (B, T, E) and, if asked for, probabilities (B, H, T, C + T).
         """
         u, v = (self.content_bias, self.position_bias) if self.untie_r else context.biases
-        query = split_heads(self.q_proj(x), self.num_heads)  # (B, H, T, D)
+        query = self.query(x)  # (B, H, T, D)
         content, position = query + u[:, None].to(query), query + v[:, None].to(query)
         relative = Position(self.table(context), context.farthest, position)
         dropout = self.dropout.rate
@@ -109,13 +99,8 @@ class GalleryTransformerXLLayer(SegmentLayer):
     """One layer; its state is that of SegmentLayer."""
 
     def __init__(self, config: GalleryTransformerXLConfig, layer: int):
-        super().__init__()
-        self.pre = config.pre_lnorm
-        self.self_attn = GalleryTransformerXLAttention(config, layer)
-        self.self_attn_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.feed_forward = FeedForward(config, inner_dropout=config.hidden_dropout)
-        self.feed_forward_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout)
+        attention = GalleryTransformerXLAttention(config, layer)
+        super().__init__(config, attention, config.pre_lnorm, inner_dropout=config.hidden_dropout)
 
     def _past(self, state, context, x):
         past = super()._past(state, context, x)
@@ -155,8 +140,8 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
     }
 
     def _init_weights(self, module):
+        super()._init_weights(module)
         std = self.config.initializer_range
-        init_linear(module, std)
         if isinstance(module, nn.LayerNorm):
             nn.init.normal_(module.weight, 1.0, std)  # as the authors' train.py, weights_init
         for name in ("content_bias", "position_bias", "cluster_weight"):
@@ -181,7 +166,7 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
         """As in transformers; with adaptive tables the last cluster grows or shrinks."""
-        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        embedding, softmax = self.get_input_embeddings(), self.get_output_embeddings()
         if not isinstance(embedding, AdaptiveEmbedding):
             return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         size, last = self.new_size(new_num_tokens, pad_to_multiple_of), max([0, *self.config.cutoffs])
@@ -194,10 +179,10 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         words = table.num_embeddings + size - embedding.num_embeddings
         self._resize_table(table.weight, words, mean_resizing)
         table.num_embeddings, embedding.ends[-1] = words, size
-        if head is not None:
-            self._resize_table(head.weights[-1], words, mean_resizing)
-            head.biases[-1].data = F.pad(head.biases[-1].data, (0, words - len(head.biases[-1])))
-            head.ends[-1] = size
+        if softmax is not None:
+            self._resize_table(softmax.weights[-1], words, mean_resizing)
+            softmax.biases[-1].data = F.pad(softmax.biases[-1].data, (0, words - len(softmax.biases[-1])))
+            softmax.ends[-1] = size
         return embedding
 
     def _resize_table(self, table: nn.Parameter, words: int, mean_resizing: bool):
@@ -277,7 +262,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
         begins = config.same_length or in_one_graph()  # what is followed has no past
         columns = max(cached, config.mem_len if begins else int(reach.max()))
-        start = rows.first - columns + torch.arange(columns) < 0
+        start = rows.column_positions(columns) < 0
         return start if columns and possibly(start) else None
 
 
@@ -297,16 +282,14 @@ class GalleryTransformerXLForCausalLM(CausalLMHead, GalleryTransformerXLPreTrain
     torch.Size([1, 4, 262])
     """
 
-    def __init__(self, config: GalleryTransformerXLConfig):
-        super().__init__(config)
-        self.model = GalleryTransformerXLModel(config)
+    backbone_class = GalleryTransformerXLModel
+
+    def build_head(self, config):
         if is_adaptive(config):
             self.lm_head = AdaptiveSoftmax(config)
             self._tied_weights_keys = self._adaptive_ties()
         else:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size)
-            self._tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-        self.post_init()
 
     def _adaptive_ties(self):
         tables = self.model.embed_tokens.tables
@@ -340,12 +323,7 @@ class GalleryTransformerXLForSequenceClassification(SequenceClassificationHead, 
     torch.Size([1, 2])
     """
 
-    def __init__(self, config: GalleryTransformerXLConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = GalleryTransformerXLModel(config)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
+    backbone_class = GalleryTransformerXLModel
 
 
 __all__ = [

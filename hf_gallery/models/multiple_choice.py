@@ -14,7 +14,7 @@ from transformers.utils import can_return_tuple
 
 from .documents import Documents
 from .exporting import is_exporting
-from .heads import READ_BY_BACKBONE, checked_classes, classifier_dropout, open_documents, pooled_rows
+from .heads import READ_BY_BACKBONE, Head, checked_classes, classifier_dropout, open_documents, pooled_rows
 from .modeling_base import check_arguments
 
 # Inputs of a forward that have a row for each text.
@@ -24,14 +24,14 @@ BY_ROW = (
 )  # fmt: skip
 
 
-class MultipleChoiceHead:
+class MultipleChoiceHead(Head):
     """A score for each choice: BERT's pooler on its text's first token, then `score` (Devlin et al. 2018, section
     4.4)."""
 
     _auto_class = "AutoModelForMultipleChoice"
+    config_changes = {"is_decoder": False}
 
     def build_head(self, config):
-        """Makes the modules that stand on `self.model`."""
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler_act = ACT2FN[config.classifier_act]
         self.dropout = classifier_dropout(config)

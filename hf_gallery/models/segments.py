@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from .attention import Position
 from .attention_maps import Keys, attend_shown
@@ -109,11 +108,6 @@ class SegmentLayer(ResidualLayer):
     """A layer over segments with a memory of its past input. State: keys, values (B, H, C, D); after a forward with
     gradients hidden (B, C, E), that input itself, of which keys and values are made anew so that W_k and W_v learn."""
 
-    self_attn: Any
-    self_attn_norm: nn.Module
-    feed_forward: nn.Module
-    feed_forward_norm: nn.Module
-
     def forward(self, x: torch.Tensor, context: Any, state: State) -> LayerOutput:
         """x (B, T, E). Returns x, the next state, and probabilities (B, H, T, C + T) or None."""
         y = self._attention_input(x)
@@ -122,7 +116,7 @@ class SegmentLayer(ResidualLayer):
         joined = before = None
         if context.parts is None or context.carries or (context.keeps_state and "keys" in state):
             max_columns = context.max_columns if context.keeps_state else None
-            joined = tuple(append_columns(x, y, max_columns) for x, y in zip(past or (None, None), own, strict=True))
+            joined = tuple(context.append(x, y, max_columns) for x, y in zip(past or (None, None), own, strict=True))
         if context.parts is not None:
             if context.carries:
                 past = self._past({name: kept.detach() for name, kept in state.items()}, context, x)

@@ -1,13 +1,11 @@
 """The Block-Recurrent Transformer, plainly (Hutchins et al. 2022, arXiv 2203.07852): a loop over blocks.
 
-The twin of hf_gallery/models/modeling_block_recurrent_transformer.py. Section numbers are the paper's; where the paper
-is silent (unit keys, T5 bias, norms, self not seen) it is as google-research/meliad computes it.
+The twin of hf_gallery/models/modeling_block_recurrent_transformer.py. Section numbers are the paper's; where it is
+silent (unit keys, T5 bias, norms, self not seen) the twin does as google-research/meliad.
 """
 
-import math
-
 import torch
-from plain.parts import bucket, feed_forward, linear, norm, past, start_of, unit
+from plain.parts import attend, bucket, embedded, feed_forward, keys_values, linear, norm, past, queries, start_of
 
 
 def logits(model, ids, starts=(0,)):
@@ -16,65 +14,52 @@ def logits(model, ids, starts=(0,)):
 
 
 def hidden_states(model, ids, starts=(0,), states=None):
-    """(T, E) of one row of tokens, all layers of a block before the next block. starts: where forwards began.
-
-    states: a dictionary to fill, by recurrent layer, with the state before the first block and after each whole one.
-    """
-    c, n, w = model.config, len(ids), model.config.block_length
-    embedded, outs = model.embed_tokens.weight[ids] * math.sqrt(c.hidden_size), []
+    """(T, E) of one row of tokens, all layers of a block before the next. starts: where forwards began. states: a
+    dictionary to fill, by recurrent layer, with the state before the first block and after each whole one."""
+    c, w, pairs, out = model.config, model.config.block_length, [[] for _ in model.layers], []
     states = {} if states is None else states
     states |= {i: [model.layers[i].self_attn.recurrence.initial] for i in c.recurrent_layers}
-    pairs = [[] for _ in model.layers]  # keys and values (H, W, D) of each block so far
 
-    def entering(i, j, p):
-        """The state that block j enters layer i with, as token p sees it: constant if an earlier forward left it."""
-        return states[i][j].detach() if 0 < j * w <= start_of(p, starts) else states[i][j]
+    def entering(i, p):
+        """The state that token p's block enters layer i with: constant if an earlier forward left it."""
+        state = states[i][p // w]
+        return state.detach() if 0 < p - p % w <= start_of(p, starts) else state
 
-    for j in range(math.ceil(n / w)):
-        x, first, last = embedded[j * w : j * w + w], j * w, j * w + w - 1
+    def vertical(attn, i, p, y, pair):
+        """Section 3, recurrent cell: token p, y (1, E), reads the w tokens before it, and the state beside them."""
+        sees, border, scale = range(max(0, p - w), p), start_of(p, starts), attn.project.scale
+        bias = attn.relative_bias.table.weight[[bucket(p - s) for s in sees]] * scale.abs()  # (at most w, H)
+        row = attend(queries(y, attn.project.q_proj, scale), *(past(z, sees, border) for z in pair), bias)
+        if not attn.reads_state:
+            return row
+        source = i if i in states else c.recurrent_layers[0]  # feedback: all layers read that one's
+        part = model.layers[source].self_attn.recurrence
+        state = keys_values(norm(entering(source, p), part.norm) + part.ids, part.project)
+        return torch.cat([row, attend(queries(y, attn.cross_q_proj, attn.cross_scale), *state)], dim=-1)
+
+    for first in range(0, len(ids), w):
+        x, last = embedded(model, ids[first : first + w]), first + w - 1
         for i, layer in enumerate(model.layers):
             attn, y = layer.self_attn, norm(x, layer.self_attn_norm)
-            maps, query = attn.project, split(y, attn.project.q_proj, c, length=1)
-            pairs[i].append((split(y, maps.k_proj, c, length=1), split(y, maps.v_proj, c)))
-            keys, values = (torch.cat(z, dim=1) for z in zip(*pairs[i], strict=True))  # (H, tokens so far, D)
-            rows = []
-            for t, p in enumerate(range(first, first + len(x))):  # vertical: section 3, recurrent cell
-                row = window(attn, query[:, t], keys, values, p, start_of(p, starts), w)
-                if attn.reads_state:
-                    source = i if i in states else c.recurrent_layers[0]  # feedback: all read that one's
-                    part = model.layers[source].self_attn.recurrence
-                    cross = split(y[t : t + 1], attn.cross_q_proj, c, attn.cross_scale)
-                    row = torch.cat([row, look(cross, *state_pairs(part, entering(source, j, p), c))[0]])
-                rows.append(row)
-            if i in states and last < n:  # horizontal, once the block is whole
-                sees, border = range(max(0, first - w), last + 1), start_of(last, starts)
-                seen = (past(z.transpose(0, 1), sees, border).transpose(0, 1) for z in (keys, values))
-                states[i].append(next_state(attn.recurrence, entering(i, j, last), *seen, c))
-            x = x + linear(torch.stack(rows), attn.o_proj)
+            pairs[i].append(keys_values(y, attn.project))
+            pair = [torch.cat(z) for z in zip(*pairs[i], strict=True)]  # (tokens so far, H, D)
+            if i in states and last < len(ids):  # horizontal, once the block is whole
+                seen = [past(z, range(max(0, first - w), last + 1), start_of(last, starts)) for z in pair]
+                states[i].append(next_state(attn.recurrence, entering(i, last), *seen, c.recurrence_type))
+            rows = [vertical(attn, i, first + t, y[t : t + 1], pair) for t in range(len(y))]
+            x = x + linear(torch.cat(rows), attn.o_proj)
             x = x + feed_forward(norm(x, layer.feed_forward_norm), layer.feed_forward, c.hidden_act)
-        outs.append(x)
-    return norm(torch.cat(outs), model.norm)
+        out.append(x)
+    return norm(torch.cat(out), model.norm)
 
 
-def window(attn, query, keys, values, p, border, w):
-    """Query p (H, D) over the w tokens before it, itself not among them: (H * D,), zeros for a document's first."""
-    sees = range(max(0, p - w), p)
-    if not sees:
-        return torch.zeros_like(query).flatten()
-    bias = attn.relative_bias.table.weight[[bucket(p - s) for s in sees]].T  # (H, at most w)
-    k, v = (past(z.transpose(0, 1), sees, border).transpose(0, 1) for z in (keys, values))
-    scores = ((k @ query[..., None])[..., 0] + bias) * attn.project.scale.abs()[:, None]
-    return (scores.softmax(-1)[:, None] @ v).flatten()
-
-
-def next_state(part, state, keys, values, c):
+def next_state(part, state, keys, values, kind):
     """The state (Z, E) after a block, from the one it entered with, its tokens and those of the block before."""
-    z = norm(state, part.norm) + part.ids  # section 3: learned state ids
-    own = look(split(z, part.project.q_proj, c, part.project.scale), *state_pairs(part, state, c))
-    cross = look(split(z, part.cross_q_proj, c, part.cross_scale), keys, values)
-    x, kind = torch.cat([own, cross], dim=-1), c.recurrence_type  # section 3, gate configurations
+    z = norm(state, part.norm) + part.ids
+    own = attend(queries(z, part.project.q_proj, part.project.scale), *keys_values(z, part.project))
+    x = torch.cat([own, attend(queries(z, part.cross_q_proj, part.cross_scale), keys, values)], dim=-1)
     state = state if kind == "single" else gated(part.gate, state, linear(x, part.o_proj), x)
-    if kind == "skip":
+    if kind == "skip":  # section 3, gate configurations
         return state
     hidden = linear(x if kind == "single" else norm(state, part.feed_forward_norm), part.feed_forward.up_proj).relu()
     content = linear(hidden, part.feed_forward.down_proj)
@@ -88,22 +73,3 @@ def gated(gate, state, content, hidden):
         return state * g + content * (1 - g)
     forget = torch.sigmoid(linear(hidden, gate.forget_gate) + 1)
     return state * forget + content * torch.sigmoid(linear(hidden, gate.input_gate) - 1)
-
-
-def state_pairs(part, state, c):
-    """The keys and values (H, Z, D) of a state, which tokens and the state itself read."""
-    z = norm(state, part.norm) + part.ids
-    return split(z, part.project.k_proj, c, length=1), split(z, part.project.v_proj, c)
-
-
-def look(query, key, value):
-    """Softmax attention of query (H, any, D) over all of key and value (H, S, D): (any, H * D)."""
-    return ((query @ key.mT).softmax(-1) @ value).transpose(0, 1).flatten(1)
-
-
-def split(x, layer, c, scale=None, length=None):
-    """x (any, E) by a map, in heads (H, any, D): as it is, of length 1, or of the length |scale| (H,)."""
-    y = linear(x, layer).unflatten(-1, (-1, c.head_dim)).transpose(0, 1)
-    if scale is not None:
-        return unit(y) * scale.abs()[:, None, None]
-    return y if length is None else unit(y)

@@ -7,7 +7,7 @@ import math
 
 import torch
 from plain import transformer
-from plain.parts import feed_forward, head, linear, norm, sinusoid, start_of
+from plain.parts import embedded, feed_forward, head, linear, norm, positioned, residual, sinusoid, start_of
 
 
 def logits(model, ids, source=None, marked=(), starts=(0,)):
@@ -32,8 +32,8 @@ def hidden_states(model, ids, marked=(), starts=(0,)):
         first = max(0, p - p % xl - c.mem_len) if xl else 0
         return [p + j * g for j in offsets if first <= p + j * g < n]
 
-    def local(attn, y, before, w, g):
-        """Every query over its window and the global keys outside it, in one softmax."""
+    def attention(y, attn, before, w, g):
+        """Every query over its window and the global keys outside it, in one softmax; global queries over all."""
         q, k, v = (linear(y, f) for f in (attn.q_proj, attn.k_proj, attn.v_proj))
         earlier = [linear(before, f) for f in (attn.k_proj, attn.v_proj)] if xl else [k.detach(), v.detach()]
         rows = []
@@ -55,30 +55,17 @@ def hidden_states(model, ids, marked=(), starts=(0,)):
                     scores = scores + torch.cat([term, term.new_zeros(len(far))])
                 row.append((scores / math.sqrt(d)).softmax(0) @ values)
             rows.append(torch.cat(row))
-        return rows
-
-    def from_globals(attn, y, rows):
-        """Global queries over all tokens, by maps of their own (section 3.1, linear projections)."""
-        q, k, v = (linear(y, f) for f in (attn.q_global_proj, attn.k_global_proj, attn.v_global_proj))
-        for p in marked:
+        if marked and not c.is_decoder:  # by maps of their own (section 3.1, linear projections)
+            q, k, v = (linear(y, f) for f in (attn.q_global_proj, attn.k_global_proj, attn.v_global_proj))
             every = [head(h, d) for h in range(c.num_attention_heads)]
-            rows[p] = torch.cat([(k[:, at] @ q[p, at] / math.sqrt(d)).softmax(0) @ v[:, at] for at in every])
+            for p in marked:
+                rows[p] = torch.cat([(k[:, at] @ q[p, at] / math.sqrt(d)).softmax(0) @ v[:, at] for at in every])
+        return linear(torch.stack(rows), attn.o_proj)
 
-    x = model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)
-    if c.position_embedding_type == "learned":
-        x = x + model.embed_positions.weight[c.position_offset + torch.arange(n)]
-    x = norm(x, model.embed_norm) if c.embedding_norm else x
-    x = x if c.embedding_width == c.hidden_size else linear(x, model.embed_project)
+    x = positioned(embedded(model, ids), model, range(n))
     windows, dilations = c.per_layer("attention_window"), c.per_layer("attention_dilation")
     for layer, w, g in zip(model.layers, windows, dilations, strict=True):
-        y = norm(x, layer.self_attn_norm) if pre else x
         before = norm(x.detach(), layer.self_attn_norm) if pre else x.detach()
-        rows = local(layer.self_attn, y, before, w, g)
-        if marked and not c.is_decoder:
-            from_globals(layer.self_attn, y, rows)
-        x = x + linear(torch.stack(rows), layer.self_attn.o_proj)
-        x = x if pre else norm(x, layer.self_attn_norm)
-        y = norm(x, layer.feed_forward_norm) if pre else x
-        x = x + feed_forward(y, layer.feed_forward, c.hidden_act)
-        x = x if pre else norm(x, layer.feed_forward_norm)
+        x = residual(x, layer.self_attn_norm, pre, attention, layer.self_attn, before, w, g)
+        x = residual(x, layer.feed_forward_norm, pre, feed_forward, layer.feed_forward, c.hidden_act)
     return norm(x, model.norm) if pre else x

@@ -7,7 +7,7 @@ The twin of hf_gallery/models/modeling_memorizing_transformer.py: section 3 of t
 import math
 
 import torch
-from plain.parts import bucket, feed_forward, head, linear, norm, past, start_of, unit
+from plain.parts import bucket, embedded, feed_forward, head, linear, norm, past, start_of, unit
 
 
 def logits(model, ids, starts=(0,)):
@@ -64,7 +64,7 @@ def hidden_states(model, ids, starts=(0,), retrieved=None):
         """Attention over what was retrieved, in a softmax of its own; zeros for an empty memory."""
         return (k @ q * scale).softmax(0) @ v if len(k) else torch.zeros_like(q)
 
-    x = model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)
+    x = embedded(model, ids)
     if c.num_positions is not None:
         x = x + model.embed_positions.weight[[p % period for p in range(n)]]
     for number, layer in enumerate(model.layers):

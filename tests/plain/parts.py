@@ -1,4 +1,4 @@
-"""Small sums that the plain twins share: maps, norms, sinusoids, buckets, and where gradients stop.
+"""Small sums that the plain twins share: maps, norms, embeddings, sinusoids, buckets, and where gradients stop.
 
 A twin computes one row of tokens, in the precision of the model's weights, as its paper writes it: query by query and
 head by head. It takes the gallery model for its weights and settings alone. T tokens, E wide, D per head.
@@ -33,9 +33,54 @@ def feed_forward(x, layer, act):
     return linear(ACT2FN[act](linear(x, layer.up_proj)), layer.down_proj)
 
 
+def residual(x, layer_norm, pre, sublayer, *given):
+    """LayerNorm(x + Sublayer(x)) (Vaswani et al. 2017, section 3.1); or, as later models have it, `pre`:
+    x + Sublayer(LayerNorm(x))."""
+    return x + sublayer(norm(x, layer_norm), *given) if pre else norm(x + sublayer(x, *given), layer_norm)
+
+
 def head(h, d):
     """The columns of head h of d numbers."""
     return slice(h * d, h * d + d)
+
+
+def heads(x, count):
+    """(T, H * D) in heads: (T, H, D)."""
+    return x.unflatten(-1, (count, -1))
+
+
+def attend(query, key, value, bias=0):
+    """Queries (T, H, D) over all keys and values (S, H, D), the scale in them; bias (S, H): (T, H * D)."""
+    scores = torch.einsum("thd,shd->tsh", query, key) + bias
+    return torch.einsum("tsh,shd->thd", scores.softmax(1), value).flatten(1)
+
+
+def queries(x, layer, scale):
+    """Queries (T, H, D) of unit length times a learned scale (H,), as google-research/meliad has them."""
+    return unit(heads(linear(x, layer), len(scale))) * scale.abs()[:, None]
+
+
+def keys_values(x, maps):
+    """Keys of unit length and values, (T, H, D) each."""
+    return [unit(heads(linear(x, maps.k_proj), len(maps.scale))), heads(linear(x, maps.v_proj), len(maps.scale))]
+
+
+def embedded(model, ids):
+    """Vectors (T, width) of tokens, from one table (Vaswani et al. 2017, section 3.4)."""
+    scaled = getattr(model.config, "scale_embedding", True)
+    return model.embed_tokens.weight[ids] * (math.sqrt(model.config.embedding_width) if scaled else 1)
+
+
+def positioned(x, model, places):
+    """Vectors (T, width) with the positions of their places (section 3.5), and BERT's norm or ELECTRA's map."""
+    c = model.config
+    if c.position_embedding_type == "learned":
+        x = x + model.embed_positions.weight[[p + c.position_offset for p in places]]
+    elif c.position_embedding_type == "sinusoidal":
+        order = c.sinusoid_layout == "interleaved"
+        x = x + torch.stack([sinusoid(p, c.embedding_width, order) for p in places])
+    x = norm(x, model.embed_norm) if c.embedding_norm else x
+    return x if c.embedding_width == c.hidden_size else linear(x, model.embed_project)
 
 
 def sinusoid(position, width, interleaved=False):
@@ -54,10 +99,10 @@ def bucket(distance):
 
 
 def start_of(p, starts):
-    """Where the forward that reads position p began; `starts` are those of all forwards."""
+    """The position at which the forward that reads p began; `starts` are those of all forwards."""
     return max(s for s in starts if s <= p)
 
 
 def past(x, columns, border):
     """Rows `columns` of x (T, any), those before `border` without gradient."""
-    return torch.stack([x[s] if s >= border else x[s].detach() for s in columns])
+    return torch.cat([x[:border].detach(), x[border:]])[list(columns)]

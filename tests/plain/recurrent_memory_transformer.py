@@ -5,10 +5,8 @@ The twin of hf_gallery/models/modeling_recurrent_memory_transformer.py. Section 
 those of the Transformer, as its twin has them.
 """
 
-import math
-
 import torch
-from plain.parts import feed_forward, linear, norm, sinusoid
+from plain.parts import embedded, feed_forward, linear, norm, positioned, residual
 from plain.transformer import attention
 
 
@@ -20,7 +18,7 @@ def logits(model, ids, starts=(0,)):
 def hidden_states(model, ids, starts=(0,)):
     """(T, E) of one row of tokens."""
     c, m = model.config, model.config.num_memory_tokens
-    words = model.embed_tokens.weight[ids] * (math.sqrt(c.hidden_size) if c.scale_embedding else 1)
+    words = embedded(model, ids)
     memory = model.memory.initial if m else words[:0]
     out = []
     for number, first in enumerate(range(0, len(ids), c.segment_length)):
@@ -49,14 +47,8 @@ def segment(model, x, starts):
             return range(p + 1)
         return range(m if p < m else n if p >= n - m else p + 1)
 
-    def residual(x, layer_norm, sublayer):
-        return x + sublayer(norm(x, layer_norm)) if c.norm_position == "pre" else norm(x + sublayer(x), layer_norm)
-
-    if c.position_embedding_type == "learned":
-        x = x + model.embed_positions.weight[[p + c.position_offset for p in range(n)]]
-    else:
-        x = x + torch.stack([sinusoid(p, c.hidden_size, c.sinusoid_layout == "interleaved") for p in range(n)])
+    x, pre = positioned(x, model, range(n)), c.norm_position == "pre"
     for layer in model.layers:
-        x = residual(x, layer.self_attn_norm, lambda y, a=layer.self_attn: attention(a, y, y, sees, c, starts))
-        x = residual(x, layer.feed_forward_norm, lambda y, f=layer.feed_forward: feed_forward(y, f, c.hidden_act))
-    return norm(x, model.norm) if c.norm_position == "pre" else x
+        x = residual(x, layer.self_attn_norm, pre, attention, layer.self_attn, c, sees, starts)
+        x = residual(x, layer.feed_forward_norm, pre, feed_forward, layer.feed_forward, c.hidden_act)
+    return norm(x, model.norm) if pre else x

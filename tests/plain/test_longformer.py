@@ -627,7 +627,7 @@ def test_the_encoder_decoder_has_a_config_of_its_own():
     """Refused by one stack, by relative positions, and windows for layers that there are not."""
     kind = gallery.GalleryLongformerForConditionalGeneration
     with pytest.raises(ValueError, match="GalleryLongformerModel has one stack"):
-        make(gallery.GalleryLongformerForMaskedLM, attention_window=4, is_encoder_decoder=True)
+        make(gallery.GalleryLongformerModel, attention_window=4, is_encoder_decoder=True)
     with pytest.raises(ValueError, match="num_encoder_layers is 2, of an encoder-decoder"):
         make(gallery.GalleryLongformerModel, attention_window=4, num_encoder_layers=2)
     with pytest.raises(ValueError, match="position_embedding_type is 'relative' and is_encoder_decoder is True"):

@@ -14,6 +14,7 @@ from variants import SIZES, Head, Variant, runner, words
 
 from hf_gallery import variants
 from hf_gallery.cards import render_card
+from hf_gallery.drawing import panels
 from hf_gallery.variants import Contestant, markdown, register
 
 HEADS = {
@@ -90,11 +91,13 @@ def test_its_interval(variant):
 
 
 def test_what_else_knows_it(tmp_path):
-    """Auto classes, the saved folder, the README's table and the cards, from its entry alone."""
+    """Auto classes, the saved folder, the README's table, the cards and the drawings, from its entry alone."""
     run = runner(SETTINGS[0], "causal")
     assert type(transformers.AutoModelForCausalLM.from_config(run.model.config)) is GalleryToyForCausalLM
     assert "| [Toy](https://arxiv.org/abs/0000.00000) (nobody) | what is near |" in markdown()
     assert "A query sees what is near." in render_card("toy")
+    (panel,) = panels("toy", settings=dict(reach=2), tokens=9)
+    assert panel.sight.mask().tolist() == [[p - p % 3 - 2 <= s <= p for s in range(9)] for p in range(9)]
     assert ENTRY.causal is GalleryToyForCausalLM and ENTRY.make_config().reach == 8
     assert GalleryToyConfig(**SIZES).cache_capacity == 18
 
@@ -115,8 +118,7 @@ def test_an_encoder_alone_is_saved_and_opens(tmp_path):
 
 def test_it_is_small_and_touches_nothing():
     path = Path(__file__).with_name("toy_variant.py")
-    code = [line for line in path.read_text().splitlines() if line.strip()]
-    assert len(code) <= 75
+    assert len(path.read_text().splitlines()) <= 60
     root = path.parents[2]
     for other in [*root.glob("hf_gallery/**/*.py"), *root.glob("eval/**/*.py")]:
         names = {x.id for x in ast.walk(ast.parse(other.read_text())) if isinstance(x, ast.Name)}

@@ -6,7 +6,7 @@ The twin of hf_gallery/models/modeling_transformer.py. Equation and section numb
 import math
 
 import torch
-from plain.parts import feed_forward, head, linear, norm, past, sinusoid, start_of
+from plain.parts import embedded, feed_forward, head, linear, norm, past, positioned, residual, start_of
 
 
 def logits(model, ids, source=None, starts=(0,)):
@@ -26,17 +26,6 @@ def stack(model, ids, source=None, starts=(0,)):
     """An encoder or a decoder: (T, E). source (S, E): what the encoder made, which a decoder's layers also read."""
     c, n, length = model.config, len(ids), getattr(model.config, "segment_length", None)
 
-    def embed():
-        width = c.embedding_width
-        x = model.embed_tokens.weight[ids] * (math.sqrt(width) if c.scale_embedding else 1)  # section 3.4
-        places = [p if length is None else p % length for p in range(n)]
-        if c.position_embedding_type == "learned":
-            x = x + model.embed_positions.weight[[p + c.position_offset for p in places]]
-        else:
-            x = x + torch.stack([sinusoid(p, width, c.sinusoid_layout == "interleaved") for p in places])  # 3.5
-        x = norm(x, model.embed_norm) if c.embedding_norm else x
-        return x if width == c.hidden_size else linear(x, model.embed_project)
-
     def sees(p):
         """The positions that query p sees: in a decoder none after itself (section 3.2.3); windowed, its segment."""
         first, last = 0, n - 1
@@ -45,26 +34,23 @@ def stack(model, ids, source=None, starts=(0,)):
             last = min(first + length - 1, last)
         return range(first, (p if model.causal else last) + 1)
 
-    def residual(x, layer_norm, sublayer):
-        """Section 3.1: LayerNorm(x + Sublayer(x)); or, as later models have it, x + Sublayer(LayerNorm(x))."""
-        return x + sublayer(norm(x, layer_norm)) if c.norm_position == "pre" else norm(x + sublayer(x), layer_norm)
+    def sees_source(p):
+        return range(len(source))
 
-    x = embed()
+    x = positioned(embedded(model, ids), model, [p if length is None else p % length for p in range(n)])
+    pre = c.norm_position == "pre"
     for layer in model.layers:
-        own, cross = layer.self_attn, getattr(layer, "cross_attn", None)
-        x = residual(x, layer.self_attn_norm, lambda y, a=own: attention(a, y, y, sees, c, starts))
-        if cross is not None:
-            x = residual(
-                x, layer.cross_attn_norm, lambda y, a=cross: attention(a, y, source, lambda p: range(len(source)), c)
-            )
-        ffn = layer.feed_forward
-        x = residual(x, layer.feed_forward_norm, lambda y, f=ffn: feed_forward(y, f, c.hidden_act))  # equation 2
-    return norm(x, model.norm) if c.norm_position == "pre" else x
+        x = residual(x, layer.self_attn_norm, pre, attention, layer.self_attn, c, sees, starts)
+        if source is not None:
+            x = residual(x, layer.cross_attn_norm, pre, attention, layer.cross_attn, c, sees_source, (0,), source)
+        x = residual(x, layer.feed_forward_norm, pre, feed_forward, layer.feed_forward, c.hidden_act)  # equation 2
+    return norm(x, model.norm) if pre else x
 
 
-def attention(attn, x, source, sees, config, starts=(0,)):
-    """MultiHead(x, source, source), section 3.2.2: (T, E)."""
-    d, (q, k, v) = config.head_dim, (linear(y, f) for y, f in zip((x, source, source), maps(attn), strict=True))
+def attention(x, attn, config, sees, starts=(0,), source=None):
+    """MultiHead(x, source, source), section 3.2.2, by default of x itself: (T, E)."""
+    source, d = x if source is None else source, config.head_dim
+    q, k, v = linear(x, attn.q_proj), linear(source, attn.k_proj), linear(source, attn.v_proj)
     rows = []
     for p in range(len(x)):
         border, row = start_of(p, starts), []
@@ -74,7 +60,3 @@ def attention(attn, x, source, sees, config, starts=(0,)):
             row.append((keys @ q[p, at] / math.sqrt(d)).softmax(0) @ values)  # equation 1
         rows.append(torch.cat(row))
     return linear(torch.stack(rows), attn.o_proj)
-
-
-def maps(attn):
-    return attn.q_proj, attn.k_proj, attn.v_proj

@@ -15,10 +15,15 @@ from variants import VARIANTS as TINY
 
 from hf_gallery.cards import render_card, write_cards
 from hf_gallery.data import byte_tokenizer
+from hf_gallery.drawing import draw
 from hf_gallery.variants import VARIANTS
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "eval" / "results" / "standard.json"
+RENEW = (
+    "model_cards is not what eval/results/standard.json and the models give; renew it: "
+    "hf-gallery card --all --results eval/results/standard.json --out model_cards"
+)
 each = pytest.mark.parametrize("name", VARIANTS)
 measured = pytest.mark.parametrize("name", [name for name, variant in VARIANTS.items() if variant.measured])
 
@@ -34,10 +39,16 @@ def results():
 
 @each
 def test_committed_cards_are_current(name):
-    assert committed(name) == render_card(name, results=RESULTS if VARIANTS[name].measured else None), (
-        "model_cards is not what eval/results/standard.json gives; renew it: "
-        "hf-gallery card --all --results eval/results/standard.json --out model_cards"
-    )
+    numbers = RESULTS if VARIANTS[name].measured else None
+    assert committed(name) == render_card(name, results=numbers, drawing=f"{name}.svg"), RENEW
+
+
+@each
+def test_committed_drawings_are_current(name):
+    """They are what the models' own intervals give, and the card and the architecture's page show them."""
+    assert (ROOT / "model_cards" / f"{name}.svg").read_text(encoding="utf-8") == draw(name), RENEW
+    assert f"]({name}.svg)" in committed(name)
+    assert f"](../model_cards/{name}.svg)" in (ROOT / "docs" / "ARCHITECTURE.md").read_text(encoding="utf-8")
 
 
 @each
@@ -106,9 +117,10 @@ def test_other_numbers_make_another_card(tmp_path, results):
 
 def test_cards_are_written_whole(tmp_path):
     write_cards(tmp_path / "cards", RESULTS)
-    assert {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "cards").iterdir()} == {
-        f"{name}.md": committed(name) for name in VARIANTS
-    }
+    for folder in (tmp_path / "cards", ROOT / "model_cards"):
+        assert {path.name for path in folder.iterdir()} == {f"{x}.{kind}" for x in VARIANTS for kind in ("md", "svg")}
+    for path in (tmp_path / "cards").iterdir():
+        assert path.read_text(encoding="utf-8") == (ROOT / "model_cards" / path.name).read_text(encoding="utf-8")
 
 
 def test_cards_are_written_all_or_none(tmp_path, results):

@@ -16,7 +16,7 @@ from test_training import NO_DROPOUT, arguments, dataset, losses, texts, weights
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from variants import VARIANTS
+from variants import VARIANTS, assert_equal, over, runner, words
 
 from hf_gallery.training import SegmentTrainer
 
@@ -90,7 +90,8 @@ def some_parts_idle(folder):
 
     def segments(length, variant="block_recurrent", again=True):
         changes = {"max_steps": 6, "per_device_train_batch_size": 1} | checkpointing(again)
-        own = model[variant].make(block_length=BLOCK, **NO_DROPOUT)
+        sizes = {"segment_length" if variant == "recurrent_memory" else "block_length": BLOCK}
+        own = model[variant].make(**sizes, **NO_DROPOUT)
         documents = dataset(texts(*DOCUMENTS))
         return SegmentTrainer(own, arguments(folder, **changes), segment_length=length, train_dataset=documents)
 
@@ -98,10 +99,14 @@ def some_parts_idle(folder):
     runs["segments, activations kept"] = partial(segments, 20, again=False)
     runs["segments, an LSTM gate"] = partial(segments, 20, "block_recurrent_lstm_dual")
     runs["segments, feedback"] = partial(segments, 20, "block_recurrent_feedback")
+    runs["segments with memory tokens"] = partial(segments, 20, "recurrent_memory")
     for again in (False, True):
         activations = "computed again" if again else "kept"
         runs[f"short texts, activations {activations}"] = partial(
             plain, "causal", "block_recurrent", again, block_length=64
+        )
+        runs[f"one segment, activations {activations}"] = partial(
+            plain, "causal", "recurrent_memory", again, segment_length=64
         )
         runs[f"no global tokens, activations {activations}"] = partial(plain, "masked", "longformer", again)
     return runs
@@ -132,7 +137,7 @@ torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
-@pytest.mark.works("Trainer, 2 processes (DDP)", "block_recurrent", "longformer")
+@pytest.mark.works("Trainer, 2 processes (DDP)", "block_recurrent", "longformer", "recurrent_memory")
 def test_two_processes_train_though_parts_are_idle(tmp_path):
     """By DistributedDataParallel's own setting, which looks for no unused parameters: none is ever without a gradient,
     so no process waits for one that another has not. Without dropout a run is the same on both, to the last bit."""
@@ -141,38 +146,67 @@ def test_two_processes_train_though_parts_are_idle(tmp_path):
     assert first == second and all(len(set(found)) > 1 for found in first.values())
 
 
+@over(lambda variant, head: variant.one_by_one)
+def test_calls_for_other_ranks_change_nothing(variant, head, monkeypatch):
+    """A rank with short texts calls a layer as often as one with long ones, where weights are gathered at each call:
+    the further segments or blocks have no tokens, and give no gradient."""
+    own = runner(variant, head, dtype=torch.float64)
+    ids, mask = words(2, 11), torch.ones(2, 11, dtype=torch.long)
+    mask[0, :4] = 0
+    found = []
+    for more in (0, 2):
+        monkeypatch.setattr(own.model.base_model, "agreed", lambda device, calls, more=more: calls + more)
+        layer, calls = own.model.base_model.layers[-1], []
+        handle = layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        own.model.zero_grad()
+        result, cache = own(ids, mask)
+        result.square().sum().backward()
+        gradients = {name: p.grad for name, p in own.model.named_parameters()}
+        with torch.no_grad():
+            first, cache = own(ids, mask)
+            after = own(words(2, 5, seed=1), cache=cache)[0] if cache is not None else first
+        handle.remove()
+        found.append((len(calls), {"result": result, "first": first, "after": after} | gradients))
+    (fewer, expected), (most, got) = found
+    assert most > fewer
+    for name, x in expected.items():
+        assert_equal(got[name], x, name)
+
+
+# Layers of the last two are called as often as a text has segments or blocks.
+SHARDED = [*FIVE, *(variant for variant in VARIANTS if variant.name == "block_recurrent_feedback")]
+WAYS = [(way, variant) for way, some in (("by_trainer", FIVE), ("in_shards", SHARDED)) for variant in some]
+
 ONE_OF_TWO = """
-import os, sys
+import datetime, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))  # one that waits in vain says so
 import test_distributed
-from test_trainer import FIVE
 rank = torch.distributed.get_rank()
-for variant in FIVE:
-    for way in ("by_trainer", "in_shards"):
-        folder = Path(sys.argv[2]) / variant.name / way
-        folder.mkdir(parents=True, exist_ok=True)
-        result = getattr(test_distributed, way)(variant, folder, rank, processes=2)
-        torch.save(result, folder / f"result_{rank}.pt")
+for way, variant in test_distributed.WAYS:
+    folder = Path(sys.argv[2]) / variant.name / way
+    folder.mkdir(parents=True, exist_ok=True)
+    result = getattr(test_distributed, way)(variant, folder, rank, processes=2)
+    torch.save(result, folder / f"result_{rank}.pt")
 torch.distributed.destroy_process_group()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.works("Trainer, 2 processes (DDP)", *(variant.name for variant in FIVE))
-@pytest.mark.works("FSDP by fully_shard", *(variant.name for variant in FIVE))
+@pytest.mark.works("FSDP by fully_shard", *(variant.name for variant in SHARDED))
 def test_two_processes_train_as_one(tmp_path):
+    """Each has rows of its own, the one's shorter than the other's."""
     run_in_two(ONE_OF_TWO, tmp_path)
-    for variant in FIVE:
-        for way in (by_trainer, in_shards):
-            one = way(variant, tmp_path / "one", rank=0, processes=1)
-            assert len(set(one["losses"])) == 4, "it learned"
-            for rank in (0, 1):
-                two = torch.load(tmp_path / variant.name / way.__name__ / f"result_{rank}.pt", weights_only=True)
-                assert two["losses"] == pytest.approx(one["losses"], rel=1e-4), (variant.name, way.__name__)
-                assert two["weights"].keys() == one["weights"].keys()
-                for name, value in one["weights"].items():
-                    torch.testing.assert_close(two["weights"][name], value, rtol=1e-3, atol=1e-5)
+    for way, variant in WAYS:
+        one = globals()[way](variant, tmp_path / "one", rank=0, processes=1)
+        assert len(set(one["losses"])) == 4, "it learned"
+        for rank in (0, 1):
+            two = torch.load(tmp_path / variant.name / way / f"result_{rank}.pt", weights_only=True)
+            assert two["losses"] == pytest.approx(one["losses"], rel=1e-4), (variant.name, way)
+            assert two["weights"].keys() == one["weights"].keys()
+            for name, value in one["weights"].items():
+                torch.testing.assert_close(two["weights"][name], value, rtol=1e-3, atol=1e-5)

@@ -762,3 +762,13 @@ def test_packed_answers_are_refused(variant, head):
     with pytest.raises(ValueError, match="start_positions.*packed"):
         given = dict(start_positions=torch.tensor([1, 2]), end_positions=torch.tensor([2, 3]))
         run.model(ids, position_ids=torch.arange(6).repeat(2)[None], **given)
+
+
+@over(lambda variant, head: head.auto not in ("AutoModel", "AutoModelForSeq2SeqLM"))
+def test_a_head_on_one_stack_refuses_an_encoder_decoders_config(variant, head):
+    """By its own name, and says which head takes it where the architecture has one."""
+    config, kind = variant.make_config(head), variant.heads[head].kind
+    config.is_encoder_decoder = True
+    other = kind.auto_classes.get("AutoModelForSeq2SeqLM", "leave it False")
+    with pytest.raises(ValueError, match=rf"{kind.__name__} has one stack.*is_encoder_decoder is True.*{other}"):
+        kind(config)
