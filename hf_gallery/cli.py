@@ -167,7 +167,10 @@ def train(
     ] = None,
     steps: Annotated[int, typer.Option(min=1)] = 1000,
     lanes: Annotated[int, typer.Option(min=1, help="Documents that are read side by side.")] = 8,
-    length: Annotated[int, typer.Option(min=1, help="Tokens that each lane reads in a step.")] = 512,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of a segment, which each lane reads in a step.")] = 512,
+    backpropagate_segments: Annotated[
+        int, typer.Option(min=1, help="Segments that a gradient passes back through; a step then reads as many.")
+    ] = 1,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
     seed: int = 0,
     save_steps: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 500,
@@ -203,6 +206,7 @@ def train(
         max_steps=steps,
         per_device_train_batch_size=lanes,
         per_device_eval_batch_size=lanes,
+        gradient_accumulation_steps=backpropagate_segments,
         learning_rate=learning_rate,
         warmup_steps=max(1, steps // 20),
         lr_scheduler_type="cosine",
@@ -217,6 +221,7 @@ def train(
         net,
         arguments,
         segment_length=length,
+        backpropagate_segments=backpropagate_segments,
         train_dataset=ids["train"],
         eval_dataset=ids["validation"],
         processing_class=tokenizer,

@@ -119,6 +119,22 @@ def test_train_generate_and_go_on(texts, tmp_path):
     assert said.stdout == tokenizer.decode(expected) + "\n"
 
 
+def test_gradients_through_several_segments(texts, tmp_path):
+    """A step reads them all, and learns what one segment of their length teaches."""
+    common = ["--corpus", texts, "--lanes", 2, "--device", "cpu", "--steps", 3, "--learning-rate", 0.05]
+    common += ["--set", "num_hidden_layers=1", "--set", "block_length=8", "--set", "recurrent_layers=[0]", *SMALL]
+    common += ["--set", "hidden_dropout=0.0", "--set", "attention_dropout=0.0"]
+    found = []
+    for name, length, segments in (("parts", 16, 2), ("whole", 32, 1)):
+        done = invoke(
+            "train", "block_recurrent_transformer", tmp_path / name, *common, "--length", length,
+            "--backpropagate-segments", segments,
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        found.append(json.loads(done.stdout)["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # they would be 1e-3 apart without gradients between them
+
+
 KILLED = """
 import os, signal, sys
 import transformers
