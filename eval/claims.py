@@ -215,7 +215,7 @@ def _recall_from(results: dict[str, Any], name: str, windows: float) -> Answers:
 
 
 def _shares(scores: list[Answers], first: str, second: str, what: str) -> Judged:
-    """Whether the first of two shares is surely the larger."""
+    """Tells whether the first of two shares is surely the larger."""
     chance = answers_differ(*scores)
     if chance is None:
         return None
@@ -225,7 +225,7 @@ def _shares(scores: list[Answers], first: str, second: str, what: str) -> Judged
 
 
 def _texts(results: dict[str, Any], first: str, second: str, *labels: str) -> Judged:
-    """Whether the first of two contestants surely needs fewer bits for the same text."""
+    """Tells whether the first of two contestants surely needs fewer bits for the same text."""
     entries = [results["summary"].get(name, {}) for name in (first, second)]
     chance = texts_differ(*entries)
     if chance is None:

@@ -27,7 +27,7 @@ class Difference:
 
     @property
     def sure(self) -> bool:
-        """Whether the difference is more than chance."""
+        """Tells whether the difference is more than chance."""
         return self.chance is not None and self.chance.sure
 
 

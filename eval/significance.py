@@ -37,7 +37,7 @@ class Chance:
 
     @property
     def sure(self) -> bool:
-        """Whether the difference is more than chance."""
+        """Tells whether the difference is more than chance."""
         return self.probability < SURE
 
     def __str__(self) -> str:

@@ -94,6 +94,6 @@ def _least(costs: dict[str, dict[str, Any]]) -> list[Best]:
 
 
 def _sure(first: dict[str, Any], second: dict[str, Any]) -> bool:
-    """Whether two contestants need different bits for the same text."""
+    """Tells whether two contestants need different bits for the same text."""
     chance = texts_differ(first, second)
     return chance is not None and chance.sure

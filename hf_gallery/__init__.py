@@ -1,7 +1,7 @@
 """hf-gallery: long-sequence transformers, written from scratch, each a real Hugging Face model.
 
-Public here are GalleryCache and, of every architecture in variants.py, the configuration and all heads. Importing
-this makes the Auto classes of transformers know them.
+Public here are GalleryCache, GalleryStaticCache and, of every architecture in variants.py, the configuration and all
+heads. Importing this makes the Auto classes of transformers know them.
 """
 
 from .spinning import is_command as _is_command
@@ -11,10 +11,11 @@ if _is_command():  # before the next lines import torch
     _spin_briefly()
 
 from .models.cache import GalleryCache as GalleryCache
+from .models.static_cache import GalleryStaticCache as GalleryStaticCache
 from .variants import VARIANTS as _VARIANTS
 
 __version__ = "0.1.0"
 
 _classes = {name: kind for variant in _VARIANTS.values() for name, kind in variant.classes.items()}
 globals().update(_classes)
-__all__ = sorted(["GalleryCache", *_classes])
+__all__ = sorted(["GalleryCache", "GalleryStaticCache", *_classes])

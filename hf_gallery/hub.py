@@ -202,7 +202,7 @@ def _weight_problems(folder: Path, variant: Variant, config: dict[str, Any]) -> 
 
 
 def _has_own_code(folder: Path) -> bool:
-    """Whether a file of the library was changed in the folder."""
+    """Tells whether a file of the library was changed in the folder."""
     ours = (path for path in folder.glob("*.py") if path.is_file() and (LIBRARY / path.name).is_file())
     return any(path.read_bytes() != (LIBRARY / path.name).read_bytes() for path in ours)
 

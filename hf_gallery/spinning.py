@@ -19,7 +19,7 @@ def spin_briefly() -> None:
 
 
 def is_command() -> bool:
-    """Whether this process was started as `hf-gallery` or `python -m hf_gallery`."""
+    """Tells whether this process was started as `hf-gallery` or `python -m hf_gallery`."""
     started = list(zip(sys.orig_argv, sys.orig_argv[1:], strict=False))
     script = os.path.splitext(os.path.basename(sys.argv[0]))[0] if sys.argv else ""
     return script == "hf-gallery" or ("-m", "hf_gallery") in started

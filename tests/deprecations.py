@@ -33,7 +33,7 @@ ALLOWED = re.compile(
 
 
 def caused_by_us(frame):
-    """Whether the code that called into the package of `frame`, the one that warns, is the project's."""
+    """Tells whether the code that called into the package of `frame`, the one that warns, is the project's."""
     warning = None
     while frame is not None:
         package = frame.f_globals.get("__name__", "").split(".")[0]

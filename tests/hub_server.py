@@ -305,7 +305,7 @@ class Hub:
                     raise Refusal(fault["status"], f"this server was told to fail at {step}")
 
     def next_cut(self, path: str | None = None, oid: str | None = None, **_) -> str | None:
-        """How the file that is sent now, by its path or its content, is cut, if `cut` has ordered it."""
+        """The cut of the file that is sent now, by its path or its content, if `cut` has ordered one."""
         commits = (files for repo in self.repos.values() for files in repo.commits.values())
         paths = {name for files in commits for name, blob in files.items() if blob.sha256 == oid} | {path}
         for cut in self.cuts:

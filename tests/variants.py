@@ -510,7 +510,7 @@ class Runner:
 
     @property
     def seeks_question(self):
-        """Whether it looks for the question's end in its input."""
+        """Tells whether it looks for the question's end in its input."""
         return self.head.question and "global_attention_mask" in self.model.model.arguments()
 
     def sources(self, rows):

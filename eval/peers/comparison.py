@@ -242,7 +242,7 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def is_whole(result: Any) -> bool:
-    """Whether a value is what `run` gives, as a file that a hand has changed may not be."""
+    """Tells whether a value is what `run` gives, as a file that a hand has changed may not be."""
     try:
         return bool(table(result)[1]) and {"layers", "hidden"} <= result["settings"].keys()
     except (AttributeError, KeyError, TypeError, ValueError):

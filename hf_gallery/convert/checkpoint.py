@@ -208,7 +208,7 @@ class Format(Protocol):
         """The architectures that it can become, the default first."""
 
     def recognises(self, source: Source) -> bool:
-        """Whether the source is of this format, from its config or its files' names."""
+        """Tells whether the source is of this format, from its config or its files' names."""
 
     @property
     def plan(self) -> Callable[..., Plan]:
@@ -306,8 +306,8 @@ def check(plan: Plan, source: Source):
     with torch.device("meta"):
         model = plan.model(plan.config)
     wanted = model.state_dict()
-    known = {*plan.take, *plan.fresh, *model.all_tied_weights_keys}
-    problems = [f"the plan has no source for {name}" for name in wanted if name not in known]
+    made = {*plan.take, *plan.fresh, *model.all_tied_weights_keys}
+    problems = [f"the plan has no source for {name}" for name in wanted if name not in made]
     problems += [f"the plan makes {name}, which the model does not have" for name in plan.take if name not in wanted]
     problems += [f"fresh names {name}, which the model does not have" for name in plan.fresh if name not in wanted]
     for name, take in plan.take.items():
@@ -337,9 +337,9 @@ def _problems_of(name, take, shape, tensors) -> list[str]:
 
 def _leftovers(plan, tensors) -> list[str]:
     taken = {n for take in plan.take.values() for n in take.names}
-    known = taken | {name for pair in plan.copies.items() for name in pair}
+    used = taken | {name for pair in plan.copies.items() for name in pair}
     ignored = [re.compile(pattern) for pattern in plan.ignore]
-    left = [n for n in tensors if n not in known and not any(pattern.fullmatch(n) for pattern in ignored)]
+    left = [n for n in tensors if n not in used and not any(pattern.fullmatch(n) for pattern in ignored)]
     return [f"unknown {n} {tuple(tensors.meta(n).shape)}" for n in left]
 
 

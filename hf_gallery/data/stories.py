@@ -67,15 +67,15 @@ def state_tracking(
     for row in range(examples):
         for _ in range(10_000):
             story = _Story(random, events, PEOPLE[:num_people], THINGS[:num_things])
-            known = {1: story.people, 2: story.things, 3: story.brought}[facts]()
-            if len(known) >= num_questions:
+            told = {1: story.people, 2: story.things, 3: story.brought}[facts]()
+            if len(told) >= num_questions:
                 break
         else:
             raise ValueError(
                 f"{events} events with {num_people} people and {num_things} things hardly ever answer {num_questions} "
                 f"question(s) of {facts} facts; raise events"
             )
-        asked = _sample(random, known, num_questions)
+        asked = _sample(random, told, num_questions)
         text, begins = _spread(random, story.sentences, length - sum(len(a + b) for a, b, _ in asked) - len(asked) + 1)
         for question, answer, told in asked:
             at = len(text) + len(question)

@@ -91,8 +91,8 @@ class AdaptiveEmbedding(nn.Module):
 class AdaptiveSoftmax(nn.Module):
     """The output side of AdaptiveEmbedding (Grave et al. 2017), as the authors' ProjectedAdaptiveLogSoftmax.
 
-    The head scores the first cluster's words and each tail cluster as one word; a tail word's log-probability is its
-    cluster's plus its own within the cluster. config.cluster_order says which head column is which tail's. Without
+    A first softmax scores the first cluster's words and each tail cluster as one word; a tail word's log-probability
+    is its cluster's plus its own within the cluster. config.cluster_order says which column is which tail's. Without
     cutoffs it is one linear map, whose `weight` (V, E) and `bias` (V,) may be read as nn.Linear's.
     """
 
@@ -132,19 +132,19 @@ class AdaptiveSoftmax(nn.Module):
         if labels is not None:
             return self._loss(scores, hidden, labels, num_items_in_batch)
         flat = hidden.flatten(0, 1)
-        head = scores(flat, 0).log_softmax(-1)
-        parts = [head[:, : self.ends[1]]]
+        first = scores(flat, 0).log_softmax(-1)
+        parts = [first[:, : self.ends[1]]]
         for i in range(1, len(self.ends) - 1):
-            parts.append(scores(flat, i).log_softmax(-1) + head[:, self._column(i), None])
+            parts.append(scores(flat, i).log_softmax(-1) + first[:, self._column(i), None])
         return torch.cat(parts, dim=-1).view(*hidden.shape[:2], -1)
 
     def _loss(self, scores, hidden, labels, num_items_in_batch):
         wanted = labels.flatten() != -100
         flat, labels = hidden.flatten(0, 1)[wanted], labels.flatten()[wanted]
-        head = scores(flat, 0).log_softmax(-1)
+        first = scores(flat, 0).log_softmax(-1)
         cluster = torch.bucketize(labels, torch.tensor(self.ends[1:-1], device=labels.device), right=True)
         column = torch.tensor([0] + [self._column(i) for i in range(1, len(self.ends) - 1)], device=labels.device)
-        total = head.gather(1, torch.where(cluster == 0, labels, column[cluster])[:, None]).sum()
+        total = first.gather(1, torch.where(cluster == 0, labels, column[cluster])[:, None]).sum()
         for i in range(1, len(self.ends) - 1):
             # Also where it is empty: a weight without a gradient stops DistributedDataParallel.
             at = (cluster == i).nonzero().squeeze(1)
@@ -164,7 +164,7 @@ class AdaptiveSoftmax(nn.Module):
         return scores if scores.dtype == torch.float64 else scores.float()  # half types lose too much in log_softmax
 
     def _column(self, i):
-        """The head's column of tail cluster i."""
+        """The column of tail cluster i in the first softmax."""
         return self.ends[1] + i - 1 if self.order == "forward" else self.ends[1] + len(self.ends) - 2 - i
 
 
@@ -174,10 +174,10 @@ def cluster_ends(config: GalleryTransformerXLConfig) -> list[int]:
 
 
 def is_adaptive(config: GalleryTransformerXLConfig) -> bool:
-    """Whether embedding and softmax need clusters or projections; else they are one table and one linear map."""
+    """Tells whether embedding and softmax need clusters or projections; else they are one table and one linear map."""
     return bool(config.cutoffs) or has_projections(config)
 
 
 def has_projections(config: GalleryTransformerXLConfig) -> bool:
-    """Whether maps stand between the embeddings' widths and hidden_size."""
+    """Tells whether maps stand between the embeddings' widths and hidden_size."""
     return config.div_val > 1 or config.embedding_size != config.hidden_size

@@ -23,6 +23,7 @@ from .attention_problem import Position, Problem, compute_dtype, without_autocas
 from .attention_tiles import attend_tiles, attend_tiles_in_graph
 from .attention_triton import attend_triton, why_not
 from .exporting import in_one_graph, is_exporting
+from .rings import attend_ring
 from .spans import Spans
 
 
@@ -87,6 +88,9 @@ def attend(
     Raises ValueError if shapes do not fit, a visible distance has no entry in the table, or the implementation cannot
     do what is asked.
     """
+    if spans.of_ring:
+        of_ring = attend_ring(query, key, value, spans, position=position, scale=scale, dropout=dropout)
+        return of_ring if return_lse else of_ring[0]
     problem = Problem(query, key, value, spans, position, query.shape[-1] ** -0.5 if scale is None else scale, dropout)
     if is_exporting():
         with without_autocast(query):

@@ -209,7 +209,7 @@ def tiles_of(kernel: str, kind: torch.dtype, widest: int, queries: int, hopper: 
 
 
 def is_hopper(device: torch.device) -> bool:
-    """Whether the device has the matrix instructions and the shared memory of compute capability 9.0 or later."""
+    """Tells whether the device has matrix instructions and shared memory of compute capability 9.0 or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 

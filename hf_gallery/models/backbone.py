@@ -6,7 +6,7 @@
                            -> unpack: the input's columns again; the cache takes the new state, last of all
 
 A variant says how it embeds, what its layers share (`plan`) and what stands behind the last of them (`finish`).
-Padding, packed documents, the cache and transformers' output classes are known here and nowhere in a variant.
+Padding, packed documents, the cache and transformers' output classes are dealt with here, nowhere in a variant.
 Letters: see spans.py.
 """
 
@@ -30,7 +30,7 @@ from .context import ForwardContext
 from .documents import PACKING, Documents
 from .exporting import compile_whole, in_one_graph, records_gradients, require
 from .gradients import with_gradients_for
-from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, no_cache
+from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, is_static, no_cache
 from .rows import Rows, unpack
 from .states import NextState, State, follow, tensors_of
 from .weights import version_of
@@ -151,8 +151,10 @@ class Backbone(GalleryPreTrainedModel):
         return self._run(**given)
 
     def fits_one_graph(self, past_key_values, use_cache, position_ids, **inputs) -> bool:
-        """Whether torch.compile may follow a forward as one graph: what a cache holds, where documents begin and which
-        tokens are global decides how much there is to do, so it is asked."""
+        """Tells whether torch.compile may follow a forward as one graph: what a growing cache holds, where documents
+        begin and which tokens are global decides how much there is to do, so it is asked."""
+        if is_static(past_key_values) and past_key_values.is_initialized:
+            return position_ids is None and all(inputs.get(name) is None for name in PACKING)
         caches = self.config.use_cache and not self.training if use_cache is None else use_cache
         asks = [position_ids, past_key_values, *(inputs.get(name) for name in (*PACKING, "global_attention_mask"))]
         return not caches and all(x is None for x in asks) and self.config._attn_implementation != "sdpa"
@@ -192,7 +194,12 @@ class Backbone(GalleryPreTrainedModel):
         shows = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         if documents is not None:
             self.check_packed(attends, inputs)
-        parts = self.parts(rows, cache, documents)
+        if attends and rows.steps:
+            raise ValueError(
+                "output_attentions is True, and past_key_values is a GalleryStaticCache, whose columns do not stand "
+                "in the order of time; leave one of them out"
+            )
+        parts = self.parts(rows, None if cache is None else cache.past_of(rows), documents)
         done, writes = [], None
         no_grad = not records_gradients()
         if cache is not None and not cache.detaches and not no_grad and self.has_reentrant_checkpoints():
@@ -200,7 +207,8 @@ class Backbone(GalleryPreTrainedModel):
                 "use_reentrant is True and past_key_values was made with detach=False: reentrant checkpoints cut the "
                 "gradients that the cache carries; enable gradient checkpointing with use_reentrant=False"
             )
-        version = version_of(self.tables_follow()) if cache is not None and no_grad else None
+        asks = cache is not None and no_grad and not in_one_graph()
+        version = version_of(self.tables_follow()) if asks else None
         for part in parts:
             common = ForwardContext(
                 rows=part.rows,
@@ -283,7 +291,7 @@ class Backbone(GalleryPreTrainedModel):
         return [*parts, Part(last, past, True)]
 
     def has_reentrant_checkpoints(self) -> bool:
-        """Whether layers are computed again by reentrant checkpoints, which give no gradient to a layer's state."""
+        """Tells whether reentrant checkpoints compute layers again, which give no gradient to a layer's state."""
         checkpoints = (layer._gradient_checkpointing_func for layer in self.layers if layer.gradient_checkpointing)
         return self.training and any(checkpoint.keywords.get("use_reentrant") for checkpoint in checkpoints)
 
@@ -304,8 +312,8 @@ class Backbone(GalleryPreTrainedModel):
         return LayerResults(x, new, hidden, attentions)
 
     def agreed(self, device: torch.device, calls: int) -> int:
-        """How often to call each layer where this rank needs so many `calls`: where weights are gathered at each call
-        as often as the rank that needs most, or ranks would wait for each other for ever."""
+        """The number of times to call each layer. This rank needs `calls`; where weights are gathered at each call it
+        is the most that a rank needs, or ranks would wait for each other for ever."""
         if in_one_graph() or not is_sharded(self) or not torch.distributed.is_initialized():
             return calls
         most = torch.tensor(calls, device=device)
@@ -364,7 +372,7 @@ def shown(x: torch.Tensor, hidden: list | None, context: ForwardContext) -> torc
 
 
 def is_sharded(model: Backbone) -> bool:
-    """Whether calls of the layers gather weights from other ranks, by ZeRO-3, FSDP or fully_shard."""
+    """Tells whether calls of the layers gather weights from other ranks, by ZeRO-3, FSDP or fully_shard."""
     names = {kind.__name__ for module in (model, *model.layers) for kind in type(module).__mro__}
     return is_deepspeed_zero3_enabled() or is_fsdp_managed_module(model) or "FSDPModule" in names
 

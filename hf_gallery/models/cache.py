@@ -40,6 +40,10 @@ def cache_of(outputs):
     return outputs.get(CACHE_NAME)
 
 
+def _nobody():
+    return None
+
+
 @dataclass(frozen=True)
 class Content:
     """All that a cache holds at one time.
@@ -60,7 +64,7 @@ class Content:
     recorded: int = 0
     tables: dict[int, torch.Tensor] = field(default_factory=dict)
     version: Version | None = None
-    maker: Callable[[], Any] = lambda: None
+    maker: Callable[[], Any] = _nobody
     sample: WeightSample | None = None
 
     def map_rows(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Content:
@@ -121,7 +125,7 @@ class GalleryCache(Cache):
 
     def __repr__(self):
         kind = self.identity["model_type"]
-        return f"GalleryCache({kind}, rows={self.batch_size}, columns={self.columns}, bytes={self.nbytes})"
+        return f"{type(self).__name__}({kind}, rows={self.batch_size}, columns={self.columns}, bytes={self.nbytes})"
 
     def __len__(self):
         return len(self._content.states)
@@ -171,16 +175,16 @@ class GalleryCache(Cache):
     def check(self, config, batch: int):
         """Raises ValueError unless the cache belongs to a model of this configuration and has `batch` rows."""
         identity = cache_identity(config)
-        known = self.identity
+        own = self.identity
         names: list[str] = []
-        if known != identity:
+        if own != identity:
             # A file of an earlier version lacks the fields that came since; its model was what their defaults say.
-            known = {field.name: field.default for field in dataclasses.fields(config)} | known
-            names = [name for name in self.identity | identity if known.get(name) != identity.get(name)]
+            own = {field.name: field.default for field in dataclasses.fields(config)} | own
+            names = [name for name in self.identity | identity if own.get(name) != identity.get(name)]
             names = [name for name in names if name not in INDIFFERENT]  # files of earlier versions name some
         if names:
             first = 1 if names[0] == "model_type" else 3  # another architecture differs in much else
-            differs = {name: (known.get(name), identity.get(name)) for name in names[:first]}
+            differs = {name: (own.get(name), identity.get(name)) for name in names[:first]}
             raise ValueError(
                 f"past_key_values was made for another model (its value, this model's): {differs}"
                 f"{' and more' if len(names) > first else ''}; pass a GalleryCache(model.config), or none"
@@ -207,6 +211,14 @@ class GalleryCache(Cache):
                 "to use it all the same"
             )
         self._content = replace(self._content, maker=weakref.ref(model))
+
+    def rows_of(self, batch: int, columns: int, mask: torch.Tensor | None, packed: bool = False) -> Rows:
+        """The rows of a forward that goes on from here. packed: documents lie in them one behind another."""
+        return Rows(batch, columns, mask, self.seen)
+
+    def past_of(self, rows: Rows) -> GalleryCache:
+        """Returns what the rows of a forward go on with."""
+        return self
 
     def read_states(self, version: Version | None = None) -> list[State]:
         """Each layer's state for a forward. version: of the model's weights now, see `version_of`; what follows from
@@ -328,23 +340,23 @@ class GalleryCache(Cache):
 
     @property
     def folds(self) -> bool:
-        """Whether tokens went into a memory or a recurrent state, from which only what was recorded is taken back."""
+        """Tells whether a memory or a recurrent state took in tokens: only what was recorded is taken back from it."""
         return any(x.folds for state in self._content.states for x in state.values())
 
     @property
     def is_croppable(self) -> bool:
-        """Whether `crop` can take back tokens: nothing was forgotten yet, or the cache records."""
+        """Tells whether `crop` can take back tokens: nothing was forgotten yet, or the cache records."""
         countable = bool(self._content.history) or not self.columns  # reset_rows leaves nothing to count by
         return countable and (self._holds_all or (self.recording and self._may_take_back))
 
     @property
     def _holds_all(self) -> bool:
-        """Whether nothing was forgotten: all state is columns of time, of every token."""
+        """Tells whether nothing was forgotten: all state is columns of time, of every token."""
         return not self.folds and (self.seen is None or self.capacity is None or int(self.seen.max()) <= self.capacity)
 
     @property
     def _may_take_back(self) -> bool:
-        """Whether the state of every layer can take back what was recorded."""
+        """Tells whether the state of every layer can take back what was recorded."""
         states = self._content.states if self._content.recorded else ()
         return all(x.can_take_back for state in states for x in state.values())
 
@@ -536,10 +548,6 @@ class GalleryCache(Cache):
         cache = cls(MadeFor(identity, capacity))
         cache._content, cache._unchecked, cache.any_weights = Content(**fields), True, any_weights
         return cache
-
-
-def _nobody():
-    return None
 
 
 def ready(state: NextState, detaches: bool = True) -> NextState:

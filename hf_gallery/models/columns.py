@@ -109,7 +109,7 @@ def _room_of(x: torch.Tensor) -> Room | None:
 
 
 def _may_share(past: torch.Tensor, new: torch.Tensor) -> bool:
-    """Whether new columns may be written into the memory of the past: no graph and no compiler follows it."""
+    """Tells whether new columns may be written into the memory of the past: no graph and no compiler follows it."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or past.requires_grad:
         return False
     return past.dtype == new.dtype and past.is_inference() == torch.is_inference_mode_enabled()

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from .adapters import name_targets
+from .rings import RingLayout
 
 logger = logging.getLogger(__name__)
 
@@ -112,6 +113,11 @@ class GalleryConfig(PreTrainedConfig):
         """Keys that a layer must keep for the tokens to come; None where every key may be seen again."""
         return None
 
+    @property
+    def why_no_static_cache(self) -> str | None:
+        """The reason that a GalleryStaticCache cannot hold what the layers keep; None where it can."""
+        return None
+
     # ---- what a cache holds for a model of this configuration; `check_content` in cache.py compares
 
     @property
@@ -122,6 +128,20 @@ class GalleryConfig(PreTrainedConfig):
     def columns_kept(self, layer: int) -> int | None:
         """Columns of time that a layer keeps; None for all."""
         return self.cache_capacity
+
+    def ring_layout(self, layer: int, most: int | None) -> dict[str, RingLayout]:
+        """The rings of a static cache, for columns of time. most: slots of each at most; None where layers say it.
+
+        Raises ValueError if nobody does."""
+        kept = self.columns_kept(layer)
+        if most is None and kept is None:
+            raise ValueError(
+                f"max_cache_len is None, and {self.model_type} keeps every token; give the length of the longest "
+                "text, prompt and all"
+            )
+        # One more than are seen again: the new token's own column stands in the ring too.
+        slots = most if kept is None else kept + 1 if most is None else min(most, kept + 1)
+        return {name: RingLayout(slots) for name in ("keys", "values")}
 
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         """The states that a layer may leave: names, and shapes behind the rows, in which None is any number."""

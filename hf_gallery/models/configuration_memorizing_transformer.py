@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .configuration_base import MOST, GalleryConfig
-from .memory import BACKENDS
+from .memory import BACKENDS, MemoryLayout
+from .rings import RingLayout
 
 
 class GalleryMemorizingTransformerConfig(GalleryConfig):
@@ -94,9 +95,22 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         return None if self.num_positions is None else self.num_positions - self.num_positions % self.segment_length
 
     @property
+    def why_no_static_cache(self) -> str | None:
+        if self.memory_backend == "exact":
+            return None
+        return f"memory_backend is {self.memory_backend!r}, whose index would be made anew at every token"
+
+    @property
     def cache_capacity(self) -> int:
         """Keys kept for local attention; the next token may be anywhere in its segment."""
         return self.mem_len + self.segment_length - 1
+
+    def ring_layout(self, layer: int, most: int | None) -> dict[str, RingLayout]:
+        rings = super().ring_layout(layer, most)
+        if layer in self.memory_layers:
+            size, length = self.memory_size, self.segment_length
+            rings |= {f"memory_{name}": MemoryLayout(size + length, name, size, length) for name in list(rings)}
+        return rings
 
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         layouts = super().cache_layout(layer)

@@ -67,6 +67,10 @@ class GalleryRecurrentMemoryTransformerConfig(GalleryStackConfig):
         return self.segment_length + (2 if self.is_decoder else 1) * self.num_memory_tokens
 
     @property
+    def why_no_static_cache(self) -> str:
+        return "how many segments a forward ends is asked"
+
+    @property
     def cache_capacity(self) -> int:
         """Keys kept for the tokens to come: of the memory that the segment reads, and of its tokens but the last."""
         return self.num_memory_tokens + self.segment_length - 1

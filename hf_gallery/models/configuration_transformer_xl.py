@@ -33,7 +33,7 @@ class GalleryTransformerXLConfig(GalleryConfig):
     div_val: int = 1  # each cluster's embedding is div_val times narrower than the one before
     embedding_size: int | None = None  # width of the first cluster's embedding; default hidden_size; code: d_embed
     tie_projs: list[bool] | None = None  # per cluster: share the projection with the embedding; default: all True
-    # Which column of the adaptive softmax's head is a tail cluster's: "forward" as transformers' port computes it,
+    # Which column of the adaptive softmax is a tail cluster's: "forward" as transformers' port computes it,
     # "reversed" as the authors' code does (utils/proj_adaptive_softmax.py). Matters for published weights only.
     cluster_order: str = "forward"
     # States before a row's first token: "empty", nothing, as in the authors' code; or "zeros", mem_len states of

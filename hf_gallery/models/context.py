@@ -10,6 +10,7 @@ import torch
 
 from .columns import append_columns, next_columns
 from .exporting import in_one_graph
+from .rings import RingColumns
 from .rows import Rows
 from .spans import Spans
 from .states import Columns, NextState, State
@@ -71,12 +72,20 @@ class ForwardContext:
         max_columns: of this layer's columns, where it keeps fewer than others do.
         """
         max_columns = self.max_columns if max_columns is None or self.max_columns is None else max_columns
-        joined = {name: append_columns(state.get(name), x, max_columns) for name, x in new.items()}
+        joined = {name: self.append(state.get(name), x, max_columns) for name, x in new.items()}
         kept = self.columns(max_columns, **joined) if self.keeps_state else {}
         return *joined.values(), kept
 
+    def append(self, past: torch.Tensor | None, new: torch.Tensor, max_columns: int | None) -> torch.Tensor:
+        """[cached | new] columns (B, ..., C + T, D), or the ring that they lie in."""
+        if self.rows.steps:
+            return self.rows.append(past, new)
+        return append_columns(past, new, max_columns)
+
     def columns(self, max_columns: int | None, **joined: torch.Tensor) -> NextState:
         """Columns of [cached | new] that a cache keeps, `max_columns` of them."""
+        if self.rows.steps:
+            return {name: RingColumns(x) for name, x in joined.items()}
         return {name: Columns(next_columns(x, self.rows, max_columns)) for name, x in joined.items()}
 
 

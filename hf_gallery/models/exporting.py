@@ -24,7 +24,7 @@ Call = TypeVar("Call", bound=Callable)
 
 
 def is_exporting() -> bool:
-    """Whether torch.export, or torch.onnx.export by way of it, follows this forward."""
+    """Tells whether torch.export, or torch.onnx.export by way of it, follows this forward."""
     return torch.compiler.is_exporting()
 
 
@@ -41,7 +41,7 @@ def compile_whole(forward: Callable[[], Any]) -> Any:
 
 
 def in_one_graph() -> bool:
-    """Whether this forward is followed as one graph: no tensor may be asked what it holds."""
+    """Tells whether this forward is followed as one graph: no tensor may be asked what it holds."""
     return torch.compiler.is_compiling() and (_compiled_whole[0] or is_exporting())
 
 
@@ -59,17 +59,17 @@ def outside_graphs(function: Call) -> Call:
 
 
 def records_gradients() -> bool:
-    """Whether autograd follows this forward. What is exported only infers, also where nobody has said no_grad."""
+    """Tells whether autograd follows this forward. What is exported infers only, also where nobody said no_grad."""
     return torch.is_grad_enabled() and not is_exporting()
 
 
 def surely(held: torch.Tensor) -> bool:
-    """Whether `held` is true everywhere, so that a forward may do less; False where that cannot be asked."""
+    """Tells whether `held` is true everywhere, so that a forward may do less; False where that cannot be asked."""
     return not in_one_graph() and bool(held.all())
 
 
 def possibly(found: torch.Tensor) -> bool:
-    """Whether `found` is true anywhere, so that a forward must do more; True where that cannot be asked."""
+    """Tells whether `found` is true anywhere, so that a forward must do more; True where that cannot be asked."""
     return in_one_graph() or bool(found.any())
 
 

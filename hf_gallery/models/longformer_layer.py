@@ -87,7 +87,10 @@ class GalleryLongformerAttention(MultiHeadAttention):
         if not context.causal and context.globals is not None:
             of_globals = self._of_globals(x, context)
         options = dict(dropout=self.dropout.rate, implementation=context.implementation)
-        if context.output_attentions or is_exporting():
+        if context.rows.steps:
+            spans = context.once((self.left, self.dilation, "ring"), lambda: self._ring(context.rows))
+            out = attend(query, keys, values, spans, position=position, **options)
+        elif context.output_attentions or is_exporting():
             out, probabilities = self._look(query, keys, values, position, of_globals, context)
         else:
             out = self._local(query, (keys, values), global_pairs, position, context, options)
@@ -96,6 +99,11 @@ class GalleryLongformerAttention(MultiHeadAttention):
         if not context.causal and of_globals is None:
             out = with_gradients_for(out, self.q_global_proj, self.k_global_proj, self.v_global_proj)
         return self.o_proj(merge_heads(out)), new, probabilities
+
+    def _ring(self, rows) -> Spans:
+        """A decoder's window in a ring."""
+        p = rows.positions
+        return rows.spans(p - self.left * self.dilation, p, 0).dilated(self.dilation)
 
     def _local(self, query, pair, global_pairs, position, context, options):
         folding = context.folding(self.dilation)

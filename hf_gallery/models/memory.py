@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from .attention_problem import compute_dtype, without_autocast
 from .exporting import in_one_graph, is_exporting
 from .operators import operator
+from .rings import RingLayout, lay
 from .states import Folded, Kept, Record
 
 faiss: Any
@@ -289,10 +290,12 @@ def retrieve(
     Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
     """
-    if in_one_graph() and not is_exporting():
+    # A decode step that a GPU captures may not wait for what a search asks.
+    by_definition = is_exporting() or (in_one_graph() and query.shape[2] == 1 and query.device.type != "cpu")
+    if in_one_graph() and not by_definition:
         return _retrieve_in_graph(backend, query, sources, topk)
     search = BACKENDS[backend]
-    if is_exporting():
+    if by_definition:
         if backend not in ("exact", "faiss_flat"):
             raise ValueError(
                 f'memory_backend is {backend!r}, whose index no graph can hold; set it to "exact" to export'
@@ -302,7 +305,7 @@ def retrieve(
     with torch.no_grad(), without_autocast(query):
         results, ends, parts = [], [0], []
         for keys, values, lower, upper in sources:
-            first, last = (0, keys.shape[2]) if is_exporting() else _reach(lower, upper, keys.shape[2])
+            first, last = (0, keys.shape[2]) if by_definition else _reach(lower, upper, keys.shape[2])
             some = keys[:, :, first:last]
             scores, at = search(query.detach(), some, lower - first, upper - first, topk)
             results.append((scores, at + first + ends[-1]))
@@ -532,3 +535,39 @@ def append_to_ring(
     ring[row.to(device), :, slot.to(device)] = new[row.to(device), :, column.to(device)].to(ring.dtype)
     setattr(ring.untyped_storage(), INDEXES, {})
     return ring
+
+
+@dataclass(frozen=True)
+class MemoryLayout(RingLayout):
+    """A memory's ring in a static cache: every pair lies in it from the first, those of a segment that has not ended
+    too, and which of them a query may find is told by positions.
+
+    columns: the state that holds the latest pairs in a growing cache. size, length: memory_size and segment_length.
+    """
+
+    columns: str = ""
+    size: int = 0
+    length: int = 1
+
+    def lay(self, name, state, seen):
+        latest = state[self.columns].tensor  # (B, H, C, D), the current segment's among them
+        ring = lay(latest, seen, self.slots)
+        if name not in state:
+            return ring
+        stored = state[name].tensor  # (B, H, N, D)
+        seen = seen.to(ring.device)[:, None]
+        position = seen - 1 - (seen - 1 - torch.arange(self.slots, device=ring.device)) % self.slots  # (B, slots)
+        older = (position < seen - seen % self.length) & (position >= 0)
+        at = (position % self.size).clamp(max=stored.shape[2] - 1)[:, None, :, None]
+        found = stored.gather(2, at.expand(-1, stored.shape[1], -1, stored.shape[3]))
+        return torch.where(older[:, None, :, None], found.to(ring.dtype), ring)
+
+    def unlay(self, ring, seen):
+        stored = (seen - seen % self.length).to(ring.device)
+        count = min(self.size, int(stored.max()))
+        if not count:
+            return None
+        slot = torch.arange(count, device=ring.device)
+        position = stored[:, None] - 1 - (stored[:, None] - 1 - slot) % self.size  # (B, N)
+        at = (position % self.slots)[:, None, :, None]
+        return Folded(ring.gather(2, at.expand(-1, ring.shape[1], -1, ring.shape[3])))

@@ -22,6 +22,7 @@ from .early_exit import EarlyExit
 from .exporting import in_one_graph, is_exporting, outside_graphs, require
 from .loading import check_weights
 from .rows import Rows
+from .static_cache import GalleryStaticCache
 
 
 class GalleryPreTrainedModel(PreTrainedModel):
@@ -125,7 +126,8 @@ class GalleryPreTrainedModel(PreTrainedModel):
         name_cache(kwargs, "past_key_values")
         kwargs.pop("skip_logits", None)  # a leave, which Trainer gives under use_liger_kernel: they are there anyway
         cache = next((x for x in (*args, *kwargs.values()) if hasattr(x, "held")), None)
-        with nullcontext() if cache is None else cache.held():
+        whole = torch.compiler.is_compiling() and is_static(cache)  # a graph writes last of all anyway
+        with nullcontext() if cache is None or whole else cache.held():
             return super().__call__(*args, **kwargs)
 
     # ---- input
@@ -172,9 +174,10 @@ class GalleryPreTrainedModel(PreTrainedModel):
                     "the model is in training under torch.export, and what is exported infers, without dropout; call "
                     "model.eval() first"
                 )
-            given = {"past_key_values": past_key_values, "use_cache": use_cache or None} | (packing or {})
-            refuse_export(name for name, value in given.items() if value is not None)
-            use_cache = False
+            cached = is_static(past_key_values)
+            given = {} if cached else {"past_key_values": past_key_values, "use_cache": use_cache or None}
+            refuse_export(name for name, value in (given | (packing or {})).items() if value is not None)
+            use_cache = cached
         if use_cache is None:
             use_cache = past_key_values is not None or (self.config.use_cache and not self.training)
         cache = self.as_own_cache(past_key_values)
@@ -185,7 +188,8 @@ class GalleryPreTrainedModel(PreTrainedModel):
             cache = GalleryCache(self.config)
         check_tensors(packing or {})
         mask = self.check_mask(attention_mask, b, t, cache, mask_name)
-        rows = Rows(b, t, mask, None if cache is None else cache.seen)
+        given = {name: x for name, x in (packing or {}).items() if x is not None}
+        rows = Rows(b, t, mask, None) if cache is None else cache.rows_of(b, t, mask, bool(given))
         if input_ids is not None:
             self.check_ids(ids_name, rows.pack(input_ids))
         if cache_position is not None:
@@ -195,14 +199,13 @@ class GalleryPreTrainedModel(PreTrainedModel):
                     f"cache_position is not {past} to {past + t - 1}, the columns that come after those seen; leave "
                     "it out"
                 )
-        given = {name: x for name, x in (packing or {}).items() if x is not None}
         documents = find_documents(rows, counted=not self.embeds_positions, **given) if given else None
         return rows, cache, documents
 
     def as_own_cache(self, past) -> GalleryCache | None:
         """past_key_values as this model keeps it: a DynamicCache of PEFT's prefix tuning holds the keys and values of
         tokens that are read first. Raises ValueError for what cannot be taken."""
-        if past is None or isinstance(past, GalleryCache) or type(past).__name__ == "GalleryCache":
+        if past is None or isinstance(past, GalleryCache) or type(past).__name__ == "GalleryCache" or is_static(past):
             return past
         if not isinstance(past, DynamicCache) or not past.get_seq_length():
             raise ValueError(
@@ -239,7 +242,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
             return None
         if not isinstance(mask, torch.Tensor):
             raise TypeError(f"{name} is a {type(mask).__name__}; give a tensor, torch.as_tensor({name})")
-        past = 0 if cache is None else cache.columns
+        past = 0 if cache is None or mask.shape[-1] == t or in_one_graph() else cache.columns
         if mask.dim() != 2 or mask.shape[0] != b or mask.shape[1] not in (t, past + t):
             also = f" or ({b}, {past + t})" if past else ""
             raise ValueError(
@@ -302,6 +305,13 @@ class GalleryGenerationMixin(GenerationMixin):
         given = {name: kwargs[name] for name in names}
         return EarlyExit(generation_config=generation_config, assistant_model=self, **given)
 
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+        """The mask (B, T) of the new columns, for a GalleryStaticCache: a mask of all would grow at each token."""
+        if attention_mask is None:
+            return None
+        return attention_mask[:, -inputs_embeds.shape[1] :].clone(memory_format=torch.contiguous_format)
+
     def _prepare_position_ids_for_generation(self, inputs_tensor, model_kwargs):
         return None  # rows count their own tokens
 
@@ -309,12 +319,16 @@ class GalleryGenerationMixin(GenerationMixin):
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args
     ):
         implementation = generation_config.cache_implementation
-        if implementation not in (None, "dynamic"):
+        if implementation not in (None, "dynamic", "static"):
             raise ValueError(
                 f"cache_implementation is {implementation!r}; gallery models carry their own GalleryCache, so leave "
-                "it None"
+                'it None, or give "static" for a GalleryStaticCache'
             )
         cache = model_kwargs.get(CACHE_NAME)
+        if implementation == "static" and cache is not None:
+            raise ValueError(
+                f'cache_implementation is "static" and a {type(cache).__name__} is given; give one of them'
+            )
         exit_at, most = generation_config.assistant_early_exit, self.config.cache_layers
         if exit_at is not None and (type(exit_at) is not int or not 1 <= exit_at <= most):
             raise ValueError(
@@ -323,10 +337,20 @@ class GalleryGenerationMixin(GenerationMixin):
             )
         if cache is not None:
             cache._is_user_defined = True
+        elif implementation == "static" and generation_config.use_cache is not False:
+            length = max(max_cache_length, getattr(generation_config, "max_cache_len", None) or 0)
+            model_kwargs[CACHE_NAME] = GalleryStaticCache(self.config, length)
+            if generation_config.is_assistant:
+                model_kwargs[CACHE_NAME].activate_past_recording()
         elif generation_config.use_cache is not False:
             model_kwargs[CACHE_NAME] = GalleryCache(self.config)
             if generation_config.is_assistant:
                 model_kwargs[CACHE_NAME].activate_past_recording()
+
+
+def is_static(past_key_values) -> bool:
+    """Tells whether it is a GalleryStaticCache, of whatever copy of this code."""
+    return type(past_key_values).__name__ == "GalleryStaticCache"
 
 
 def no_cache(past_key_values):

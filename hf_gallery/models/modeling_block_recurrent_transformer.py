@@ -84,7 +84,8 @@ class Context(ForwardContext):
     def everything(self, queries: int, columns: int) -> Spans:
         """All columns, for every query."""
         place, ends = ("everything", queries, columns), (0, columns - 1)
-        return self.once(place, lambda: Spans(*(torch.full((1, queries), end) for end in ends)))
+        device = self.rows.seen.device
+        return self.once(place, lambda: Spans(*(torch.full((1, queries), end, device=device) for end in ends)))
 
     def blocks(self, cached: int) -> Blocks:
         return self.once(("blocks", cached), lambda: Blocks(self.rows, cached, self.block_length))
@@ -215,6 +216,8 @@ class RecurrentState(nn.Module):
         if tokens is None:
             return pair
         query, keys, values = tokens
+        if rows.steps:
+            return self._step((query, keys, values), vectors, pair, context)
         # A text that ends within a block moves no state that is read; one that goes on starts from no initial state.
         query = with_gradients_for(query, self)
         blocks = context.blocks(keys.shape[2] - query.shape[2])
@@ -236,6 +239,21 @@ class RecurrentState(nn.Module):
         if context.no_grad:  # a token of the same block reads them again
             new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
         return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keeps_state else {}
+
+    def _step(self, tokens, vectors, pair, context: Context):
+        """`forward` of one token behind a static cache, whose rings (B, H, N, D) hold the last two blocks."""
+        query, *rings = tokens
+        rows = context.rows
+        count = rows.seen + rows.lengths
+        done = (count % self.block_length == 0) & (rows.lengths > 0)  # (B,)
+        read, after = read_state(query, pair[0], pair[1], context), pair
+        if possibly(done):
+            p = rows.positions
+            ahead = self._advance(vectors, pair, rings, rows.spans(torch.zeros_like(p), p, 0), context)
+            vectors = torch.where(done[:, None, None], ahead, vectors)
+            after = self._keys_values(vectors)
+        new = {"state": Folded(vectors), "state_keys": Derived(after[0]), "state_values": Derived(after[1])}
+        return read, new
 
     def _entering(self, state, rows) -> torch.Tensor:
         """The vectors (B, Z, E) that the next token's block enters with: learned until a row's first block is over."""
@@ -403,6 +421,8 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         if not self.config.feedback:
             return super().run_layers(x, context, states, *more)
         self._check_feedback(context)
+        if context.rows.steps:
+            return super().run_layers(x, self._feed(context, states), states, *more)
         return self.run_in_blocks(x, context, states, self.config.block_length, self._feed)
 
     def _feed(self, context: Context, states: list[State]) -> Context:

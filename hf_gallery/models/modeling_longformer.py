@@ -58,7 +58,7 @@ from .heads import (
 )
 from .longformer_layer import Context, GalleryLongformerLayer
 from .longformer_xl_layer import GalleryLongformerXLLayer
-from .modeling_base import GalleryPreTrainedModel, check_marks
+from .modeling_base import GalleryPreTrainedModel, check_marks, is_static
 from .modeling_transformer import GalleryTransformerStack
 from .multiple_choice import MultipleChoiceHead
 from .rows import Rows, true_first
@@ -137,6 +137,11 @@ class GalleryLongformerStack(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         super().check(rows, cache, longest, **inputs)
         if global_attention_mask is None:
             return
+        if is_static(cache):
+            raise ValueError(
+                "global_attention_mask is given, and past_key_values is a GalleryStaticCache, which keeps windows "
+                "alone; give a GalleryCache"
+            )
         if self.config.segment_length is not None:
             raise ValueError(
                 f"global_attention_mask is given, and segment_length is {self.config.segment_length}; what a segment "

@@ -34,6 +34,7 @@ Letters: see spans.py. L segment_length, N slots of the memory, k memory_topk.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -120,6 +121,9 @@ class Context(IntervalContext):
     def memory_intervals(self) -> MemoryIntervals:
         return self.once("memory", lambda: MemoryIntervals(self))
 
+    def memory_in_ring(self, slots: int) -> MemoryInRing:
+        return self.once("memory", lambda: MemoryInRing(self, slots))
+
 
 class MemoryIntervals:
     """Places of the memory of each query, the same in all memory layers.
@@ -181,6 +185,22 @@ class MemoryIntervals:
         return self.stored[:, None] + offset - offset % self.length + self.length
 
 
+class MemoryInRing:
+    """Places of the memory of a static cache's one query, see MemoryLayout: ring (lower, upper), (B, 1) each."""
+
+    def __init__(self, context: Context, slots: int):
+        position = context.rows.positions  # (B, 1)
+        segment = position - position % context.segment_length
+        oldest = (segment - context.memory_size).clamp(min=0)
+        self.ring = oldest % slots, oldest % slots + segment - oldest
+        self.newest, self.slots = context.rows.last, slots
+
+    def positions(self, columns: torch.Tensor) -> torch.Tensor:
+        """Positions in the row of the slots (B, H, 1, k) that `retrieve` found."""
+        newest = self.newest[..., None, None]
+        return newest - (newest - columns) % self.slots
+
+
 class GalleryMemorizingTransformerAttention(nn.Module):
     """Local attention, and in a memory layer retrieval joined to it by the gate."""
 
@@ -207,7 +227,10 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         position = self.relative_bias(context.farthest, scale) if hasattr(self, "relative_bias") else None
         out, probabilities = self._local(query, (key, value), (keys, values), position, context, state)
         if self.remembers:
-            retrieved, memory = self._remember(query, (keys, values), context, state)
+            if context.rows.steps:
+                retrieved, memory = self._remember_in_ring(query, (key, value), context, state)
+            else:
+                retrieved, memory = self._remember(query, (keys, values), context, state)
             gate = torch.sigmoid(self.gate_bias)[:, None, None].to(out.dtype)
             out = out * (1 - gate) + retrieved * gate
             new |= memory
@@ -234,7 +257,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         found = self._search(query, sources, where.size) if sources else None
         if context.retrievals is not None:
             slots = 0 if ring is None else ring[0].shape[2]
-            context.retrievals[self.layer] = self._retrieval(query, found, slots, where)
+            context.retrievals[self.layer] = self._retrieval(query, found, lambda x: where.positions(x, slots))
         retrieved = torch.zeros_like(query) if found is None else found.out
         if not context.keeps_state:
             return retrieved, {}
@@ -243,6 +266,17 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             pairs, until = where.appended_columns(x.detach()), where.appended_at() if context.records else None
             new[name] = Appended(old, pairs, where.stored, where.appended, where.size, context.no_grad, until)
         return retrieved, new
+
+    def _remember_in_ring(self, query, own: Pair, context: Context, state: State) -> tuple[torch.Tensor, NextState]:
+        """`_remember` of one token behind a static cache."""
+        names = "memory_keys", "memory_values"
+        keys, values = (context.append(state[name], x, None) for name, x in zip(names, own, strict=True))
+        where = context.memory_in_ring(keys.shape[2])
+        lower, upper = where.ring
+        found = self._search(query, [Source(keys, values, lower, upper)], where.slots)
+        if context.retrievals is not None:
+            context.retrievals[self.layer] = self._retrieval(query, found, where.positions)
+        return found.out, context.columns(None, memory_keys=keys, memory_values=values)
 
     def _search(self, query: torch.Tensor, sources: list[Source], size: int) -> Found:
         """The k pairs of all sources that suit each query best, and its attention over them; queries in tiles."""
@@ -259,13 +293,12 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             results.append((out, weights, is_found, columns))
         return Found(*(torch.cat(x, dim=2) for x in zip(*results, strict=True)))
 
-    def _retrieval(self, query: torch.Tensor, found: Found | None, slots: int, where: MemoryIntervals) -> Retrieval:
-        """The pairs that were found, as they are shown."""
+    def _retrieval(self, query: torch.Tensor, found: Found | None, positions: Callable) -> Retrieval:
+        """The pairs that were found, as they are shown. positions: in the row, of the columns that were found."""
         if found is None:
             shape = (*query.shape[:3], self.topk)
             return Retrieval(torch.full(shape, -1, device=query.device), query.new_zeros(shape))
-        positions = where.positions(found.columns, slots).masked_fill(~found.is_found, -1)
-        return Retrieval(positions, found.weights)
+        return Retrieval(positions(found.columns).masked_fill(~found.is_found, -1), found.weights)
 
 
 @outside_graphs  # torch 2.13 fails on a compiled part that returns views and the same views detached

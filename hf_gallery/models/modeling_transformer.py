@@ -6,7 +6,7 @@
     sinusoids and embeddings (3.4, 3.5) are in stack.py, the feed-forward (3.3) in blocks.py, losses in heads.py
 
 One stack serves three forms: encoder-decoder as published, decoder alone (ForCausalLM), encoder alone (ForMaskedLM
-and all heads but these). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
+and the other output heads). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
 [seg(p), p]. Switches in the config give what later models changed: GPT-2 (pre-norm, learned positions), BERT
 (embedding norm, token types), Marian (sines first, bias on the logits).
 

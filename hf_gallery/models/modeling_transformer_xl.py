@@ -166,7 +166,7 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
 
     def _resize_token_embeddings(self, new_num_tokens, pad_to_multiple_of=None, mean_resizing=True):
         """As in transformers; with adaptive tables the last cluster grows or shrinks."""
-        embedding, head = self.get_input_embeddings(), self.get_output_embeddings()
+        embedding, softmax = self.get_input_embeddings(), self.get_output_embeddings()
         if not isinstance(embedding, AdaptiveEmbedding):
             return super()._resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         size, last = self.new_size(new_num_tokens, pad_to_multiple_of), max([0, *self.config.cutoffs])
@@ -179,10 +179,10 @@ class GalleryTransformerXLPreTrainedModel(GalleryPreTrainedModel):
         words = table.num_embeddings + size - embedding.num_embeddings
         self._resize_table(table.weight, words, mean_resizing)
         table.num_embeddings, embedding.ends[-1] = words, size
-        if head is not None:
-            self._resize_table(head.weights[-1], words, mean_resizing)
-            head.biases[-1].data = F.pad(head.biases[-1].data, (0, words - len(head.biases[-1])))
-            head.ends[-1] = size
+        if softmax is not None:
+            self._resize_table(softmax.weights[-1], words, mean_resizing)
+            softmax.biases[-1].data = F.pad(softmax.biases[-1].data, (0, words - len(softmax.biases[-1])))
+            softmax.ends[-1] = size
         return embedding
 
     def _resize_table(self, table: nn.Parameter, words: int, mean_resizing: bool):
@@ -262,7 +262,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
         reach = rows.first % config.segment_length + config.mem_len  # from the next token to the first key it sees
         begins = config.same_length or in_one_graph()  # what is followed has no past
         columns = max(cached, config.mem_len if begins else int(reach.max()))
-        start = rows.first - columns + torch.arange(columns) < 0
+        start = rows.column_positions(columns) < 0
         return start if columns and possibly(start) else None
 
 

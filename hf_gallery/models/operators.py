@@ -1,6 +1,6 @@
 """Operators of torch: what a compiled graph holds whole, and does not look into.
 
-Remote code is imported once for each folder that it is loaded from, so operators are known by the hash of their code:
+Remote code is imported once for each folder that it is loaded from, so operators are named by the hash of their code:
 a second import of the same code uses those of the first.
 """
 

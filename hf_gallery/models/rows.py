@@ -26,6 +26,8 @@ class Rows:
     behind it. fresh: (B,), True where a row forgets in this forward what it had behind it; None = nowhere.
     """
 
+    steps = False  # whether they are one column behind rings: see StepRows
+
     def __init__(
         self,
         batch: int,
@@ -62,7 +64,7 @@ class Rows:
         self.place: torch.Tensor | None = None  # see `unpack`
         # Whether all rows end with the last packed column.
         self.is_full = index is None or surely(lengths == width)
-        # Rows that move together need one interval for all, and their positions are known without a look at tensors.
+        # Rows that move together need one interval for all, and their positions can be told without a look at tensors.
         self.start = start if self.is_full else None
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +80,7 @@ class Rows:
     @property
     def beyond(self) -> torch.Tensor:
         """Packed columns behind their row's last token, (B, T)."""
-        return torch.arange(self.width) >= self.lengths[:, None]
+        return torch.arange(self.width, device=self.lengths.device) >= self.lengths[:, None]
 
     @property
     def recent(self) -> int:
@@ -102,7 +104,7 @@ class Rows:
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows stand at the same positions."""
+        """Tells whether all rows stand at the same positions."""
         return self.start is not None
 
     @property
@@ -126,8 +128,12 @@ class Rows:
     def positions(self) -> torch.Tensor:
         """The positions of the packed tokens in their rows, (B or 1, T)."""
         if self.start is None:
-            return self.first + torch.arange(self.width)
+            return self.first + torch.arange(self.width, device=self.seen.device)
         return torch.arange(self.start, self.start + self.width)[None]
+
+    def column_positions(self, columns: int) -> torch.Tensor:
+        """The positions of as many cached columns, below 0 before a row's first token: (B or 1, columns)."""
+        return self.first - columns + torch.arange(columns)
 
     def spans(self, lower: torch.Tensor, upper: torch.Tensor, cached: int, least: int = 0) -> Spans:
         """Intervals of positions (B or 1, T) as intervals of the columns [cached | new tokens].

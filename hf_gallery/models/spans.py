@@ -23,6 +23,8 @@ class Spans:
     all of its layers.
     """
 
+    of_ring = False  # whether they are of positions in a ring: see RingSpans
+
     def __init__(self, lower: torch.Tensor, upper: torch.Tensor):
         if lower.shape != upper.shape or lower.dim() != 2:
             raise ValueError(
@@ -92,7 +94,7 @@ class Spans:
 
     @property
     def is_causal(self) -> bool:
-        """Whether query t sees exactly the columns [0, t], in every row."""
+        """Tells whether query t sees exactly the columns [0, t], in every row."""
 
         def work():
             t = torch.arange(self.lower.shape[1], device=self.lower.device)

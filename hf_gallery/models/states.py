@@ -48,7 +48,7 @@ class Kept:
 
     @property
     def can_take_back(self) -> bool:
-        """Whether the tokens that were recorded can be taken back."""
+        """Tells whether the tokens that were recorded can be taken back."""
         return True
 
     def take_back(self, removed: torch.Tensor, seen: torch.Tensor) -> Kept:

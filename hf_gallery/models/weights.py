@@ -35,7 +35,7 @@ class Version:
 
 @outside_graphs
 def version_of(modules: Iterable[nn.Module]) -> Version | None:
-    """A value that stays equal while the modules compute the same; None where that cannot be known.
+    """A value that stays equal while the modules compute the same; None where that cannot be told.
 
     It covers parameters and buffers (which they are, where they lie, torch's count of writes to them), the steps of
     all optimisers, since fused ones write without being counted, and what else the modules hold: an adapter's scale or
@@ -77,7 +77,7 @@ _COUNTED = {"_parameters", "_buffers", "_modules"}
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Whether it is torch's own, with nothing attached: then its weights alone decide, dropout aside."""
+    """Tells whether it is torch's own, with nothing attached: then its weights alone decide, dropout aside."""
     own = type(module).__module__.startswith("torch.nn.modules")
     return own and not module._forward_hooks and not module._forward_pre_hooks and "forward" not in vars(module)
 

@@ -285,7 +285,7 @@ class SegmentTrainer(Trainer):
 
     @property
     def _computes_loss(self) -> bool:
-        """Whether Trainer computes the loss from logits, and not the model."""
+        """Tells whether Trainer computes the loss from logits, and not the model."""
         return self.label_smoother is not None or self.compute_loss_func is not None
 
     def evaluation_loop(
@@ -472,7 +472,7 @@ class _Carried:
 
 
 class _LaneLoader(DataLoader):
-    """Batches of an epoch of lanes, in order. Its length is known and the same every epoch."""
+    """Batches of an epoch of lanes, in order. Its length is the same every epoch."""
 
     def __init__(self, lanes: DocumentLanes, args: Any):
         self.steps = _Steps(len(lanes))
@@ -544,7 +544,7 @@ def _comparable(config: Any) -> dict[str, Any]:
 
 
 def _is_byte_level(tokenizer: Any) -> bool:
-    """Whether every token but the special ones is one byte: then bits per token are bits per byte."""
+    """Tells whether every token but the special ones is one byte: then bits per token are bits per byte."""
     if tokenizer is None or not hasattr(tokenizer, "all_special_ids"):
         return False
     sample = "aé€😀"  # 1 + 2 + 3 + 4 bytes in utf-8

@@ -240,7 +240,7 @@ def test_state_tracking_of_any_size(data):
 
 @pytest.mark.parametrize("facts", [1, 2, 3])
 def test_state_tracking_needs_so_many_facts(facts):
-    """That many sentences are enough, and fewer never are."""
+    """`facts` sentences are enough, and fewer never are."""
     for row in questions(TASKS["state_tracking"](20, 700, facts=facts, events=10)):
         text = row["context"]
         question = text[text.rindex(".") + 1 :]

@@ -75,7 +75,7 @@ def test_seeds_of_one_document_stay_together():
 
 
 def false_alarms(test, runs=300):
-    """How often the test says p < 0.05 of two that are equal, on what `pairs` draws."""
+    """The share of runs in which the test says p < 0.05 of two that are equal."""
     random = np.random.default_rng(11)
     return sum(test(random) for _ in range(runs)) / runs
 
@@ -172,7 +172,7 @@ def test_other_examples_are_shuffled_between_the_two():
 
 
 def test_intervals_of_answers_are_as_wide_as_examples_make_them():
-    """All questions of an example alike: the interval is that of so many examples, twice that of the questions."""
+    """All questions of an example alike: the interval is that of the examples, twice that of the questions."""
     shares = np.repeat([1.0, 0.0], [150, 50])
     low, high = interval(of_examples(shares))
     whole, questions = wilson(150, 200), wilson(600, 800)

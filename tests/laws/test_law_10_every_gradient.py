@@ -139,7 +139,7 @@ def test_only_what_learns(variant, head):
 
 @over(lambda variant, head: head.stream and head.auto != "AutoModel")
 def test_with_labels(variant, head):
-    """Where a loss does not score what no label needs: no label at all, or those of frequent words only."""
+    """A loss need not score what no label needs: no label at all, or those of frequent words only."""
     run = training(variant, head)
     for labels in (torch.full((2, 6), -100), words(2, 6) % 11, torch.randint(0, VOCAB, (2, 6))):
         run.model.zero_grad()

@@ -209,7 +209,7 @@ def test_where_the_loss_of_a_padded_batch_differs_from_llamas():
     ours = runner(next(v for v in VARIANTS if v.name == "transformer"), "causal").model
 
     def predictions(model, kind, first_too):
-        """How many predictions the loss is a mean of."""
+        """The number of predictions that the loss is a mean of."""
         mask = padded(LENGTHS, kind, max(LENGTHS) + 2)
         ids = scatter(rows, mask)
         labels = ids.masked_fill((mask == 0) | ((mask.cumsum(1) == 1) & (not first_too)), -100)

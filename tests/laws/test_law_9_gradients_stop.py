@@ -41,7 +41,7 @@ def test_no_gradient_between_forwards(variant, head, cuts):
 
 
 def columns_that_matter(run, n, at):
-    """Where another embedding changes the result in column `at`, (n,) of booleans."""
+    """Marks the columns whose embedding changes the result in column `at`: (n,) of booleans."""
     embeds = run.model.get_input_embeddings()(words(1, n)).detach()
     changed = embeds.repeat(n, 1, 1)
     g = torch.Generator().manual_seed(4)

@@ -99,7 +99,7 @@ def bucket(distance):
 
 
 def start_of(p, starts):
-    """Where the forward that reads position p began; `starts` are those of all forwards."""
+    """The position at which the forward that reads p began; `starts` are those of all forwards."""
     return max(s for s in starts if s <= p)
 
 

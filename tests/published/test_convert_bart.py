@@ -51,7 +51,7 @@ def gradients(loss, named):
 
 
 def plan_of(theirs, ours):
-    """Where each of our weights comes from."""
+    """The source of each of our weights."""
     source = SimpleNamespace(config=theirs.config.to_dict(), tensors=theirs.state_dict())
     source.config["architectures"] = [type(theirs).__name__]
     form = next(form for form in FORMATS if form.recognises(source))

@@ -221,7 +221,7 @@ def unshifted(logits, labels):
 @pytest.mark.parametrize("kind", [PrefixTuningConfig, PromptTuningConfig], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("model", ["llama", *(v.name for v in FIVE)])
 def test_virtual_tokens_are_smoothed_as_on_llama(model, kind, tmp_path):
-    """That is wrongly: Trainer looks for the class of a model without virtual tokens one step too deep, finds the bare
+    """Wrongly: Trainer looks for the class of a model without virtual tokens one step too deep, finds the bare
     model's and shifts no labels; prompts make logits longer than labels, which fails. docs/GUIDE.md warns of it."""
     variant = next((v for v in FIVE if v.name == model), None)
     bare = llama() if variant is None else variant.make(**NO_DROPOUT)
@@ -324,7 +324,7 @@ def targets_of(adapter):
 )
 @causal()
 def test_adapters_go_where_they_go_on_llama(variant, config):
-    """Where a user names no modules, PEFT takes them from a table of model types. Fresh ones change nothing."""
+    """PEFT takes modules that a user has not named from a table of model types. Fresh ones change nothing."""
     made = {"oft_block_size": 0, "r": 1} if config is OFTConfig else {}
     expected = get_peft_model(llama(), config(task_type="CAUSAL_LM", **made)).peft_config["default"]
     model, ids = variant.make(), words(2, 9)

@@ -31,7 +31,7 @@ def mask_of(*shape):
 
 
 def has_globals(variant, head):
-    """Whether the head marks global tokens unasked; they decide how much there is to do, so a forward is several
+    """Tells whether the head marks global tokens unasked; they decide how much there is to do, so a forward is several
     graphs."""
     return variant.name == "longformer" and head in ("sequence", "question", "choice")
 

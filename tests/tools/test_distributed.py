@@ -148,8 +148,8 @@ def test_two_processes_train_though_parts_are_idle(tmp_path):
 
 @over(lambda variant, head: variant.one_by_one)
 def test_calls_for_other_ranks_change_nothing(variant, head, monkeypatch):
-    """Where weights are gathered at each call of a layer, a rank with short texts calls it as often as one with long
-    ones: the further segments or blocks have no tokens, and give no gradient."""
+    """A rank with short texts calls a layer as often as one with long ones, where weights are gathered at each call:
+    the further segments or blocks have no tokens, and give no gradient."""
     own = runner(variant, head, dtype=torch.float64)
     ids, mask = words(2, 11), torch.ones(2, 11, dtype=torch.long)
     mask[0, :4] = 0

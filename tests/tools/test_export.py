@@ -21,7 +21,7 @@ def exported(run, arguments, tokens=TOKENS):
 
 
 def recurrent(variant):
-    """Whether it reads block after block, and is exported for one length."""
+    """Tells whether it reads block after block, and is exported for one length."""
     return "recurrent" in variant.name
 
 

@@ -300,7 +300,7 @@ def test_assisted_decoding_takes_one_text_at_a_time(variant):
 
 @causal(lambda v: v.name in COLUMNS)
 def test_layers_that_draft(variant, monkeypatch):
-    """Only so many run, and all of them again when the draft is done, however it ends."""
+    """Only as many as are asked for run, and all of them again when the draft is done, however it ends."""
     model, prompt = model_of(variant), words(1, PROMPT)
     for wrong in (0, 4, True, 1.0):
         with pytest.raises(ValueError, match=f"assistant_early_exit is {wrong}.*from 1 to this model's 3"):

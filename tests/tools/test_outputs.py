@@ -12,7 +12,7 @@ def fields(output, kind):
 
 
 def shows(variant, run, kind):
-    """Whether this setting has maps of attention to show at all."""
+    """Tells whether this setting has maps of attention to show at all."""
     return kind == "hidden_states" or not variant.one_by_one
 
 
@@ -182,7 +182,7 @@ def in_training(variant, head, **settings):
 @pytest.mark.parametrize("reentrant", [False, True], ids=["saved", "reentrant"])
 @shows_maps
 def test_a_loss_on_attentions_passes_checkpoints(variant, head, reentrant):
-    """Where activations are computed again the maps are the same, and what is learned from them is too. A gradient is
+    """Activations computed again give the same maps, and what is learned from them is the same too. A gradient is
     retained on none of them by reentrant checkpoints, which compute without a graph at first; nor is it on Llama's."""
     model, inputs = in_training(variant, head, dtype=torch.float64)
     expected = learned(model, inputs, model)

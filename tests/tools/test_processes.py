@@ -18,7 +18,7 @@ from eval.processes import Process, this_process
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch):
-    """That of nobody launched, put back afterwards."""
+    """The environment of a process that nobody launched, put back afterwards."""
     for name in (*processes.LAUNCHED, processes.USE_CPU, processes.DEVICES):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)

@@ -20,7 +20,7 @@ REMEDY = 'pip install "transformers[serving]"'
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory):
-    """Where a server listens. It has the code that the folders carry, and never imports this package."""
+    """The address that a server listens at. It has the code that the folders carry, and never imports this package."""
     for needed in ("fastapi", "uvicorn", "openai"):
         pytest.importorskip(needed, reason=f"{needed} is not installed; {REMEDY}")
     log = tmp_path_factory.mktemp("server") / "log"
