@@ -32,7 +32,7 @@ testing = [
     "onnxruntime",
     'triton; sys_platform == "linux"',  # torch brings it for CUDA; without a GPU its interpreter tests the kernels
 ]
-documentation = ["mkdocs>=1.6,<2", "mkdocs-material>=9.5", "mkdocstrings[python]>=1.0"]
+documentation = ["mkdocs<2", "mkdocs-material", "mkdocstrings[python]"]  # Material does not go with mkdocs 2
 
 # The lower bounds are the releases that .ci/run tests as the oldest; a release that breaks the gallery gets an upper
 # bound here, with the issue that says how.

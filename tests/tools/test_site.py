@@ -21,7 +21,7 @@ from hf_gallery.variants import VARIANTS
 pytest.importorskip("mkdocs", reason='the site needs mkdocs: pip install -e ".[docs]"')
 pytest.importorskip("material")
 pytest.importorskip("mkdocstrings_handlers.python")
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("site")]
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
