@@ -3,7 +3,8 @@
     Attention(Q, K, V) = softmax(Q K^T / sqrt(D)) V                      section 3.2.1, in H heads: 3.2.2
     post-norm: x = LayerNorm(x + Dropout(Sublayer(x)))                   sections 3.1 and 5.4
     encoder layer: self-attention, feed-forward; decoder layer: causal self-attention, cross-attention, feed-forward
-    sinusoids and embeddings (3.4, 3.5) are in stack.py, the feed-forward (3.3) in blocks.py, losses in heads.py
+    sinusoids and embeddings (3.4, 3.5) are in stack.py, maps W^Q, W^K, W^V, W^O (3.2.2) and the feed-forward (3.3) in
+    blocks.py, losses in heads.py
 
 One stack serves three forms: encoder-decoder as published, decoder alone (ForCausalLM), encoder alone (ForMaskedLM
 and the other output heads). Query p sees the keys [0, p] in a decoder and [0, n) in an encoder; with segment_length
