@@ -46,7 +46,7 @@ REFERENCE = {
     "Training": ["hf_gallery.training.trainer", "hf_gallery.training.lanes"],
     "Data": [f"hf_gallery.data.{x}" for x in ("corpus", "catalogue", "tasks", "reasoning", "stories", "tokenizer")],
     "Conversion and the Hub": ["hf_gallery.convert", "hf_gallery.hub", "hf_gallery.cards"],
-    "What is seen": ["hf_gallery.roads", "hf_gallery.drawing"],
+    "What is seen": ["hf_gallery.roads", "hf_gallery.drawing", "hf_gallery.looking"],
     "Table of architectures": ["hf_gallery.variants"],
 }
 
