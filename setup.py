@@ -43,6 +43,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_gallery", "hf_gallery.*"]),
+    package_data={"hf_gallery.looking": ["templates/*.html"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.13",
@@ -59,6 +60,7 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "tqdm>=4.66.3",
+        "jinja2>=3.1",
     ],
     entry_points={"console_scripts": ["hf-gallery = hf_gallery.cli:app"]},
     extras_require={"eval": evaluation, "test": evaluation + testing},

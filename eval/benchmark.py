@@ -89,8 +89,10 @@ def choose(names: str | None, choices: Mapping[str, Any], argument: str) -> list
     return [name for name in choices if name in chosen]
 
 
-def choose_contestants(names: str | None) -> list[Contestant]:
-    """The contestants in a comma-separated list, in the table's order."""
+def choose_contestants(names: str | None, preset: str) -> list[Contestant]:
+    """The contestants in a comma-separated list, in the table's order; for None all that take part in a preset."""
+    if names is None:
+        return [contestant for contestant in CONTESTANTS.values() if contestant.in_quick or preset != "quick"]
     return [CONTESTANTS[name] for name in choose(names, CONTESTANTS, "--variants")]
 
 

@@ -54,6 +54,13 @@ def _recall_through_depth(results: dict[str, Any]) -> Judged:
     return _shares(scores, "Longformer", "windowed", "right at two windows")
 
 
+def _recall_through_a_memory(results: dict[str, Any]) -> Judged:
+    """Longformer-XL against the windowed Transformer of its segment's length, all distances from two windows on
+    together: no gradient crosses from a segment into its memory."""
+    scores = [_recall_from(results, name, 2.0) for name in ("longformer_xl", "transformer")]
+    return _shares(scores, "Longformer-XL", "windowed", "right from two windows back on")
+
+
 def _recall_by_a_state(results: dict[str, Any]) -> Judged:
     """Block-Recurrent against the windowed Transformer, where the state alone still holds what was written: beyond
     the windows of all layers together, that is at the far end."""
@@ -176,6 +183,11 @@ CLAIMS: list[tuple[str, str, Callable[[dict[str, Any]], Judged]]] = [
     ),
     ("Longformer sees beyond one window through its depth", "Beltagy et al. 2020", _recall_through_depth),
     ("Longformer's training cost is linear in length", "Beltagy et al. 2020", _cost_is_linear),
+    (
+        "Longformer's windows reach beyond a segment through Transformer-XL's memory",
+        "Beltagy et al. 2020 with Dai et al. 2019",
+        _recall_through_a_memory,
+    ),
     ("A kNN memory reaches further than Transformer-XL", "Wu et al. 2022", _recall_at_the_far_end),
     ("A larger kNN memory remembers more", "Wu et al. 2022", _recall_with_memory_size),
     ("A kNN memory models text better than Transformer-XL", "Wu et al. 2022", _text_with_neighbours),

@@ -19,6 +19,7 @@ from hf_gallery.files import read_json, write_json
 
 from . import attention, benchmark, compare, gpu, long, memory, peers, pictures, report
 from .cells import Run
+from .contestants import CONTESTANTS
 from .machine import provenance
 from .presets import PRESETS
 from .processes import this_process
@@ -31,6 +32,7 @@ app = typer.Typer(
 )
 console = Console(markup=False)  # what users typed stands in what is printed, and may hold square brackets
 
+NOT_IN_QUICK = ", ".join(name for name, contestant in CONTESTANTS.items() if not contestant.in_quick)
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
@@ -59,7 +61,10 @@ def _folder(path: Path) -> Path:
 def run(
     context: typer.Context,
     preset: Annotated[str, typer.Option(help="; ".join(f"{p.name}: {p.about}" for p in PRESETS.values()))] = "quick",
-    variants: Annotated[str | None, typer.Option(help="Comma-separated contestants; default: all.")] = None,
+    variants: Annotated[
+        str | None,
+        typer.Option(help=f"Comma-separated contestants; default: all, in quick without {NOT_IN_QUICK}."),
+    ] = None,
     tasks: Annotated[
         str | None, typer.Option(help=f"Comma-separated, of {', '.join(benchmark.TASKS)}; default: the preset's.")
     ] = None,
@@ -87,7 +92,7 @@ def run(
             raise ValueError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
         chosen = PRESETS[preset].shortened(share)
         where = benchmark.choose_device(device)
-        contestants = benchmark.choose_contestants(variants)
+        contestants = benchmark.choose_contestants(variants, preset)
         wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")
         cells = benchmark.plan(chosen, contestants, wanted, seeds or chosen.seeds, corpus, where)
         folder = Run(_folder(runs / (name or chosen.name)))

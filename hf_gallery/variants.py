@@ -30,7 +30,8 @@ class Contestant:
 
     reach: what a query of it sees. settings: its config arguments for given sizes (eval.contestants.Sizes), beside
     those that all share. carries: what goes from one segment into the next, "nothing", "keys", "memory" (searched) or
-    "state" (recurrent). colour, symbol: as plots draw it.
+    "state" (recurrent). colour, symbol: as plots draw it. in_quick: it takes part in the quick run unasked; others
+    do where `--variants` names them, so that the quick run stays one of minutes.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Contestant:
     carries: str
     colour: str
     symbol: str
+    in_quick: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -265,6 +267,23 @@ TABLE = (
                 colour="#009E73",
                 symbol="diamond",
             ),
+            Contestant(
+                name="longformer_xl",
+                label="Longformer-XL",
+                reach="two windows in each layer, those before its segment in a memory",
+                settings=lambda sizes: dict(
+                    norm_position="pre",
+                    position_embedding_type="relative",
+                    embedding_norm=False,
+                    attention_window=2 * sizes.window,
+                    segment_length=sizes.window,
+                    mem_len=2 * sizes.window,
+                ),
+                carries="keys",
+                colour="#44AA99",
+                symbol="cross",
+                in_quick=False,
+            ),
         ),
     ),
     Variant(
@@ -397,6 +416,7 @@ TABLE = (
                 carries="state",
                 colour="#F0E442",
                 symbol="pentagon",
+                in_quick=False,
             ),
         ),
     ),

@@ -1,11 +1,11 @@
 """BERT (Devlin et al. 2018) and encoders that compute as it does: RoBERTa (Liu et al. 2019), XLM-R (Conneau et al.
-2020), CamemBERT (Martin et al. 2020), ELECTRA (Clark et al. 2020). From transformers' checkpoints to a Transformer
-encoder, or to a Longformer, as Beltagy et al. 2020, section 5, start theirs.
+2020), CamemBERT (Martin et al. 2020), data2vec's of text (Baevski et al. 2022), ELECTRA (Clark et al. 2020). From
+transformers' checkpoints to a Transformer encoder, or to a Longformer, as Beltagy et al. 2020, section 5, made theirs.
 
 Left out is what has no place in the gallery: what a bare model's pooler makes of the first token, the next-sentence
 head beside a masked language model, and the head by which ELECTRA's discriminator finds replaced tokens: of that class
-the encoder is taken, a bare model. All else is equal but dropout: before a Transformer's classifier it stands once,
-where RoBERTa's and ELECTRA's have it twice.
+the encoder is taken, a bare model. All else is equal, dropout included: RoBERTa's and ELECTRA's classifiers of texts
+have it before their first map too, BERT's has not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from transformers import BertConfig, CamembertConfig, ElectraConfig, PreTrainedConfig, RobertaConfig, XLMRobertaConfig
+from transformers import (
+    BertConfig,
+    CamembertConfig,
+    Data2VecTextConfig,
+    ElectraConfig,
+    PreTrainedConfig,
+    RobertaConfig,
+    XLMRobertaConfig,
+)
 
 from ..models import modeling_longformer, modeling_transformer
 from ..models.configuration_longformer import GalleryLongformerConfig
@@ -97,9 +105,9 @@ ELECTRA_HEADS = {
 }
 
 
-def roberta_like(name: str, config: type[PreTrainedConfig]) -> Family:
+def roberta_like(name: str, config: type[PreTrainedConfig], prefix: str = "roberta") -> Family:
     """A family whose classes are RoBERTa's under another name."""
-    return Family(name, config, "roberta", ROBERTA_HEADS, ROBERTA_HEAD, FIRST_TOKEN, "{origin}pooler.dense", True)
+    return Family(name, config, prefix, ROBERTA_HEADS, ROBERTA_HEAD, FIRST_TOKEN, "{origin}pooler.dense", True)
 
 
 FAMILIES = {
@@ -115,6 +123,7 @@ FAMILIES = {
     "roberta": roberta_like("Roberta", RobertaConfig),
     "xlm-roberta": roberta_like("XLMRoberta", XLMRobertaConfig),
     "camembert": roberta_like("Camembert", CamembertConfig),
+    "data2vec-text": roberta_like("Data2VecText", Data2VecTextConfig, "data2vec_text"),
     "electra": Family(
         "Electra", ElectraConfig, "electra", ELECTRA_HEADS, ELECTRA_HEAD, FIRST_TOKEN, "sequence_summary.summary"
     ),
@@ -127,7 +136,6 @@ OTHERS = {
     "big_bird": "its attention has random blocks",
     "canine": "it reads characters and shortens them",
     "convbert": "its attention is mixed with convolutions",
-    "data2vec-text": "its classes are not compared with",
     "deberta": "its scores have terms of content and position",
     "deberta-v2": "its scores have terms of content and position",
     "distilbert": "its classifier and its masked head are others",
@@ -150,7 +158,7 @@ class Bert:
     """Folders of transformers' BERT and its kin: the bare models, masked language models, classifiers of texts and of
     tokens, models that answer questions, and those that choose."""
 
-    name = "BERT, RoBERTa, XLM-R, CamemBERT or ELECTRA"
+    name = "BERT, RoBERTa, XLM-R, CamemBERT, data2vec-text or ELECTRA"
     targets = ("transformer", "longformer")
 
     def recognises(self, source: Source) -> bool:
@@ -238,7 +246,13 @@ def head_settings(theirs: Any, family: Family, head: str) -> dict[str, Any]:
         return dict(classifier_act=activation, classifier_dropout=theirs.summary_last_dropout)
     if head == "ForMultipleChoice" and family.counts_from_padding:
         return dict(classifier_dropout=None)  # theirs leaves it aside
-    return dict(classifier_act="gelu") if family.name == "Electra" else {}
+    if head != "ForSequenceClassification":
+        return {}
+    if family.name == "Bert":
+        return dict(pooler_dropout=0.0)
+    behind = theirs.classifier_dropout
+    settings = dict(pooler_dropout=theirs.hidden_dropout_prob if behind is None else behind)
+    return settings | (dict(classifier_act="gelu") if family.name == "Electra" else {})
 
 
 def separator(source: Source, theirs: PreTrainedConfig, family: Family) -> int | None:

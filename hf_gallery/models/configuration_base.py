@@ -261,6 +261,7 @@ class GalleryStackConfig(GalleryConfig):
     final_logits_bias: bool = False  # a bias on the logits (Marian, BART)
     decoder_start_token_id: int | None = None  # default bos_token_id
     classifier_act: str = "tanh"  # of the pooler before a classifier of texts or a choice's score; ELECTRA: gelu
+    pooler_dropout: float | None = None  # before a text classifier's pooler; default 0, a Longformer's as behind it
 
     position_embedding_types: ClassVar[list[str]] = ["sinusoidal", "learned", "none"]
 
@@ -284,7 +285,7 @@ class GalleryStackConfig(GalleryConfig):
         flags = ("is_decoder", "scale_embedding", "embedding_norm", "attention_bias")
         for name in (*flags, "is_encoder_decoder", "final_logits_bias"):
             self.check_flag(name)
-        for name in ("classifier_dropout", "activation_dropout"):
+        for name in ("classifier_dropout", "activation_dropout", "pooler_dropout"):
             if name == "activation_dropout" or getattr(self, name) is not None:
                 self.check_probability(name)
         for name in ("max_position_embeddings", "max_decoder_position_embeddings"):

@@ -399,7 +399,8 @@ class QuestionAnsweringHead(Head):
         if documents is not None and (start_positions is not None or end_positions is not None):
             raise ValueError(
                 "start_positions and end_positions are columns of a row with one text, and documents are packed in "
-                "the rows; give each text a row of its own to train"
+                "the rows; to train give each text a row of its own, padded: leave out padding_free, packing and "
+                "DataCollatorWithFlattening. Answers without a loss are given for packed texts too"
             )
         columns = input_ids if inputs_embeds is None else inputs_embeds
         start_positions = checked_answers("start_positions", start_positions, columns, attention_mask)

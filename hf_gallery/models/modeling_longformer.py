@@ -328,6 +328,7 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.pooler_act = ACT2FN[config.classifier_act]
         self.dropout = classifier_dropout(config)
+        self.pooler_dropout = self.dropout if config.pooler_dropout is None else nn.Dropout(config.pooler_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, global_attention_mask=None, **inputs):
@@ -341,7 +342,7 @@ class GalleryLongformerForSequenceClassification(SequenceClassificationHead, Gal
 
     def pool(self, hidden, attention_mask, documents):
         x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
-        return self.dropout(self.pooler_act(self.pooler(self.dropout(x))))
+        return self.dropout(self.pooler_act(self.pooler(self.pooler_dropout(x))))
 
 
 @reads("global_attention_mask")

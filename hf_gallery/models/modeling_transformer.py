@@ -296,12 +296,13 @@ class GalleryTransformerForSequenceClassification(SequenceClassificationHead, Ga
         if not config.is_decoder:
             self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
             self.pooler_act = ACT2FN[config.classifier_act]
+            self.pooler_dropout = nn.Dropout(config.pooler_dropout or 0.0)  # BERT's has none, RoBERTa's has
         self.dropout = classifier_dropout(config)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
     def pool(self, hidden, attention_mask, documents):
         x = pooled_rows(hidden, attention_mask, documents, last=self.config.is_decoder)
-        return self.dropout(x if self.config.is_decoder else self.pooler_act(self.pooler(x)))
+        return self.dropout(x if self.config.is_decoder else self.pooler_act(self.pooler(self.pooler_dropout(x))))
 
 
 class GalleryTransformerForTokenClassification(TokenClassificationHead, GalleryTransformerPreTrainedModel):

@@ -31,7 +31,7 @@ from hf_gallery.files import read_json, write_json, write_text
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-NAMES = list(contestants.CONTESTANTS)
+NAMES = [name for name, contestant in contestants.CONTESTANTS.items() if contestant.in_quick]
 TINY_SIZES = dataclasses.replace(
     presets.PRESETS["quick"].recall.sizes, hidden=16, layers=2, heads=2, window=4, context=16, intermediate=80,
     memory_size=64, memory_topk=4, states=4,
@@ -201,7 +201,7 @@ def test_order0_bits_by_hand(tmp_path):
     assert bits == pytest.approx(-(math.log2(2 / total) + math.log2(3 / total)) / 2)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", contestants.CONTESTANTS)
 def test_documents_are_read_as_if_alone(name):
     """Side by side, in forwards of any length, with padding: each byte gets the bits of one forward over its
     document."""
@@ -354,7 +354,8 @@ def test_other_settings_are_refused_before_anything_is_measured(tmp_path):
 
 def test_the_whole_run(tiny):
     """Every contestant on every task; then results, table and page; then again, where nothing is left to measure."""
-    first = invoke(*tiny)
+    everyone = (*tiny, "--variants", ",".join(NAMES))
+    first = invoke(*everyone)
     assert first.exit_code == 0, first.output
     folder = Path("runs/tiny")
     results = read_json(folder / report.RESULTS)
@@ -369,7 +370,7 @@ def test_the_whole_run(tiny):
     assert len(list((folder / "cells").iterdir())) == 3 * len(NAMES) + 2
     page = BeautifulSoup((folder / report.PAGE).read_text(), "html.parser")
     rows = page.find("table").select("tbody th[scope=row]")
-    assert [row.text for row in rows][:-1] == [c.label for c in contestants.CONTESTANTS.values()]
+    assert [row.text for row in rows][:-1] == [contestants.CONTESTANTS[name].label for name in NAMES]
     titles = [section.h2.text for section in page.select("section") if section.select(".plot")]
     assert titles == [title for title, _, _ in report.figures(results)]
     assert {"What each remembers", "Does a larger memory help with text?", "Bits per byte by training time"} < set(
@@ -378,7 +379,7 @@ def test_the_whole_run(tiny):
     assert "What the papers claim" in page.text and "Who does best" in page.text
     assert not page.select("script[src], link[href^=http]")  # nothing is fetched
     before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
-    second = invoke(*tiny)
+    second = invoke(*everyone)
     assert second.exit_code == 0 and f"{len(before)} of {len(before)} cells" in second.output
     assert {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == before
     assert read_json(folder / report.RESULTS) == results
@@ -630,9 +631,20 @@ def test_the_attention_benchmark(tmp_path, monkeypatch):
     assert saved["eager_growth_per_doubling"][0] < 2.3  # memory grows with T, not with its square
 
 
+def test_who_takes_part():
+    """All, but in the quick run those that it has no time for; whoever is named does."""
+    everyone = list(contestants.CONTESTANTS.values())
+    assert benchmark.choose_contestants(None, "standard") == everyone
+    assert [c.name for c in everyone if c not in benchmark.choose_contestants(None, "quick")] == [
+        "longformer_xl",
+        "recurrent_memory_transformer_few",
+    ]
+    assert [c.name for c in benchmark.choose_contestants("longformer_xl", "quick")] == ["longformer_xl"]
+
+
 def test_nothing_but_benchmark_plans(tmp_path):
     """The plan is what is said: cells of every task, contestant and seed, each once."""
-    chosen = benchmark.choose_contestants("transformer_xl,transformer")
+    chosen = benchmark.choose_contestants("transformer_xl,transformer", "quick")
     planned = benchmark.plan(TINY, chosen, list(benchmark.TASKS), 2, "stdlib", CPU)
     names = [c.name for c in planned]
     assert len(set(names)) == len(names) == 2 * 2 * (3 + len(abilities.ABILITIES)) + 2

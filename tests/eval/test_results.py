@@ -12,7 +12,7 @@ from eval.significance import SURE, two_proportions, wilson
 from hf_gallery.variants import VARIANTS
 
 FOLDER = Path(__file__).parents[2] / "eval" / "results"
-MEASURED = {c.name for variant in VARIANTS.values() if variant.measured for c in variant.contestants}
+MEASURED = {c.name for v in VARIANTS.values() if v.measured for c in v.contestants if c.in_quick}
 BOUNDED = [c.name for c in CONTESTANTS.values() if c.carries in ("keys", "state") and c.name in MEASURED]
 
 

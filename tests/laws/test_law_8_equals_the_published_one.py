@@ -33,7 +33,7 @@ class Comparison(NamedTuple):
 
 
 MELIAD = "e8af0543441222c1c4c60d58803511f7cf92908b"
-BERTS = "BERT, RoBERTa, XLM-R, CamemBERT or ELECTRA"
+BERTS = "BERT, RoBERTa, XLM-R, CamemBERT, data2vec-text or ELECTRA"
 COMPARISONS = [
     Comparison(
         "transformer", "torch.nn.Transformer", INSTALLED,
@@ -96,11 +96,11 @@ COMPARISONS = [
         "published/test_convert_longformer.py::test_from_an_encoder", None, BERTS,
     ),
     Comparison(
-        "longformer", "transformers' XLM-R, CamemBERT and ELECTRA, all heads, within a window", INSTALLED,
+        "longformer", "transformers' XLM-R, CamemBERT, data2vec and ELECTRA, all heads, within a window", INSTALLED,
         "published/test_convert_encoders.py::test_every_head", None, BERTS,
     ),
     Comparison(
-        "transformer", "transformers' BERT, RoBERTa, XLM-R, CamemBERT and ELECTRA, all heads", INSTALLED,
+        "transformer", "transformers' BERT, RoBERTa, XLM-R, CamemBERT, data2vec and ELECTRA, all heads", INSTALLED,
         "published/test_convert_encoders.py::test_every_head", None, BERTS,
     ),
     Comparison(

@@ -18,7 +18,7 @@ import hf_gallery as gallery
 from hf_gallery.convert import convert
 from hf_gallery.convert.bert import FAMILIES, OTHERS
 
-NAMES = ["Bert", "Roberta", "XLMRoberta", "Camembert", "Electra", "ElectraNarrow"]
+NAMES = ["Bert", "Roberta", "XLMRoberta", "Camembert", "Data2VecText", "Electra", "ElectraNarrow"]
 NARROW = dict(embedding_size=12)  # ELECTRA's tables may have another width than its layers
 OFFSETS = {
     "Bert": 0,
@@ -87,6 +87,26 @@ def test_every_head(family, head, to, tmp_path):
         marked = torch.zeros_like(ids).index_fill(-1, torch.tensor([0, 5, 20]), 1)
         for a, b in zip(results(ours(ids, **inputs, global_attention_mask=marked)), results(expected), strict=True):
             assert_equal(*((a, b) if head in WHOLE else (a[mask == 1], b[mask == 1])))
+
+
+@pytest.mark.parametrize("to", ["transformer", "longformer"])
+@pytest.mark.parametrize("rate", [None, 0.4])
+@pytest.mark.parametrize("family", ["Bert", "Roberta", "Electra"])
+def test_a_classifier_drops_where_theirs_does(family, rate, to, tmp_path):
+    """The same draws fall on the same numbers. Within the layers nothing is dropped, so theirs stay the same too."""
+    quiet = dict(attention_probs_dropout_prob=0.0, hidden_dropout_prob=0.0 if rate else 0.3, classifier_dropout=rate)
+    theirs = published(f"{family}ForSequenceClassification", torch.float64, **quiet)
+    ours = ours_of(theirs, tmp_path, **(WIDE if to == "longformer" else dict(to=to)))
+    ids, found = words(3, 11).clamp(min=2), []
+    for model in (ours, theirs):
+        model.train()
+        for name, module in model.named_modules():  # all but the head's
+            if name.startswith(("model.", *(f.prefix + "." for f in FAMILIES.values()))):
+                module.training = False
+        torch.manual_seed(0)
+        found.append(model(ids).logits)
+    assert_equal(*found)
+    assert not torch.allclose(found[0], theirs.eval()(ids).logits)
 
 
 @families

@@ -35,8 +35,8 @@ LED |= dict(max_encoder_position_embeddings=61, max_decoder_position_embeddings=
 
 ROBERTA = BERT | dict(pad_token_id=1)
 FAMILIES = {"GPT2": GPT2, "Bert": BERT, "Roberta": ROBERTA, "Marian": MARIAN}
-FAMILIES |= {"XLMRoberta": ROBERTA, "Camembert": ROBERTA, "Electra": BERT | dict(embedding_size=30)}
-FAMILIES |= {"Bart": BART, "LED": LED}
+FAMILIES |= dict.fromkeys(("XLMRoberta", "Camembert", "Data2VecText"), ROBERTA)
+FAMILIES |= {"Electra": BERT | dict(embedding_size=30), "Bart": BART, "LED": LED}
 
 
 def published(name, dtype=torch.float32, **settings):

@@ -165,7 +165,8 @@ def test_states_that_no_model_left(variant, head, tmp_path):
             closed(tmp_path / "other", changed, data)
             try:
                 loaded = GalleryCache.load(tmp_path / "other")
-            except ValueError:
+            except ValueError as error:
+                assert "other is no saved GalleryCache" in str(error)
                 continue
             with pytest.raises(ValueError, match="past_key_values"):
                 run(words(2, 3, seed=2), cache=loaded)

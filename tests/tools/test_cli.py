@@ -119,6 +119,22 @@ def test_train_generate_and_go_on(texts, tmp_path):
     assert said.stdout == tokenizer.decode(expected) + "\n"
 
 
+def test_gradients_through_several_segments(texts, tmp_path):
+    """A step reads them all, and learns what one segment of their length teaches."""
+    common = ["--corpus", texts, "--lanes", 2, "--device", "cpu", "--steps", 3, "--learning-rate", 0.05]
+    common += ["--set", "num_hidden_layers=1", "--set", "block_length=8", "--set", "recurrent_layers=[0]", *SMALL]
+    common += ["--set", "hidden_dropout=0.0", "--set", "attention_dropout=0.0"]
+    found = []
+    for name, length, segments in (("parts", 16, 2), ("whole", 32, 1)):
+        done = invoke(
+            "train", "block_recurrent_transformer", tmp_path / name, *common, "--length", length,
+            "--backpropagate-segments", segments,
+        )  # fmt: skip
+        assert done.exit_code == 0, done.output
+        found.append(json.loads(done.stdout)["eval_loss"])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # they would be 1e-3 apart without gradients between them
+
+
 KILLED = """
 import os, signal, sys
 import transformers
@@ -562,7 +578,7 @@ def test_the_readmes_lines_are_short_forms_of_the_guides():
         assert any(full.startswith(line) for full in guide), line
 
 
-def test_train_generate_card_as_shown(tmp_path, monkeypatch):
+def test_train_generate_look_card_as_shown(tmp_path, monkeypatch):
     """The guide's lines in their order, with fewer and smaller steps, on texts as it makes them."""
     monkeypatch.chdir(tmp_path)
     Path("my_texts").mkdir()
@@ -572,6 +588,8 @@ def test_train_generate_card_as_shown(tmp_path, monkeypatch):
     assert invoke(*train, "--steps", 2, "--lanes", 2, "--length", 32, *SMALL).exit_code == 0
     said = [invoke(*line, "--max-new-tokens", 3) for line in shown_commands("generate")]
     assert [result.exit_code for result in said] == [0, 0] and Path("tale.cache").exists()
+    (seen,) = shown_commands("look")
+    assert invoke(*seen, "--no-reach").exit_code == 0 and "reads tale.txt" in Path("tale.html").read_text()
     (card,) = shown_commands("card")
     done = invoke(*card)
     assert done.exit_code == 0, done.output
