@@ -32,6 +32,7 @@ testing = [
     "onnxruntime",
     'triton; sys_platform == "linux"',  # torch brings it for CUDA; without a GPU its interpreter tests the kernels
 ]
+documentation = ["mkdocs<2", "mkdocs-material", "mkdocstrings[python]"]  # Material does not go with mkdocs 2
 
 # The lower bounds are the releases that .ci/run tests as the oldest; a release that breaks the gallery gets an upper
 # bound here, with the issue that says how.
@@ -43,6 +44,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["hf_gallery", "hf_gallery.*"]),
+    package_data={"hf_gallery.looking": ["templates/*.html"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.13",
@@ -59,7 +61,8 @@ setup(
         "typer>=0.15",
         "rich>=13",
         "tqdm>=4.66.3",
+        "jinja2>=3.1",
     ],
     entry_points={"console_scripts": ["hf-gallery = hf_gallery.cli:app"]},
-    extras_require={"eval": evaluation, "test": evaluation + testing},
+    extras_require={"eval": evaluation, "test": evaluation + testing, "docs": documentation},
 )

@@ -1,4 +1,4 @@
-"""The command line: `hf-gallery list | spans | train | generate | eval | convert | card | push`.
+"""The command line: `hf-gallery list | spans | train | generate | look | eval | convert | card | push`.
 
 Messages for people go to stderr, output that a script may read to stdout. Exit codes: 0 success, 1 failure, 2
 usage error. Imports that only one command needs stand in it.
@@ -10,6 +10,7 @@ import difflib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from functools import wraps
@@ -382,6 +383,70 @@ def _text(path: Path) -> str:
     if not text:
         raise ValueError(f"--file is {path}, which is empty; give a text, or leave --file out")
     return text
+
+
+@app.command("look")
+@_plainly
+def look_command(
+    model: ModelArgument,
+    text: Annotated[str, typer.Argument(help="What is read; - or nothing reads it from stdin.")] = "-",
+    *,
+    document: Annotated[
+        Path | None, typer.Option("--file", help="A text of any length in place of TEXT.", exists=True, dir_okay=False)
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page that is written.")] = Path("look.html"),
+    at: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="A token to be kept key by key, by position; give it as often as needed."),
+    ] = None,
+    most: Annotated[int, typer.Option(min=0, help="And of those that surprise most, how many.")] = 32,
+    worth: Annotated[bool, typer.Option(help="Read the text again without each source.")] = True,
+    reach: Annotated[bool, typer.Option(help="Measure how far back a token matters.")] = True,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+) -> None:
+    """Watch a model read: one page, which opens offline, with what each token was predicted from, what each source is
+    worth in bits, how far back tokens matter, and which passages are fetched.
+
+    Example: hf-gallery look my-model --file book.txt --out book.html
+    """
+    from .files import write_text
+    from .looking import look
+    from .looking.page import page, words_of
+    from .opening import open_causal
+
+    if document is not None and text != "-":
+        raise ValueError("--file and TEXT are both given; leave one of them out")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise ValueError(f"--out is {out}, which cannot be written; give a file in a folder that is there")
+    read = _text(document) if document is not None else sys.stdin.read() if text == "-" else text
+    net, tokenizer = open_causal(model, revision)
+    net = net.to(_device(device))
+    ids = tokenizer(read, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens; give 2 or more, since the first is predicted by nothing")
+    found = look(net, ids, at=at or [], most=most, worth=worth, reach=reach, progress=_Stages())
+    name = document.name if document is not None else "a text"
+    title = f"{Path(model).name} reads {name}"
+    about = f"Made by hf-gallery look {model}; {len(ids):,} tokens, {type(net).__name__}."
+    write_text(out, page(found, words_of(tokenizer, found.ids), title, about))
+    typer.echo(out)
+
+
+class _Stages:
+    """Says on stderr what is being done, and once how long a reading will take."""
+
+    def __init__(self):
+        self.began, self.stage = time.monotonic(), ""
+
+    def __call__(self, stage: str, done: int, of: int):
+        if stage != self.stage:
+            self.stage = stage
+            more = ""
+            if stage == "reading" and done < of:
+                took = (time.monotonic() - self.began) * of / done
+                more = f", about {took:.0f} s; each reading without a source takes no longer"
+            typer.echo(stage + more, err=True)
 
 
 @app.command("eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

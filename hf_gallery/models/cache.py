@@ -488,6 +488,23 @@ class GalleryCache(Cache):
         states = tuple({name: x.last(longest) for name, x in state.items()} for state in emptied.states)
         self._content = replace(emptied, states=states, history=())
 
+    def forget(self, *names: str):
+        """Drops these parts of every layer's state, so that the next forward goes on as one that never had them: a
+        memory that is empty (memory_keys, memory_values), a recurrent state as a text begins with it (state,
+        state_keys, state_values). Only between segments or blocks, where the model reads them anew.
+
+        Raises ValueError for what tokens are counted by: columns of time.
+        """
+        content = self._content
+        counted = {name for state in content.states for name, x in state.items() if x.columns is not None}
+        if counted & set(names):
+            raise ValueError(
+                f"names hold {min(counted & set(names))!r}, the columns that the cache counts tokens by; reset_rows() "
+                "empties them"
+            )
+        states = tuple({name: x for name, x in state.items() if name not in names} for state in content.states)
+        self._content = replace(content, states=states, history=())
+
     def detach(self) -> GalleryCache:
         """Cuts every state from the graph that made it, which only a cache made with detach=False keeps. Returns the
         cache."""

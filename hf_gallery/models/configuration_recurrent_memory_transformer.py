@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .configuration_base import MOST, GalleryStackConfig
+from .rings import RingLayout
+from .segment_step import SegmentLayout
 
 
 class GalleryRecurrentMemoryTransformerConfig(GalleryStackConfig):
@@ -67,10 +69,6 @@ class GalleryRecurrentMemoryTransformerConfig(GalleryStackConfig):
         return self.segment_length + (2 if self.is_decoder else 1) * self.num_memory_tokens
 
     @property
-    def why_no_static_cache(self) -> str:
-        return "how many segments a forward ends is asked"
-
-    @property
     def cache_capacity(self) -> int:
         """Keys kept for the tokens to come: of the memory that the segment reads, and of its tokens but the last."""
         return self.num_memory_tokens + self.segment_length - 1
@@ -78,6 +76,10 @@ class GalleryRecurrentMemoryTransformerConfig(GalleryStackConfig):
     def columns_kept(self, layer: int) -> int:
         """0: what is kept are columns of a segment, which hold memory tokens besides those of time."""
         return 0
+
+    def ring_layout(self, layer: int, most: int | None) -> dict[str, RingLayout]:
+        layout = SegmentLayout(self.num_memory_tokens + self.segment_length, self.num_memory_tokens)
+        return {"keys": layout, "values": layout}
 
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         shape = (self.num_attention_heads, self.cache_capacity, self.head_dim)

@@ -49,7 +49,9 @@ from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead, classifier_dropout
 from .modeling_base import GalleryPreTrainedModel
 from .modeling_transformer import Context, GalleryTransformerLayer
+from .rings import RingColumns
 from .rows import Rows
+from .segment_step import SegmentStep
 from .spans import Spans
 from .stack import AbsoluteEmbeddings, init_stack
 from .states import Folded, NextState, Record, SegmentColumns, State, tensors_of
@@ -186,6 +188,8 @@ class GalleryRecurrentMemoryTransformerModel(
 
     def run_layers(self, x, context, states, *more) -> LayerResults:
         """The only loop over segments: each goes through all layers with the memory that the one before has left."""
+        if context.rows.steps:
+            return self._run_step(x, context, states)
         config, rows = self.config, context.rows
         cut = BlockRows(rows, config.segment_length, partial(self.agreed, x.device))
         goes_on = cut.ends[1:] > cut.ends[:-1]  # (J, B): the row has tokens in the segment
@@ -231,6 +235,28 @@ class GalleryRecurrentMemoryTransformerModel(
             x = self.embed_norm(x)
         spans = segment.spans(self.config, cached)
         return Backbone.run_layers(self, self.dropout(x), own.widened(Context, spans=spans), past)
+
+    def _run_step(self, x: torch.Tensor, context: ForwardContext, states: list[State]) -> LayerResults:
+        """All layers on one token x (B, 1, E) behind a static cache."""
+        step, memory = SegmentStep(context.rows, self.config), x[:, :0]
+        if self.config.num_memory_tokens:
+            memory = self.memory(states[0]["memory"], step.seen >= self.config.segment_length)
+        x = self.add_positions(step.enter(x, memory), step.places)
+        if self.config.embedding_norm:
+            x = self.embed_norm(x)
+        own = replace(context, rows=step, packed=True, memo={}).widened(Context, spans=step.segment_spans())
+        result = Backbone.run_layers(self, self.dropout(x), own, states)
+        out, written = step.leave(result.x)
+        new: list[NextState] = [
+            {name: RingColumns(kept.tensor[:, :, : step.slots]) for name, kept in state.items()}
+            for state in result.states
+        ]
+        if step.memory:
+            new[0]["memory"] = Folded(choose(step.ends, self.finish(written), memory) if step.writes else memory)
+        hidden = None if result.hidden is None else [step.leave(y)[0] for y in result.hidden]
+        if hidden is not None and not context.packed:
+            hidden = [context.rows.unpack(y) for y in hidden]
+        return LayerResults(out, new, hidden, None)
 
     def _cut(self, memory: torch.Tensor, tokens: Rows) -> torch.Tensor:
         """The memory without its graph where bptt_depth ends gradients."""

@@ -61,9 +61,12 @@ class StepRows(Rows):
 
     def append(self, ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """The ring (B, H, N, D) with the column new (B, H, 1, D) in it; the given one stays as it is."""
-        slot = (self.seen % ring.shape[2])[:, None]  # (B, 1)
+        return self.put(ring, new, self.seen % ring.shape[2])
+
+    def put(self, ring: torch.Tensor, new: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """The ring with the column new (B, H, 1, D) in the slot (B,), of the rows that have a token."""
         rows, heads = (torch.arange(n, device=slot.device) for n in ring.shape[:2])
-        at, column = (rows[:, None], heads[None], slot), new[:, :, 0].to(ring.dtype)  # (B, H, D)
+        at, column = (rows[:, None], heads[None], slot[:, None]), new[:, :, 0].to(ring.dtype)  # (B, H, D)
         if self.mask is not None:
             column = torch.where(self.mask[..., None], column, ring[at])
         return ring.index_put(at, column)
@@ -87,16 +90,16 @@ class RingSpans(Spans):
         return 0, offset
 
     def ring(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Distances from the query back to each of the slots, counted in dilations, and which of them it sees: (B, N)
-        both."""
+        """Distances from the query back to each of the slots, counted in dilations, and which of them it sees:
+        (B, 1, N) both."""
         position = self.rows.column_positions(slots)
         visible = (position >= self.lower) & (position <= self.upper)
         if self.rows.mask is not None:
             visible = visible & self.rows.mask
         distance = self.rows.first - position
-        if self.dilation == 1:
-            return distance, visible
-        return distance // self.dilation, visible & (distance % self.dilation == 0)
+        if self.dilation > 1:
+            distance, visible = distance // self.dilation, visible & (distance % self.dilation == 0)
+        return distance[:, None], visible[:, None]
 
 
 def attend_ring(
@@ -109,12 +112,12 @@ def attend_ring(
     scale: float | None = None,
     dropout: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`attend` of one query (B, H, 1, D) over rings of keys (B, H, N, D) and values (B, H, N, Dv): out (B, H, 1, Dv)
-    and lse (B, H, 1)."""
+    """`attend` of a step's query (B, H, T, D) over rings of keys (B, H, N, D) and values (B, H, N, Dv): out
+    (B, H, T, Dv) and lse (B, H, T)."""
     dtype = compute_dtype(query)
-    distance, visible = (x[:, None, None] for x in spans.ring(key.shape[2]))  # (B, 1, 1, N)
+    distance, visible = (x[:, None] for x in spans.ring(key.shape[2]))  # (B, 1, 1 or T, N)
     with without_autocast(query):
-        scores = query.to(dtype) @ key.to(dtype).mT  # (B, H, 1, N)
+        scores = query.to(dtype) @ key.to(dtype).mT  # (B, H, T, N)
         if position is not None:
             entry = (position.farthest - distance).clamp(0, position.table.shape[1] - 1)  # what is clamped is not seen
             scores = scores + _term(position, entry, dtype)

@@ -578,7 +578,7 @@ def test_the_readmes_lines_are_short_forms_of_the_guides():
         assert any(full.startswith(line) for full in guide), line
 
 
-def test_train_generate_card_as_shown(tmp_path, monkeypatch):
+def test_train_generate_look_card_as_shown(tmp_path, monkeypatch):
     """The guide's lines in their order, with fewer and smaller steps, on texts as it makes them."""
     monkeypatch.chdir(tmp_path)
     Path("my_texts").mkdir()
@@ -588,6 +588,8 @@ def test_train_generate_card_as_shown(tmp_path, monkeypatch):
     assert invoke(*train, "--steps", 2, "--lanes", 2, "--length", 32, *SMALL).exit_code == 0
     said = [invoke(*line, "--max-new-tokens", 3) for line in shown_commands("generate")]
     assert [result.exit_code for result in said] == [0, 0] and Path("tale.cache").exists()
+    (seen,) = shown_commands("look")
+    assert invoke(*seen, "--no-reach").exit_code == 0 and "reads tale.txt" in Path("tale.html").read_text()
     (card,) = shown_commands("card")
     done = invoke(*card)
     assert done.exit_code == 0, done.output

@@ -25,6 +25,11 @@ def plain(variant):
     return variant.name in COLUMNS and holds(variant)
 
 
+def small(variant):
+    """A causal model of two layers: what is compiled takes a while."""
+    return runner(variant, "causal", num_hidden_layers=2, **variant.shallow)
+
+
 def caches(run, length=LENGTH):
     return GalleryCache(run.model.config), GalleryStaticCache(run.model.config, length)
 
@@ -70,7 +75,7 @@ def test_generate_gives_the_same_tokens(variant, head):
 @causal(holds, others_slow=True)
 def test_a_decode_step_is_one_graph(variant):
     """It is compiled once, and serves every token, and texts after a reset."""
-    run = runner(variant, "causal")
+    run = small(variant)
     growing, static = caches(run)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("eager")
@@ -91,7 +96,7 @@ def test_a_decode_step_is_one_graph(variant):
 @pytest.mark.slow
 @causal(plain)
 def test_a_padded_decode_step_is_one_graph(variant):
-    run = runner(variant, "causal")
+    run = small(variant)
     growing, static = caches(run)
     torch.compiler.reset()
     counter = CompileCounterWithBackend("aot_eager")
@@ -107,10 +112,10 @@ def test_a_padded_decode_step_is_one_graph(variant):
 
 @pytest.mark.works("generate with a static cache")
 @causal(holds, others_slow=True)
-def test_a_decode_step_is_exported(variant, caplog):
+def test_a_decode_step_is_exported(variant):
     """The program advances the cache that it is given; saved and loaded it still does."""
     register_gallery_cache_export_support()
-    run = runner(variant, "causal")
+    run = small(variant)
     growing, static = caches(run)
     with torch.no_grad():
         run(words(2, 5), None, growing), run(words(2, 5), None, static)
