@@ -52,7 +52,7 @@ class Look:
 
     @property
     def predicts(self) -> bool:
-        """Whether tokens were predicted, so that there is a surprise."""
+        """Tells whether tokens were predicted, so that there is a surprise."""
         return bool(self.surprise.isfinite().any())
 
     def bits_per_token(self, name: str | None = None) -> float:
