@@ -32,6 +32,7 @@ testing = [
     "onnxruntime",
     'triton; sys_platform == "linux"',  # torch brings it for CUDA; without a GPU its interpreter tests the kernels
 ]
+documentation = ["mkdocs<2", "mkdocs-material", "mkdocstrings[python]"]  # Material does not go with mkdocs 2
 
 # The lower bounds are the releases that .ci/run tests as the oldest; a release that breaks the gallery gets an upper
 # bound here, with the issue that says how.
@@ -63,5 +64,5 @@ setup(
         "jinja2>=3.1",
     ],
     entry_points={"console_scripts": ["hf-gallery = hf_gallery.cli:app"]},
-    extras_require={"eval": evaluation, "test": evaluation + testing},
+    extras_require={"eval": evaluation, "test": evaluation + testing, "docs": documentation},
 )

@@ -34,7 +34,7 @@ LENGTHS = ("segment_length", "mem_len", "block_length", "attention_window", "att
 THIN = dict(hidden_size=8, num_attention_heads=1, intermediate_size=8, head_dim=None)
 # In pixels: of a panel's cells, of a letter, of a line of text; margins.
 CELLS, LETTER, LINE, EDGE, LEFT, GAP = 172.0, 5.4, 13.0, 12.0, 26.0, 18.0
-PER_ROW = 4  # panels beside one another
+PER_ROW = 2  # panels beside one another, as wide as a phone
 
 
 class Panel(NamedTuple):

@@ -11,11 +11,13 @@ import torch
 from safetensors.torch import load_file
 from test_convert_transformer import ours_of, precisions, published
 from test_law_2_batch_anyhow import padded
+from test_training import arguments, dataset, texts
 from transformers import GPT2Config, GPT2LMHeadModel
 from variants import PAD, assert_equal, words
 
 import hf_gallery as gallery
 from hf_gallery.convert import convert
+from hf_gallery.training import SegmentTrainer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "recurrent_memory"
 RECURRENT = dict(to="recurrent_memory", num_memory_tokens=3)
@@ -150,6 +152,23 @@ def test_fresh_memory_tokens(tmp_path):
     other = ids.clone()
     other[0, 0] += 1
     assert ((ours(ids)[0] - ours(other)[0])[0, 33:].abs().amax(-1) > 1e-4).all()  # three segments on
+
+
+def test_gpt2_learns_to_write_its_memory(tmp_path):
+    """By SegmentTrainer, in steps of a segment whose gradients reach the one before; and what is saved is that."""
+    model = ours_of(published("GPT2LMHeadModel"), tmp_path, **RECURRENT, segment_length=8)
+    before = model.model.memory.initial.detach().clone()
+    settings = arguments(tmp_path, max_steps=12, learning_rate=0.05, gradient_accumulation_steps=2)
+    documents = dataset(texts(40, 33))
+    ways = dict(segment_length=8, backpropagate_segments=2, train_dataset=documents, eval_dataset=documents)
+    own = SegmentTrainer(model, settings, **ways)
+    first = own.evaluate()["eval_loss"]
+    own.train()
+    last = own.evaluate()["eval_loss"]
+    assert last < 0.9 * first and not torch.equal(model.model.memory.initial, before)
+    own.save_model(tmp_path / "trained")
+    saved = SegmentTrainer(type(model).from_pretrained(tmp_path / "trained"), settings, **ways)
+    assert saved.evaluate()["eval_loss"] == pytest.approx(last, rel=1e-6)
 
 
 @pytest.mark.parametrize(
