@@ -16,6 +16,7 @@ KEYS = 10  # sources that are listed of a head
 SEGMENTS = 60  # points of a curve over the text
 FETCHED = 12  # passages that are listed
 WIDTH, HEIGHT = 640, 210  # of a drawing
+LEFT = 84  # of it, for the numbers beside
 LEAST = 1e-4  # of the greatest, that a drawing of the reach shows
 SPOKEN = {
     "segment": "its own segment",
@@ -167,7 +168,7 @@ def drawing(
     right, high = max(right, left + 1e-9), max(high, low + 1e-9)
 
     def place(x: float, y: float) -> tuple[float, float]:
-        return 60 + (x - left) / (right - left) * (WIDTH - 80), 12 + (high - y) / (high - low) * (HEIGHT - 52)
+        return LEFT + (x - left) / (right - left) * (WIDTH - LEFT - 20), 12 + (high - y) / (high - low) * (HEIGHT - 52)
 
     def spoken(x: float) -> str:
         return f"{round(2**x):,}" if powers else f"{x:,.0f}"
@@ -182,8 +183,9 @@ def drawing(
         "zero": round(place(left, base)[1], 1),
         "ticks_x": [(round(place(x, 0)[0], 1), spoken(x)) for x in (left, (left + right) / 2, right)],
         "ticks_y": [
-            (round(place(left, y)[1], 1), f"{10**y if powers else y:.3g}") for y in (low, (low + high) / 2, high)
+            (round(place(left, y)[1], 1), f"{10**y if powers else y:.2g}") for y in (low, (low + high) / 2, high)
         ],
+        "left": LEFT,
         "width": WIDTH,
         "height": HEIGHT,
     }
@@ -226,6 +228,7 @@ def data(found: Look, words: list[str]) -> dict[str, Any]:
         "layers": layers,
         "heads": found.weights.shape[2],
         "predicts": found.predicts,
+        "period": found.period,
         "shown": {query: _listed(layers, names) for query, layers in found.shown.items()},
     }
 

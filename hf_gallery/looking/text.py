@@ -33,8 +33,8 @@ class Look:
     query's interval shows. shown: of some queries, by position, the sources of each layer. gates (layers, H): the
     share of retrieval, NaN where there is none. fetched (T,): how much weight each token was retrieved with by all
     later ones, over layers and heads; None without retrieval. passages (P, P): the same from passage to passage, of
-    passage_length tokens, a row for each that fetched. worth: the bits of each token read without a source. reach:
-    see Reach.
+    passage_length tokens, a row for each that fetched. period: tokens of a segment or block; None without. worth: the
+    bits of each token read without a source. reach: see Reach.
     """
 
     ids: torch.Tensor
@@ -47,12 +47,13 @@ class Look:
     fetched: torch.Tensor | None = None
     passages: torch.Tensor | None = None
     passage_length: int = 0
+    period: int | None = None
     worth: dict[str, torch.Tensor] = field(default_factory=dict)
     reach: Reach | None = None
 
     @property
     def predicts(self) -> bool:
-        """Whether tokens were predicted, so that there is a surprise."""
+        """True where tokens were predicted, so that there is a surprise."""
         return bool(self.surprise.isfinite().any())
 
     def bits_per_token(self, name: str | None = None) -> float:
@@ -177,6 +178,7 @@ class Notes:
             self.fetched,
             passages,
             self.passage_length,
+            self.watch.period,
         )
 
 

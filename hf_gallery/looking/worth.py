@@ -50,7 +50,7 @@ def worth(model: Any, ids: torch.Tensor, size: int, progress: Progress = quiet) 
 
 
 def _keeps_places(config: Any) -> bool:
-    """Whether a segment read apart stands where it stood: positions are distances, or there are none."""
+    """True where a segment read apart stands as it stood: positions are distances, or there are none."""
     return getattr(config, "position_embedding_type", "relative") in ("relative", "none")
 
 

@@ -140,6 +140,7 @@ def test_every_kind_of_source_has_a_page(variant):
     html = page(found, [f"<{i}>" for i in found.ids.tolist()], variant.name)
     for name in found.sources[:-1]:
         assert name in html
+    assert found.period == variant.settings.get("block_length", variant.settings.get("segment_length"))
 
 
 def test_an_encoder_has_a_page():
