@@ -46,7 +46,9 @@ REFERENCE = {
     "Training": ["hf_gallery.training.trainer", "hf_gallery.training.lanes"],
     "Data": [f"hf_gallery.data.{x}" for x in ("corpus", "catalogue", "tasks", "reasoning", "stories", "tokenizer")],
     "Conversion and the Hub": ["hf_gallery.convert", "hf_gallery.hub", "hf_gallery.cards"],
-    "What is seen": ["hf_gallery.roads", "hf_gallery.drawing", "hf_gallery.looking"],
+    "What is seen": [
+        f"hf_gallery.{x}" for x in ("roads", "drawing", "looking.text", "looking.watch", "looking.reach")
+    ],
     "Table of architectures": ["hf_gallery.variants"],
 }
 

@@ -127,8 +127,8 @@ OTHER_SETTINGS = [
 
 
 def may_be_another(config, name):
-    """Whether models like it have the setting, and more than one value of it: a Longformer's windows over segments are
-    not dilated, a memory stands before segments, and these are a decoder's alone."""
+    """Tells whether models like it have the setting, and more than one value of it: a Longformer's windows over
+    segments are not dilated, a memory stands before segments, and these are a decoder's alone."""
     if config.model_type == "gallery_longformer" and name in ("segment_length", "mem_len", "attention_dilation"):
         in_segments = config.segment_length is not None
         return dict(

@@ -404,8 +404,8 @@ def test_seq2seq_samples_and_streams(variant):
 
 
 def test_what_a_gallery_cache_cannot_be():
-    """Static and quantised caches are transformers' own: asking for one is refused, not ignored."""
+    """Quantised and offloaded caches are transformers' own: asking for one is refused, not ignored."""
     model = model_of(VARIANTS[0])
-    for kind in ("static", "quantized", "offloaded"):
+    for kind in ("quantized", "offloaded", "offloaded_static"):
         with pytest.raises(ValueError, match=f"cache_implementation.*{kind}"):
             model.generate(words(1, 5), cache_implementation=kind, max_new_tokens=3)
