@@ -2,7 +2,7 @@
 
     input_ids (B, columns) -> open_input: checked rows, cache, documents
                            -> parts: one batch of rows; where documents are packed, batches of documents
-      each part            -> pack -> embed (B, T, E) -> plan: Context -> layers -> finish
+      each part            -> plan: Context -> embed (B, T, E), packed -> layers -> finish
                            -> unpack: the input's columns again; the cache takes the new state, last of all
 
 A variant says how it embeds, what its layers share (`plan`) and what stands behind the last of them (`finish`).

@@ -5,8 +5,10 @@
       vertical        tokens of block j read s_j besides their window; one map joins both     section 3, recurrent cell
       horizontal      s_j reads itself and tokens of blocks j - 1 and j; gates make s_(j+1)        section 3, gates
 
-    With y = [self-attention ; attention to tokens] of s_j, and each `gate` a fixed or an LSTM one between old and new:
+    With y = [self-attention ; attention to tokens] of s_j, and each gate(s, z) of old s and new z fixed or LSTM:
 
+      fixed           g = sigmoid(b);  s g + z (1 - g)
+      lstm            f = sigmoid(W_f y + b_f + 1), i = sigmoid(W_i y + b_i - 1);  s f + z i
       skip            s_(j+1) = gate(s_j, W_o y)
       dual            a = gate(s_j, W_o y), s_(j+1) = gate(a, feed_forward(norm(a)))
       single          s_(j+1) = gate(s_j, tanh(feed_forward(y))): no map behind the attention, one gate, no norm

@@ -7,7 +7,8 @@
 A global key inside the window counts once, as in the released code (allenai/longformer; transformers'
 models/longformer). The window and the global keys outside it are disjoint intervals, the latter of the list of
 global keys, so all of it is `attend` over intervals, joined. A dilated layer is folded into g problems without
-dilation (folding.py): tokens meet in it only at distances that g divides.
+dilation (folding.py): tokens meet in it only at distances that g divides. One dilation serves all heads of a layer, as
+in the released code; the paper dilates two heads of its upper layers.
 
 The decoder is the paper's autoregressive model (section 4), which has no global tokens. Given some, they are seen by
 all later tokens, however far, and themselves see what their window shows: a query over the whole past would need the

@@ -2,7 +2,8 @@
 
     h~     = [stop_gradient(memory) ; h]                                  section 3.2
     q, k, v = W_q h, W_k h~, W_v h~;  r_d = W_r sinusoid(d)               section 3.3
-    score(i, j) = ((q_i + u) . k_j + (q_i + v) . r_(i - j)) / sqrt(D)     appendix B, u content_bias, v position_bias
+    score(i, j) = ((q_i + u) . k_j + (q_i + v) . r_(i - j)) / sqrt(D)     appendix B: terms (a) + (c), and (b) + (d);
+                                              u is content_bias, v position_bias, W_k the paper's W_k,E, W_r its W_k,R
     h      = LayerNorm(h + o),  then the same around the feed-forward     blocks.py; adaptive softmax: adaptive.py
 
 Query p sees [seg(p) - mem_len, p]; with same_length [p - mem_len + 1, p], mem_len keys, as the authors' code masks it

@@ -116,7 +116,7 @@ class SegmentLayer(ResidualLayer):
         joined = before = None
         if context.parts is None or context.carries or (context.keeps_state and "keys" in state):
             max_columns = context.max_columns if context.keeps_state else None
-            joined = tuple(context.append(x, y, max_columns) for x, y in zip(past or (None, None), own, strict=True))
+            joined = tuple(context.append(a, b, max_columns) for a, b in zip(past or (None, None), own, strict=True))
         if context.parts is not None:
             if context.carries:
                 past = self._past({name: kept.detach() for name, kept in state.items()}, context, x)

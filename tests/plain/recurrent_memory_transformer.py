@@ -24,7 +24,7 @@ def hidden_states(model, ids, starts=(0,)):
     for number, first in enumerate(range(0, len(ids), c.segment_length)):
         tokens = words[first : first + c.segment_length]
         n, here = len(tokens), [s - first for s in starts if s > first]
-        cut = c.bptt_depth >= 0 and number % (c.bptt_depth + 1) == 0  # back-propagation through time, section 3.3
+        cut = c.bptt_depth >= 0 and number % (c.bptt_depth + 1) == 0  # back-propagation through time
         if number and (first in starts or cut):
             memory = memory.detach()
         again = memory.detach() if number and any(s < n for s in here) else memory  # written in a later forward
