@@ -172,7 +172,9 @@ class StateGate(nn.Module):
         if self.lstm:
             forget = torch.sigmoid(self.forget_gate(hidden) + 1.0)
             return vectors * forget + content * torch.sigmoid(self.input_gate(hidden) - 1.0)
-        return torch.lerp(content, vectors, torch.sigmoid(self.gate_bias).to(content.dtype))
+        gate = torch.sigmoid(self.gate_bias)
+        dtype = torch.result_type(vectors, gate)  # under autocast the content comes in a half type
+        return torch.lerp(content.to(dtype), vectors.to(dtype), gate)
 
 
 class RecurrentState(nn.Module):
