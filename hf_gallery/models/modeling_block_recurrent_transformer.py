@@ -174,7 +174,7 @@ class StateGate(nn.Module):
             return vectors * forget + content * torch.sigmoid(self.input_gate(hidden) - 1.0)
         gate = torch.sigmoid(self.gate_bias)
         dtype = torch.result_type(vectors, gate)  # under autocast the content comes in a half type
-        return torch.lerp(content.to(dtype), vectors.to(dtype), gate)
+        return torch.lerp(content.to(dtype), vectors.to(dtype), gate.to(dtype))
 
 
 class RecurrentState(nn.Module):
