@@ -1,5 +1,5 @@
-"""What a forward costs the host of a GPU, counted without one: on the device "meta" every operation is called as on a
-GPU, and none has a result that could be asked. Nothing is read but a mask, once; and a layer launches few operations.
+"""Costs of a forward for the host of a GPU, counted without one: on the device "meta" every operation is called as on
+a GPU, and none has a result that could be asked. Nothing is read but a mask, once; a layer launches few operations.
 """
 
 import pytest
