@@ -15,7 +15,6 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.generation import GenerationMixin
 
-from .attention import OWN_IMPLEMENTATIONS
 from .attention_problem import autocasts
 from .cache import CACHE_NAME, GalleryCache
 from .documents import Documents, find_documents
@@ -38,7 +37,7 @@ class GalleryPreTrainedModel(PreTrainedModel):
     _skip_keys_device_placement = ["past_key_values", "cache"]
     auto_classes: dict[str, str] = {}
     takes_pairs = False  # what a layer keeps of a token is its key and value, so that a prefix may be made of them
-    implementations: dict[str, str] = OWN_IMPLEMENTATIONS  # of attention, with what each is
+    implementations = {"eager": "its own attention"}  # names of attn_implementation, with what each is
     embeds_positions = True  # whether position_ids may be anything; a backbone may know distances only
     prefix = ""  # of the input's names, in messages
     head_loss: str | None = None  # which of transformers' losses; it would go by the class name, also of a subclass

@@ -45,7 +45,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .attention import attend
+from .attention import OWN_IMPLEMENTATIONS, attend
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import (
@@ -172,9 +172,8 @@ class StateGate(nn.Module):
         if self.lstm:
             forget = torch.sigmoid(self.forget_gate(hidden) + 1.0)
             return vectors * forget + content * torch.sigmoid(self.input_gate(hidden) - 1.0)
-        gate = torch.sigmoid(self.gate_bias)
-        dtype = torch.result_type(vectors, gate)  # under autocast the content comes in a half type
-        return torch.lerp(content.to(dtype), vectors.to(dtype), gate.to(dtype))
+        gate = torch.sigmoid(self.gate_bias).to(vectors.dtype)
+        return torch.lerp(content.to(vectors.dtype), vectors, gate)  # under autocast content comes in a half type
 
 
 class RecurrentState(nn.Module):
@@ -367,6 +366,7 @@ class GalleryBlockRecurrentTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryBlockRecurrentTransformerConfig
     config_class = GalleryBlockRecurrentTransformerConfig
     _no_split_modules = ["GalleryBlockRecurrentTransformerLayer"]
+    implementations = OWN_IMPLEMENTATIONS
     auto_classes = {
         "AutoModel": "GalleryBlockRecurrentTransformerModel",
         "AutoModelForCausalLM": "GalleryBlockRecurrentTransformerForCausalLM",

@@ -39,6 +39,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from .attention import OWN_IMPLEMENTATIONS
 from .backbone import Backbone, LayerResults
 from .block_rows import BlockRows
 from .columns import whole_columns
@@ -131,6 +132,7 @@ class GalleryRecurrentMemoryTransformerPreTrainedModel(GalleryPreTrainedModel):
     config: GalleryRecurrentMemoryTransformerConfig
     config_class = GalleryRecurrentMemoryTransformerConfig
     _no_split_modules = ["GalleryTransformerLayer"]
+    implementations = OWN_IMPLEMENTATIONS
     auto_classes = {
         "AutoModel": "GalleryRecurrentMemoryTransformerModel",
         "AutoModelForCausalLM": "GalleryRecurrentMemoryTransformerForCausalLM",
