@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from .attention_problem import compute_dtype, without_autocast
 from .exporting import in_one_graph, is_exporting, readable
 from .operators import operator
-from .rings import RingLayout, lay
+from .rings import RingLayout, lay, position_in
 from .states import Folded, Kept, Record
 
 faiss: Any
@@ -607,7 +607,7 @@ class MemoryLayout(RingLayout):
             return ring
         stored = state[name].tensor  # (B, H, N, D)
         seen = seen.to(ring.device)[:, None]
-        position = seen - 1 - (seen - 1 - torch.arange(self.slots, device=ring.device)) % self.slots  # (B, slots)
+        position = position_in(seen - 1, torch.arange(self.slots, device=ring.device), self.slots)  # (B, slots)
         older = (position < seen - seen % self.length) & (position >= 0)
         at = (position % self.size).clamp(max=stored.shape[2] - 1)[:, None, :, None]
         found = stored.gather(2, at.expand(-1, stored.shape[1], -1, stored.shape[3]))
@@ -619,6 +619,6 @@ class MemoryLayout(RingLayout):
         if not count:
             return None
         slot = torch.arange(count, device=ring.device)
-        position = stored[:, None] - 1 - (stored[:, None] - 1 - slot) % self.size  # (B, N)
+        position = position_in(stored[:, None] - 1, slot, self.size)  # (B, N)
         at = (position % self.slots)[:, None, :, None]
         return Folded(ring.gather(2, at.expand(-1, ring.shape[1], -1, ring.shape[3])))

@@ -65,6 +65,7 @@ from .exporting import in_one_graph, outside_graphs, possibly
 from .heads import CausalLMHead, SequenceClassificationHead
 from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
 from .modeling_base import GalleryPreTrainedModel
+from .rings import position_in
 from .segments import Pair, Parts, attend_segments, segment_spans
 from .states import LayerOutput, NextState, State
 
@@ -197,8 +198,7 @@ class MemoryInRing:
 
     def positions(self, columns: torch.Tensor) -> torch.Tensor:
         """Positions in the row of the slots (B, H, 1, k) that `retrieve` found."""
-        newest = self.newest[..., None, None]
-        return newest - (newest - columns) % self.slots
+        return position_in(self.newest[..., None, None], columns, self.slots)
 
 
 class GalleryMemorizingTransformerAttention(nn.Module):

@@ -24,6 +24,11 @@ from .spans import Spans
 from .states import Columns, Kept, NextState
 
 
+def position_in(newest: torch.Tensor, slot: torch.Tensor, slots: int) -> torch.Tensor:
+    """The last position up to the newest one that lies in a slot of a ring, below 0 where it has held none."""
+    return newest - (newest - slot) % slots
+
+
 class RingColumns(Kept):
     """Columns of time in a ring (B, H, N, D)."""
 
@@ -57,7 +62,7 @@ class StepRows(Rows):
 
     def column_positions(self, columns: int) -> torch.Tensor:
         newest = self.last  # (B, 1)
-        return newest - (newest - torch.arange(columns, device=newest.device)) % columns
+        return position_in(newest, torch.arange(columns, device=newest.device), columns)
 
     def append(self, ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """The ring (B, H, N, D) with the column new (B, H, 1, D) in it; the given one stays as it is."""
