@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -32,6 +32,13 @@ def plan(
     job, chosen = Job(preset, corpus, device), [task for name, task in TASKS.items() if name in tasks]
     cells = [cell for seed in range(seeds) for task in chosen for cell in task.cells(job, contestants, seed)]
     return cells + [cell for task in chosen for cell in task.cells_of_all(job, contestants)]
+
+
+def plan_by_names(
+    preset: Preset, names: list[str], tasks: list[str], seeds: int, corpus: str, device: torch.device
+) -> list[Cell]:
+    """The same for contestants by name, as it can be asked of another process."""
+    return plan(preset, [CONTESTANTS[name] for name in names], tasks, seeds, corpus, device)
 
 
 def measured(run: Run, preset: Preset, corpus: str, device: torch.device) -> list[dict[str, Any]]:
@@ -76,7 +83,7 @@ def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
     return results
 
 
-def choose(names: str | None, choices: Mapping[str, Any], argument: str) -> list[str]:
+def choose(names: str | None, choices: Collection[str], argument: str) -> list[str]:
     """The names in a comma-separated list; all of them for None. Raises ValueError for one that is not known."""
     if names is None:
         return list(choices)

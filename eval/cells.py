@@ -18,7 +18,15 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 from transformers.utils import logging as transformers_logging
 
@@ -27,6 +35,7 @@ from hf_gallery.files import read_json, write_json
 from .machine import provenance
 from .processes import Process
 from .training import Tick
+from .workers import Workers
 
 EVERYONE = "all"  # in place of a contestant's name where one cell measures all of them in turns
 
@@ -116,6 +125,7 @@ class _Bars:
         )
         self.progress, self.check = Progress(*columns, console=console, speed_estimate_period=120), check
         self.whole = self.progress.add_task("all cells", total=None)
+        self.parts: dict[str, TaskID] = {}
 
     def __enter__(self) -> _Bars:
         self.progress.start()
@@ -132,31 +142,35 @@ class _Bars:
         """Moves the bar of all cells."""
         self.progress.advance(self.whole, units)
 
-    @contextlib.contextmanager
-    def of(self, cell: Cell) -> Iterator[Tick]:
+    def begin(self, cell: Cell) -> Tick:
         """A bar of one cell; gives what moves both."""
         part = self.progress.add_task(f"  {cell.task} {cell.contestant}, seed {cell.seed}", total=cell.units)
-        start = time.perf_counter()
+        self.parts[cell.name] = part
 
         def tick(units: int) -> None:
             self.check()
             self.progress.advance(part, units)
             self.advance(units)
 
-        yield tick
-        self.progress.remove_task(part)
-        done = Text.assemble(("done", "green"), f" {cell.name} ({time.perf_counter() - start:.0f} s)")
-        self.progress.console.print(done)
+        return tick
+
+    def end(self, cell: Cell, seconds: float) -> None:
+        """Takes a cell's bar away, and says that it is done."""
+        self.progress.remove_task(self.parts.pop(cell.name))
+        self.progress.console.print(Text.assemble(("done", "green"), f" {cell.name} ({seconds:.0f} s)"))
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    verbosity = transformers_logging.get_verbosity()
+def quiet_transformers() -> Iterator[None]:
+    verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
 
 
 class Run:
@@ -205,10 +219,11 @@ class Run:
         command: str,
         console: Console,
         process: Process = Process(),  # noqa: B008, it is frozen
+        workers: Workers | None = None,
     ) -> list[dict[str, Any]]:
         """All cells, measuring those that are missing, in their order, under a progress bar. Of several processes each
         measures its share (see `schedule`), and only the main one waits for all. Processes of one machine share its
-        cores until then.
+        cores until then. With workers they measure side by side what one process has to do.
 
         Raises ValueError before anything is measured if a saved cell was measured with other settings.
         """
@@ -218,9 +233,13 @@ class Run:
             console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are in {self.folder} already")
         if missing:
             process.share_cores()
-            with _quiet_transformers(), interrupts() as check, _Bars(console, check) as bars:
+            with quiet_transformers(), interrupts() as check, _Bars(console, check) as bars:
                 steps = schedule(cells, missing, process)
                 bars.expect(sum(cell.units for _, cell in steps))
+                if workers is not None:
+                    beside = [cell for step, cell in steps if step is Step.OWN]
+                    saved |= self._by_workers(workers, beside, bars)
+                    steps = [(step, cell) for step, cell in steps if step is not Step.OWN]
                 for step, cell in steps:
                     if step is Step.WAIT:
                         saved[cell.name] = self._wait_for(cell)
@@ -228,8 +247,8 @@ class Run:
                         continue
                     if step is Step.TOGETHER:
                         process.take_all_cores()
-                    with bars.of(cell) as tick:
-                        saved[cell.name] = self.measure_one(cell, tick, device, command)
+                    found = saved[cell.name] = self.measure_one(cell, bars.begin(cell), device, command)
+                    bars.end(cell, found["seconds"])
         return [cell for cell in saved.values() if cell is not None]
 
     def measure_one(self, cell: Cell, tick: Tick, device: torch.device, command: str) -> dict[str, Any]:
@@ -246,6 +265,20 @@ class Run:
             "provenance": provenance(device, command),
         }
         write_json(self.path(cell), saved)
+        return saved
+
+    def _by_workers(self, workers: Workers, cells: list[Cell], bars: _Bars) -> dict[str, dict[str, Any]]:
+        """Measures cells side by side."""
+        by_name, ticks, saved = {cell.name: cell for cell in cells}, {}, {}
+        with contextlib.closing(workers.measure(list(by_name))) as reports:
+            for name, report in reports:
+                if name not in ticks:
+                    ticks[name] = bars.begin(by_name[name])
+                if isinstance(report, int):
+                    ticks[name](report)
+                else:
+                    saved[name] = report
+                    bars.end(by_name[name], report["seconds"])
         return saved
 
     def _wait_for(self, cell: Cell) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shlex
 import sys
@@ -17,12 +18,13 @@ from rich.text import Text
 
 from hf_gallery.files import read_json, write_json
 
-from . import attention, benchmark, compare, gpu, long, memory, peers, pictures, report
+from . import attention, benchmark, compare, gpu, long, memory, peers, pictures, report, zoo
 from .cells import Run
 from .contestants import CONTESTANTS
 from .machine import provenance
 from .presets import PRESETS
 from .processes import this_process
+from .workers import WorkerError, Workers, count
 
 app = typer.Typer(
     help="Measure what each architecture remembers, how well it models text, and what it costs.",
@@ -76,6 +78,12 @@ def run(
     name: Annotated[str | None, typer.Option(help="Name of the run; default: the preset's.")] = None,
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "auto",
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1, envvar="GALLERY_WORKERS", help="Cells measured at once; default: one for each core, on a GPU one."
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has measured before.")] = False,
 ) -> None:
     """Measure every variant on every task. Stop it at any time: the same command goes on where it was.
@@ -94,14 +102,19 @@ def run(
         where = benchmark.choose_device(device)
         contestants = benchmark.choose_contestants(variants, preset)
         wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")
-        cells = benchmark.plan(chosen, contestants, wanted, seeds or chosen.seeds, corpus, where)
+        asked = (chosen, [c.name for c in contestants], wanted, seeds or chosen.seeds, corpus, where)
+        cells = benchmark.plan_by_names(*asked)
         folder = Run(_folder(runs / (name or chosen.name)))
         if fresh and process.of > 1:
             raise ValueError(f"--fresh is for one process; remove {folder.folder / 'cells'} and launch again")
         if fresh:
             folder.forget()
-        folder.complete(cells, where, _command(), shown, process)
-    except ValueError as error:
+        beside = None
+        if process.of == 1 and (many := count(where, workers)) > 1:
+            plan = functools.partial(benchmark.plan_by_names, *asked)
+            beside = Workers(many, plan, folder.folder, where, _command())
+        folder.complete(cells, where, _command(), shown, process, beside)
+    except (ValueError, WorkerError) as error:
         raise _refuse(error) from None
     except KeyboardInterrupt:
         shown.print(f"\nstopped; finished cells are kept in {folder.folder}, and the same command goes on from there")
@@ -254,6 +267,34 @@ def peers_command(
     path = folder / report.RESULTS
     write_json(path, result | {"provenance": provenance(torch.device("cpu"), _command())})
     console.print(f"\nresults  {path}")
+
+
+@app.command("zoo")
+def zoo_command(
+    books: Annotated[str, typer.Argument(help="Folder of long texts, with sub-folders train and test to choose.")],
+    out: Annotated[Path, typer.Option("--out", help="Folder of the models, one in each sub-folder.")] = Path("zoo"),
+    only: Annotated[str | None, typer.Option(help="Comma-separated contestants; default: all of quick.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 4,096 bytes.")] = zoo.ZooSettings().steps,
+    name: Annotated[str, typer.Option(help="Name of the run.")] = "zoo",
+    runs: RunsOption = Path("runs"),
+    device: DeviceOption = "auto",
+) -> None:
+    """Train a model of each architecture on the same books, and save it with its measured card. Stop it at any time:
+    the same command goes on from the last checkpoint.
+
+    Example: python -m eval zoo my_books --only transformer_xl
+    """
+    settings, where = dataclasses.replace(zoo.ZooSettings(), steps=steps), _device(device)
+    try:
+        names = benchmark.choose(only, zoo.ANIMALS, "--only")
+        folder = Run(_folder(runs / name))
+        folder.complete(list(zoo.plan(names, settings, books, folder.folder, out, where)), where, _command(), console)
+    except ValueError as error:
+        raise _refuse(error) from None
+    except KeyboardInterrupt:
+        console.print(f"\nstopped; the same command goes on from the last checkpoint in {runs / name}")
+        raise typer.Exit(130) from None
+    console.print(f"\nmodels   {out}")
 
 
 def _latest_peers(runs: Path) -> dict[str, Any] | None:

@@ -38,12 +38,12 @@ class Process:
     def share_cores(self) -> None:
         """Torch takes this process's share of the machine's cores. One process alone leaves torch as it is."""
         if self.of > 1:
-            torch.set_num_threads(max(1, _cores() // self.here))
+            torch.set_num_threads(max(1, cores() // self.here))
 
     def take_all_cores(self) -> None:
         """Torch takes what it would take for one process alone, once the others are done."""
         if self.of > 1:
-            torch.set_num_threads(_cores())
+            torch.set_num_threads(cores())
 
 
 def this_process() -> Process:
@@ -61,7 +61,7 @@ def this_process() -> Process:
     return Process(int(found["RANK"] or 0), of, int(found["LOCAL_WORLD_SIZE"] or of))
 
 
-def _cores() -> int:
+def cores() -> int:
     """The cores that this process may run on; two threads of one core count once, as torch counts by itself."""
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores

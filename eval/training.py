@@ -47,11 +47,12 @@ def _only(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     return batches[0]
 
 
-def train(trainer: Trainer, tick: Tick) -> None:
-    """Trains, with a tick for every optimiser step in place of the Trainer's own printing."""
+def train(trainer: Trainer, tick: Tick, checkpoint: str | None = None) -> None:
+    """Trains, from a checkpoint on where one is given, with a tick for every optimiser step in place of the Trainer's
+    own printing."""
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Ticker(tick))
-    trainer.train()
+    trainer.train(resume_from_checkpoint=checkpoint)
     # or its forward would stay in mixed precision, where it has trained in that
     trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
 
@@ -70,11 +71,12 @@ class Ticker(TrainerCallback):
 def training_arguments(
     device: torch.device, steps: int, learning_rate: float, seed: int, logging_steps: int | None = None, **more: Any
 ) -> Iterator[TrainingArguments]:
-    """Arguments of a Trainer that trains for `steps` and leaves no file: AdamW, warm-up over a tenth of the steps (at
-    most 1,000), then a cosine down to a twentieth. Losses, one every `logging_steps`, stay in the Trainer's state."""
+    """Arguments of a Trainer that trains for `steps`: AdamW, warm-up over a tenth of the steps (at most 1,000), then a
+    cosine down to a twentieth. It leaves no file, unless `more` gives output_dir and when to save. Losses, one every
+    `logging_steps`, stay in the Trainer's state."""
     with tempfile.TemporaryDirectory(prefix="gallery-eval-") as folder:
+        kept = {"output_dir": folder, "save_strategy": "no"} | more
         yield TrainingArguments(
-            output_dir=folder,
             max_steps=steps,
             learning_rate=learning_rate,
             weight_decay=0.01,
@@ -86,11 +88,10 @@ def training_arguments(
             seed=seed,
             data_seed=seed,
             use_cpu=device.type == "cpu",
-            save_strategy="no",
             logging_strategy="steps" if logging_steps else "no",
             logging_steps=logging_steps or 500,
             eval_strategy="no",
             report_to=[],
             disable_tqdm=True,
-            **more,
+            **kept,
         )

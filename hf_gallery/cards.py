@@ -54,6 +54,7 @@ def render_card(
     results: Path | None = None,
     repo_id: str | None = None,
     drawing: str | None = None,
+    training: str | None = None,
 ) -> str:
     """The model card of an architecture, or of a trained model: metadata and text, as README.md holds them.
 
@@ -61,7 +62,8 @@ def render_card(
     scores are read from there. results: a file that `python -m eval` wrote. Its numbers are of models which that
     command trained, so they enter the metadata (model-index) of an architecture's card, and only the text of a
     folder's. repo_id: USER/NAME or NAME, where it will be, for the code that loads it. drawing: where the
-    drawing of what the architecture's queries see will be, for the card to show it.
+    drawing of what the architecture's queries see will be, for the card to show it. training: of a trained model, in
+    Markdown.
 
     What comes from files and arguments enters as text: it can start no line, table cell or code of its own.
 
@@ -76,7 +78,7 @@ def render_card(
         raise ValueError(f"variant is {variant!r}, but {folder} holds a {held}; give that name")
     if repo_id is not None:
         check_repo_id(repo_id)
-    saved = None if folder is None else _Saved.read(Path(folder), about)
+    saved = None if folder is None else SavedFacts.read(Path(folder), about)
     measured = None if results is None else _Measured.read(Path(results), tuple(c.name for c in about.contestants))
     auto = "AutoModelForCausalLM" if saved is None else saved.auto
     name = (
@@ -110,6 +112,7 @@ def render_card(
             f"What each query sees, as `hf-gallery spans {variant}` draws it:\n\n![{drawing_text(about)}]({drawing})"
         )
     sections += [] if saved is None else [saved.text()]
+    sections += [] if training is None else [training]
     sections += [
         "## How to use",
         _code(auto, repo_id or "user/name", saved),
@@ -181,7 +184,7 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(places.values()))]
 
 
-def _code(auto: str, place: str, saved: _Saved | None) -> str:
+def _code(auto: str, place: str, saved: SavedFacts | None) -> str:
     """Lines that load the model and call it, whole as they stand."""
     tokenizes = saved is None or saved.tokenizes
     carries = auto == "AutoModelForCausalLM"
@@ -218,7 +221,7 @@ def _code(auto: str, place: str, saved: _Saved | None) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Saved:
+class SavedFacts:
     """Facts about the model in a saved folder."""
 
     config: dict[str, Any]
@@ -230,7 +233,7 @@ class _Saved:
     evaluation: dict[str, float]  # of Trainer.save_metrics("eval", ...)
 
     @classmethod
-    def read(cls, folder: Path, variant: Variant) -> _Saved:
+    def read(cls, folder: Path, variant: Variant) -> SavedFacts:
         config = read_json(folder / "config.json")
         named = config.get("architectures")
         named = named if isinstance(named, list) else []

@@ -1,4 +1,4 @@
-"""The command line: `hf-gallery list | spans | train | generate | look | eval | convert | card | push`.
+"""The command line: `hf-gallery list | zoo | spans | train | generate | look | eval | convert | card | push`.
 
 Messages for people go to stderr, output that a script may read to stdout. Exit codes: 0 success, 1 failure, 2
 usage error. Imports that only one command needs stand in it.
@@ -111,6 +111,30 @@ def list_command(
         prefix = v.config.__name__.removesuffix("Config")
         heads = "\n".join(name.removeprefix(prefix).removeprefix("For") for name in v.auto_classes.values())
         table.add_row(v.name, f"{v.authors}: {v.idea}", heads)
+    Console().print(table)
+
+
+@app.command()
+@_plainly
+def zoo(
+    folder: Annotated[Path | None, typer.Argument(help="A folder of trained models; default: the checkout's.")] = None,
+) -> None:
+    """Show the trained models, best first; `generate`, `look` and `eval` open them by their folder.
+
+    Example: hf-gallery zoo
+    """
+    from .zoo import ZOO, zoo_models
+
+    table = Table()
+    table.add_column("folder", no_wrap=True)
+    table.add_column("architecture")
+    for heading in ("parameters", "bytes read", "bits/byte"):
+        table.add_column(heading, justify="right")
+    for model in zoo_models(folder or ZOO):
+        read = "-" if model.trained_bytes is None else f"{model.trained_bytes:,}"
+        bits = "-" if model.bits_per_byte is None else f"{model.bits_per_byte:.3f}"
+        place = os.path.relpath(model.folder) if model.folder.is_relative_to(Path.cwd()) else str(model.folder)
+        table.add_row(place, model.title, f"{model.parameters:,}", read, bits)
     Console().print(table)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import logging
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +17,14 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer
-from transformers.dynamic_module_utils import get_relative_imports
+from transformers.dynamic_module_utils import custom_object_save, get_relative_imports
 from transformers.utils import CHAT_TEMPLATE_DIR, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 import hf_gallery
 
 from .cards import check_repo_id, render_card, variant_of, weight_files, write_cards
 from .errors import one_line
-from .files import read_json
+from .files import read_json, write_json
 from .variants import Variant
 
 logger = logging.getLogger(__name__)
@@ -54,6 +56,8 @@ def push(
 ) -> str:
     """Uploads a folder that save_pretrained wrote, with its tokenizer and card, in one commit: all of it or nothing.
 
+    A folder without code, as those of the zoo, goes with the library's.
+
     It holds the weights that transformers would load, the code that config.json and tokenizer_config.json name with
     what that imports, and the files of ABOUT, RIGHTS and TOKENIZER; a line of the log says what stays. The repository
     is made if it is not there. A folder without README.md gets the card of `render_card`. Weights that the repository
@@ -66,7 +70,12 @@ def push(
     wrong), repo_id is no name or there is no token; and if the branch is missing or a repository that shall be private
     is public. Raises RuntimeError, with the Hub's reason, if the Hub refuses or cannot be reached.
     """
-    folder = Path(folder)
+    with _with_code(Path(folder)) as whole:
+        return _push(whole, repo_id, private, revision, message or f"Upload {Path(folder).resolve().name}", token)
+
+
+def _push(folder: Path, repo_id: str, private: bool, revision: str | None, message: str, token: str | None) -> str:
+    """Uploads a folder that brings its code, see `push`."""
     variant = check_checkpoint(folder)
     check_repo_id(repo_id)
     token = token or get_token()
@@ -92,9 +101,27 @@ def push(
     operations = list(_operations(folder, paths, variant, url.repo_id, there))
     with _told(repo_id, revision):
         # create_commit and not upload_folder, which may cut an upload into several commits.
-        message = message or f"Upload {folder.resolve().name}"
         api.create_commit(url.repo_id, operations, commit_message=message, revision=revision)
     return str(url)
+
+
+@contextmanager
+def _with_code(folder: Path) -> Iterator[Path]:
+    """The folder itself; or, of one without code that names none, as those of the zoo, a copy with the library's."""
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("auto_map") or any(folder.glob("*.py")):
+        yield folder
+        return
+    variant = variant_of(folder)
+    with tempfile.TemporaryDirectory(prefix="gallery-push-") as place:
+        copy = Path(place) / folder.resolve().name
+        shutil.copytree(folder, copy, symlinks=True)
+        with torch.random.fork_rng(devices=[]), torch.device("meta"):
+            model = variant.model(variant.config.from_dict(config))
+        model.name_classes()
+        custom_object_save(model, copy, config=model.config)
+        write_json(copy / "config.json", config | {"auto_map": model.config.auto_map})
+        yield copy
 
 
 def check_checkpoint(folder: Path) -> Variant:

@@ -98,6 +98,11 @@ class GalleryPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers; the folder also gets the code, and opens with trust_remote_code under every head."""
+        self.name_classes()
+        return super().save_pretrained(save_directory, **kwargs)
+
+    def name_classes(self):
+        """Writes into the config which class of which file of code each Auto class opens."""
         module = sys.modules[type(self).__module__].__name__.split(".")[-1]
         config_module = type(self.config).__module__.split(".")[-1]
         # transformers' server and its decision pipeline take any causal model, but find one in a folder's code by this
@@ -108,7 +113,6 @@ class GalleryPreTrainedModel(PreTrainedModel):
         self.config.auto_map = {"AutoConfig": f"{config_module}.{type(self.config).__name__}"} | {
             auto: f"{module}.{name}" for auto, name in classes.items()
         }
-        return super().save_pretrained(save_directory, **kwargs)
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):

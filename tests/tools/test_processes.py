@@ -71,7 +71,7 @@ def test_what_accelerate_is_set_to_decides_nothing_but_the_device(monkeypatch):
 @pytest.mark.parametrize(("of", "here", "shared", "alone"), [(1, 1, 1, 1), (2, 2, 3, 6), (8, 8, 1, 6), (4, 2, 3, 6)])
 def test_cores_are_shared_until_the_others_are_done(monkeypatch, tmp_path, _threads, of, here, shared, alone):
     """One process leaves torch's threads as they are, one here."""
-    monkeypatch.setattr(processes, "_cores", lambda: 6)
+    monkeypatch.setattr(processes, "cores", lambda: 6)
     threads = []
     cells = [
         Cell("recall", name, 0, {}, 1, lambda tick: threads.append(torch.get_num_threads()))
@@ -93,7 +93,7 @@ def test_two_processes_find_what_one_does(tmp_path, tiny):  # noqa: F811
     output, errors = one.communicate(timeout=300)
     assert one.returncode == 0, (output, errors)
     program = tmp_path / "two" / "program.py"
-    program.write_text(one.args[2].replace("command_line.app(", "processes._cores = lambda: 2; command_line.app("))
+    program.write_text(one.args[2].replace("command_line.app(", "processes.cores = lambda: 2; command_line.app("))
     program.write_text("from eval import processes\n" + program.read_text())
 
     def launch(*launcher):
