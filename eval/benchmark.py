@@ -96,10 +96,8 @@ def choose(names: str | None, choices: Collection[str], argument: str) -> list[s
     return [name for name in choices if name in chosen]
 
 
-def choose_contestants(names: str | None, preset: str) -> list[Contestant]:
-    """The contestants in a comma-separated list, in the table's order; for None all that take part in a preset."""
-    if names is None:
-        return [contestant for contestant in CONTESTANTS.values() if contestant.in_quick or preset != "quick"]
+def choose_contestants(names: str | None) -> list[Contestant]:
+    """The contestants in a comma-separated list, in the table's order; all for None."""
     return [CONTESTANTS[name] for name in choose(names, CONTESTANTS, "--variants")]
 
 

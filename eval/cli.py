@@ -34,7 +34,6 @@ app = typer.Typer(
 )
 console = Console(markup=False)  # what users typed stands in what is printed, and may hold square brackets
 
-NOT_IN_QUICK = ", ".join(name for name, contestant in CONTESTANTS.items() if not contestant.in_quick)
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
@@ -65,7 +64,7 @@ def run(
     preset: Annotated[str, typer.Option(help="; ".join(f"{p.name}: {p.about}" for p in PRESETS.values()))] = "quick",
     variants: Annotated[
         str | None,
-        typer.Option(help=f"Comma-separated contestants; default: all, in quick without {NOT_IN_QUICK}."),
+        typer.Option(help=f"Comma-separated, of {', '.join(CONTESTANTS)}; default: all."),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help=f"Comma-separated, of {', '.join(benchmark.TASKS)}; default: the preset's.")
@@ -100,7 +99,7 @@ def run(
             raise ValueError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
         chosen = PRESETS[preset].shortened(share)
         where = benchmark.choose_device(device)
-        contestants = benchmark.choose_contestants(variants, preset)
+        contestants = benchmark.choose_contestants(variants)
         wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")
         asked = (chosen, [c.name for c in contestants], wanted, seeds or chosen.seeds, corpus, where)
         cells = benchmark.plan_by_names(*asked)
@@ -273,7 +272,7 @@ def peers_command(
 def zoo_command(
     books: Annotated[str, typer.Argument(help="Folder of long texts, with sub-folders train and test to choose.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the models, one in each sub-folder.")] = Path("zoo"),
-    only: Annotated[str | None, typer.Option(help="Comma-separated contestants; default: all of quick.")] = None,
+    only: Annotated[str | None, typer.Option(help="Comma-separated contestants; default: all.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Training steps of 4,096 bytes.")] = zoo.ZooSettings().steps,
     name: Annotated[str, typer.Option(help="Name of the run.")] = "zoo",
     runs: RunsOption = Path("runs"),

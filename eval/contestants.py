@@ -60,7 +60,6 @@ class Contestant:
     carries: str
     colour: str
     symbol: str
-    in_quick: bool = True
 
 
 def _contestant(variant: Variant, entry: variants.Contestant) -> Contestant:
@@ -74,7 +73,6 @@ def _contestant(variant: Variant, entry: variants.Contestant) -> Contestant:
         entry.carries,
         entry.colour,
         entry.symbol,
-        entry.in_quick,
     )
 
 

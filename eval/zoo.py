@@ -31,7 +31,7 @@ from .machine import provenance
 from .task import plain
 from .training import Tick, train, training_arguments
 
-ANIMALS = tuple(c.name for c in CONTESTANTS.values() if c.in_quick)
+ANIMALS = tuple(name for name in CONTESTANTS if name != "recurrent_memory_transformer_few")  # the same but smaller
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,8 +30,7 @@ class Contestant:
 
     reach: what a query of it sees. settings: its config arguments for given sizes (eval.contestants.Sizes), beside
     those that all share. carries: what goes from one segment into the next, "nothing", "keys", "memory" (searched) or
-    "state" (recurrent). colour, symbol: as plots draw it. in_quick: it takes part in the quick run unasked; others
-    do where `--variants` names them, so that the quick run stays one of minutes.
+    "state" (recurrent). colour, symbol: as plots draw it.
     """
 
     name: str
@@ -41,7 +40,6 @@ class Contestant:
     carries: str
     colour: str
     symbol: str
-    in_quick: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +280,6 @@ TABLE = (
                 carries="keys",
                 colour="#44AA99",
                 symbol="cross",
-                in_quick=False,
             ),
         ),
     ),
@@ -416,7 +413,6 @@ TABLE = (
                 carries="state",
                 colour="#F0E442",
                 symbol="pentagon",
-                in_quick=False,
             ),
         ),
     ),

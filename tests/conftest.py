@@ -14,6 +14,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
     os.environ["GOMP_SPINCOUNT"] = "10000"  # before torch is imported, see hf_gallery/spinning.py
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start; this one's are set below
+os.environ["GALLERY_WORKERS"] = "1"  # of `python -m eval`, unless a test is about them
 os.environ.pop("COLUMNS", None)  # pytest-xdist sets it, and rich's consoles would keep the width that they began with
 
 import hypothesis  # noqa: E402

@@ -378,19 +378,7 @@ def retrieve(
             scores, pick = scores.sort(dim=-1, descending=True, stable=True)
             scores, columns = scores[..., :topk], columns.gather(-1, pick[..., :topk])
         found = scores > -math.inf
-        picked_keys: Any = None
-        picked_values: Any = None
-        for source_keys, source_values, start in parts:
-            at = columns
-            if len(parts) > 1 or start:
-                at = (columns - start).clamp(0, source_keys.shape[2] - 1)
-            some_keys, some_values = (_pick_pairs(x, at) for x in (source_keys, source_values))
-            if picked_keys is None:
-                picked_keys, picked_values = some_keys, some_values
-            else:
-                inside = (columns >= start) & (columns < start + source_keys.shape[2])
-                picked_keys = torch.where(inside[..., None], some_keys, picked_keys)
-                picked_values = torch.where(inside[..., None], some_values, picked_values)
+        picked_keys, picked_values = _pick(parts, columns)
     return picked_keys, picked_values, found, columns
 
 
@@ -431,6 +419,33 @@ def _retrieved_shapes(backend, query, keys, values, *rest):
 
 
 _retrieve = operator(__file__, "retrieve", _retrieve_from_columns, _retrieved_shapes)
+
+
+def _pick(parts, columns):
+    """Keys and values (B, H, T, k, D) at columns (B, H, T, k). parts: keys and values (B, H, any, D) and the column of
+    the first, in the columns' order."""
+    if len(parts) > 1 and sum(keys.shape[2] for keys, _, _ in parts) <= columns.shape[2] * columns.shape[3]:
+        # Fewer pairs are there than are picked: laid side by side they are picked once.
+        at, laid = columns, 0
+        for keys, _, start in parts:
+            at, laid = torch.where(columns >= start, columns - start + laid, at), laid + keys.shape[2]
+        keys, values = (torch.cat(x, 2) for x in list(zip(*parts, strict=True))[:2])
+        at = at.clamp(0, laid - 1)  # where fewer pairs are stored than are asked for
+        return _pick_pairs(keys, at), _pick_pairs(values, at)
+    picked_keys: Any = None
+    picked_values: Any = None
+    for keys, values, start in parts:
+        at = columns
+        if len(parts) > 1 or start:
+            at = (columns - start).clamp(0, keys.shape[2] - 1)
+        some_keys, some_values = _pick_pairs(keys, at), _pick_pairs(values, at)
+        if picked_keys is None:
+            picked_keys, picked_values = some_keys, some_values
+        else:
+            inside = (columns >= start) & (columns < start + keys.shape[2])
+            picked_keys = torch.where(inside[..., None], some_keys, picked_keys)
+            picked_values = torch.where(inside[..., None], some_values, picked_values)
+    return picked_keys, picked_values
 
 
 def _pick_pairs(x, at):
