@@ -127,7 +127,7 @@ def make(
     save(model, tokenizer, beside)
     opened = AutoModelForCausalLM.from_pretrained(beside).to(device).eval()
     found = text.documents(corpus["test"], each=settings.scored_bytes)
-    bits = text.read(opened, found, len(found), settings.length, device)
+    bits = text.read(opened, found, settings.lanes, settings.length, device)
     scored = sum(len(x) for x in bits)
     about = {
         "bits_per_byte": sum(float(x.sum()) for x in bits) / scored,

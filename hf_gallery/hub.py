@@ -115,7 +115,7 @@ def _with_code(folder: Path) -> Iterator[Path]:
     variant = variant_of(folder)
     with tempfile.TemporaryDirectory(prefix="gallery-push-") as place:
         copy = Path(place) / folder.resolve().name
-        shutil.copytree(folder, copy, symlinks=True)
+        shutil.copytree(folder, copy, symlinks=True, ignore=shutil.ignore_patterns("checkpoint*"))
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             model = variant.model(variant.config.from_dict(config))
         model.name_classes()
