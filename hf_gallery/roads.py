@@ -285,6 +285,5 @@ def _(context: block_recurrent.Context, call: Call) -> Found:
         of_block = [query for query in call.queries if query[1] // length == call.first // length + j]
         held |= {(query, token) for query in of_block for token in read}
         if bool(blocks.complete[0, j]):  # the state takes in the block
-            place = slice(j * length, (j + 2) * length)
-            read |= {tokens[column] for column in blocks.column[0, place][blocks.real[0, place]].tolist()}
+            read |= set(tokens[blocks.cuts[j] : blocks.cuts[j + 2]])
     return Found(call.queries, [*vectors, *tokens], seen | {"held": held})

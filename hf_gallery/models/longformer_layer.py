@@ -197,19 +197,20 @@ class GalleryLongformerAttention(MultiHeadAttention):
     def _visible(self, context, device):
         """Keys that each query sees (B or 1, T, S), those of its window, and each pair's table entry (1, T, S)."""
         rows, s = context.rows, context.cached + context.rows.width
-        p = rows.positions
-        key = p[:, :1] - context.cached + torch.arange(s)  # (B or 1, S)
+        last = rows.last
+        p = rows.positions.to(last.device)
+        key = p[:, :1] - context.cached + torch.arange(s, device=p.device)  # (B or 1, S)
         distance = p[:, :, None] - key[:, None]
-        real = (key >= 0) & (key <= rows.last)
+        real = (key >= 0) & (key <= last)
         visible = (distance <= self.left * self.dilation) & (distance >= -self.right * self.dilation)
         visible &= distance % self.dilation == 0
         window = visible
         if context.globals is not None:
-            mark = torch.zeros(rows.seen.shape[0], s + 1, dtype=torch.bool)
-            mark.scatter_(1, context.globals.index.cpu(), True)
+            mark = torch.zeros(rows.seen.shape[0], s + 1, dtype=torch.bool, device=p.device)
+            mark.scatter_(1, context.globals.index.to(p.device), True)
             mark = mark[:, None, :-1]
             visible = visible | (mark & (distance >= 0) if context.causal else mark)
-        visible = visible & real[:, None] & (p <= rows.last)[..., None]
+        visible = visible & real[:, None] & (p <= last)[..., None]
         entry = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
         return visible.to(device), window.to(device), entry.clamp(0, self.left + self.right).to(device)
 

@@ -1,6 +1,9 @@
 """Costs of a forward for the host of a GPU, counted without one: on the device "meta" every operation is called as on
-a GPU, and none has a result that could be asked. Nothing is read but a mask, once; a layer launches few operations.
+a GPU, and none has a result that could be asked. Nothing is read, but a mask by a cache that grows; a layer launches
+few operations.
 """
+
+import sys
 
 import pytest
 import torch
@@ -8,9 +11,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
-from variants import COLUMNS, causal
+from variants import COLUMNS, assert_equal, causal, over, result_of, runner, words
 
+from hf_gallery import GalleryStaticCache
 from hf_gallery.models import attention
+from hf_gallery.models.rows import Rows
 
 # They launch nothing: views, and memory that nobody fills.
 VIEWS = {
@@ -89,16 +94,58 @@ class Model:
 
 @causal(lambda variant: variant.name in COLUMNS)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
-def test_the_host_reads_no_more_than_a_mask(variant, masked, monkeypatch):
-    """In training, in a forward that begins a cache, and in a decode step: anything else that asks would raise."""
+def test_the_host_reads_nothing(variant, masked, monkeypatch):
+    """In training, whatever the mask; a growing cache, whose sizes follow from counts on the CPU, asks for the mask,
+    a static one when the prompt is read. Anything else that asks would raise."""
     model = Model(variant, monkeypatch, train=True)
     model(40, 40 if masked else None).loss.backward()
-    assert model.reads == [(2, 40)] * masked
+    assert model.reads == []
     model = Model(variant, monkeypatch, train=False)
     with torch.no_grad():
+        model(40, 40 if masked else None, use_cache=False)
+        assert model.reads == []
         cache = model(40, 40 if masked else None, use_cache=True).past_key_values
         model(1, 41 if masked else None, past_key_values=cache)
-    assert model.reads == [(2, 40), (2, 1)] * masked
+        assert model.reads == [(2, 40), (2, 1)] * masked
+        static = GalleryStaticCache(model.model.config, 64)
+        model(40, 40 if masked else None, past_key_values=static)
+        model.reads.clear()
+        for _ in range(2):
+            model(1, 1 if masked else None, past_key_values=static)
+    assert model.reads == []
+
+
+@over(lambda variant, head: head != "choice")
+def test_what_asks_nothing_gives_the_same(variant, head, monkeypatch):
+    """A padded forward, as it runs where no tensor can be asked what it holds, and its gradients."""
+    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0)
+    run.model.config.use_cache = False  # decoders under a classifier keep one by themselves
+    ids, mask = words(3, 23), torch.ones(3, 23, dtype=torch.long)
+    mask[1, :6] = mask[2, 9:17] = mask[2, 20:] = 0
+    found = []
+    for asks in (True, False):
+        if not asks:
+            for name, module in list(sys.modules.items()):
+                if name.startswith("hf_gallery.models.") and hasattr(module, "readable"):
+                    monkeypatch.setattr(module, "readable", lambda x: False)
+        run.model.zero_grad()
+        result = result_of(run.model(**run.inputs(ids, mask)))
+        result.square().mean().backward()
+        found.append((result.detach(), {name: x.grad for name, x in run.model.named_parameters()}))
+    (expected, expected_grads), (result, grads) = found
+    assert_equal(result, expected)
+    for name, grad in expected_grads.items():
+        assert (grads[name] is None) == (grad is None)
+        if grad is not None:
+            assert_equal(grads[name], grad, name)
+
+
+def test_a_table_is_no_longer_for_a_mask_on_a_gpu():
+    """What all rows see in common is known on the CPU, though where each ends is not."""
+    rows = Rows(2, 40, torch.ones(2, 40, dtype=torch.bool, device="meta"), None)
+    p = rows.positions
+    spans = rows.spans(p - 5, p, 0)
+    assert spans.lower.is_meta and spans.reach(0) == 5
 
 
 @causal(lambda variant: variant.name in COLUMNS)
