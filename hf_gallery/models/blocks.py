@@ -166,7 +166,8 @@ class ScaledQueryKeyValue(QueryKeyValue):
         self.scale = nn.Parameter(torch.ones(self.num_heads))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return scaled_unit(self.query(x), self.scale), self.scale.abs()
+        size = self.scale.abs()
+        return scaled_unit(self.query(x), size), size
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = super().keys_values(x)
@@ -181,9 +182,9 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     return (F.rms_norm(y, (d,), eps=1e-6 / d) * d**-0.5).to(x.dtype)
 
 
-def scaled_unit(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """query (B, H, T, D) at the length |scale| (H,)."""
-    return unit(query) * scale.abs()[:, None, None].to(query.dtype)
+def scaled_unit(query: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """query (B, H, T, D) at the length size (H,)."""
+    return unit(query) * size[:, None, None].to(query.dtype)
 
 
 class T5Bias(nn.Module):

@@ -19,6 +19,7 @@ from .exporting import in_one_graph, is_exporting, readable
 from .operators import operator
 from .rings import RingLayout, lay, position_in
 from .search_triton import make_numbers, read_numbers, serves
+from .spans import moved
 from .states import Folded, Kept, Record
 
 faiss: Any
@@ -79,14 +80,12 @@ def search_exact(query, keys, lower, upper, topk):
     return F.pad(best, (0, missing), value=-math.inf), F.pad(best_at, (0, missing))
 
 
-def score_tiles(query: torch.Tensor, keys: torch.Tensor) -> tuple[list[slice], list[slice]]:
-    """Queries and keys whose scores are held at a time."""
+def score_tiles(query: torch.Tensor, keys: torch.Tensor) -> list[list[slice]]:
+    """The queries, and the keys, whose scores are held at a time."""
     (b, h, t, _), n = query.shape, keys.shape[2]
     width = min(n, _WIDTH)
     height = max(1, _SCORES // (b * h * width))
-    return tuple(
-        [slice(i, min(i + size, most)) for i in range(0, most, size)] for size, most in ((height, t), (width, n))
-    )
+    return [[slice(i, min(i + size, most)) for i in range(0, most, size)] for size, most in ((height, t), (width, n))]
 
 
 def search_numbered(query, keys, lower, upper, topk):
@@ -347,7 +346,9 @@ class Source(NamedTuple):
 
     def on(self, device: torch.device) -> Source:
         """The same with its intervals on a device."""
-        lower, upper = self.lower.to(device), self.upper.to(device)
+        lower, upper = self.lower, self.upper
+        if lower.device != device:
+            lower, upper = moved(torch.stack((lower, upper)), device).unbind(0)  # one copy, not two
         return self._replace(lower=lower, upper=upper, planned=(self.lower, self.upper))
 
     def reach(self) -> tuple[int, int]:
@@ -411,7 +412,7 @@ def retrieve(
             at = columns
             if len(parts) > 1 or start:
                 at = (columns - start).clamp(0, source_keys.shape[2] - 1)
-            some_keys, some_values = (_pick_pairs(x, at) for x in (source_keys, source_values))
+            some_keys, some_values = _pick_pairs((source_keys, source_values), at)
             if picked_keys is None:
                 picked_keys, picked_values = some_keys, some_values
             else:
@@ -460,11 +461,12 @@ def _retrieved_shapes(backend, query, keys, values, *rest):
 _retrieve = operator(__file__, "retrieve", _retrieve_from_columns, _retrieved_shapes)
 
 
-def _pick_pairs(x, at):
-    """x (B, H, N, D) at columns (B, H, T, k): (B, H, T, k, D)."""
-    b, h, n, d = x.shape
-    start = torch.arange(b * h, device=x.device).view(b, h, 1, 1) * n
-    return x.reshape(b * h * n, d).index_select(0, (at + start).flatten()).view(*at.shape, d)
+def _pick_pairs(pair, at):
+    """Keys and values (B, H, N, D) at columns (B, H, T, k): (B, H, T, k, D) both."""
+    b, h, n, _ = pair[0].shape
+    first = torch.arange(0, b * h * n, n, device=at.device).view(b, h, 1, 1)
+    at = at + first
+    return [x.reshape(b * h * n, -1).index_select(0, at.flatten()).unflatten(0, at.shape) for x in pair]
 
 
 def attend_retrieved(
@@ -478,8 +480,9 @@ def attend_retrieved(
     dtype = compute_dtype(query)
     with without_autocast(query):
         scores = torch.matmul(keys.to(dtype), query[..., None].to(dtype)).squeeze(-1)  # (B, H, T, k)
-    nothing = ~found.any(-1, keepdim=True)
-    weights = scores.masked_fill(~found & ~nothing, -math.inf).softmax(-1).masked_fill(nothing, 0.0)
+    hidden = ~found
+    # Below all others, and finite where nothing was found, so that no weight is NaN.
+    weights = scores.masked_fill(hidden, -1e30).softmax(-1).masked_fill(hidden, 0.0)
     weights = weights.to(values.dtype)
     return torch.matmul(weights[..., None, :], values).squeeze(-2).to(query.dtype), weights
 

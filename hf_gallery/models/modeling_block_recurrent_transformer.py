@@ -105,8 +105,10 @@ class Blocks:
     """The rows' tokens by their own blocks: block j of a row is the j-th that this forward touches.
 
     complete (B, J): whether block j ends in this forward. cuts: where all rows start together, the columns
-    [cached | new] at which block -1, 0, ..., J begin, cut to those that exist; else None.
+    [cached | new] at which blocks -1, 0, ..., J begin, cut to those that exist; else None.
     """
+
+    cuts: list[int] | None = None
 
     def __init__(self, rows: Rows, cached: int, length: int):
         self.rows, self.length, w = rows, length, length
@@ -115,7 +117,7 @@ class Blocks:
         most = int(reach.max()) if readable(reach) else fixed_length(rows.width)  # where it cannot be asked, no past
         self.count = max(1, -(-most // w))  # J; one also where no row has a token
         self.complete = reach[:, None] >= (1 + torch.arange(self.count, device=rows.device)) * w
-        self.columns, self.cuts = cached + rows.width, None
+        self.columns = cached + rows.width
         if rows.start is not None:
             least = max(0, cached - rows.start)
             begins = (cached - rows.start % w + j * w for j in range(-1, self.count + 1))
@@ -147,11 +149,12 @@ class Blocks:
         ends: Z queries see the vectors, Z more the tokens."""
         own = torch.arange(2 * vectors, device=self.rows.device)[None] < vectors
         if self.cuts is not None:
-            first, columns = vectors, vectors + self.cuts[j + 2] - self.cuts[j]
+            columns = vectors + self.cuts[j + 2] - self.cuts[j]
+            lower = torch.where(own, 0, vectors)
         else:
+            columns = vectors + 2 * self.length
             real = self.real[:, j * self.length : (j + 2) * self.length]
-            first, columns = vectors + (real.cumsum(1) == 0).sum(1, keepdim=True), vectors + 2 * self.length
-        lower = torch.where(own, 0, first)
+            lower = torch.where(own, 0, vectors + (real.cumsum(1) == 0).sum(1, keepdim=True))
         return Spans(lower, torch.where(own, vectors - 1, columns - 1).expand_as(lower))
 
     def token_spans(self, vectors: int) -> Spans:
@@ -256,13 +259,12 @@ class RecurrentState(nn.Module):
         new: NextState = {"state": Folded(vectors, Record.of(changes, vectors) if context.records else None)}
         if context.no_grad:  # a token of the same block reads them again
             new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
+        new = new if context.keeps_state else {}
         if blocks.count == 1:
-            read = read_state(query, *pairs[0], context)
-        else:
-            key, value = (torch.cat(x, dim=2) for x in zip(*pairs, strict=True))  # (B, H, J Z, D)
-            spans = context.token_spans(blocks, vectors.shape[1])
-            read = attend(query, key, value, spans, scale=1.0, implementation=context.implementation)
-        return read, new if context.keeps_state else {}
+            return read_state(query, pairs[0][0], pairs[0][1], context), new
+        key, value = (torch.cat(x, dim=2) for x in zip(*pairs, strict=True))  # (B, H, J Z, D)
+        spans = context.token_spans(blocks, vectors.shape[1])
+        return attend(query, key, value, spans, scale=1.0, implementation=context.implementation), new
 
     def _step(self, tokens, vectors, pair, context: Context):
         """`forward` of one token behind a static cache, whose rings (B, H, N, D) hold the last two blocks."""
@@ -275,7 +277,7 @@ class RecurrentState(nn.Module):
             p, (own, cross) = rows.positions, self._queries(self._named(vectors))
             spans = rows.spans(torch.zeros_like(p), p, 0)
             seen = (
-                read_state(own, *pair, context),
+                read_state(own, pair[0], pair[1], context),
                 attend(cross, *rings, spans, scale=1.0, implementation=context.implementation),
             )
             ahead = self._advance(vectors, torch.cat([merge_heads(x) for x in seen], dim=-1))
@@ -300,7 +302,7 @@ class RecurrentState(nn.Module):
 
     def _queries(self, named):
         """Queries (B, H, Z, D) of state vectors to themselves, and to the tokens."""
-        cross = scaled_unit(split_heads(self.cross_q_proj(named), self.num_heads), self.cross_scale)
+        cross = scaled_unit(split_heads(self.cross_q_proj(named), self.num_heads), self.cross_scale.abs())
         return self.project(named)[0], cross
 
     def _attend(self, named, pair, tokens, spans, context):
@@ -366,16 +368,17 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         position = self.relative_bias(max(1, spans.reach(cached)), scale)
         options = dict(scale=1.0, dropout=self.dropout.rate)
         out, probabilities = attend_shown(context, query, Keys(keys, values, spans, position), **options)
+        out = merge_heads(out)
         if self.reads_state:
-            cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.num_heads), self.cross_scale)
+            cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.num_heads), self.cross_scale.abs())
             if self.recurrent:
                 cross, new_state = self.recurrence(state, context, (cross_query, keys, values))
                 new |= new_state
             else:
                 key, value = context.fed
                 cross = read_state(cross_query, key, value, context)
-            out = torch.cat([out, cross], dim=1)  # (B, 2 H, T, D)
-        return self.o_proj(merge_heads(out)), new, probabilities
+            out = torch.cat([out, merge_heads(cross)], dim=-1)  # (B, T, 2 H D)
+        return self.o_proj(out), new, probabilities
 
 
 class GalleryBlockRecurrentTransformerLayer(PreNormLayer):

@@ -178,7 +178,10 @@ class MemoryIntervals:
 
     def appended_columns(self, x: torch.Tensor) -> torch.Tensor:
         """The part (B, H, A, D) of x (B, H, C + T, D) that this forward stores, any behind a row's own."""
-        column = (self.stored - self.start)[:, None] + torch.arange(int(self.appended.max()))
+        most = int(self.appended.max())
+        if not most:
+            return x[:, :, :0]
+        column = (self.stored - self.start)[:, None] + torch.arange(most)
         column = column.clamp(0, x.shape[2] - 1).to(x.device)[:, None, :, None]
         return x.gather(2, column.expand(-1, x.shape[1], -1, x.shape[3]))
 

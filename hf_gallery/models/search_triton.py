@@ -24,6 +24,7 @@ except ImportError:  # machines without a GPU, where torch's own operations serv
 # Settings of the launch for heads up to a size, for half types and float32: see eval/compiled.py.
 HALF = {64: _Tiles(64, 64, 4, 1), 128: _Tiles(64, 64, 4, 1), 256: _Tiles(32, 64, 4, 1)}
 FLOAT = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 8, 1), 256: _Tiles(16, 32, 8, 1)}
+FOUND = _Tiles(256, 1, 4, 1)
 
 
 def serves(query: torch.Tensor) -> bool:
@@ -112,8 +113,8 @@ def read_numbers(best: torch.Tensor, upper: torch.Tensor, n: int, topk: int) -> 
     scores = torch.empty(b, h, t, topk, dtype=torch.float32, device=best.device)
     columns = torch.empty(b, h, t, topk, dtype=torch.int64, device=best.device)
     upper = upper.contiguous()
-    grid = triton.cdiv(t * topk, 256), b * h
-    _found[grid](best, upper, scores, columns, _stride(upper), h, t, n, k, topk, BLOCK_M=256)
+    grid = triton.cdiv(t * topk, FOUND.queries), b * h
+    _found[grid](best, upper, scores, columns, _stride(upper), h, t, n, k, topk, BLOCK_M=FOUND.queries)
     return scores, columns
 
 

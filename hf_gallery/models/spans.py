@@ -65,7 +65,13 @@ class Spans:
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(lower, upper) on a device. The planning above stays where the intervals were made, mostly the CPU."""
-        return self._once(("on", device), lambda: (moved(self.lower, device), moved(self.upper, device)))
+
+        def work():
+            if self.lower.device == device:
+                return self.lower, self.upper
+            return moved(torch.stack((self.lower, self.upper)), device).unbind(0)  # one copy, not two
+
+        return self._once(("on", device), work)
 
     @property
     def widest(self) -> int:
