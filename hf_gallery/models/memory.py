@@ -372,12 +372,10 @@ def retrieve(
     Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
     """
-    # A decode step that a GPU captures may not wait for what a search asks.
-    by_definition = is_exporting() or (in_one_graph() and query.shape[2] == 1 and query.device.type != "cpu")
-    if in_one_graph() and not by_definition:
+    if in_one_graph() and not is_exporting():
         return _retrieve_in_graph(backend, query, sources, topk)
     search = BACKENDS[backend]
-    if by_definition:
+    if is_exporting():
         if backend not in ("exact", "faiss_flat"):
             raise ValueError(
                 f'memory_backend is {backend!r}, whose index no graph can hold; set it to "exact" to export'
@@ -423,7 +421,7 @@ def retrieve(
 
 
 def _retrieve_in_graph(backend, query, sources, topk):
-    """`retrieve` as an operator, which may ask tensors what they hold."""
+    """`retrieve` as an operator, which runs as it does without a graph: on CPUs it may ask tensors what they hold."""
     source = sources[0]  # of a forward without a past, the columns are all there are
     found = _retrieve(backend, query.detach(), *(x.detach() for x in source[:4]), topk)
     return tuple(found)
@@ -444,7 +442,7 @@ def _retrieve_from_columns(
     for start in range(0, t, tile):
         part = slice(start, start + tile)
         results.append(retrieve(backend, query[:, :, part], [source.of_queries(part)], topk))
-    return [torch.cat(x, dim=2) for x in zip(*results, strict=True)]
+    return list(results[0]) if len(results) == 1 else [torch.cat(x, dim=2) for x in zip(*results, strict=True)]
 
 
 def _retrieved_shapes(backend, query, keys, values, *rest):

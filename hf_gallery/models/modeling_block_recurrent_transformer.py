@@ -93,10 +93,6 @@ class Context(ForwardContext):
     def blocks(self, cached: int) -> Blocks:
         return self.once(("blocks", cached), lambda: Blocks(self.rows, cached, self.block_length))
 
-    def state_spans(self, blocks: Blocks, j: int, vectors: int) -> Spans:
-        place = j if blocks.cuts is None else blocks.cuts[j + 2] - blocks.cuts[j]  # all that it depends on
-        return self.once(("state", place, vectors), lambda: blocks.state_spans(j, vectors))
-
     def token_spans(self, blocks: Blocks, vectors: int) -> Spans:
         return self.once(("tokens", vectors), lambda: blocks.token_spans(vectors))
 
@@ -135,27 +131,22 @@ class Blocks:
         """The tokens that a row has read when block j ends, (B,); 0 where it does not end in this forward."""
         return (self.rows.seen - self.phase + (j + 1) * self.length).masked_fill(~self.complete[:, j], 0)
 
-    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The tokens of x (B, H, C + T, D) in blocks -1, 0, ..., J - 1: J + 1 times (B, H, up to W, D)."""
+    def windows(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The tokens of x (B, H, C + T, D) that the state sees when each block ends: J times (B, H, up to 2 W, D)."""
         # Split once: a pick from all of x for each block would cost its whole gradient each time.
         if self.cuts is None:
             at = self.column.to(x.device)[:, None, :, None]
-            return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3])).split(self.length, dim=2)
-        ends = [0, *self.cuts, self.columns]
-        return x.split([end - begin for begin, end in itertools.pairwise(ends)], dim=2)[1:-1]
-
-    def state_spans(self, j: int, vectors: int) -> Spans:
-        """The intervals (B or 1, 2 Z) of [Z state vectors | block j - 1 | block j] that the state sees when block j
-        ends: Z queries see the vectors, Z more the tokens."""
-        own = torch.arange(2 * vectors, device=self.rows.device)[None] < vectors
-        if self.cuts is not None:
-            columns = vectors + self.cuts[j + 2] - self.cuts[j]
-            lower = torch.where(own, 0, vectors)
+            parts = x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3])).split(self.length, dim=2)
         else:
-            columns = vectors + 2 * self.length
-            real = self.real[:, j * self.length : (j + 2) * self.length]
-            lower = torch.where(own, 0, vectors + (real.cumsum(1) == 0).sum(1, keepdim=True))
-        return Spans(lower, torch.where(own, vectors - 1, columns - 1).expand_as(lower))
+            ends = [0, *self.cuts, self.columns]
+            parts = x.split([end - begin for begin, end in itertools.pairwise(ends)], dim=2)[1:-1]
+        return [torch.cat(pair, dim=2) if pair[0].shape[2] else pair[1] for pair in itertools.pairwise(parts)]
+
+    def window_spans(self, j: int, vectors: int) -> Spans:
+        """The interval of real columns in window j, the same for all queries; a complete block ends with one."""
+        real = self.real[:, j * self.length : (j + 2) * self.length]
+        lower = (real.cumsum(1) == 0).sum(1)[:, None].expand(-1, vectors)  # (B, Z)
+        return Spans(lower, torch.full_like(lower, 2 * self.length - 1))
 
     def token_spans(self, vectors: int) -> Spans:
         """The interval of each token, in the Z state vectors of all blocks one behind another: those of its own."""
@@ -239,19 +230,22 @@ class RecurrentState(nn.Module):
         # A text that ends within a block moves no state that is read; one that goes on starts from no initial state.
         query = with_gradients_for(query, self)
         blocks = context.blocks(keys.shape[2] - query.shape[2])
-        pairs, parts, changes = [], None, []
+        pairs, windows, changes = [], None, []
         for j in range(blocks.count):
             pairs.append(pair)
             done = blocks.complete[:, j]
             goes_on = context.keeps_state or j + 1 < blocks.count  # somebody will read what comes next
             if goes_on and possibly(done):
-                parts = parts or (blocks.parts(keys), blocks.parts(values))
+                windows = windows or (blocks.windows(keys), blocks.windows(values))
                 if context.records:
                     changes.append((vectors, blocks.ends(j)))
                 named = self._named(vectors) if named is None else named
-                seen = [of_blocks[j : j + 2] for of_blocks in parts]
-                attended = self._attend(named, pair, seen, context.state_spans(blocks, j, vectors.shape[1]), context)
-                ahead = self._advance(vectors, attended)
+                seen = windows[0][j], windows[1][j]
+                if blocks.cuts is None:
+                    spans = blocks.window_spans(j, vectors.shape[1])
+                else:
+                    spans = context.everything(vectors.shape[1], seen[0].shape[2])
+                ahead = self._advance(vectors, self._attend(named, pair, seen, spans, context))
                 vectors = ahead if surely(done) else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
                 if j + 1 < blocks.count or context.no_grad:
                     named = self._named(vectors)
@@ -274,13 +268,9 @@ class RecurrentState(nn.Module):
         done = (count % self.block_length == 0) & (rows.lengths > 0)  # (B,)
         read, after = read_state(query, pair[0], pair[1], context), pair
         if possibly(done):
-            p, (own, cross) = rows.positions, self._queries(self._named(vectors))
+            p = rows.positions
             spans = rows.spans(torch.zeros_like(p), p, 0)
-            seen = (
-                read_state(own, pair[0], pair[1], context),
-                attend(cross, *rings, spans, scale=1.0, implementation=context.implementation),
-            )
-            ahead = self._advance(vectors, torch.cat([merge_heads(x) for x in seen], dim=-1))
+            ahead = self._advance(vectors, self._attend(self._named(vectors), pair, rings, spans, context))
             vectors = torch.where(done[:, None, None], ahead, vectors)
             after = self.project.keys_values(self._named(vectors))
         new = {"state": Folded(vectors), "state_keys": Derived(after[0]), "state_values": Derived(after[1])}
@@ -300,18 +290,14 @@ class RecurrentState(nn.Module):
         """State vectors (B, Z, E) as their maps read them."""
         return self.norm(vectors) + self.ids
 
-    def _queries(self, named):
-        """Queries (B, H, Z, D) of state vectors to themselves, and to the tokens."""
-        cross = scaled_unit(split_heads(self.cross_q_proj(named), self.num_heads), self.cross_scale.abs())
-        return self.project(named)[0], cross
-
     def _attend(self, named, pair, tokens, spans, context):
-        """What the vectors see at the end of a block, (B, Z, 2 H D). pair: their own keys and values (B, H, Z, D);
-        tokens: keys of the blocks, and values. One call of `attend` makes both softmaxes."""
-        key, value = (torch.cat([own, *blocks], dim=2) for own, blocks in zip(pair, tokens, strict=True))
-        query = torch.cat(self._queries(named), dim=2)  # (B, H, 2 Z, D)
-        out = attend(query, key, value, spans, scale=1.0, implementation=context.implementation)
-        return cast(torch.Tensor, out).unflatten(2, (2, -1)).permute(0, 3, 2, 1, 4).flatten(2)
+        """What the vectors see, (B, Z, 2 H D). pair: their own keys and values (B, H, Z, D); tokens: those of tokens,
+        of which spans says what they see."""
+        query, _ = self.project(named)  # (B, H, Z, D)
+        cross_query = scaled_unit(split_heads(self.cross_q_proj(named), self.num_heads), self.cross_scale.abs())
+        own = read_state(query, pair[0], pair[1], context)
+        cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
+        return torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)
 
     def _advance(self, vectors, attended):
         """The state vectors (B, Z, E) after a block. attended (B, Z, 2 H D): what they have seen."""

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
-from variants import COLUMNS, assert_equal, causal, over, result_of, runner, words
+from variants import COLUMNS, VARIANTS, assert_equal, causal, over, result_of, runner, words
 
 from hf_gallery import GalleryStaticCache
 from hf_gallery.models import attention
@@ -141,6 +141,23 @@ def test_what_asks_nothing_gives_the_same(variant, head, monkeypatch):
         assert (grads[name] is None) == (grad is None)
         if grad is not None:
             assert_equal(grads[name], grad, name)
+
+
+def test_a_graph_searches_the_memory_as_eager_does(monkeypatch):
+    """A decode step that a GPU captures holds the same operator, and not the definition, which sorts all scores."""
+    model = Model(next(v for v in VARIANTS if v.name == "memorizing"), monkeypatch, train=False)
+    static, held = GalleryStaticCache(model.model.config), []
+
+    def backend(graph, inputs):
+        held.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    torch.compiler.reset()
+    with torch.no_grad():
+        model(40, past_key_values=static)
+        ids = torch.zeros(2, 1, dtype=torch.long, device="meta")
+        torch.compile(model.model, fullgraph=True, backend=backend)(input_ids=ids, past_key_values=static)
+    assert any("retrieve" in name for name in held) and not any("sort" in name for name in held)
 
 
 def test_a_table_is_no_longer_for_a_mask_on_a_gpu():
