@@ -34,7 +34,7 @@ def lanes_of(ids, lanes):
 
 
 def bits_per_byte(trainer, tokenizer, ids):
-    """What a byte of the held-out text costs, whatever the tokens are; its first token is predicted by nothing."""
+    """The cost of a held-out byte, whatever the tokens are; the first token is predicted by nothing."""
     found = trainer.evaluate()
     count = len(tokenizer.decode(ids).encode()) - len(tokenizer.decode(ids[:1]).encode())
     return found["eval_bits_per_token"] * found["eval_tokens"] / count
