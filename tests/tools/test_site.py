@@ -13,7 +13,6 @@ import threading
 from pathlib import Path
 
 import pytest
-from browser import Browser, needs_browser
 from bs4 import BeautifulSoup
 
 from hf_gallery.drawing import draw
@@ -131,17 +130,24 @@ KINDS = (
     "code/hf_gallery/models/modeling_memorizing_transformer/",
 )
 
+# Only what is shown: links of headings appear under the mouse, drawers and menus when they are opened.
+VISIBLE = """[...document.querySelectorAll("body *")].filter(
+  e => !e.checkVisibility({ opacityProperty: true, visibilityProperty: true })).forEach(e => e.remove())"""
 
-@needs_browser
+
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_every_kind_of_page_is_readable(site, dark):
     """On a phone no page is wider than the screen; in either scheme no letter is smaller than 12 pixels or has less
     contrast than 4.5 to 1, and no script fails."""
+    browsers = pytest.importorskip("browser")
+    if browsers.FOUND is None:
+        pytest.skip("no Chromium here")
     wrong = {}
-    with served(site) as address, Browser() as browser:
+    with served(site) as address, browsers.Browser() as browser:
         for page in KINDS:
             for width in (390, 1280):
                 browser.open(Address(address + page), width=width, dark=dark)
+                browser.evaluate(VISIBLE)
                 said = browser.look()
                 assert said["dark"] == dark and said["texts"] > 20
                 found = {name: said[name] for name in ("problems", "small", "faint") if said[name]}
