@@ -21,6 +21,13 @@ from browser import FOUND, Browser  # noqa: E402
 PICTURES = ROOT / "docs" / "pictures"
 MOST = 200_000  # bytes of a picture
 COLOURS = 96  # of its palette: pages have few
+# Name, width and height of each picture of the report, and what stands at its top.
+SHOWN = [
+    ("report", 1440, 900, "header"),
+    ("comparison", 1440, 900, "#comparison"),
+    ("curves", 1440, 900, "#group0"),
+    ("report-phone", 390, 700, "#comparison"),
+]
 TALE = ROOT / "CONTRIBUTING.md"  # the text that the model reads
 STEPS, SEGMENT = 150, 64
 
@@ -32,10 +39,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, Browser() as browser:
         report, look = Path(folder, "report.html"), Path(folder, "look.html")
         report.write_text(report_page(), encoding="utf-8")
-        for name, width, height in (("report", 1440, 1000), ("report-phone", 390, 844)):
+        for name, width, height, place in SHOWN:
             browser.open(report, width, height)
+            browser.evaluate(f"document.querySelector({place!r}).scrollIntoView()")
             save(browser.picture(), PICTURES / f"{name}.png")
-        browser.evaluate("document.querySelector('#group0').scrollIntoView()")
         look.write_text(look_page(), encoding="utf-8")
         browser.open(look, 1440, 1000)
         save(browser.picture(), PICTURES / "look.png")

@@ -80,7 +80,12 @@ def _tight(text: str) -> str:
     return re.sub(r" ([<=≥]) ", "\u00a0\\1\u00a0", text).replace(" %", "\u00a0%")
 
 
-_PAGES.filters["tight"] = _tight
+def _soft(text: str) -> str:
+    """Text whose long words may be parted by a hyphen, where a column is narrow."""
+    return re.sub(r"\b(\w{5})(\w{5,})", "\\1\u00ad\\2", text)
+
+
+_PAGES.filters |= {"tight": _tight, "soft": _soft}
 
 
 def csv_of(results: dict[str, Any]) -> str:
