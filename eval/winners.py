@@ -25,7 +25,7 @@ class Best:
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """What a contestant reached: a number, the same in words as short as a table needs, and its 95 % interval."""
+    """Result of a contestant: a number, the same in words as short as a table needs, and its 95 % interval."""
 
     number: float
     said: str

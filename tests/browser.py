@@ -117,7 +117,7 @@ class Browser:
         said, self._rest = self._rest.split(b"\0", 1)
         return json.loads(said)
 
-    def open(self, path, width=1440, height=900, dark=False, media="screen"):
+    def open(self, path, width=1440, height=900, dark=False, media=""):
         """Shows a file on a screen of that width, in a colour scheme."""
         self.screen(width, height)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
@@ -144,12 +144,12 @@ class Browser:
                 raise TimeoutError(script)
             time.sleep(0.02)
 
-    def press(self, key):
+    def press(self, key, shift=False):
         """Presses a key, and lets it go."""
         text = {"Enter": "\r", "Space": " "}.get(key, "")
         codes = {"Enter": 13, "Space": 32, "Tab": 9, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37}
         codes |= {"ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
-        about = {"key": " " if key == "Space" else key, "code": key, "windowsVirtualKeyCode": codes[key]}
+        about = {"key": " " if key == "Space" else key, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": 8 * shift}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
         self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 
@@ -166,7 +166,7 @@ class Browser:
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, **button)
 
     def look(self):
-        """What can be said of every page, see `LOOK`."""
+        """Tells what can be told of every page, see `LOOK`."""
         return self.evaluate(LOOK)
 
     def picture(self, whole=False):

@@ -23,8 +23,8 @@ const hidden = new Set();  // contestants that are not drawn
 const shownIn = plot => plot.series.filter(s => !hidden.has(s.contestant));
 const room = text => 7 * text.length;  // pixels that a label takes
 
-function draw(box) {
-  const plot = data.plots[box.dataset.plot], width = Math.max(240, box.clientWidth), rows = plot.rows ? plot.y.ticks.length : 0;
+function draw(box, width = Math.max(240, box.clientWidth)) {
+  const plot = data.plots[box.dataset.plot], rows = plot.rows ? plot.y.ticks.length : 0;
   const height = rows ? 70 + 46 * rows : 310, top = 26, bottom = 46;
   const left = rows ? 8 : 14 + Math.max(...plot.y.ticks.map(t => room(t[1]))), right = 18, inset = rows ? 22 : 8;
   const X = x => left + inset + x * (width - left - right - 2 * inset);
@@ -132,6 +132,10 @@ for (const box of all(".drawing")) {
   new ResizeObserver(() => { if (Math.max(240, box.clientWidth) !== box.map.width) draw(box); }).observe(box);
 }
 
+// Paper has two plots side by side.
+addEventListener("beforeprint", () => all(".drawing").forEach(box => draw(box, 340)));
+addEventListener("afterprint", () => all(".drawing").forEach(box => draw(box)));
+
 const names = all(".legend [data-contestant]").map(button => button.dataset.contestant);
 for (const button of all(".legend button")) button.addEventListener("click", event => {
   const name = button.dataset.contestant;
@@ -140,6 +144,9 @@ for (const button of all(".legend button")) button.addEventListener("click", eve
   else if (!hidden.delete(name)) hidden.add(name);
   choose();
 });
+
+const legend = document.querySelector(".legend");  // it covers what stands behind it, so that links must leave room
+if (legend) new ResizeObserver(() => document.documentElement.style.setProperty("--legend", legend.offsetHeight + "px")).observe(legend);
 
 // ---- tables behind tabs; without a script they stand one below another
 
