@@ -314,8 +314,8 @@ def _training_curves(results: dict[str, Any], entries: Entries) -> list[Plot]:
     if not series:
         return []
     longest = max(p.x for s in series for p in s.points)
-    marks = tuple((x, f"{x:,.0f}") for x in _ticks(0, longest))
-    x = Axis("seconds of training, by the speed under cost", 0, longest, marks)
+    marks = tuple((x, f"{x:,g}") for x in _ticks(0, longest))
+    x = Axis("seconds of training, by the speed under cost", 0, marks[-1][0], marks)
     y = _measured("bits per byte of the training text", ((p.y, p.limits) for s in series for p in s.points))
     stops = tuple((longest * i / 20, f"about {longest * i / 20:,.0f} s") for i in range(1, 21))
     caption = "What a second of training buys: all read the same bytes, the quicker ones sooner."

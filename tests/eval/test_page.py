@@ -135,6 +135,8 @@ def test_axes_hold_what_is_drawn_and_end_at_round_numbers(results):
                 assert 0 <= plot.x.place(p.x) <= 1 and 0 <= plot.y.place(p.y) <= 1, plot.title
         across = plot.x if plot.rows else plot.y
         said = [label for _, label in across.ticks]
+        for axis in (plot.x, plot.y):
+            assert all(0 <= axis.place(value) <= 1 for value, _ in axis.ticks), plot.title
         assert len(said) == len(set(said)) >= 2, plot.title
     assert figures._ticks(0.0, 1.0) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1]) and figures._ticks(3, 3)[0] < 3
 
