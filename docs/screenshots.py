@@ -29,7 +29,7 @@ SHOWN = [
     ("report-phone", 390, 700, "#comparison"),
 ]
 TALE = ROOT / "CONTRIBUTING.md"  # the text that the model reads
-STEPS, SEGMENT = 150, 64
+STEPS, SEGMENT, LENGTH = 60, 64, 256
 
 
 def main() -> None:
@@ -80,18 +80,18 @@ def look_page() -> str:
         initial_scale=24**0.5,
     )
     model = GalleryMemorizingTransformerForCausalLM(config)
-    text = "".join(corpus["train"]["text"][:200])
+    text = "".join(corpus["train"]["text"][:50])
     ids = torch.from_numpy(encode_bytes(text).astype("int64"))  # (bytes,)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for _ in range(STEPS):
-        starts = torch.randint(len(ids) - 512, (16,)).tolist()
-        rows = torch.stack([ids[start : start + 512] for start in starts])  # (B, 512)
+        starts = torch.randint(len(ids) - LENGTH, (8,)).tolist()
+        rows = torch.stack([ids[start : start + LENGTH] for start in starts])  # (B, LENGTH)
         loss = model(input_ids=rows, labels=rows).loss
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()
     print(f"trained to {loss.item() / 0.6931:.2f} bits per byte", file=sys.stderr)
-    said = tokenizer(TALE.read_text(encoding="utf-8")[:3000], return_tensors="pt").input_ids
+    said = tokenizer(TALE.read_text(encoding="utf-8")[:1500], return_tensors="pt").input_ids
     found = look(model.eval(), said)
     return page(found, words_of(tokenizer, found.ids), f"A small Memorizing Transformer reads {TALE.name}")
 
@@ -103,9 +103,7 @@ def save(png: bytes, path: Path) -> None:
     picture = whole.quantize(COLOURS, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
     picture.save(path, optimize=True)
     if path.stat().st_size > MOST:
-        raise ValueError(
-            f"{path.name} has {path.stat().st_size:,} bytes, more than {MOST:,}; show less of the page"
-        )
+        raise ValueError(f"{path.name} has {path.stat().st_size:,} bytes, more than {MOST:,}; show less of the page")
     print(f"{path.relative_to(ROOT)}  {path.stat().st_size // 1024} KiB")
 
 

@@ -122,10 +122,10 @@ def _read(
                 decoding[name, context] += decoded[name]
             tick(1)
     for name, context in places:
-        entry, read, decoded = found[name], reading[name, context], decoding[name, context]
-        entry["prefill_tokens_per_second"][str(context)] = context / median(read)
-        entry["decode_ms_per_token"][str(context)] = 1e3 * median(decoded)
-        limits = median_interval(decoded)
+        entry, took = found[name], decoding[name, context]
+        entry["prefill_tokens_per_second"][str(context)] = context / median(reading[name, context])
+        entry["decode_ms_per_token"][str(context)] = 1e3 * median(took)
+        limits = median_interval(took)
         if limits is not None:
             entry["decode_interval"][str(context)] = [1e3 * x for x in limits]
 

@@ -194,7 +194,9 @@ def _by_label(title: str, labels: list[str]) -> tuple[Axis, tuple[tuple[float, s
 # ---- text
 
 
-BITS, LOWER = "bits per byte", "bits per byte, lower is better"
+LOWER = "bits per byte, lower is better"
+# Number, name, label, sums and intervals of a contestant.
+BitCurve = tuple[int, str, str, dict[str, dict[str, Any]], Mapping[str, "tuple[float, float] | None"]]
 
 
 def _text(results: dict[str, Any], entries: Entries) -> list[Plot]:
@@ -219,10 +221,10 @@ def _text(results: dict[str, Any], entries: Entries) -> list[Plot]:
             "distance to the last. Who remembers a name pays less for it.",
         ),
     ):
-        sums = [(i, name, e["label"], e[key], {}) for i, name, e in entries if e.get(key)]
+        sums: list[BitCurve] = [(i, name, e["label"], e[key], {}) for i, name, e in entries if e.get(key)]
         if sums:
             plots.append(_bit_curves(title, caption, axis, sums))
-    by_size = []
+    by_size: list[BitCurve] = []
     for i, name, e in entries:
         if e.get("text_by_memory_size"):
             sizes = dict(sorted(e["text_by_memory_size"].items(), key=lambda item: int(item[0])))
@@ -268,7 +270,7 @@ def _bit_curves(
     title: str,
     caption: str,
     axis: str,
-    curves: list[tuple[int, str, str, dict[str, dict[str, Any]], Mapping[str, tuple[float, float] | None]]],
+    curves: list[BitCurve],
 ) -> Plot:
     """Bits per byte by label, a curve for each (number, name, label, sums, intervals) of a contestant. Intervals that
     are not given come from the sums themselves, where those hold their documents."""

@@ -8,8 +8,8 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Origins:
-    """Lines that stand above results. facts: (what, said). mixed: a warning where not all is of one commit or one machine.
-    commits, cells: rows of a table by commit and by cell, under `COMMITS` and `CELLS`."""
+    """Lines that stand above results. facts: (what, said). mixed: a warning where not all is of one commit or one
+    machine. commits, cells: rows of a table by commit and by cell, under `COMMITS` and `CELLS`."""
 
     facts: list[tuple[str, str]]
     mixed: str

@@ -101,9 +101,9 @@ def csv_of(results: dict[str, Any]) -> str:
         for s in plot.series:
             label = f"{s.contestant}, {s.label}" if plot.named else s.contestant
             for p in s.points:
-                at, value, unit = (p.x, p.y, plot.y.title) if not plot.rows else ("", p.x, plot.x.title)
-                at = dict(plot.stops).get(at, at)
-                rows.writerow([plot.title, label, at, value, *(p.limits or ("", "")), unit])
+                at = "" if plot.rows else dict(plot.stops).get(p.x, f"{p.x:g}")
+                number, unit = (p.x, plot.x.title) if plot.rows else (p.y, plot.y.title)
+                rows.writerow([plot.title, label, at, number, *(p.limits or ("", "")), unit])
     return out.getvalue()
 
 

@@ -149,7 +149,8 @@ class Browser:
         text = {"Enter": "\r", "Space": " "}.get(key, "")
         codes = {"Enter": 13, "Space": 32, "Tab": 9, "Escape": 27, "End": 35, "Home": 36, "ArrowLeft": 37}
         codes |= {"ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
-        about = {"key": " " if key == "Space" else key, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": 8 * shift}
+        name = " " if key == "Space" else key
+        about = {"key": name, "code": key, "windowsVirtualKeyCode": codes[key], "modifiers": 8 * shift}
         self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **about)
         self.call("Input.dispatchKeyEvent", type="keyUp", **about)
 

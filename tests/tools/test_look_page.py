@@ -1,5 +1,8 @@
 """The page of `hf-gallery look`: in a real browser, as wide as a phone and as a desk, by mouse and by keyboard."""
 
+import json
+import re
+
 import pytest
 import torch
 from browser import Browser, needs_browser
