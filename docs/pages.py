@@ -210,7 +210,7 @@ def equations() -> dict[str, list[str]]:
 
 
 def strengths(v: Variant) -> str:
-    """What it does best in the standard run, of the table of who does."""
+    """Tasks that it does best in the standard run, of the table of who does."""
     if not v.measured:
         return ""
     table = read("docs/RESULTS.md").split("| at | best | the first has |\n")[1].split("\n\n")[0]

@@ -253,7 +253,7 @@ def measure(
 
 
 class LearningCurve:
-    """What a model can do while it trains, for `learn` to watch with: at each level the scored tokens of held-out
+    """A model's right answers while it trains, for `learn` to watch with: at each level the scored tokens of held-out
     examples, and how many of them were its first choice. Tokens, not whole answers, so that a beginning shows.
 
     examples: of each level, of the split "validation". found: {level: {step: {asked, correct}}}.

@@ -297,7 +297,7 @@ class SavedFacts:
 
 
 def _entries(results: Any, contestants: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What a results file says of some contestants, by name; of those alone of whom it has numbers."""
+    """Entries of some contestants in a results file, by name; of those alone of whom it has numbers."""
     summary = results.get("summary") if isinstance(results, dict) else None
     found = {n: summary.get(n) for n in contestants} if isinstance(summary, dict) else {}
     measures = {"recall", "bits_per_byte", "cost", "abilities"}

@@ -291,7 +291,7 @@ class RecurrentState(nn.Module):
         return self.norm(vectors) + self.ids
 
     def _attend(self, named, pair, tokens, spans, context):
-        """What the vectors see, (B, Z, 2 H D). pair: their own keys and values (B, H, Z, D); tokens: those of tokens,
+        """Attention of the vectors, (B, Z, 2 H D). pair: their own keys and values (B, H, Z, D); tokens: those of tokens,
         of which spans says what they see."""
         query, _ = self.project(named)  # (B, H, Z, D)
         cross_query = scaled_unit(split_heads(self.cross_q_proj(named), self.num_heads), self.cross_scale.abs())

@@ -73,7 +73,7 @@ def _numbers(
 
 @jit
 def _found(best_ptr, upper, scores_ptr, columns_ptr, ends_b, H, T, N, K, TOPK, BLOCK_M: tl.constexpr):
-    """Scores and columns (B, H, T, TOPK) of numbers (B, H, T, K), -inf and 0 behind them."""
+    """Scores and columns (B, H, T, TOPK) of the numbers found, -inf and 0 behind them."""
     pair = tl.program_id(1).to(tl.int64)
     place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     t, i = place // TOPK, place % TOPK

@@ -88,7 +88,7 @@ def read_copy(ids, vocab_size=16, num_tokens_to_copy=16, **_):
 
 
 def facts_of(vocab_size, facts_seed):
-    """What the training examples tell of each key."""
+    """Facts that the training examples tell of each key."""
     data = mad_memorization(60, 101, vocab_size=vocab_size, facts_seed=facts_seed, seed=9)
     ids, labels = np.array(data["input_ids"]), np.array(data["labels"])
     pairs = set(zip(ids[:, :-1:2].ravel().tolist(), labels[:, 2::2].ravel().tolist(), strict=True))

@@ -36,7 +36,7 @@ def books(tmp_path_factory):
 
 
 def made(name, books, folder, tick=lambda units: None, settings=TINY):
-    """What was measured of a model, trained in one folder and saved to another."""
+    """Measures of a model that is trained in one folder and saved to another."""
     corpus = load_corpus(str(books))
     return zoo.make(CONTESTANTS[name], settings, corpus, folder / "work", folder / "zoo" / name, CPU, tick)
 

@@ -598,7 +598,7 @@ def test_train_generate_look_card_as_shown(tmp_path, monkeypatch):
 
 
 def test_list_spans_push_eval_as_shown(saved, tmp_path, monkeypatch):
-    """What they hand over, where a Hub or hours would be needed."""
+    """Calls that they hand over, where a Hub or hours would be needed."""
     monkeypatch.chdir(tmp_path)
     for line in (["list"], *shown_commands("spans")):
         assert invoke(*line).exit_code == 0

@@ -154,7 +154,7 @@ def test_a_graph_searches_the_memory_as_eager_does(monkeypatch):
 
 
 def test_a_table_is_no_longer_for_a_mask_on_a_gpu():
-    """What all rows see in common is known on the CPU, though where each ends is not."""
+    """The keys that all rows see in common are known on the CPU, though where each ends is not."""
     rows = Rows(2, 40, torch.ones(2, 40, dtype=torch.bool, device="meta"), None)
     p = rows.positions
     spans = rows.spans(p - 5, p, 0)
