@@ -291,8 +291,8 @@ class RecurrentState(nn.Module):
         return self.norm(vectors) + self.ids
 
     def _attend(self, named, pair, tokens, spans, context):
-        """Attention of the vectors, (B, Z, 2 H D). pair: their own keys and values (B, H, Z, D); tokens: those of tokens,
-        of which spans says what they see."""
+        """Attention of the vectors, (B, Z, 2 H D). pair: their own keys and values (B, H, Z, D); tokens: those of
+        tokens, of which spans says what they see."""
         query, _ = self.project(named)  # (B, H, Z, D)
         cross_query = scaled_unit(split_heads(self.cross_q_proj(named), self.num_heads), self.cross_scale.abs())
         own = read_state(query, pair[0], pair[1], context)
