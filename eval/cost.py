@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_gallery import GalleryCache
 
+from . import outside
 from .cells import EVERYONE, Cell
 from .contestants import Contestant, build
 from .figures import contexts, short
@@ -200,7 +201,9 @@ class Stream:
 
     def __init__(self, model: PreTrainedModel, length: int, seed: int, device: torch.device):
         self.model, self.ids, self.place = model, _random_bytes(1, length, seed).to(device), 0
-        self.cache = GalleryCache(model.config)
+        self.cache: GalleryCache | outside.Reader = GalleryCache(model.config)
+        if outside.is_foreign(model):
+            self.cache = outside.Reader(model, outside.carried(model, 32))
 
     def read(self, tokens: int) -> None:
         """Reads the next tokens of the text, in chunks."""
@@ -214,7 +217,10 @@ class Stream:
 
     @torch.no_grad()
     def _forward(self, ids: torch.Tensor) -> None:
-        logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits
+        if isinstance(self.cache, outside.Reader):
+            logits = self.cache.read(ids, last=True)
+        else:
+            logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits
         self.last = logits[:, -1].argmax(-1, keepdim=True)
 
 
@@ -235,12 +241,23 @@ class Cost(Task):
     """The task `cost`: one cell, of all contestants in turns."""
 
     name = "cost"
+    modules = ("cost", "measure")
 
     def settings(self, job: Job) -> dict[str, Any]:
         return plain(job.preset.cost) | {"device": job.device.type}
 
+    def longest(self, job: Job) -> int:
+        return (
+            max(job.preset.cost.lengths)
+            if not job.preset.cost.contexts
+            else max(*job.preset.cost.lengths, job.preset.cost.contexts[-1] + 2 * job.preset.cost.decode_tokens)
+        )
+
     def cells_of_all(self, job: Job, contestants: list[Contestant]) -> Iterator[Cell]:
         settings = self.settings(job) | {"contestants": [c.name for c in contestants]}
+        models = {c.name: c.own for c in contestants if c.own is not None}
+        if models:
+            settings["models"] = models
         work = units(job.preset.cost, contestants)
         yield Cell(
             self.name,
@@ -249,6 +266,7 @@ class Cost(Task):
             settings,
             work,
             lambda tick: measure(contestants, job.preset.cost, 0, job.device, tick),
+            self.code,
         )
 
     def add(self, results: dict[str, Any], cell: dict[str, Any]) -> None:

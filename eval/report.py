@@ -17,6 +17,7 @@ from hf_gallery.files import read_json, write_json, write_text
 from . import peers
 from .benchmark import TASKS
 from .claims import verdicts
+from .code import told
 from .figures import figures
 from .significance import SURE, counted
 from .task import Column, Family
@@ -124,8 +125,21 @@ def _with_peers(results: dict[str, Any]) -> list[tuple[str, list[str], list[list
     return conclusions(results) + ([(_peers_title(own), *peers.table(own))] if own else [])
 
 
+def versions(results: dict[str, Any]) -> str:
+    """Tells in a sentence by how many versions of the code the cells of a result were measured."""
+    return results.get("code") or told(results["cells"])
+
+
+def outsiders(results: dict[str, Any]) -> list[str]:
+    """A sentence of each contestant from outside the gallery: its size, and what is carried."""
+    return [f"{e['label']}: {e['outside']}" for e in results["summary"].values() if "outside" in e]
+
+
 def show(results: dict[str, Any], console: Console) -> None:
-    """Prints the tables, in parts that fit a terminal of 80 columns."""
+    """Prints by what code the cells were measured, and the tables, in parts that fit a terminal of 80 columns."""
+    console.print(versions(results))
+    for line in outsiders(results):
+        console.print(line)
     for tables, numbers in ((parts(results), True), (conclusions(results), False)):
         for title, heads, rows in tables:
             shown = Table(title=Text(title), title_justify="left")

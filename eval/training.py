@@ -38,11 +38,11 @@ def learn(
         remove_unused_columns=False,
         bf16=bf16,
     ) as arguments:
-        train(Trainer(model, arguments, train_dataset=batches, data_collator=_only), tick)
+        train(Trainer(model, arguments, train_dataset=batches, data_collator=only), tick)
     return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
 
 
-def _only(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def only(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The Trainer's batch of one element, which is a whole batch already."""
     return batches[0]
 
