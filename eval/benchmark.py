@@ -71,9 +71,13 @@ def _admit(contestant: Contestant, tasks: list[Task], job: Job) -> None:
             )
         if contestant.own is None:
             continue
-        with torch.device("meta"):
-            model = build(contestant, job.preset.text.sizes)  # refuses a vocabulary that is too small
-        reach = outside.positions(model.config)
+        model = build(contestant, job.preset.text.sizes)  # refuses a vocabulary that is too small
+        if outside.looks_ahead(model):
+            raise ValueError(
+                f"{contestant.name} sees tokens that come later, so it would be told what it is asked for; give the "
+                "configuration of a causal model, for some types by is_decoder true"
+            )
+        reach = outside.positions(model.config) if outside.is_foreign(model.config) else None
         if reach is not None and reach < task.longest(job):
             raise ValueError(
                 f"{contestant.name} reads {reach:,} tokens at most (max_position_embeddings), and the task "
@@ -146,7 +150,9 @@ def _about(contestant: Contestant, cells: list[dict[str, Any]]) -> dict[str, str
     size = max((found["parameters"] for found in results), default=0)
     read = {found["read"] for found in results if "read" in found}
     matched = "as many as the others" if contestant.own is None else "as its own configuration has them"
-    parts = [f"{size:,} parameters, {matched}", f"sees {contestant.reach}", "trained with nothing carried"]
+    of_gallery = contestant.own is not None and contestant.own["model_type"].startswith(outside.GALLERY)
+    carried = "its cache" if of_gallery else "nothing"
+    parts = [f"{size:,} parameters, {matched}", f"sees {contestant.reach}", f"trained with {carried} carried"]
     return about | {"outside": "; ".join([*parts, *(f"texts are read {how}" for how in read)])}
 
 

@@ -202,8 +202,14 @@ class Stream:
     def __init__(self, model: PreTrainedModel, length: int, seed: int, device: torch.device):
         self.model, self.ids, self.place = model, _random_bytes(1, length, seed).to(device), 0
         self.cache: GalleryCache | outside.Reader = GalleryCache(model.config)
-        if outside.is_foreign(model):
-            self.cache = outside.Reader(model, outside.carried(model, 32))
+        if outside.is_foreign(model.config):
+            going = outside.carried(model, 32)
+            if going is outside.Reading.SEGMENTS:
+                raise ValueError(
+                    f"{type(model).__name__} does not decode as it reads: with its cache it gives other logits than "
+                    "without, so that the costs of its cache say nothing; leave it out, or name --tasks without cost"
+                )
+            self.cache = outside.Reader(model, going)
 
     def read(self, tokens: int) -> None:
         """Reads the next tokens of the text, in chunks."""
@@ -247,11 +253,9 @@ class Cost(Task):
         return plain(job.preset.cost) | {"device": job.device.type}
 
     def longest(self, job: Job) -> int:
-        return (
-            max(job.preset.cost.lengths)
-            if not job.preset.cost.contexts
-            else max(*job.preset.cost.lengths, job.preset.cost.contexts[-1] + 2 * job.preset.cost.decode_tokens)
-        )
+        s = job.preset.cost
+        decoded = len(s.contexts) * (s.decode_tokens + 1)
+        return max(*s.lengths, max(s.contexts, default=0) + decoded)
 
     def cells_of_all(self, job: Job, contestants: list[Contestant]) -> Iterator[Cell]:
         settings = self.settings(job) | {"contestants": [c.name for c in contestants]}

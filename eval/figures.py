@@ -10,11 +10,13 @@ from typing import Any
 import plotly.graph_objects as go
 
 from .contestants import CONTESTANTS
+from .outside import OUTSIDE
 from .significance import QUESTION, answers, interval, text_interval
 
 # In the order of the contestants, and taken in turns by whatever else there are several of.
-COLOURS = [c.colour for c in CONTESTANTS.values()]
-SYMBOLS = [c.symbol for c in CONTESTANTS.values()]
+KNOWN = CONTESTANTS | OUTSIDE
+COLOURS = [c.colour for c in KNOWN.values()]
+SYMBOLS = [c.symbol for c in KNOWN.values()]
 
 
 Plot = tuple[str, str, go.Figure]  # title, caption, figure
@@ -43,7 +45,7 @@ def figures(results: dict[str, Any]) -> list[Plot]:
 
 def place(name: str, results: dict[str, Any]) -> int:
     """The number by which a contestant is drawn, the same in every run; one that is not known comes last."""
-    known = list(CONTESTANTS)
+    known = list(KNOWN)
     return known.index(name) if name in known else len(known) + list(results["summary"]).index(name)
 
 

@@ -1,7 +1,8 @@
 """Contestants from outside the gallery: causal models of transformers, with their own code and their own caches.
 
-They train on the same batches as the others. No trainer cuts and resets their caches, so nothing is carried from one step of the text task into the next. When they are asked, their caches go on over calls, if that gives what one
-call over everything gives: a cache of transformers may hold a state and begin anew all the same.
+They train on the same batches as the others. No trainer cuts and resets their caches, so nothing is carried from one
+step of the text task into the next. When they are asked, their caches go on over calls, if that gives what one call
+over everything gives: a cache of transformers may hold a state and begin anew all the same.
 """
 
 from __future__ import annotations
@@ -109,8 +110,9 @@ def _recurrent_gemma(sizes: Any) -> PreTrainedConfig:
 
 
 def _causal(config: PreTrainedConfig) -> PreTrainedModel:
-    """The causal model of a configuration, in float32; its cache is its reader's to make."""
-    config.use_cache = False
+    """The causal model of a configuration, in float32. One from outside makes no cache unless its reader gives it
+    one."""
+    config.use_cache = not is_foreign(config)
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return kind(config)
 
@@ -173,9 +175,9 @@ OUTSIDE = {
 }
 
 
-def is_foreign(model: PreTrainedModel) -> bool:
-    """Whether a model has a cache of its own instead of the gallery's."""
-    return not model.config.model_type.startswith(GALLERY)
+def is_foreign(config: PreTrainedConfig) -> bool:
+    """Whether the models of a configuration have caches of their own instead of the gallery's."""
+    return not config.model_type.startswith(GALLERY)
 
 
 def own_config(path: Path) -> tuple[str, dict[str, Any]]:
@@ -270,6 +272,16 @@ def positions(config: PreTrainedConfig) -> int | None:
 # ---- reading texts of any length
 
 
+@torch.no_grad()
+def looks_ahead(model: PreTrainedModel) -> bool:
+    """Whether what a model says of a token changes with a token after it, as of an encoder."""
+    ids = torch.arange(8, device=model.device)[None]
+    other = ids.clone()
+    other[:, -1] += 1
+    first, second = (model.eval()(input_ids=x).logits[:, :-1] for x in (ids, other))
+    return not torch.allclose(first, second, atol=1e-5)
+
+
 class Reading(enum.Enum):
     """How a model reads on over calls."""
 
@@ -333,7 +345,8 @@ def how(model: PreTrainedModel, part: int) -> Reading:
 def carried(model: PreTrainedModel, part: int) -> Reading:
     """The same, but caches may grow without end."""
     generator = torch.Generator().manual_seed(0)
-    part = max(2, part)
+    end = positions(model.config)
+    part = max(2, part if end is None else min(part, (end - 3) // 2))
     ids = torch.randint(0, 256, (2, 2 * part + 3), generator=generator).to(model.device)
     whole = _bits(Reader(model, Reading.SEGMENTS).read(ids))
     for reading, sizes in ((Reading.PARTS, (part, part, 1, 2)), (Reading.TOKENS, (part, part + 3))):

@@ -119,13 +119,13 @@ def measure(
         "by_stretch": by_stretch(bits),
         "by_last_use": by_last_use(bits, found, frequent_words(corpus["train"])),
         "by_memory_size": by_memory_size,
-        **({"read": outside.how(model, settings.length).value} if outside.is_foreign(model) else {}),
+        **({"read": outside.how(model, settings.length).value} if outside.is_foreign(model.config) else {}),
     }
 
 
 def _trainer(model: PreTrainedModel, arguments: TrainingArguments, settings: TextSettings, found: Dataset) -> Trainer:
     """A trainer on documents, segment by segment; a model from outside has no cache that it could carry along."""
-    if not outside.is_foreign(model):
+    if not outside.is_foreign(model.config):
         return SegmentTrainer(
             model,
             arguments,
@@ -151,7 +151,7 @@ def read(
     those that end before others are padded. A model from outside does as outside.how says.
     """
     going = None
-    if outside.is_foreign(model):
+    if outside.is_foreign(model.config):
         length = min(length, outside.positions(model.config) or length)
         going = outside.how(model, length)
     bits: list[np.ndarray] = [np.zeros(0)] * len(found)
