@@ -23,6 +23,7 @@ from hf_gallery.drawing import draw
 from hf_gallery.variants import VARIANTS, Variant
 
 ROOT = Path(__file__).resolve().parents[1]
+EXAMPLE = re.compile(r"`python (examples/\w+\.py) [^`]+`")
 PLACE = re.compile(r"`([\w./]+/[\w]+\.py)(?::([\w.]+))?`")
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+)\)")
 FENCED = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -47,7 +48,8 @@ REFERENCE = {
     "Data": [f"hf_gallery.data.{x}" for x in ("corpus", "catalogue", "tasks", "reasoning", "stories", "tokenizer")],
     "Conversion and the Hub": ["hf_gallery.convert", "hf_gallery.hub", "hf_gallery.cards"],
     "What is seen": [
-        f"hf_gallery.{x}" for x in ("roads", "drawing", "looking.text", "looking.watch", "looking.reach")
+        f"hf_gallery.{x}"
+        for x in ("intervals", "roads", "drawing", "looking.text", "looking.watch", "looking.reach", "looking.worth")
     ],
     "Table of architectures": ["hf_gallery.variants"],
 }
@@ -82,8 +84,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
         },
         {
             "Guides": [
+                {"Train on your own text": "guides/train.md"},
                 *guides,
-                {"On a GPU": "guides/gpu.md"},
                 {"Tasks of lm-eval": "guides/tasks.md"},
                 {"Add a variant": "guides/add.md"},
             ]
@@ -120,8 +122,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if path.endswith(".md") and path != "README.md":
             site.page(page, read(path), path)
     for title, part in guide().items():
+        if title == "On a GPU":  # beside what it does, how fast
+            part += "\n" + section(text, title).partition("\n")[2].replace("](", "](../")
         site.page(f"guides/{slug(title)}.md", part.replace("## ", "# ", 1), "docs/GUIDE.md")
-    site.page("guides/gpu.md", section(text, "On a GPU").replace("## ", "# ", 1), "README.md")
+    site.page("guides/train.md", section(text, "Train on your own text").replace("## ", "# ", 1), "README.md")
     adding = ("Adding a variant", "The layer's contract", "Adding an ability", "Adding a checkpoint format")
     parts = [section(read("docs/ARCHITECTURE.md"), title) for title in adding]
     site.page("guides/add.md", "# Add to the gallery\n\n" + "\n".join(parts), "docs/ARCHITECTURE.md")
@@ -168,6 +172,7 @@ def architecture(v: Variant) -> str:
         "What all architectures share:\n\n| equation | computed in |\n|---|---|\n" + "\n".join(rows["All six"]),
         f"## The same as plain loops\n\n`{twin}` holds no more than the paper says; a test holds the model to it.",
         f"```python\n{read(twin).rstrip()}\n```",
+        strengths(v),
         section(card, "Limits"),
     ]
     claims = [row for row in claimed() if v.authors in row]
@@ -202,6 +207,20 @@ def equations() -> dict[str, list[str]]:
         elif rows and line.startswith("| "):
             rows[next(reversed(rows))].append(line)
     return rows
+
+
+def strengths(v: Variant) -> str:
+    """What it does best in the standard run, of the table of who does."""
+    if not v.measured:
+        return ""
+    table = read("docs/RESULTS.md").split("| at | best | the first has |\n")[1].split("\n\n")[0]
+    names = {contestant.label for contestant in v.contestants}
+    rows = [row for row in table.splitlines()[1:] if any(f" {x} " in row or f" {x}, " in row for x in names)]
+    said = "## Where it is strong, as measured\n\nIn the [standard run](docs/RESULTS.md), of models of one size, "
+    if not rows:
+        return said + "it is first at nothing; its numbers stand below."
+    head = "| at | best | the first has |\n|---|---|---|\n"
+    return said + "it is first here, or not surely behind the first:\n\n" + head + "\n".join(rows)
 
 
 def claimed() -> list[str]:
@@ -282,7 +301,11 @@ class Site:
             label = f"{Path(path).name}:{name}" if name else path
             return f"[`{label}`]({away(code_page(path), uri)}{line})"
 
-        return PLACE.sub(place, LINK.sub(link, text))
+        def example(found: re.Match) -> str:
+            self.codes.add(found[1])
+            return f"[{found[0]}]({away(code_page(found[1]), uri)})"
+
+        return EXAMPLE.sub(example, PLACE.sub(place, LINK.sub(link, text)))
 
     def _target(self, target: str, origin: str) -> str | None:
         """The page, with its fragment, that a link in a document leads to; None if the site has none."""

@@ -1,10 +1,10 @@
 """Read a long text once, keep what is left in memory, and go on from it as often as you like.
 
-    python examples/ask_a_book.py my_model book.txt "Chapter 1" "The end of" --cache book.cache
+    python examples/ask_a_book.py zoo/memorizing_transformer book.txt "Chapter 1" "The end of" --cache book.cache
 
 The first run reads the text in chunks and writes its cache (safetensors), with a hash of the text and the model in its
 name: book.0123456789abcdef.cache. Later runs load it and read nothing; another text or model is read anew. Each prompt
-goes on from a copy, so that none sees another.
+goes on from a copy, so that none sees another. Prompt and continuation are parted by |.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import hashlib
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from hf_gallery import GalleryCache
 
@@ -34,16 +34,21 @@ def hash_of(model, ids):
     return found.hexdigest()[:16]
 
 
-def go_on(model, tokenizer, cache, prompt, tokens):
-    """The model's continuation of the text in the cache and the prompt."""
+def go_on(model, tokenizer, cache, prompt, tokens, temperature):
+    """The model's continuation of the text in the cache and the prompt; the likeliest at temperature 0."""
     asked = tokenizer(prompt, return_tensors="pt").input_ids
     # generate() counts columns: those of the text are in the cache, so what stands in them here is not looked at.
     ids = torch.cat([asked.new_zeros(1, cache.get_seq_length()), asked], dim=1)
-    mask = torch.ones_like(ids)
+    sampling = dict(do_sample=True, temperature=temperature) if temperature else dict(do_sample=False)
     said = model.generate(
-        ids, attention_mask=mask, past_key_values=cache.copy(), max_new_tokens=tokens, do_sample=False
+        ids,
+        attention_mask=torch.ones_like(ids),
+        past_key_values=cache.copy(),
+        max_new_tokens=tokens,
+        **sampling,
     )
-    return tokenizer.decode(said[0, ids.shape[1] :])
+    # The last character may be cut, where a token is a byte.
+    return tokenizer.decode(said[0, ids.shape[1] :], skip_special_tokens=True).rstrip("\ufffd")
 
 
 def main():
@@ -52,7 +57,9 @@ def main():
     parser.add_argument("book", type=Path)
     parser.add_argument("prompts", nargs="+")
     parser.add_argument("--cache", type=Path, default=Path("book.cache"))
-    parser.add_argument("--tokens", type=int, default=80)
+    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--temperature", type=float, default=0.6, help="small models repeat themselves at 0")
+    parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.model)
@@ -64,9 +71,10 @@ def main():
     else:
         cache = read(model, ids)
         cache.save(kept)
-    print(f"{cache.get_seq_length():,} tokens read, {cache.nbytes / 2**20:.1f} MiB kept")
+    print(f"{ids.shape[1]:,} tokens read, {cache.nbytes / 2**20:.1f} MiB kept in {kept}")
     for prompt in arguments.prompts:
-        print(f"{prompt}|{go_on(model, tokenizer, cache, prompt, arguments.tokens)}")
+        set_seed(arguments.seed)
+        print(f"\n{prompt}|{go_on(model, tokenizer, cache, prompt, arguments.tokens, arguments.temperature)}")
 
 
 if __name__ == "__main__":

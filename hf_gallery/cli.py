@@ -412,7 +412,12 @@ def _text(path: Path) -> str:
 @app.command("look")
 @_plainly
 def look_command(
-    model: ModelArgument,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The folder of a saved causal model or encoder, or its repository on the Hub."
+        ),
+    ],
     text: Annotated[str, typer.Argument(help="What is read; - or nothing reads it from stdin.")] = "-",
     *,
     document: Annotated[
@@ -426,35 +431,54 @@ def look_command(
     most: Annotated[int, typer.Option(min=0, help="And of those that surprise most, how many.")] = 32,
     worth: Annotated[bool, typer.Option(help="Read the text again without each source.")] = True,
     reach: Annotated[bool, typer.Option(help="Measure how far back a token matters.")] = True,
+    marks: Annotated[
+        list[int] | None,
+        typer.Option("--global", min=0, help="A token that Longformer sees from everywhere, by position; repeatable."),
+    ] = None,
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Watch a model read: one page, which opens offline, with what each token was predicted from, what each source is
-    worth in bits, how far back tokens matter, and which passages are fetched.
+    worth in bits, how far back tokens matter, and which passages are fetched. Of an encoder, under any head, what each
+    token looks at.
 
     Example: hf-gallery look my-model --file book.txt --out book.html
     """
     from .files import write_text
     from .looking import look
     from .looking.page import page, words_of
-    from .opening import open_causal
+    from .opening import open_stack
 
     if document is not None and text != "-":
         raise ValueError("--file and TEXT are both given; leave one of them out")
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise ValueError(f"--out is {out}, which cannot be written; give a file in a folder that is there")
     read = _text(document) if document is not None else sys.stdin.read() if text == "-" else text
-    net, tokenizer = open_causal(model, revision)
+    net, tokenizer = open_stack(model, revision)
     net = net.to(_device(device))
-    ids = tokenizer(read, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    # Encoders know texts that special tokens frame; what a causal model reads goes on and on.
+    ids = tokenizer(read, return_tensors="pt", add_special_tokens=not net.can_generate()).input_ids[0]
     if len(ids) < 2:
         raise ValueError(f"the text has {len(ids)} tokens; give 2 or more, since the first is predicted by nothing")
-    found = look(net, ids, at=at or [], most=most, worth=worth, reach=reach, progress=_Stages())
+    more = {"global_attention_mask": _marks(net, len(ids), marks)} if marks else {}
+    found = look(net, ids, at=at or [], most=most, worth=worth, reach=reach, progress=_Stages(), **more)
     name = document.name if document is not None else "a text"
     title = f"{Path(model).name} reads {name}"
     about = f"Made by hf-gallery look {model}; {len(ids):,} tokens, {type(net).__name__}."
     write_text(out, page(found, words_of(tokenizer, found.ids), title, about))
     typer.echo(out)
+
+
+def _marks(net: Any, length: int, marks: list[int]) -> Any:
+    """Marks (1, T) of the global tokens at these positions."""
+    import torch
+
+    if not hasattr(net.config, "attention_window"):
+        raise ValueError(f"--global is {marks[0]}, and a {type(net).__name__} has no global tokens; leave it out")
+    beyond = [x for x in marks if x >= length]
+    if beyond:
+        raise ValueError(f"--global is {beyond[0]}; the text has the positions 0 to {length - 1}")
+    return torch.zeros(1, length, dtype=torch.long).index_fill(1, torch.tensor(marks), 1).to(net.device)
 
 
 class _Stages:

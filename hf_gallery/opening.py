@@ -1,4 +1,4 @@
-"""A saved causal model by the name that a user types: a folder, or a repository on the Hub."""
+"""A saved model by the name that a user types: a folder, or a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from .cards import weight_files
 from .errors import one_line
 from .files import read_json
-from .variants import VARIANTS
+from .variants import VARIANTS, Variant
 
 LONGEST = 300  # characters of a library's own reason
 
@@ -22,6 +22,24 @@ def open_causal(name: str, revision: str | None = None) -> tuple[PreTrainedModel
     Raises ValueError as `check_causal` does, and where weights or tokenizer do not open.
     """
     check_causal(name, revision)
+    return _open(name, revision, AutoModelForCausalLM)
+
+
+def open_stack(name: str, revision: str | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model of one stack of layers, causal or an encoder, under the head that it was saved with, and the
+    tokenizer; as `open_causal`."""
+    variant, named = _check_saved(name, revision)
+    if not named or variant.causal.__name__ in named:
+        return _open(name, revision, AutoModelForCausalLM)
+    kind = variant.classes.get(named[0])
+    if kind is None:
+        raise ValueError(f"{name} holds a {named[0]}, which is no head of {variant.title}; save the model again")
+    if kind.__name__ == variant.auto_classes.get("AutoModelForSeq2SeqLM"):
+        raise ValueError(f"{name} holds a {named[0]}, an encoder-decoder; give a model of one stack of layers")
+    return _open(name, revision, kind)
+
+
+def _open(name: str, revision: str | None, kind: Any) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     options: dict[str, Any] = dict(revision=revision or "main", trust_remote_code=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
@@ -30,7 +48,7 @@ def open_causal(name: str, revision: str | None = None) -> tuple[PreTrainedModel
             f"{name} has no tokenizer that opens: {one_line(error, LONGEST)}; save its own beside the model"
         ) from error
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, **options)
+        model = kind.from_pretrained(name, **options)
     except Exception as error:  # damaged files fail in the words of whichever library reads them
         raise ValueError(f"the weights of {name} do not open: {one_line(error, LONGEST)}") from error
     return model, tokenizer
@@ -39,6 +57,15 @@ def open_causal(name: str, revision: str | None = None) -> tuple[PreTrainedModel
 def check_causal(name: str, revision: str | None = None):
     """Raises ValueError unless a folder, or a repository on the Hub, holds a causal model of the gallery; it says what
     is there instead, and what to do."""
+    variant, named = _check_saved(name, revision)
+    causal = variant.causal.__name__
+    if named and causal not in named:
+        raise ValueError(f"{name} holds a {named[0]}; a {causal} is needed, which continues text")
+
+
+def _check_saved(name: str, revision: str | None) -> tuple[Variant, list[str]]:
+    """The architecture that a folder, or a repository on the Hub, holds, and the classes that it was saved as, none if
+    it does not say. Raises ValueError as `check_causal`."""
     folder = Path(name)
     if folder.is_dir():
         if revision is not None:
@@ -63,9 +90,7 @@ def check_causal(name: str, revision: str | None = None):
             f"{name} holds a {kind}, which is no model of the gallery; where it can be made one, `hf-gallery convert "
             f"{name} OUT` does it"
         )
-    causal = kinds[kind].causal.__name__
-    if named and causal not in named:
-        raise ValueError(f"{name} holds a {named[0]}; a {causal} is needed, which continues text")
+    return kinds[kind], named
 
 
 def _check_folder(folder: Path):

@@ -1,7 +1,7 @@
 """Roads: by which way each query of a model reaches which key, read from the model's own plan of a forward.
 
-`watch` runs a model once on one text and looks at what its layers are given: intervals (`Spans`), global tokens, the
-memory that is searched, the state. A layer that sees what `context.spans` says and no more needs nothing here; for
+`watch` runs a model once on one text and looks at what its layers are given: intervals (see intervals.py), global
+tokens, the memory that is searched, the state. A layer that sees its interval and no more needs nothing here; for
 another kind of context a function is registered with `roads_of`.
 
 Letters: see models/spans.py.
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from .intervals import interval_of
 from .models import longformer_layer as longformer
 from .models import modeling_block_recurrent_transformer as block_recurrent
 from .models import modeling_memorizing_transformer as memorizing
@@ -24,7 +25,6 @@ from .models import modeling_transformer as transformer
 from .models import modeling_transformer_xl as transformer_xl
 from .models.backbone import Backbone
 from .models.modeling_recurrent_memory_transformer import GalleryRecurrentMemoryTransformerModel as RecurrentMemory
-from .models.segments import Parts
 from .models.spans import Spans
 
 # Roads to keys that are attended to, and those that lead through something else to the tokens that it holds.
@@ -133,7 +133,7 @@ def watch(model: PreTrainedModel, **inputs: Any) -> list[Sight]:
         for number in range(len(stack.layers)):
             follow(stack, "decoder" if stack.causal else "encoder", number)
     try:
-        with torch.enable_grad():  # then the plan tells a segment's own keys from those before it
+        with torch.no_grad():
             model.base_model(use_cache=False, **inputs)
     finally:
         for handle in handles:
@@ -174,30 +174,32 @@ def joins(spans: Spans, queries: list[Key], keys: list[Key]) -> Pairs:
 @singledispatch
 def roads_of(context: Any, call: Call) -> Found:
     """The roads of one call of a layer, from its context."""
-    keys = call.columns()
-    return Found(call.queries, keys, {"window": joins(context.spans, call.queries, keys)})
+    return in_interval(context, call, call.cached)
 
 
-def in_parts(call: Call, parts: Parts | None, cached: int) -> Found:
-    """The roads of segments with a memory, from the plan's parts: own keys, and those before the segment."""
-    assert parts is not None, "gradients are recorded, see watch"
+def in_interval(context: Any, call: Call, cached: int) -> Found:
+    """The roads of an interval: own keys, and where a segment has a memory those before it."""
+    interval = interval_of(getattr(call.layer, "self_attn", None), context, cached, call.model.config)
     keys = call.columns(cached)
-    seen = {"window": joins(parts.own, call.queries, call.queries)}
-    if parts.before is not None:
-        seen["memory"] = joins(parts.before, call.queries, keys if parts.crosses else keys[:cached])
-    return Found(call.queries, keys, seen)
+    window, memory = interval.mask & ~interval.remembered, interval.mask & interval.remembered
+    return Found(call.queries, keys, {"window": pairs_of(window, call, keys), "memory": pairs_of(memory, call, keys)})
+
+
+def pairs_of(mask: torch.Tensor, call: Call, keys: list[Key]) -> Pairs:
+    """The pairs (query, key) of a mask (T, S)."""
+    return {(call.queries[t], keys[s]) for t, s in mask.nonzero().tolist()}
 
 
 @roads_of.register
 def _(context: transformer.Context, call: Call) -> Found:
     if isinstance(call.model, RecurrentMemory):
         return _with_memory_tokens(context, call)
-    keys = call.columns()
-    source = None
+    found = in_interval(context, call, call.cached)
     if context.source_spans is not None:
         columns = int(context.source_spans.upper.max()) + 1
-        source = columns, joins(context.source_spans, call.queries, [("source", s) for s in range(columns)])
-    return Found(call.queries, keys, {"window": joins(context.spans, call.queries, keys)}, source)
+        sources = [("source", s) for s in range(columns)]
+        found.source = columns, joins(context.source_spans, call.queries, sources)
+    return found
 
 
 def _with_memory_tokens(context: transformer.Context, call: Call) -> Found:
@@ -220,12 +222,12 @@ def _with_memory_tokens(context: transformer.Context, call: Call) -> Found:
 
 @roads_of.register
 def _(context: transformer_xl.Context, call: Call) -> Found:
-    return in_parts(call, context.parts, 0 if context.start is None else context.start.shape[1])
+    return in_interval(context, call, 0 if context.start is None else context.start.shape[1])
 
 
 @roads_of.register
 def _(context: memorizing.Context, call: Call) -> Found:
-    found = in_parts(call, context.parts, call.cached)
+    found = in_interval(context, call, call.cached)
     if call.layer.self_attn.remembers:
         columns = context.memory_intervals().columns
         if columns is not None:
@@ -236,49 +238,27 @@ def _(context: memorizing.Context, call: Call) -> Found:
 
 @roads_of.register
 def _(context: longformer.Context, call: Call) -> Found:
-    attention = call.layer.self_attn
-    left, right = attention.left, attention.right
-    if context.sizes is not None:
-        return in_parts(call, context.segments(left)[1], call.cached)
-    keys, folding = call.columns(), context.folding(attention.dilation)
-    phases = [_folded(fold, len(some)) for fold, some in ((folding.queries, call.queries), (folding.keys, keys))]
-    window = {
-        (call.queries[t], keys[s])
-        for phase, t, s in folding.window(left, right).visible(phases[1].shape[1]).nonzero().tolist()
-        for t, s in [(phases[0][phase, t], phases[1][phase, s])]
-        if t >= 0 and s >= 0
-    }
-    seen = {"window": window}
-    if context.globals is not None:
-        order, outside = folding.outside(context.globals, left, right)
-        positions = context.globals.positions[0][order]  # (g, G)
-        seen["global"] = {
-            (call.queries[phases[0][phase, t]], ("token", int(positions[phase, s])))
-            for spans in outside
-            for phase, t, s in spans.visible(positions.shape[1]).nonzero().tolist()
-            if phases[0][phase, t] >= 0
-        }
-        if context.everything is not None:  # a global token's own query has maps of its own, over everything
-            all_pairs = joins(context.everything, call.queries, keys)
-            marked = {("token", p) for p in context.globals.positions[0].tolist()}
-            seen["window"] = {pair for pair in window if pair[0] not in marked}
-            seen["global"] |= {pair for pair in all_pairs if pair[0] in marked}
-    return Found(call.queries, keys, seen)
-
-
-def _folded(fold: Any, columns: int) -> torch.Tensor:
-    """The column that stands at each folded place (phases, any), -1 where there is none."""
-    return fold(1 + torch.arange(columns).view(1, 1, -1, 1))[:, 0, :, 0] - 1
+    found = in_interval(context, call, call.cached)
+    if context.globals is None:
+        return found
+    window, marks = found.seen["window"], {("token", p) for p in context.globals.positions[0].tolist()}
+    pairs = {(query, key) for query in call.queries for key in marks}
+    found.seen["global"] = {(q, k) for q, k in pairs - window if not context.causal or k[1] <= q[1]}
+    if context.everything is not None:  # a global token's own query has maps of its own, over everything
+        everything = joins(context.everything, call.queries, found.keys)
+        found.seen["window"] = {pair for pair in window if pair[0] not in marks}
+        found.seen["global"] |= {pair for pair in everything if pair[0] in marks}
+    return found
 
 
 @roads_of.register
 def _(context: block_recurrent.Context, call: Call) -> Found:
-    tokens = call.columns()
-    seen = {"window": joins(context.window(call.cached), call.queries, tokens)}
+    found = in_interval(context, call, call.cached)
+    tokens = found.keys
     if not call.layer.self_attn.reads_state:
-        return Found(call.queries, tokens, seen)
+        return found
     vectors: list[Key] = [("state", i) for i in range(call.model.config.num_state_vectors)]
-    seen["state"] = joins(context.everything(call.width, len(vectors)), call.queries, vectors)
+    found.seen["state"] = joins(context.everything(call.width, len(vectors)), call.queries, vectors)
     blocks, length = context.blocks(call.cached), call.model.config.block_length
     held, read = set(), call.left.setdefault("read", set())
     for j in range(blocks.count):
@@ -287,4 +267,4 @@ def _(context: block_recurrent.Context, call: Call) -> Found:
         if bool(blocks.complete[0, j]):  # the state takes in the block
             place = slice(j * length, (j + 2) * length)
             read |= {tokens[column] for column in blocks.column[0, place][blocks.real[0, place]].tolist()}
-    return Found(call.queries, [*vectors, *tokens], seen | {"held": held})
+    return Found(call.queries, [*vectors, *tokens], found.seen | {"held": held})

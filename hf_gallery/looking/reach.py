@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .reading import Progress, bits, quiet
+from .reading import Progress, bits, marked, quiet
 
 LENGTH = 1024  # tokens of the beginning that are read
 SAMPLES = 8  # tokens that are changed, and losses whose gradients are taken
@@ -36,21 +36,37 @@ class Reach:
 
 
 def reach(
-    model: Any, ids: torch.Tensor, first: torch.Tensor, further: bool, progress: Progress = quiet, seed: int = 0
+    model: Any,
+    ids: torch.Tensor,
+    first: torch.Tensor,
+    further: bool,
+    progress: Progress = quiet,
+    *,
+    marks: torch.Tensor | None = None,
+    seed: int = 0,
 ) -> Reach:
-    """Of the first tokens of ids (T,). first (T, layers): the first position that each query sees in each layer."""
+    """Of the first tokens of ids (T,). first (T, layers): the first position that each query sees in each layer. marks
+    (T,): 1 at global tokens."""
     ids = ids[:LENGTH]
     places = torch.linspace(0, 0.75 * (len(ids) - 1), SAMPLES).long().unique().tolist()
     return Reach(
-        by_change(model, ids, places, progress, seed),
-        by_gradient(model, ids, progress),
+        by_change(model, ids, places, progress, marks=marks, seed=seed),
+        by_gradient(model, ids, progress, marks=marks),
         allowed(first[: len(ids)]),
         further,
         places,
     )
 
 
-def by_change(model: Any, ids: torch.Tensor, places: list[int], progress: Progress = quiet, seed: int = 0):
+def by_change(
+    model: Any,
+    ids: torch.Tensor,
+    places: list[int],
+    progress: Progress = quiet,
+    *,
+    marks: torch.Tensor | None = None,
+    seed: int = 0,
+) -> torch.Tensor:
     """The mean change of the loss, up or down, at each distance behind a token that is another one, (N,)."""
     generator = torch.Generator().manual_seed(seed)
     rows = ids.repeat(len(places) + 1, 1)
@@ -64,7 +80,8 @@ def by_change(model: Any, ids: torch.Tensor, places: list[int], progress: Progre
         rows[row, place] = new
     progress("changed tokens", 0, 1)
     with torch.no_grad():
-        found = bits(model(rows[:, :-1], use_cache=False).logits, rows[:, 1:])  # (K + 1, N - 1)
+        more = marked(marks, 0, len(ids) - 1, len(rows))
+        found = bits(model(rows[:, :-1], use_cache=False, **more).logits, rows[:, 1:])  # (K + 1, N - 1)
     progress("changed tokens", 1, 1)
     total, count = torch.zeros(len(ids)), torch.zeros(len(ids))
     for row, place in enumerate(places, 1):
@@ -74,16 +91,17 @@ def by_change(model: Any, ids: torch.Tensor, places: list[int], progress: Progre
     return torch.where(count > 0, total / count.clamp(min=1), math.nan)
 
 
-def by_gradient(model: Any, ids: torch.Tensor, progress: Progress = quiet):
+def by_gradient(
+    model: Any, ids: torch.Tensor, progress: Progress = quiet, *, marks: torch.Tensor | None = None
+) -> torch.Tensor:
     """The mean length of a loss's gradient at the embeddings that stand at each distance before its token, (N,)."""
     n = len(ids)
     targets = torch.linspace(n / 4, n - 1, SAMPLES).long().clamp(min=1).unique().tolist()
     total, count = torch.zeros(n), torch.zeros(n)
     with torch.enable_grad():
         x = model.get_input_embeddings()(ids[None, :-1]).detach().requires_grad_()  # (1, N - 1, E)
-        loss = torch.nn.functional.cross_entropy(
-            model(inputs_embeds=x, use_cache=False).logits[0].float(), ids[1:], reduction="none"
-        ) / math.log(2)
+        logits = model(inputs_embeds=x, use_cache=False, **marked(marks, 0, n - 1)).logits[0].float()
+        loss = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none") / math.log(2)
         for done, target in enumerate(targets, 1):
             (gradient,) = torch.autograd.grad(loss[target - 1], x, retain_graph=done < len(targets))
             lengths = gradient[0, :target].float().norm(dim=-1).flip(0).cpu()  # of target - 1, target - 2, ...

@@ -31,22 +31,28 @@ def bits(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return loss.view_as(targets).cpu() / math.log(2)
 
 
+def marked(marks: torch.Tensor | None, start: int, end: int, rows: int = 1) -> dict[str, torch.Tensor]:
+    """The argument that says which of the tokens [start, end) are global, for as many rows; none where none are."""
+    return {} if marks is None else {"global_attention_mask": marks[start:end].expand(rows, -1)}
+
+
 def read(
     model: Any,
     ids: torch.Tensor,
-    size: int,
+    size: int = 1024,
     *,
     forget: tuple[str, ...] = (),
+    marks: torch.Tensor | None = None,
     what: str = "reading",
     progress: Progress = quiet,
 ) -> torch.Tensor:
     """Bits of each token of ids (T,), NaN of the first, which nothing predicts. Read in pieces of `size`; before each
-    the cache forgets what is named."""
+    the cache forgets what is named. marks (T,): 1 at global tokens."""
     cache, found = GalleryCache(model.config), [torch.full((1,), math.nan)]
     for start, end in pieces(len(ids), size):
         if forget and start:
             cache.forget(*forget)
-        logits = model(ids[None, start:end], use_cache=True, **{CACHE_NAME: cache}).logits
+        logits = model(ids[None, start:end], use_cache=True, **marked(marks, start, end), **{CACHE_NAME: cache}).logits
         targets = ids[None, start + 1 : end + 1]
         found.append(bits(logits[:, : targets.shape[1]], targets)[0])
         progress(what, end, len(ids))
@@ -76,4 +82,5 @@ def piece_size(config: Any, layers: int, cached: int, most: int = 2**24) -> int:
     if hasattr(config, "num_memory_tokens") and period is not None:
         return period * max(1, 512 // period)
     columns = cached if config.cache_capacity is None else min(cached, config.cache_capacity)
-    return max(16, min(512, most // (layers * config.num_attention_heads * (columns + 512))))
+    # A map is of all columns, those of the piece among them, however few a query sees: short pieces cost least.
+    return max(16, min(256, most // (layers * config.num_attention_heads * (columns + 256))))

@@ -13,7 +13,7 @@ import torch
 from ..models.cache import CACHE_NAME, GalleryCache
 from .reach import Reach
 from .reach import reach as measure_reach
-from .reading import Progress, bits, piece_size, quiet
+from .reading import Progress, bits, marked, piece_size, quiet
 from .watch import NOTHING, Sources, Watch, Watched, backbone_of, period_of
 from .worth import worth as measure_worth
 
@@ -77,10 +77,10 @@ def look(
     at: positions of tokens whose sources are kept key by key, beside the `most` that surprise most; all others are
     summed by source. worth: reads the text again without each source, as costly as the first reading each. reach:
     measures on the beginning how far back tokens matter. progress: is told (what, done, of how much). inputs: more for
-    an encoder, global_attention_mask for example.
+    an encoder; for a causal Longformer global_attention_mask, (T,) or (1, T).
 
-    Raises ValueError for a text of fewer than two tokens, positions that are not in it, and inputs of a causal model;
-    TypeError for a model that is no stack of the gallery.
+    Raises ValueError for a text of fewer than two tokens, positions that are not in it, and other inputs of a causal
+    model; TypeError for a model that is no stack of the gallery.
 
     >>> import torch
     >>> from hf_gallery import GalleryTransformerXLConfig, GalleryTransformerXLForCausalLM, look
@@ -103,17 +103,36 @@ def look(
     ids = ids.long().to(next(backbone.parameters()).device)
     # By name, since a model with remote code has classes of its own; one of PEFT's holds the model.
     predicts = any(kind.__name__ == "CausalLMHead" for x in model.modules() for kind in type(x).__mro__)
-    if predicts and inputs:
-        raise ValueError(f"{next(iter(inputs))} is given, and a causal model is read in pieces, by its ids alone")
+    marks = _marks(backbone.config, ids, inputs) if predicts else None
     with in_eval(model), torch.no_grad():
-        found = _read(model, ids, at, most, progress) if predicts else _read_at_once(model, ids, at, most, inputs)
+        found = (
+            _read(model, ids, at, most, progress, marks) if predicts else _read_at_once(model, ids, at, most, inputs)
+        )
         if predicts and worth:
-            size = piece_size(model.config, found.weights.shape[1], len(ids))
-            found.worth = measure_worth(model, ids, size, progress)
+            found.worth = measure_worth(model, ids, progress, marks)
         if predicts and reach:
             further = any(x not in ("window", "segment", "memory", NOTHING) for x in found.sources)
-            found.reach = measure_reach(model, ids, found.first, further, progress)
+            found.reach = measure_reach(model, ids, found.first, further, progress, marks=marks)
     return found
+
+
+def _marks(config: Any, ids: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
+    """The marks (T,) of global tokens that a causal model is given; None without any."""
+    known = ("global_attention_mask",) if hasattr(config, "attention_window") else ()
+    for name in inputs:
+        if name not in known:
+            raise ValueError(f"{name} is given, and a causal model is read in pieces, by its ids alone")
+    given = inputs.get("global_attention_mask")
+    if given is None:
+        return None
+    marks = torch.as_tensor(given)
+    if tuple(marks.shape) not in (tuple(ids.shape), (1, len(ids))):
+        raise ValueError(
+            f"global_attention_mask has shape {tuple(marks.shape)}; give {tuple(ids.shape)} or (1, {len(ids)}), 1 at "
+            "global tokens"
+        )
+    marks = marks.view(-1).to(ids.device)
+    return marks if bool((marks != 0).any()) else None
 
 
 class Notes:
@@ -136,11 +155,7 @@ class Notes:
         calls = self.watch.take()
         for layer, noted in enumerate(calls):
             for call in noted:
-                part = slice(call.start, call.start + call.map.shape[1])
-                self.weights[part, layer] = call.sums(len(self.watch.names))
-                self.first[part, layer] = call.first
-                if call.retrieved is not None:
-                    self._add_fetched(call)
+                self._sum(layer, call)
         ranked = {q: float(x) for q, x in zip(range(start, end), scores, strict=True) if not math.isnan(x)}
         best = sorted(ranked, key=lambda q: -ranked[q])[: self.most]
         known = sorted((x for x, _ in self.chosen.values() if x < math.inf), reverse=True)
@@ -151,6 +166,19 @@ class Notes:
         others = sorted((q for q in self.chosen if q not in self.at), key=lambda q: -self.chosen[q][0])
         for query in others[self.most :]:
             del self.chosen[query]
+
+    def add_at_once(self, layer: int, call: Watched):
+        """Notes one call, where it is known beforehand which queries are shown."""
+        self._sum(layer, call)
+        for query in self.at & set(range(call.start, call.start + call.map.shape[1])):
+            self.chosen.setdefault(query, (math.inf, []))[1].append(call.of(query))
+
+    def _sum(self, layer: int, call: Watched):
+        part = slice(call.start, call.start + call.map.shape[1])
+        self.weights[part, layer] = call.sums(len(self.watch.names))
+        self.first[part, layer] = call.first
+        if call.retrieved is not None:
+            self._add_fetched(call)
 
     def _add_fetched(self, call: Watched):
         _, positions, weights = call.retrieved  # type: ignore[misc]
@@ -186,13 +214,16 @@ def _at(calls: list[Watched], query: int) -> Sources:
     return next(x for x in calls if x.start <= query < x.start + x.map.shape[1]).of(query)
 
 
-def _read(model: Any, ids: torch.Tensor, at: Sequence[int], most: int, progress: Progress) -> Look:
+def _read(
+    model: Any, ids: torch.Tensor, at: Sequence[int], most: int, progress: Progress, marks: torch.Tensor | None
+) -> Look:
     cache, surprise, start, total = GalleryCache(model.config), [torch.full((1,), math.nan)], 0, len(ids)
-    with Watch(model) as watch:
+    with Watch(model, marks=marks is not None) as watch:
         notes = Notes(watch, total, {max(0, x - 1) for x in at}, most)
         while start < total:
             end = min(total, start + piece_size(model.config, len(watch.layers), start))
-            logits = model(ids[None, start:end], use_cache=True, **{CACHE_NAME: cache}).logits
+            more = marked(marks, start, end) | {CACHE_NAME: cache}
+            logits = model(ids[None, start:end], use_cache=True, **more).logits
             targets = ids[None, start + 1 : end + 1]
             found = bits(logits[:, : targets.shape[1]], targets)[0]
             surprise.append(found)
@@ -207,11 +238,11 @@ def _read(model: Any, ids: torch.Tensor, at: Sequence[int], most: int, progress:
 def _read_at_once(model: Any, ids: torch.Tensor, at: Sequence[int], most: int, inputs: dict[str, Any]) -> Look:
     """An encoder's reading, which sees all at once; without any that are asked for, tokens spread over the text are
     shown."""
-    with Watch(model) as watch:
+    with Watch(model, marks="global_attention_mask" in inputs) as watch:
         notes = Notes(watch, len(ids), set(at), 0)
         notes.at |= set(torch.linspace(0, len(ids) - 1, min(most, len(ids))).long().tolist())
+        watch.keep = notes.add_at_once
         model(ids[None], **inputs)
-        notes.add(0, len(ids), torch.full((len(ids),), math.nan))
     return notes.result(ids, torch.full((len(ids),), math.nan))
 
 

@@ -10,11 +10,15 @@ Letters: see models/spans.py. Z sources.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from ..intervals import interval_of
 
 NOTHING = "nothing"  # the weight of a query that sees no key, or whose memory is still empty
 ABSENT = -1  # the position of what stands nowhere in the text: a state, nothing; memory token i is at -1 - i
@@ -36,15 +40,16 @@ def period_of(config: Any) -> int | None:
     return getattr(config, "segment_length", None) or getattr(config, "block_length", None)
 
 
-def sources_of(config: Any) -> tuple[str, ...]:
-    """Names of what a query of such a model may take from, in the order of `Watched.weights`."""
+def sources_of(config: Any, marks: bool = False) -> tuple[str, ...]:
+    """Names of what a query of such a model may take from, in the order of `Look.weights`. marks: a decoder is told
+    which tokens are global."""
     cut = getattr(config, "segment_length", None)
     names = ["segment" if cut else "window"]
     if getattr(config, "num_memory_tokens", None):
         names.append("memory tokens")
     if cut and hasattr(config, "mem_len"):
         names.append("memory")
-    if hasattr(config, "attention_window") and not config.is_decoder:
+    if marks or (hasattr(config, "attention_window") and not config.is_decoder):
         names.append("global tokens")
     if hasattr(config, "recurrent_layers"):
         names.append("state")
@@ -89,20 +94,14 @@ class Watched:
 
     def sums(self, names: int) -> torch.Tensor:
         """The weights by source, (T, H, Z)."""
-        h, t, _ = self.map.shape
-        found = self.map.new_zeros(h, t, names)
-        least, most = (int(x) for x in self.kinds.aminmax())
-        if least == most:
-            found[..., least] = self.map.sum(-1)
-        else:
-            for kind in range(least, most + 1):
-                found[..., kind] = self.map.mul(self.kinds == kind).sum(-1)
+        kinds = F.one_hot(self.kinds, names).to(self.map.dtype)  # (T or 1, S, Z)
+        found = self.map.transpose(0, 1) @ kinds
         if self.retrieved is not None:
             kind, _, weights = self.retrieved
-            found[..., kind] = weights.sum(-1)
+            found[..., kind] += weights.sum(-1).T
         for kind, weights in self.extra.items():
-            found[..., kind] += weights
-        return found.transpose(0, 1)
+            found[..., kind] += weights.T
+        return found
 
     def of(self, query: int) -> Sources:
         """The sources of the query at a position. Columns that no head looks at are left out."""
@@ -127,14 +126,15 @@ class Watch:
     """While it is entered, every call of every layer is noted in `calls`, layer by layer. Batches of one row, without
     padding.
 
-    before: tokens that the cache has read when the watch begins.
+    before: tokens that the cache has read when the watch begins. marks: a decoder is told which tokens are global.
+    keep: takes the calls in their place, since all maps of a text that is read at once are more than one needs.
     """
 
-    def __init__(self, model: nn.Module, before: int = 0):
+    def __init__(self, model: nn.Module, before: int = 0, marks: bool = False):
         self.backbone = backbone_of(model)
         self.config = self.backbone.config
         self.layers = list(self.backbone.layers)
-        self.names = sources_of(self.config)
+        self.names = sources_of(self.config, marks)
         self.period = period_of(self.config)
         self.memory_tokens = getattr(self.config, "num_memory_tokens", None)
         self.read = [before] * len(self.layers)
@@ -142,6 +142,7 @@ class Watch:
         self.joined: list[torch.Tensor | None] = [None] * len(self.layers)
         self.shares = [self._norms(layer.self_attn) for layer in self.layers]
         self.hooks: list[Any] = []
+        self.keep: Callable[[int, Watched], None] | None = None
 
     def __enter__(self) -> Watch:
         for i, layer in enumerate(self.layers):
@@ -176,8 +177,7 @@ class Watch:
         if x is None:  # a state alone is read, by the blocks that feedback goes to
             return None
         wanted: dict[str, Any] = dict(output_attentions=True)
-        if hasattr(context, "retrievals"):
-            wanted |= dict(retrievals={})
+        wanted |= {name: {} for name in ("retrievals", "global_maps") if hasattr(context, name)}
         return (x, replace(context, **wanted), *rest)
 
     def _keep(self, i: int, joined: torch.Tensor):
@@ -201,7 +201,10 @@ class Watch:
         if bool(unseen.any()):
             self._add(call, NOTHING, unseen.float())
         self.read[i] += call.map.shape[1]
-        self.calls[i].append(call)
+        if self.keep is None:
+            self.calls[i].append(call)
+        else:
+            self.keep(i, call)
 
     def _add(self, call: Watched, name: str, weights: torch.Tensor):
         kind = self.names.index(name)
@@ -210,20 +213,18 @@ class Watch:
     def _by_column(self, i: int, weights: torch.Tensor, context: Any) -> Watched:
         """Of columns that are tokens, the last of them the last that was read."""
         t, s = weights.shape[1:]
-        start = self.read[i]
-        keys = start + t - s + torch.arange(s)
-        query = start + torch.arange(t)
-        kinds = torch.zeros(1, s, dtype=torch.long)
-        if "memory" in self.names and self.period is not None:
-            kinds = (keys < (query - query % self.period)[:, None]).long()  # (T, S)
+        interval = interval_of(self.layers[i].self_attn, context, s - t, self.config)
+        weights, keys, kinds = weights.cpu(), interval.keys, torch.zeros(1, s, dtype=torch.long)
+        if "memory" in self.names:
+            kinds = interval.remembered * self.names.index("memory")
         marked = getattr(context, "globals", None)
         if marked is not None:
-            at = marked.positions[0]
-            kinds[0, at[at >= 0]] = self.names.index("global tokens")
-        layer = self.layers[i].self_attn
-        lower = lowest(layer, context, s - t)
-        first = torch.minimum((keys[0] + lower).clamp(min=0), query)
-        return Watched(start, weights.cpu(), keys, kinds, first)
+            at, kind = marked.positions[0], self.names.index("global tokens")
+            kinds = torch.where(torch.isin(keys, at), kind, kinds)
+            for older in (getattr(context, "global_maps", None) or {}).values():  # outside the window, of a decoder
+                weights, keys = torch.cat([weights, older[0].float().cpu()], -1), torch.cat([keys, at])
+                kinds = torch.cat([kinds, torch.full((len(kinds), len(at)), kind)], 1)
+        return Watched(self.read[i], weights, keys, kinds, interval.first)
 
     def _in_segment(self, i: int, weights: torch.Tensor, context: Any) -> Watched:
         """Of a segment between memory tokens: those in front are a source, those behind neither ask nor are asked."""
@@ -279,17 +280,3 @@ class Watch:
             part = (attention.o_proj(ones) - attention.o_proj(ones[:1] * 0)).float()  # (2 H D, E)
             part = part.unflatten(0, (2 * self.config.num_attention_heads, -1))
             return part @ part.mT
-
-
-def lowest(attention: Any, context: Any, cached: int) -> torch.Tensor:
-    """The first column of [cached | new] that each query's interval holds, (T,): of the model's own Spans."""
-    if hasattr(context, "window"):
-        spans = context.window(cached)
-    elif getattr(context, "sizes", None) is not None:
-        spans = context.segments(attention.left)[0]
-    elif hasattr(attention, "dilation"):
-        back, p = attention.left * attention.dilation, context.rows.positions
-        spans = context.rows.spans(p - back, p + attention.right * attention.dilation, cached)
-    else:
-        spans = context.spans
-    return spans.lower[0].cpu().expand(context.rows.width)

@@ -40,12 +40,16 @@ def readings(model: Any) -> dict[str, Reader]:
     return found
 
 
-def worth(model: Any, ids: torch.Tensor, size: int, progress: Progress = quiet) -> dict[str, torch.Tensor]:
-    """Bits of each token of ids (T,), by what the text was read without."""
+def worth(
+    model: Any, ids: torch.Tensor, progress: Progress = quiet, marks: torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
+    """Bits of each token of ids (T,), by what the text was read without. marks (T,): 1 at global tokens."""
     found = {}
     for name, reader in readings(model).items():
-        more = {} if "size" in getattr(reader, "keywords", {}) else {"size": size}
+        more = {} if marks is None else {"marks": marks}
         found[name] = reader(ids=ids, what=name, progress=progress, **more)
+    if marks is not None:
+        found["global tokens unmarked"] = read(model, ids, what="global tokens unmarked", progress=progress)
     return found
 
 

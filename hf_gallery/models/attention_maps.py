@@ -56,6 +56,10 @@ def attend_shown(
         return reduce(join, [part.attend(query, return_lse=True, **options) for part in parts])[0], None
     columns = max(part.start + part.key.shape[2] for part in parts)
     with without_autocast(query):
+        if len(parts) == 1 and not parts[0].start and not dropout and context.rows.index is None:  # the map as it is
+            key, value, spans, position, _ = parts[0]
+            result, _, probabilities = attend_naive(query, key, value, spans, position=position, scale=scale)
+            return result.to(query.dtype), probabilities
         maps = []
         for key, value, spans, position, start in parts:
             _, lse, probabilities = attend_naive(query, key, value, spans, position=position, scale=scale)

@@ -39,6 +39,9 @@ class Context(ForwardContext):
     globals: GlobalTokens | None
     sizes: dict[str, int] | None = None  # of segments and their memory; None where the text is not cut
     parts: Parts | None = None  # of the segments, with gradients; None without
+    # Of a decoder with global tokens, if given: takes each layer's probabilities (B, H, T, G) of global keys that a
+    # query's window does not hold, which no column of its map stands for.
+    global_maps: dict[int, torch.Tensor] | None = None
 
     def segments(self, window: int) -> tuple[Spans, Parts | None]:
         """The [cached | new] columns that a window shows of a query's segment and memory, and their parts."""
@@ -91,7 +94,7 @@ class GalleryLongformerAttention(MultiHeadAttention):
             spans = context.once((self.left, self.dilation, "ring"), lambda: self._ring(context.rows))
             out = attend(query, keys, values, spans, position=position, **options)
         elif context.output_attentions or is_exporting():
-            out, probabilities = self._look(query, keys, values, position, of_globals, context)
+            out, probabilities = self._look(query, (keys, values), global_pairs, position, of_globals, context)
         else:
             out = self._local(query, (keys, values), global_pairs, position, context, options)
             if of_globals is not None:
@@ -160,32 +163,47 @@ class GalleryLongformerAttention(MultiHeadAttention):
         sinusoid = sinusoids(distances, self.width, "concatenated", query.dtype)
         return split_heads(self.r_proj(sinusoid)[None], self.num_heads)[0]
 
-    def _look(self, query, keys, values, position, of_globals, context):
+    def _look(self, query, pair, global_pairs, position, of_globals, context):
         """The same attention with all T x S scores, for its maps and for what is exported: (B, H, T, D), and if asked
         for the probabilities (B, H, T, S)."""
-        if context.output_attentions and context.causal and context.globals is not None:
+        globals_, maps, (keys, values) = context.globals, context.global_maps, pair
+        asked = context.output_attentions and context.causal and globals_ is not None
+        if asked and maps is None:
             raise ValueError(
                 "output_attentions is True and a decoder has global tokens, which may be older than the columns of a "
                 "map; leave out one of them"
             )
-        globals_ = context.globals
         with without_autocast(query):
+            if asked:
+                return self._look_beyond(query, pair, global_pairs, position, context)
             probabilities = self._window_map(query, keys, position, context)
-            if globals_ is not None:
+            if of_globals is not None:
                 probabilities = globals_.put(probabilities, attend_naive(*of_globals)[2])
             shown = None
             if context.output_attentions:
                 shown, probabilities = show(context, probabilities)
             kept = F.dropout(probabilities, self.dropout.rate)
             out = kept @ values.to(kept.dtype)
-            if globals_ is not None:
+            if of_globals is not None:
                 out = globals_.put(out, globals_.take(kept) @ of_globals[2].to(kept.dtype))
         return out.to(query.dtype), shown
 
-    def _window_map(self, query, keys, position, context):
-        """Probabilities (B, H, T, S) over each query's window and the global tokens, by the same maps for all."""
-        place = (self.left, self.dilation, "dense")
-        visible, window, entry = context.once(place, lambda: self._visible(context, keys.device))
+    def _look_beyond(self, query, pair, global_pairs, position, context):
+        """`_look` of a decoder with global tokens: the map of the window, and into global_maps that of the global keys
+        outside it, one softmax for both."""
+        columns = pair[0].shape[2]
+        keys, values = (torch.cat([x, more], dim=2) for x, more in zip(pair, global_pairs, strict=True))
+        probabilities = self._window_map(query, keys, position, context, apart=True)
+        kept = F.dropout(probabilities, self.dropout.rate)
+        shown, beyond = probabilities.split([columns, keys.shape[2] - columns], dim=-1)
+        context.global_maps[self.layer] = beyond
+        return (kept @ values.to(kept.dtype)).to(query.dtype), show(context, shown)[0]
+
+    def _window_map(self, query, keys, position, context, apart=False):
+        """Probabilities (B, H, T, S) over each query's window and the global tokens, by the same maps for all. apart:
+        the global keys stand behind the columns [cached | new], of which then the window is all that is seen."""
+        place = (self.left, self.dilation, "apart" if apart else "dense")
+        visible, window, entry = context.once(place, lambda: self._visible(context, keys.device, apart))
         dtype = compute_dtype(query)
         scores = query.to(dtype) @ keys.to(dtype).mT
         if position is not None:
@@ -194,24 +212,35 @@ class GalleryLongformerAttention(MultiHeadAttention):
         scores = (scores * query.shape[-1] ** -0.5).masked_fill(~visible[:, None], -math.inf)
         return scores.softmax(-1).masked_fill(~visible.any(-1)[:, None, :, None], 0.0)
 
-    def _visible(self, context, device):
-        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's table entry (1, T, S)."""
+    def _visible(self, context, device, apart=False):
+        """Keys that each query sees (B or 1, T, S), those of its window, and each pair's table entry (1, T, S). apart:
+        see `_window_map`."""
         rows, s = context.rows, context.cached + context.rows.width
         p = rows.positions
         key = p[:, :1] - context.cached + torch.arange(s)  # (B or 1, S)
         distance = p[:, :, None] - key[:, None]
         real = (key >= 0) & (key <= rows.last)
-        visible = (distance <= self.left * self.dilation) & (distance >= -self.right * self.dilation)
-        visible &= distance % self.dilation == 0
-        window = visible
-        if context.globals is not None:
+        visible = window = self._holds(distance)
+        if context.globals is not None and not apart:
             mark = torch.zeros(rows.seen.shape[0], s + 1, dtype=torch.bool)
             mark.scatter_(1, context.globals.index.cpu(), True)
             mark = mark[:, None, :-1]
             visible = visible | (mark & (distance >= 0) if context.causal else mark)
-        visible = visible & real[:, None] & (p <= rows.last)[..., None]
+        visible = visible & real[:, None]
         entry = self.left - torch.div(distance[:1], self.dilation, rounding_mode="floor")
+        if apart:
+            at = context.globals.positions[:, None]  # (B, 1, G)
+            ahead = p[:, :, None] - at
+            beyond = (at >= 0) & (ahead >= 0) & ~self._holds(ahead)
+            visible = torch.cat([visible.expand(len(beyond), -1, -1), beyond], dim=-1)
+            window, entry = (F.pad(x, (0, at.shape[-1])) for x in (window, entry))
+        visible = visible & (p <= rows.last)[..., None]
         return visible.to(device), window.to(device), entry.clamp(0, self.left + self.right).to(device)
+
+    def _holds(self, distance):
+        """Tells where a window holds keys, by their distance before the query."""
+        near = (distance <= self.left * self.dilation) & (distance >= -self.right * self.dilation)
+        return near & (distance % self.dilation == 0)
 
 
 class GalleryLongformerLayer(ResidualLayer):

@@ -597,6 +597,38 @@ def test_train_generate_look_card_as_shown(tmp_path, monkeypatch):
     assert "Transformer-XL" in Path("my_xl/README.md").read_text()
 
 
+def test_list_spans_push_eval_as_shown(saved, tmp_path, monkeypatch):
+    """What they hand over, where a Hub or hours would be needed."""
+    monkeypatch.chdir(tmp_path)
+    for line in (["list"], *shown_commands("spans")):
+        assert invoke(*line).exit_code == 0
+    assert Path("seen.svg").read_text().startswith("<svg")
+    asked = []
+    monkeypatch.setattr("hf_gallery.hub.push", lambda *given, **more: asked.append((given, more)) or "there")
+    monkeypatch.setattr("hf_gallery.harness.main", lambda argv: asked.append(argv) or 0)
+    copytree(saved, "my_xl")
+    copytree(saved, "my_model")
+    (push,), (measure,) = shown_commands("push"), shown_commands("eval")
+    assert invoke(*push).exit_code == 0 and invoke(*measure).exit_code == 0
+    given, more = asked[0]
+    assert [*map(str, given)] == push[1:3] and more["private"]
+    assert asked[1][2:] == measure[2:]
+
+
+def test_every_block_of_the_guide_is_run():
+    """Python, which test_package.py pastes, or commands that a test knows: those of `hf-gallery` here, of `python -m
+    eval` in test_package.py, of lm_eval in tests/eval/test_harness.py, of a shell in test_spinning.py. The examples
+    stand in a table, see test_examples.py."""
+    text = (ROOT / "docs" / "GUIDE.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    assert {language for language, _ in blocks} == {"python", "bash"}
+    assert not re.search(r"^    ", re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    commands = "list|spans|train|generate|card|push|look|convert|eval"
+    known = re.compile(rf"hf-gallery ({commands})\b|python -m eval\b|lm_eval |export GOMP_SPINCOUNT=")
+    for language, block in blocks:
+        assert language == "python" or all(known.match(line) for line in block.splitlines()), block
+
+
 PUBLISHED = {
     "allenai/longformer-base-4096": lambda: LongformerForMaskedLM(
         LongformerConfig(**TINY, attention_window=8, max_position_embeddings=66, pad_token_id=1)

@@ -141,6 +141,20 @@ def test_token_types_are_in_the_graph(variant, head):
         graph(input_ids=words(3, 6), token_type_ids=torch.full((3, 6), 2))
 
 
+@over(
+    lambda variant, head: variant.name in ("longformer", "longformer_dilated") and head.auto == "AutoModelForCausalLM"
+)
+def test_global_tokens_of_a_decoder_are_in_the_graph(variant, head):
+    def inputs(*shape):
+        marks = (torch.arange(shape[1]) % 7 == 1).long().expand(shape)
+        return {"input_ids": words(*shape, seed=shape[1]), "global_attention_mask": marks}
+
+    run = runner(variant, head)
+    graph = exported(run, inputs(2, 17), limited(variant))
+    with torch.no_grad():
+        assert_equal(graph(**inputs(3, 40)).logits, run.model(**inputs(3, 40)).logits)
+
+
 @over(lambda variant, head: head.auto == "AutoModelForCausalLM" and recurrent(variant))
 def test_blocks_that_follow_one_another_have_one_length(variant, head):
     with pytest.raises(ValueError, match="export it for one length"):

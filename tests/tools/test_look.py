@@ -69,6 +69,9 @@ def test_weights_are_those_of_the_models_maps(variant, monkeypatch):
     with torch.no_grad():
         maps = model(words(LENGTH)[None], output_attentions=True).attentions
     for layer, expected in enumerate(maps):
+        seen = expected[0, ..., -LENGTH:].amax(0) > 0
+        first = torch.where(seen.any(-1), seen.byte().argmax(-1), torch.arange(LENGTH))
+        assert variant.name == "transformer_xl_untied_pre_zeros" or torch.equal(found.first[:, layer], first)
         for query, layers in found.shown.items():
             sources = layers[layer]
             names = [found.sources[kind] for kind in sources.kinds]
@@ -81,6 +84,63 @@ def test_weights_are_those_of_the_models_maps(variant, monkeypatch):
                 assert_equal(found.gates[layer], gates)
                 share = 1 - gates[:, None]
             torch.testing.assert_close(got, expected[0, :, query, -LENGTH:].float() * share, rtol=1e-4, atol=1e-6)
+
+
+MARKED = (1, 9, 17)
+
+
+def marks(*positions):
+    return torch.zeros(1, LENGTH, dtype=torch.long).index_fill(1, torch.tensor(positions), 1)
+
+
+@causal(lambda variant: variant.name in ("longformer", "longformer_dilated"))
+def test_global_tokens_of_a_decoder_are_a_source(variant, monkeypatch):
+    """Read in pieces, the weights of window and global tokens, key by key, give what attention gives in one plain
+    forward; what is summed as global tokens stands at them; surprise and worth are those of direct readings."""
+    of_pieces(monkeypatch, 11)
+    model = variant.make("causal", dtype=torch.float64).eval()
+    ids, seen = words(LENGTH), []
+    found = look(model, ids, most=LENGTH, reach=False, global_attention_mask=marks(*MARKED))
+    total = found.weights.sum(-1)
+    torch.testing.assert_close(total, torch.ones_like(total), rtol=1e-5, atol=1e-5)
+    hooks = [
+        hook
+        for layer in model.model.layers
+        for hook in (
+            layer.self_attn.register_forward_pre_hook(lambda module, x: seen.append(module.keys_values(x[0])[1][0])),
+            layer.self_attn.o_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0][0])),
+        )
+    ]
+    with torch.no_grad():
+        logits = model(ids[None], global_attention_mask=marks(*MARKED)).logits[0, :-1]
+    for hook in hooks:
+        hook.remove()
+    loss = torch.nn.functional.cross_entropy(logits.float(), ids[1:], reduction="none") / math.log(2)
+    assert_equal(found.surprise[1:].double(), loss.double())
+    assert_equal(found.worth["global tokens unmarked"][1:].double(), direct(model, ids))
+    kind = found.sources.index("global tokens")
+    for layer, (values, joined) in enumerate(zip(seen[::2], seen[1::2], strict=True)):
+        for query, layers in found.shown.items():
+            sources = layers[layer]
+            weights = torch.zeros(len(values), LENGTH).scatter_add_(1, sources.positions.clamp(min=0), sources.weights)
+            got = torch.einsum("hs,hsd->hd", weights, values.float()).flatten()
+            torch.testing.assert_close(got, joined[query].float(), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                found.weights[query, layer, :, kind], weights[:, MARKED].sum(-1), rtol=1e-4, atol=1e-6
+            )
+    far = found.weights[LENGTH - 2, :, :, kind]
+    assert bool((far > 0).all()), "the last query sees the first global tokens, which no window of it holds"
+
+
+@causal(lambda variant: variant.name == "longformer")
+def test_a_global_token_reaches_beyond_all_windows(variant):
+    """A changed global token moves losses from beyond what the windows of all layers allow, and gradients find it."""
+    model = variant.make("causal", dtype=torch.float64).eval()
+    found = look(model, words(LENGTH), worth=False, most=0, global_attention_mask=marks(0))
+    farthest = int(found.reach.allowed.max())
+    assert found.reach.further and farthest < LENGTH - 2
+    assert found.reach.changed[farthest + 2 :].nan_to_num().max() > 1e-3
+    assert found.reach.gradient[farthest + 2 :].nan_to_num().max() > 1e-6
 
 
 @causal(lambda variant: variant.name.startswith("memorizing"))
@@ -243,9 +303,12 @@ def test_what_cannot_be_looked_at_is_refused_by_name():
         (words(9), dict(at=[9]), "positions 0 to 8"),
         (words(9), dict(most=-1), "most is -1"),
         (words(9), dict(attention_mask=torch.ones(1, 9)), "attention_mask is given"),
+        (words(9), dict(global_attention_mask=torch.ones(1, 9)), "global_attention_mask is given"),
     ):
         with pytest.raises(ValueError, match=message):
             look(model, ids, **options)
+    with pytest.raises(ValueError, match="shape \\(1, 8\\); give \\(9,\\) or \\(1, 9\\)"):
+        look(variants["longformer"].make("causal"), words(9), global_attention_mask=torch.ones(1, 8))
     with pytest.raises(TypeError, match="encoder-decoder"):
         look(variants["transformer"].make("seq2seq"), words(9))
     with pytest.raises(TypeError, match="no model of the gallery"):

@@ -150,6 +150,47 @@ def test_an_encoder_has_a_page():
     assert "global tokens" in html and 'id="worth"' not in html and "bits each" not in html
 
 
+@pytest.mark.parametrize("head", ["masked", "sequence"])
+def test_the_command_shows_what_an_encoder_looks_at(head, tmp_path):
+    """Under whichever head it was saved; global tokens are those that are asked for, else those of the head."""
+    model = {v.name: v for v in VARIANTS}["longformer"].make(head, vocab_size=262, pad_token_id=256).eval()
+    tokenizer, folder, out = byte_tokenizer(), tmp_path / "model", tmp_path / "page.html"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    run = ["look", str(folder), "a tale of two", "--out", str(out)]
+    done = CliRunner().invoke(app, [*run, "--global", "2"])
+    assert done.exit_code == 0, done.output
+    html = out.read_text()
+    assert "What each token looks at" in html and "predicted from" not in html
+    shown = json.loads(re.search(r"const look = (\{.+\});", html).group(1))
+    assert not shown["predicts"] and "global tokens" in shown["sources"] and len(shown["shown"]) == 13
+    expected = look(model, tokenizer("a tale of two", return_tensors="pt").input_ids, global_attention_mask=mark(2))
+    sums = [round(float(x), 3) for x in expected.weights[5, 1, 0]]
+    assert shown["shown"]["5"]["sums"]["1,0"] == [sums[expected.sources.index(name)] for name in shown["sources"]]
+    assert CliRunner().invoke(app, run).exit_code == 0
+    names = json.loads(re.search(r'"sources": (\[.+?\])', out.read_text()).group(1))
+    assert "global tokens" in names
+    done = CliRunner().invoke(app, [*run, "--global", "13"])
+    assert done.exit_code == 1 and "positions 0 to 12" in done.stderr
+
+
+def mark(position):
+    return (torch.arange(13) == position).long()[None]
+
+
+def test_the_command_refuses_what_has_no_single_stack_or_no_global_tokens(model, tmp_path):
+    for name, kind in (
+        ("seq2seq", {v.name: v for v in VARIANTS}["transformer"].make("seq2seq", vocab_size=262)),
+        ("causal", model),
+    ):
+        kind.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+    done = CliRunner().invoke(app, ["look", str(tmp_path / "seq2seq"), "a tale"])
+    assert done.exit_code == 1 and "an encoder-decoder; give a model of one stack of layers" in done.stderr
+    done = CliRunner().invoke(app, ["look", str(tmp_path / "causal"), "a tale", "--global", "0"])
+    assert done.exit_code == 1 and "has no global tokens" in done.stderr
+
+
 def test_the_command_writes_the_page(model, tmp_path):
     model.save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
