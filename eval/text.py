@@ -147,16 +147,16 @@ def read(
 ) -> list[np.ndarray]:
     """Bits that the model gives each byte of each document but its first, (bytes - 1,) each.
 
-    Documents are read side by side, `lanes` at a time, `length` tokens a forward, with their state carried along;
-    those that end before others are padded. A model from outside does as outside.how says.
+    Documents of like length are read side by side, `lanes` at a time at most, with their state carried along; those
+    that end before others are padded. A forward reads as many tokens as `lanes` of `length` have. A model from outside
+    does as outside.how says, `length` tokens of each document at a time.
     """
     going = None
     if outside.is_foreign(model.config):
         length = min(length, outside.positions(model.config) or length)
         going = outside.how(model, length)
     bits: list[np.ndarray] = [np.zeros(0)] * len(found)
-    order = sorted(range(len(found)), key=lambda i: len(found[i]))  # of like length side by side
-    for group in (order[i : i + lanes] for i in range(0, len(order), lanes)):
+    for group in alike([len(x) for x in found], lanes):
         longest = max(len(found[i]) for i in group)
         ids = torch.zeros(len(group), longest, dtype=torch.long)
         mask = torch.zeros(len(group), longest, dtype=torch.long)
@@ -164,8 +164,9 @@ def read(
             ids[row, : len(found[i])], mask[row, : len(found[i])] = torch.from_numpy(found[i].astype(np.int64)), 1
         ids, mask, parts = ids.to(device), mask.to(device), []
         further = _reader(model, going)
-        for start in range(0, longest - 1, length):
-            columns = slice(start, min(start + length, longest - 1))
+        width = lanes * length // len(group) if going is None else length
+        for start in range(0, longest - 1, width):
+            columns = slice(start, min(start + width, longest - 1))
             logits = further(ids[:, columns], mask[:, columns])  # (lanes, T, V)
             asked = ids[:, columns.start + 1 : columns.stop + 1]
             loss = torch.nn.functional.cross_entropy(logits.float().mT, asked, reduction="none")
@@ -185,6 +186,16 @@ def _reader(
         return lambda ids, mask: reader.read(ids)  # padding stands behind a text, where none of its tokens sees it
     cache = GalleryCache(model.config)
     return lambda ids, mask: model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
+
+
+def alike(lengths: list[int], most: int) -> list[list[int]]:
+    """Groups of at most that many, by place, in which none is less than two thirds as long as another."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if not groups or len(groups[-1]) == most or 3 * lengths[groups[-1][0]] < 2 * lengths[i]:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
 
 
 def by_position(bits: list[np.ndarray]) -> dict[str, dict[str, float]]:

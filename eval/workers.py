@@ -10,7 +10,7 @@ import multiprocessing
 import queue
 import signal
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ class Workers:
     def __init__(self, count: int, plan: Callable[[], list[Any]], folder: Path, device: torch.device, command: str):
         self.count, self.arguments = count, (plan, folder, device, command)
 
-    def measure(self, names: list[str]) -> Iterator[tuple[str, Any]]:
+    def measure(self, names: list[str]) -> Generator[tuple[str, Any], None, None]:
         """Measures the cells of these names and writes them. Yields, as it happens, (name, ticks of its work that are
         done now) and at its end (name, the saved cell).
 

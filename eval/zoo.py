@@ -125,9 +125,10 @@ def make(
     beside = place.with_name(f".{place.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
     save(model, tokenizer, beside)
-    opened = AutoModelForCausalLM.from_pretrained(beside).to(device).eval()
+    opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(beside).eval()
+    opened.to(device)  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
     found = text.documents(corpus["test"], each=settings.scored_bytes)
-    bits = text.read(opened, found, len(found), settings.length, device)
+    bits = text.read(opened, found, settings.lanes, settings.length, device)
     scored = sum(len(x) for x in bits)
     about = {
         "bits_per_byte": sum(float(x.sum()) for x in bits) / scored,

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,17 +34,20 @@ PIPELINES = {
 }
 
 
-def write_cards(out: Path, results: Path) -> None:
-    """Renders the cards of all variants, with their numbers where they were measured, to out/VARIANT.md, and what they
-    see to out/VARIANT.svg. Raises as render_card does, and then writes none."""
-    cards = {
-        name: render_card(name, results=results if v.measured else None, drawing=f"{name}.svg")
-        for name, v in VARIANTS.items()
-    }
+def write_cards(out: Path, *results: Path) -> None:
+    """Renders the cards of all variants to out/VARIANT.md, each with its numbers from the first of the results that
+    has some, and what they see to out/VARIANT.svg. Raises as render_card does, and then writes none."""
+    cards = {name: render_card(name, results=with_numbers(name, results), drawing=f"{name}.svg") for name in VARIANTS}
     drawings = {name: draw(name) for name in VARIANTS}
     for name, card in cards.items():
         write_text(out / f"{name}.md", card)
         write_text(out / f"{name}.svg", drawings[name])
+
+
+def with_numbers(variant: str, results: Sequence[Path]) -> Path:
+    """The first of these files of `python -m eval` that has numbers of an architecture; the last if none has."""
+    names = [contestant.name for contestant in _known(variant).contestants]
+    return next((path for path in results[:-1] if _entries(read_json(path), names)), results[-1])
 
 
 def render_card(
@@ -70,9 +73,7 @@ def render_card(
     Raises ValueError for a variant that is not known, a folder that holds none or another, a repo_id that is no name,
     and results that are no such file or have no numbers of the variant.
     """
-    if variant not in VARIANTS:
-        raise ValueError(f"variant is {variant!r}; choose from {', '.join(VARIANTS)}")
-    about = VARIANTS[variant]
+    about = _known(variant)
     if folder is not None and variant_of(Path(folder)) is not about:
         held = variant_of(Path(folder)).name
         raise ValueError(f"variant is {variant!r}, but {folder} holds a {held}; give that name")
@@ -135,6 +136,12 @@ def render_card(
     sections += [] if measured is None else [_told(Path(str(results)), lambda: measured.text(own=saved is None))]
     card = ModelCard(f"---\n{metadata.to_yaml()}\n---\n\n" + "\n\n".join(sections) + "\n")
     return str(card)
+
+
+def _known(variant: str) -> Variant:
+    if variant not in VARIANTS:
+        raise ValueError(f"variant is {variant!r}; choose from {', '.join(VARIANTS)}")
+    return VARIANTS[variant]
 
 
 def drawing_text(about: Variant) -> str:
@@ -289,6 +296,14 @@ class SavedFacts:
         return "\n".join(lines)
 
 
+def _entries(results: Any, contestants: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What a results file says of some contestants, by name; of those alone of whom it has numbers."""
+    summary = results.get("summary") if isinstance(results, dict) else None
+    found = {n: summary.get(n) for n in contestants} if isinstance(summary, dict) else {}
+    measures = {"recall", "bits_per_byte", "cost", "abilities"}
+    return {n: entry for n, entry in found.items() if isinstance(entry, dict) and measures & entry.keys()}
+
+
 @dataclasses.dataclass(frozen=True)
 class _Measured:
     """A results file of `python -m eval`, and its entries of some contestants."""
@@ -301,9 +316,7 @@ class _Measured:
         results = read_json(path)
         if not isinstance(results, dict) or not {"summary", "settings", "window", "cells"} <= set(results):
             raise ValueError(f"results is {str(path)!r}, no file of `python -m eval`; give its results.json")
-        summary = results["summary"]
-        measures = ("recall", "bits_per_byte", "cost", "abilities")
-        entries = {n: summary[n] for n in contestants if any(key in summary.get(n, {}) for key in measures)}
+        entries = _entries(results, contestants)
         if not entries:
             raise ValueError(
                 f"{path} has no numbers of {' or '.join(contestants)}; run `python -m eval --variants "

@@ -560,7 +560,11 @@ def card(
         Path | None, typer.Option(help="A trained model; its card goes there as README.md.", exists=True)
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="A results.json of `python -m eval`, for the numbers.", exists=True)
+        list[Path] | None,
+        typer.Option(
+            help="A results.json of `python -m eval`, for the numbers; of several the first that has some.",
+            exists=True,
+        ),
     ] = None,
     repo_id: Annotated[str | None, typer.Option(help="Where it will be on the Hub.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Cards of all variants, into the folder --out.")] = False,
@@ -572,15 +576,16 @@ def card(
     """
     if everything == (variant is not None):
         raise ValueError("give a variant's name, or --all")
+    from .cards import render_card, with_numbers, write_cards
     from .files import write_text
-    from .hub import render_card, write_cards
 
     if everything:
-        if results is None:
+        if not results:
             raise ValueError("--all writes cards with measured numbers; give --results")
-        write_cards(out, results)
+        write_cards(out, *results)
         return
-    text = render_card(str(variant), folder=folder, results=results, repo_id=repo_id)
+    numbers = with_numbers(str(variant), results) if results else None
+    text = render_card(str(variant), folder=folder, results=numbers, repo_id=repo_id)
     if folder is None:
         typer.echo(text)
     else:

@@ -115,9 +115,9 @@ def _with_code(folder: Path) -> Iterator[Path]:
     variant = variant_of(folder)
     with tempfile.TemporaryDirectory(prefix="gallery-push-") as place:
         copy = Path(place) / folder.resolve().name
-        shutil.copytree(folder, copy, symlinks=True)
+        shutil.copytree(folder, copy, symlinks=True, ignore=shutil.ignore_patterns("checkpoint*"))
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            model = variant.model(variant.config.from_dict(config))
+            model: Any = variant.model(variant.config.from_dict(config))
         model.name_classes()
         custom_object_save(model, copy, config=model.config)
         write_json(copy / "config.json", config | {"auto_map": model.config.auto_map})

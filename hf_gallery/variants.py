@@ -57,7 +57,7 @@ class Variant:
     model: the bare model, whose `heads` name the others, of the same module. small: config arguments of a model that
     trains on a CPU, beside the sizes that all share. drawn: settings that show in a few tokens what queries see. idea:
     in a line; sees, carries: what a query at position p sees, and what goes from one call to the next; about, limits:
-    as its card says it. measured: its numbers stand in the results that the cards are made of.
+    as its card says it.
     """
 
     name: str
@@ -75,7 +75,6 @@ class Variant:
     small: dict[str, Any]
     drawn: tuple[Drawn, ...] = (Drawn(dict(num_hidden_layers=1)),)
     contestants: tuple[Contestant, ...] = ()
-    measured: bool = True
 
     @property
     def paper(self) -> str:
@@ -388,7 +387,6 @@ TABLE = (
             Drawn(dict(is_decoder=True, segment_length=4, num_memory_tokens=1)),
             Drawn(dict(is_decoder=False, segment_length=4, num_memory_tokens=1)),
         ),
-        measured=False,
         contestants=(
             Contestant(
                 name="recurrent_memory_transformer",

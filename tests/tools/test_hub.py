@@ -251,6 +251,26 @@ def test_push_makes_one_commit(online, saved, caplog):
     assert not online.unknown
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_without_code_goes_with_the_librarys(online, tmp_path, name):
+    """As those of the zoo are: what arrives is what save_pretrained would have written, and the folder stays bare."""
+    folder = tmp_path / "model"
+    save_tiny(name, folder)
+    push(folder, "user/whole")
+    for path in folder.glob("*.py"):
+        path.unlink()
+    config = json.loads((folder / "config.json").read_text())
+    whole_map = config.pop("auto_map")
+    (folder / "config.json").write_text(json.dumps(config))
+    before = content(folder)
+    push(folder, "user/bare")
+    assert content(folder) == before
+    whole, bare = online.files("user/whole"), online.files("user/bare")
+    assert set(whole) == set(bare)
+    assert all(whole[path] == bare[path] for path in whole if path.endswith((".py", ".safetensors")))
+    assert json.loads(bare["config.json"])["auto_map"] == whole_map
+
+
 def test_what_training_left_stays_here(online, tmp_path):
     """The command line's own training, published by its own push."""
     texts, out = tmp_path / "texts", tmp_path / "my_model"

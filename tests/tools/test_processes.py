@@ -1,5 +1,8 @@
 """One run by several processes: each measures its share alone, and together they find what one would."""
 
+import dataclasses
+import functools
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -9,11 +12,13 @@ import psutil
 import pytest
 import torch
 from rich.console import Console
-from test_eval import CPU, ROOT, measured, start_process, tiny  # noqa: F401, a fixture
+from test_eval import CPU, ROOT, TINY, measured, start_process, tiny  # noqa: F401, a fixture
 
-from eval import processes
+from eval import benchmark, processes
+from eval import workers as eval_workers
 from eval.cells import EVERYONE, Cell, Run
 from eval.processes import Process, this_process
+from eval.workers import WorkerError, Workers
 
 
 @pytest.fixture(autouse=True)
@@ -123,3 +128,63 @@ def test_two_processes_find_what_one_does(tmp_path, tiny):  # noqa: F811
     assert all((cells / name).read_bytes() == content for name, content in kept.items())
     results = [measured(tmp_path / name / "runs/tiny/results.json") for name in ("one", "two")]
     assert results[0] == results[1]
+
+
+# ---- workers of one command
+
+
+def planned(tmp_path, preset, names=("transformer", "transformer_xl")):
+    """Workers for the recall cells of a preset, and the cells' names."""
+    arguments = (preset, list(names), ["recall"], 1, "stdlib", CPU)
+    plan = functools.partial(benchmark.plan_by_names, *arguments)
+    return Workers(2, plan, tmp_path, CPU, "python -m eval"), [cell.name for cell in plan()]
+
+
+@pytest.mark.slow
+def test_workers_find_what_one_process_does(tmp_path):
+    """Each cell once, and their work as it is done."""
+    preset = dataclasses.replace(TINY, recall=dataclasses.replace(TINY.recall, steps=4))
+    workers, names = planned(tmp_path / "two", preset)
+    ticks, found = dict.fromkeys(names, 0), {}
+    for name, report in workers.measure(names):
+        if isinstance(report, int):
+            ticks[name] += report
+        else:
+            assert name not in found
+            found[name] = report
+    cells = benchmark.plan_by_names(preset, ["transformer", "transformer_xl"], ["recall"], 1, "stdlib", CPU)
+    assert ticks == {cell.name: cell.units for cell in cells}
+    for cell in cells:
+        alone = Run(tmp_path / "one").measure_one(cell, lambda units: None, CPU, "python -m eval")
+        assert alone["result"] == found[cell.name]["result"] and Run(tmp_path / "two").read(cell) == found[cell.name]
+
+
+@pytest.mark.slow
+def test_a_worker_that_fails_or_ends_is_told(tmp_path):
+    """In the first process, which ends the others."""
+    wrong = dataclasses.replace(TINY.recall, sizes=dataclasses.replace(TINY.recall.sizes, heads=7))
+    workers, names = planned(tmp_path, dataclasses.replace(TINY, recall=wrong))
+    with pytest.raises(WorkerError, match=r"recall\.transformer(_xl)?\.0 failed:\n(.|\n)*ValueError"):
+        list(workers.measure(names))
+    long = dataclasses.replace(TINY, recall=dataclasses.replace(TINY.recall, steps=100_000))
+    workers, names = planned(tmp_path, long)
+    reports = workers.measure(names)
+    next(reports)
+    children = multiprocessing.active_children()
+    children[0].kill()
+    with pytest.raises(WorkerError, match="has ended"):
+        list(reports)
+    for child in children:
+        child.join(30)
+        assert not child.is_alive()
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "free", "many"),
+    [("cpu", None, 64, 4), ("cpu", None, 5, 2), ("cpu", None, 1, 1), ("cpu", 3, 1, 3), ("cuda", None, 64, 1)],
+)
+def test_how_many_workers(monkeypatch, device, asked, free, many):
+    monkeypatch.setattr(eval_workers, "cores", lambda: 4)
+    memory = psutil.virtual_memory()._replace(available=free * 2**30)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
+    assert eval_workers.count(torch.device(device), asked) == many
