@@ -201,15 +201,7 @@ class Stream:
 
     def __init__(self, model: PreTrainedModel, length: int, seed: int, device: torch.device):
         self.model, self.ids, self.place = model, _random_bytes(1, length, seed).to(device), 0
-        self.cache: GalleryCache | outside.Reader = GalleryCache(model.config)
-        if outside.is_foreign(model.config):
-            going = outside.carried(model, 32)
-            if going is outside.Reading.SEGMENTS:
-                raise ValueError(
-                    f"{type(model).__name__} does not decode as it reads: with its cache it gives other logits than "
-                    "without, so that the costs of its cache say nothing; leave it out, or name --tasks without cost"
-                )
-            self.cache = outside.Reader(model, going)
+        self.cache = _cache(model)
 
     def read(self, tokens: int) -> None:
         """Reads the next tokens of the text, in chunks."""
@@ -228,6 +220,19 @@ class Stream:
         else:
             logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits
         self.last = logits[:, -1].argmax(-1, keepdim=True)
+
+
+def _cache(model: PreTrainedModel) -> GalleryCache | outside.Reader:
+    """What a model reads on with. Raises ValueError for one from outside whose cache does not do that."""
+    if not outside.is_foreign(model.config):
+        return GalleryCache(model.config)
+    going = outside.carried(model, 32)
+    if going is outside.Reading.SEGMENTS:
+        raise ValueError(
+            f"{type(model).__name__} does not decode as it reads: with its cache it gives other logits than without, so "
+            "that the costs of its cache say nothing; leave it out, or name --tasks without cost"
+        )
+    return outside.Reader(model, going)
 
 
 # Names of `slopes`, as the tables have them.

@@ -16,6 +16,7 @@ from transformers import LlamaForCausalLM
 
 from eval import benchmark, contestants, outside, presets, recall, report, text
 from eval.outside import OUTSIDE, Reading
+from hf_gallery.data import TASKS, encode_bytes, questions
 from hf_gallery.files import read_json
 from hf_gallery.harness import score
 from hf_gallery.training import SegmentTrainer
@@ -114,54 +115,64 @@ def test_long_batches_are_cut_for_models_whose_positions_end():
     assert outside._cut(rows, None, 0) is rows and outside._cut(rows, 7, 0) is rows
 
 
-def test_scores_of_llama_are_those_of_transformers():
-    """Recall and abilities: counted from one forward of transformers' own class with the same weights."""
+def test_recall_of_llama_is_that_of_transformers():
+    """Counted from forwards of transformers' own class with the same weights."""
     model = loud("llama")
     own = LlamaForCausalLM(model.config).eval()
     own.load_state_dict(model.state_dict())
     settings = dataclasses.replace(TINY.recall, examples=12)
     asked = recall.ask(model, settings, 8, 0, CPU)
     assert asked == recall.ask(lambda input_ids: own(input_ids=input_ids), settings, 8, 0, CPU)
-    task = {"a": ("permutation_composition", {"length": 24, "num_questions": 1})}
-    from hf_gallery.data import TASKS, byte_tokenizer, questions
 
-    found = score(model, task, examples=20)["a"]
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_abilities_of_outsiders_are_counted_from_their_own_logits(name):
+    """Nothing of a question is cut or padded into sight."""
+    model, given = loud(name), {"length": 24, "num_questions": 1}
     right = 0
-    for row in questions(TASKS["permutation_composition"](20, length=24, num_questions=1, split="test"), last=True):
-        context, target = (
-            byte_tokenizer()(row[name], add_special_tokens=False)["input_ids"] for name in ("context", "target")
-        )
+    for row in questions(TASKS["permutation_composition"](12, **given, split="test"), last=True):
+        context, target = (encode_bytes(row[part]).tolist() for part in ("context", "target"))
         with torch.no_grad():
-            logits = own(torch.tensor([context + target[:-1]])).logits[0, len(context) - 1 :]
+            logits = model(torch.tensor([context + target[:-1]])).logits[0, len(context) - 1 :]
         right += logits.argmax(-1).tolist() == target
-    assert found == {"asked": 20, "correct": right}
+    found = score(model, {"a": ("permutation_composition", given)}, examples=12)
+    assert found == {"a": {"asked": 12, "correct": right}}
 
 
-def test_a_whole_run_of_outsiders(tiny):
-    """Recall, an ability, text and costs of each, beside one of the gallery; unasked they take no part."""
+def test_unasked_outsiders_take_no_part():
     assert not set(OUTSIDE) & {c.name for c in benchmark.choose_contestants(None)}
+    assert [c.name for c in benchmark.choose_contestants("mamba,transformer")] == ["transformer", "mamba"]
+
+
+@pytest.mark.parametrize(
+    "named", [["llama", "mistral"], ["mamba"], ["mamba2"], pytest.param(["recurrent_gemma"], marks=pytest.mark.slow)]
+)
+def test_a_whole_run_of_outsiders(named, tiny):
+    """Recall, text and costs, beside one of the gallery and one of a user's own."""
     Path("mine").mkdir()
     small = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 262, "n_positions": 64}
     Path("mine/config.json").write_text(json.dumps(small))
-    names = ["transformer", *OUTSIDE]
-    result = invoke(*tiny, "--variants", ",".join(names), "--contestant", "mine", "--workers", "1")
+    names, tasks = ["transformer", *named], ["--tasks", "recall,text,cost", "--workers", "1"]
+    result = invoke(*tiny, *tasks, "--variants", ",".join(names), "--contestant", "mine")
     assert result.exit_code == 0, result.output
     results = read_json(Path("runs/tiny") / report.RESULTS)
     assert list(results["summary"]) == [*names, "mine"]
     for name, entry in results["summary"].items():
-        assert set(entry["recall"]) == {"2", "8", "32"} and entry["abilities"]["permutations"]
+        assert set(entry["recall"]) == {"2", "8", "32"}
         assert 3 < entry["bits_per_byte"][0] < 12 and entry["cost"]["decode_ms_per_token"]["24"] > 0
         assert ("outside" in entry) == (name != "transformer")
-    held = {name: results["summary"][name]["cost"]["cache_bytes"] for name in OUTSIDE}
     decoded = TINY.cost.decode_tokens + 1  # after the first context
-    assert held["llama"]["24"] / (24 + decoded) == held["llama"]["8"] / 8 > 0
-    assert all(held[name]["24"] == held[name]["8"] > 0 for name in CARRIED)
+    for name in named:
+        held = results["summary"][name]["cost"]["cache_bytes"]
+        grown = 1 if name in CARRIED else (24 + decoded) / 8
+        assert held["24"] == grown * held["8"] > 0, name
     said = " ".join(result.output.split())
-    assert "by one version of the code" in said and "Llama (outside): 11,888 parameters, as many as the others" in said
+    label, size = OUTSIDE[named[0]].label, results["summary"][named[0]]["parameters"]
+    assert "by one version of the code" in said and f"{label}: {size:,} parameters, as many as the others" in said
     assert "trained with nothing carried" in said and re.search(
         r"mine \(outside\): [\d,]+ parameters, as its own", said
     )
-    again = invoke(*tiny, "--variants", "transformer", "--tasks", "recall")
+    again = invoke(*tiny, "--variants", "transformer", "--tasks", "recall", "--workers", "1")
     assert again.exit_code == 0 and "mine" in read_json(Path("runs/tiny") / report.RESULTS)["summary"]
 
 
