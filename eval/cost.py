@@ -229,8 +229,8 @@ def _cache(model: PreTrainedModel) -> GalleryCache | outside.Reader:
     going = outside.carried(model, 32)
     if going is outside.Reading.SEGMENTS:
         raise ValueError(
-            f"{type(model).__name__} does not decode as it reads: with its cache it gives other logits than without, so "
-            "that the costs of its cache say nothing; leave it out, or name --tasks without cost"
+            f"{type(model).__name__} does not decode as it reads: with its cache it gives other logits than without, "
+            "so that the costs of its cache say nothing; leave it out, or name --tasks without cost"
         )
     return outside.Reader(model, going)
 
