@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hf_gallery.models import attention_triton as kernels
+from hf_gallery.models import search_triton
 
 FUNCTIONS = {
     "forward": kernels._forward,
@@ -30,8 +31,10 @@ FUNCTIONS = {
     "keys": kernels._backward_keys,
     "diagonals": kernels._backward_diagonals,
     "products": kernels._products,
+    "numbers": search_triton._numbers,
+    "found": search_triton._found,
 }
-TERMS = {"diagonals": ["bias"], "products": ["relative"]}  # else all three
+TERMS = {"diagonals": ["bias"], "products": ["relative"], "numbers": ["none"], "found": ["none"]}  # else all three
 KINDS = {"half": torch.bfloat16, "float": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that the launcher finds to be multiples of 16 where a model's sizes are: all strides of tensors.
@@ -41,7 +44,10 @@ STRIDE = re.compile(r"[qkvp]_[bhts]|d?term_[bh]|spans_b|table_h|[TS]")
 def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str) -> dict[str, Any]:
     """Resources that a kernel takes of a GPU of compute capability arch / 10, launched as `attend` would."""
     function = FUNCTIONS[kernel]
-    tiles = kernels.tiles_of(kernel, kind, head, 4096, arch >= 90)
+    if kernel in ("numbers", "found"):
+        tiles = search_triton.tiles_for(kind, head) if kernel == "numbers" else search_triton.FOUND
+    else:
+        tiles = kernels.tiles_of(kernel, kind, head, 4096, arch >= 90)
     block = kernels._block(head)
     constants: dict[str, Any] = dict(
         D=head, DV=head, BLOCK_D=block, BLOCK_DV=block, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, TERM=term != "none",
@@ -83,11 +89,12 @@ def _type(name: str, kernel: str, kind: str, term: str, constants: dict[str, Any
     """The type of an argument in Triton's notation."""
     if name in constants:
         return "constexpr"
-    if name in ("lower", "upper", "seed_ptr"):
+    whole = ("lower", "upper", "seed_ptr", "best_ptr", "columns_ptr")
+    if name in whole or (kernel, name) == ("numbers", "out_ptr"):
         return "*i64"
     if name == "plan":
         return "*i32"
-    if name in ("lse_ptr", "lse2_ptr", "offset_ptr", "sums_ptr") or (name == "term" and term == "bias"):
+    if name in ("lse_ptr", "lse2_ptr", "offset_ptr", "sums_ptr", "scores_ptr") or (name == "term" and term == "bias"):
         return "*fp32"
     if name.endswith("_ptr") or name in ("term", "table"):
         return f"*{kind}"

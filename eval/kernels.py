@@ -6,6 +6,7 @@ kernels are interpreted (TRITON_INTERPRET=1) is settled when triton is imported.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
@@ -13,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_gallery.models import attention_triton
+from hf_gallery.models import attention_triton, memory, search_triton
 from hf_gallery.models.attention import Position, attend, attend_naive, join
 from hf_gallery.models.attention_triton import jit
 from hf_gallery.models.spans import Spans
@@ -256,7 +257,40 @@ def compiled_errors() -> dict[str, float]:
     return {name: 0.0 if torch.equal(got[name], y) else math.inf for name, y in expected.items()}
 
 
-EXTRA = {"joined parts": join_errors, "one head at a time": groups_errors, "a whole graph": compiled_errors}
+def search_errors(kind: torch.dtype, most: int = 2**22, width: int = 2**14) -> dict[str, float]:
+    """The search of a memory against its definition in float64: scores and columns, of equal scores the most recent.
+
+    Keys are small whole numbers, whose scores are exact in every type and mostly alike. most, width: scores and keys
+    of a tile.
+    """
+    before = memory._SCORES, memory._WIDTH
+    memory._SCORES, memory._WIDTH = most, width
+    generator, wrong = torch.Generator().manual_seed(4), {"scores": 0.0, "columns": 0.0}
+    try:
+        for t, n, d, topk in ((5, 90, 24, 6), (1, 61, 7, 32), (19, 33, 16, 33), (3, 7, 80, 9)):
+            query, keys = (torch.randint(-1, 2, (2, 3, x, d), generator=generator).to(DEVICE, kind) for x in (t, n))
+            keys[1, 2, n // 2] = torch.nan  # of a training that has diverged
+            lower = torch.randint(0, n, (2, t), generator=generator).to(DEVICE)
+            upper = lower + torch.randint(0, n + 1, (2, t), generator=generator).to(DEVICE)
+            upper[0, 0], upper[1, -1] = lower[0, 0], lower[1, -1] + n  # nothing, and all
+            assert search_triton.serves(query)
+            scores, columns = memory.search_numbered(query, keys, lower, upper, topk)
+            exact, places = memory.search_naive(query.double(), keys.double(), lower, upper, topk)
+            same = torch.equal(scores.double().nan_to_num(9e9), exact.nan_to_num(9e9))
+            wrong["scores"] = wrong["scores"] if same else math.inf
+            same = torch.equal(columns[exact > -math.inf], places[exact > -math.inf])
+            wrong["columns"] = wrong["columns"] if same else math.inf
+    finally:
+        memory._SCORES, memory._WIDTH = before
+    return wrong
+
+
+SEARCHES = {
+    "search": functools.partial(search_errors, torch.float32),
+    "search, many tiles": functools.partial(search_errors, torch.float32, 600, 30),
+    "search, bf16": functools.partial(search_errors, torch.bfloat16),
+}
+EXTRA = SEARCHES | {"joined parts": join_errors, "one head at a time": groups_errors, "a whole graph": compiled_errors}
 
 
 def limit(name: str) -> float:

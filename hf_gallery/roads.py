@@ -261,10 +261,10 @@ def _(context: block_recurrent.Context, call: Call) -> Found:
     found.seen["state"] = joins(context.everything(call.width, len(vectors)), call.queries, vectors)
     blocks, length = context.blocks(call.cached), call.model.config.block_length
     held, read = set(), call.left.setdefault("read", set())
+    cuts = blocks.cuts or []  # of a text alone, which knows them
     for j in range(blocks.count):
         of_block = [query for query in call.queries if query[1] // length == call.first // length + j]
         held |= {(query, token) for query in of_block for token in read}
         if bool(blocks.complete[0, j]):  # the state takes in the block
-            place = slice(j * length, (j + 2) * length)
-            read |= {tokens[column] for column in blocks.column[0, place][blocks.real[0, place]].tolist()}
+            read |= set(tokens[cuts[j] : cuts[j + 2]])
     return Found(call.queries, [*vectors, *tokens], found.seen | {"held": held})

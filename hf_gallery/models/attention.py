@@ -145,12 +145,16 @@ def join(
     first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The attention over two disjoint sets of keys from the (out, lse) over each: one softmax over their union."""
+    lse = torch.logaddexp(first[1].clamp(min=_NOTHING), second[1].clamp(min=_NOTHING))
+    return joined(first, second), lse.masked_fill(lse < _NOTHING / 2, -math.inf)
+
+
+def joined(first: tuple[torch.Tensor, torch.Tensor], second: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """`join` without the lse of the union, which nobody asks for behind the last part."""
     # Finite where nothing is seen, so that the difference of two such is 0 and no gradient is NaN.
-    lse1, lse2 = (lse.masked_fill(lse == -math.inf, _NOTHING) for _, lse in (first, second))  # (B, H, T)
+    lse1, lse2 = (lse.clamp(min=_NOTHING) for _, lse in (first, second))  # (B, H, T)
     share = torch.sigmoid(lse1 - lse2)[..., None].to(first[0].dtype)  # of the first in the one softmax
-    out = torch.lerp(second[0], first[0], share)  # (B, H, T, Dv), zeros where both are
-    lse = torch.logaddexp(lse1, lse2)
-    return out, lse.masked_fill(lse < _NOTHING / 2, -math.inf)
+    return torch.lerp(second[0], first[0], share)  # (B, H, T, Dv), zeros where both are
 
 
 _NOTHING = -1e30  # less than any sum of scores, and finite

@@ -85,7 +85,7 @@ def attend_triton(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
         _check_distances(problem)
         table, farthest, asked = position
         asked, table = (None, table.float()) if asked is None else (asked.to(kind), table.to(kind))
-    lower, upper = spans.on(query.device)
+    lower, upper = (x.contiguous() for x in spans.on(query.device))
     seed = torch.randint(2**31, (1,), device=query.device) if dropout > 0.0 else None
     plan = None
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in problem.tensors):

@@ -28,7 +28,7 @@ from .block_rows import BlockRows
 from .cache import CACHE_NAME, GalleryCache
 from .context import ForwardContext
 from .documents import PACKING, Documents
-from .exporting import compile_whole, in_one_graph, records_gradients, require
+from .exporting import compile_whole, in_one_graph, readable, records_gradients, require
 from .gradients import with_gradients_for
 from .modeling_base import GalleryPreTrainedModel, check_arguments, check_tensors, is_static, no_cache
 from .rows import Rows, unpack
@@ -187,7 +187,7 @@ class Backbone(GalleryPreTrainedModel):
         if documents is not None:
             longest = documents.longest
         else:
-            longest = rows.columns if in_one_graph() and not rows.uniform else rows.longest
+            longest = rows.longest
         inputs |= {"position_ids": position_ids}
         self.check(rows, cache, longest, **inputs)
         attends = self.config.output_attentions if output_attentions is None else output_attentions
@@ -382,7 +382,7 @@ def no_types(token_type_ids: torch.Tensor | None):
     unasked."""
     if token_type_ids is None:
         return
-    if in_one_graph():
+    if not readable(token_type_ids):
         require(token_type_ids == 0, "token_type_ids hold more than zeros, but this model has no token types")
     elif bool(token_type_ids.any()):
         raise ValueError("token_type_ids hold more than zeros, but this model has no token types; leave them out")

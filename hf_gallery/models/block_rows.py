@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 import torch.nn.functional as F
 
-from .exporting import fixed_length, in_one_graph
+from .exporting import fixed_length, readable
 from .rows import Rows
 
 
@@ -24,18 +24,20 @@ class BlockRows:
     def __init__(self, rows: Rows, length: int, agreed: Callable[[int], int]):
         self.rows, self.length = rows, length
         self.phase = rows.seen % length  # (B,) tokens of the first block that are already behind
-        most = fixed_length(rows.width) if in_one_graph() else int((self.phase + rows.lengths).max())
+        self.known = readable(rows.lengths)  # else no row has a past, so all begin with a whole block
+        most = int((self.phase + rows.lengths).max()) if self.known else fixed_length(rows.width)
         self.count = agreed(max(1, -(-most // length)))  # J
-        ends = (torch.arange(self.count + 1)[:, None] * length - self.phase).clamp(min=0)
+        ends = (torch.arange(self.count + 1, device=rows.device)[:, None] * length - self.phase).clamp(min=0)
         self.ends = torch.minimum(ends, rows.lengths)  # (J + 1, B), in packed tokens
 
     def split(self, x: torch.Tensor) -> Iterator[tuple[torch.Tensor, Rows]]:
         """The tokens of x (B, T, E) in each block, packed, and their rows."""
-        if in_one_graph():  # no row has a past, so all begin with a whole block
-            widths = [min(self.length, self.rows.width - j * self.length) for j in range(self.count)]
-        else:
+        if self.known:
             widths = [max(1, int(most)) for most in (self.ends[1:] - self.ends[:-1]).amax(1)]
-        places = [start[:, None] + torch.arange(width) for start, width in zip(self.ends, widths, strict=False)]
+        else:
+            widths = [min(self.length, self.rows.width - j * self.length) for j in range(self.count)]
+        counts = [torch.arange(width, device=self.rows.device) for width in widths]
+        places = [start[:, None] + count for start, count in zip(self.ends, counts, strict=False)]
         # Picked once and split: a pick from all of x for each block would cost its whole gradient each time.
         pick = torch.cat(places, dim=1).clamp(max=self.rows.width - 1).to(x.device)
         parts = x.gather(1, pick[:, :, None].expand(-1, -1, x.shape[2])).split(widths, dim=1)
@@ -48,7 +50,8 @@ class BlockRows:
     def join(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """The blocks' results as one (B, T, E) of packed tokens: what `split` undoes."""
         padded = torch.cat([F.pad(part, (0, 0, 0, self.length - part.shape[1])) for part in parts], dim=1)
-        place = self.phase[:, None] + torch.arange(self.rows.width)  # (B, T) of a token, from its first block's start
+        token = torch.arange(self.rows.width, device=self.rows.device)
+        place = self.phase[:, None] + token  # (B, T) of a token, from its first block's start
         # A first block whose beginning came earlier is packed to the front like all others.
         place = torch.where(place < self.length, place - self.phase[:, None], place)
         place = place.clamp(max=self.count * self.length - 1).to(padded.device)

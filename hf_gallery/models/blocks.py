@@ -4,6 +4,7 @@ bias. Blocks of tokens are in block_rows.py. Letters: see spans.py."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -165,7 +166,8 @@ class ScaledQueryKeyValue(QueryKeyValue):
         self.scale = nn.Parameter(torch.ones(self.num_heads))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        return scaled_unit(self.query(x), self.scale), self.scale.abs()
+        size = self.scale.abs()
+        return scaled_unit(self.query(x), size), size
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = super().keys_values(x)
@@ -174,13 +176,15 @@ class ScaledQueryKeyValue(QueryKeyValue):
 
 def unit(x: torch.Tensor) -> torch.Tensor:
     """x (..., D) at length 1."""
+    d = x.shape[-1]
     y = x.to(compute_dtype(x))  # squares leave the range of float16
-    return (y * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    # Length 1 is the root mean square 1 / sqrt(D), and a GPU has one kernel for that.
+    return (F.rms_norm(y, (d,), eps=1e-6 / d) * d**-0.5).to(x.dtype)
 
 
-def scaled_unit(query: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """query (B, H, T, D) at the length |scale| (H,)."""
-    return unit(query) * scale.abs()[:, None, None].to(query.dtype)
+def scaled_unit(query: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
+    """query (B, H, T, D) at the length size (H,)."""
+    return unit(query) * size[:, None, None].to(query.dtype)
 
 
 class T5Bias(nn.Module):

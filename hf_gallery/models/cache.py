@@ -213,8 +213,12 @@ class GalleryCache(Cache):
         self._content = replace(self._content, maker=weakref.ref(model))
 
     def rows_of(self, batch: int, columns: int, mask: torch.Tensor | None, packed: bool = False) -> Rows:
-        """The rows of a forward that goes on from here. packed: documents lie in them one behind another."""
-        return Rows(batch, columns, mask, self.seen)
+        """The rows of a forward that goes on from here. packed: documents lie in them one behind another.
+
+        The mask is the one thing that a padded forward asks of a GPU, and only with a growing cache: how many columns
+        it keeps, which slots of a memory are free and which tokens can be taken back follow from counts on the CPU.
+        """
+        return Rows(batch, columns, None if mask is None else mask.cpu(), self.seen)
 
     def past_of(self, rows: Rows) -> GalleryCache:
         """Returns what the rows of a forward go on with."""
@@ -282,7 +286,7 @@ class GalleryCache(Cache):
             history = (*history[:-1], (history[-1][0] + rows.columns, None))
         else:
             recent = rows.recent
-            history = (*history, (recent, None if rows.mask is None else rows.mask[:, -recent:].cpu()))
+            history = (*history, (recent, None if rows.mask is None else rows.mask[:, -recent:]))
         if self.max_columns is not None:
             while sum(count for count, _ in history[1:]) > self.max_columns:
                 history = history[1:]

@@ -59,15 +59,19 @@ class Folding:
 
     def positions(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions of the folded queries in their rows (B or 1, g, T'), and whether there is a token at all."""
-        t = torch.arange(self.early + self.rows.width) - self.early  # packed query, negative before the first
-        p = self.rows.first[..., None] + t.view(-1, self.g).T  # (B or 1, g, T')
-        return p, (p >= self.rows.first[..., None]) & (p <= self.rows.last[..., None])
+        last = self.rows.last[..., None]
+        first = self.rows.first[..., None].to(last.device)
+        # Packed query, negative before the first.
+        t = torch.arange(self.early + self.rows.width, device=last.device) - self.early
+        p = first + t.view(-1, self.g).T  # (B or 1, g, T')
+        return p, (p >= first) & (p <= last)
 
     def window(self, left: int, right: int) -> Spans:
         """The intervals of `left` keys before and `right` after every query, in folded columns."""
         p, real = self.positions()
         last = self.rows.last[..., None]
-        at = (self.front + self.cached - self.early) // self.g + torch.arange(p.shape[-1])  # the query's own column
+        # The query's own column.
+        at = (self.front + self.cached - self.early) // self.g + torch.arange(p.shape[-1], device=p.device)
         lower = at - (p // self.g).clamp(max=left)
         upper = at + ((last - p) // self.g).clamp(max=right)
         return self._spans(lower, upper, real)
@@ -103,8 +107,8 @@ class Folding:
     def _spans(self, lower, upper, real) -> Spans:
         """Intervals (B or 1, g, T') of the phases, empty where there is no token."""
         upper = torch.where(real, upper, lower - 1)
-        if self.g > 1:
-            lower, upper = (x.expand(self.rows.seen.shape[0], -1, -1) for x in (lower, upper))
+        rows = self.rows.seen.shape[0] if self.g > 1 else upper.shape[0]
+        lower, upper = (x.expand(rows, -1, -1) for x in (lower, upper))
         return Spans(lower.flatten(0, 1), upper.flatten(0, 1))
 
 

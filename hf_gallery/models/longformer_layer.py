@@ -216,14 +216,15 @@ class GalleryLongformerAttention(MultiHeadAttention):
         """Keys that each query sees (B or 1, T, S), those of its window, and each pair's table entry (1, T, S). apart:
         see `_window_map`."""
         rows, s = context.rows, context.cached + context.rows.width
-        p = rows.positions
-        key = p[:, :1] - context.cached + torch.arange(s)  # (B or 1, S)
+        last = rows.last
+        p = rows.positions.to(last.device)
+        key = p[:, :1] - context.cached + torch.arange(s, device=p.device)  # (B or 1, S)
         distance = p[:, :, None] - key[:, None]
-        real = (key >= 0) & (key <= rows.last)
+        real = (key >= 0) & (key <= last)
         visible = window = self._holds(distance)
         if context.globals is not None and not apart:
-            mark = torch.zeros(rows.seen.shape[0], s + 1, dtype=torch.bool)
-            mark.scatter_(1, context.globals.index.cpu(), True)
+            mark = torch.zeros(rows.seen.shape[0], s + 1, dtype=torch.bool, device=p.device)
+            mark.scatter_(1, context.globals.index.to(p.device), True)
             mark = mark[:, None, :-1]
             visible = visible | (mark & (distance >= 0) if context.causal else mark)
         visible = visible & real[:, None]
@@ -234,7 +235,7 @@ class GalleryLongformerAttention(MultiHeadAttention):
             beyond = (at >= 0) & (ahead >= 0) & ~self._holds(ahead)
             visible = torch.cat([visible.expand(len(beyond), -1, -1), beyond], dim=-1)
             window, entry = (F.pad(x, (0, at.shape[-1])) for x in (window, entry))
-        visible = visible & (p <= rows.last)[..., None]
+        visible = visible & (p <= last)[..., None]
         return visible.to(device), window.to(device), entry.clamp(0, self.left + self.right).to(device)
 
     def _holds(self, distance):

@@ -18,6 +18,8 @@ from .attention_problem import compute_dtype, without_autocast
 from .exporting import in_one_graph, is_exporting, readable
 from .operators import operator
 from .rings import RingLayout, lay, position_in
+from .search_triton import make_numbers, read_numbers, serves
+from .spans import moved
 from .states import Folded, Kept, Record
 
 faiss: Any
@@ -54,65 +56,89 @@ def search_exact(query, keys, lower, upper, topk):
     computed, are the same, the most recent come first."""
     if not readable(query) and query.dtype != torch.float64:
         return search_numbered(query, keys, lower, upper, topk)
-    b, h, t, _ = query.shape
     n = keys.shape[2]
     everything = bool((upper - lower == n).all())
-    width = min(n, _WIDTH)
-    height = max(1, _SCORES // (b * h * width))
     query, dtype = query.to(compute_dtype(query)), compute_dtype(query)
-    scores, columns = [], []
-    for first in range(0, t, height):
-        some = slice(first, first + height)
+    results = []
+    rows, columns = score_tiles(query, keys)
+    for some in rows:
         best: Any = None
-        for start in range(0, n, width):
-            stop = min(start + width, n)
-            tile = query[:, :, some] @ keys[:, :, start:stop].to(dtype).mT  # (B, H, height, width)
+        for part in columns:
+            tile = query[:, :, some] @ keys[:, :, part].to(dtype).mT  # (B, H, height, width)
             if not everything:
-                tile.masked_fill_(~allowed(lower[:, some], upper[:, some], start, stop, n)[:, None], -math.inf)
-            found = _first(tile, start, upper[:, some], n, topk)
+                hidden = ~allowed(lower[:, some], upper[:, some], part.start, part.stop, n)
+                tile.masked_fill_(hidden[:, None], -math.inf)
+            found = _first(tile, part.start, upper[:, some], n, topk)
             if best is not None:
                 both, both_at = (torch.cat(pair, -1) for pair in zip(best, found, strict=True))
-                everybody = torch.ones(b, h, tile.shape[2], dtype=torch.bool, device=tile.device)
+                everybody = torch.ones(tile.shape[:3], dtype=torch.bool, device=tile.device)
                 found = tuple(x[..., :topk] for x in _in_order(both, both_at, everybody, upper[:, some], n))
             best = found
-        scores.append(best[0])
-        columns.append(best[1])
-    best, best_at = torch.cat(scores, 2), torch.cat(columns, 2)
+        results.append(best)
+    best, best_at = (x[0] if len(x) == 1 else torch.cat(x, 2) for x in zip(*results, strict=True))
     missing = topk - best.shape[-1]
     return F.pad(best, (0, missing), value=-math.inf), F.pad(best_at, (0, missing))
+
+
+def score_tiles(query: torch.Tensor, keys: torch.Tensor) -> list[list[slice]]:
+    """The queries, and the keys, whose scores are held at a time."""
+    (b, h, t, _), n = query.shape, keys.shape[2]
+    width = min(n, _WIDTH)
+    height = max(1, _SCORES // (b * h * width))
+    return [[slice(i, min(i + size, most)) for i in range(0, most, size)] for size, most in ((height, t), (width, n))]
 
 
 def search_numbered(query, keys, lower, upper, topk):
     """`search_exact` where the host is not to wait for a GPU: a score and its pair's turn in the ring make one whole
     number, so that no two pairs are equal, and the largest numbers are the result whatever they hold. Scores are
-    float32."""
-    b, h, t, _ = query.shape
+    float32. search_triton.py says what the numbers are, and has the kernels that make them and read them."""
+    return tuple(_search_numbered(query, keys, lower, upper, topk))
+
+
+def _numbered(
+    query: torch.Tensor, keys: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, topk: int
+) -> list[torch.Tensor]:
     n = keys.shape[2]
-    width = min(n, _WIDTH)
-    height = max(1, _SCORES // (b * h * width))
-    others = (n - (upper - lower))[..., None]  # (B, T, 1) pairs outside the interval, all older in the ring's turn
-    query, results = query.float(), []
-    for first in range(0, t, height):
-        some = slice(first, first + height)
-        best: Any = None
-        for start in range(0, n, width):
-            stop = min(start + width, n)
-            tile = query[:, :, some] @ keys[:, :, start:stop].float().mT  # (B, H, height, width)
-            turn = (torch.arange(start, stop, device=upper.device) - upper[:, some, None]) % n  # n - 1 at the newest
-            tile.masked_fill_((turn < others[:, some])[:, None], -math.inf).masked_fill_(tile.isnan(), math.nan)
-            turn = turn.to(torch.int32)[:, None].expand_as(tile)
-            # Two words of one number, the lower first; -0.0 + 0.0 is 0.0.
-            number = torch.stack([turn, _ordered(tile.add_(0.0).view(torch.int32))], -1).view(torch.int64).squeeze(-1)
-            number = number if best is None else torch.cat([best, number], -1)
-            best = number.topk(min(topk, number.shape[-1]), -1).values
-        results.append(best)
-    best = results[0] if len(results) == 1 else torch.cat(results, 2)  # (B, H, T, k)
+    make, read = (make_numbers, read_numbers) if serves(query) else (_make_numbers, _read_numbers)
+    results = []
+    rows, columns = score_tiles(query, keys)
+    with torch.autocast(query.device.type, enabled=False), torch.cuda.device_of(query):
+        for some in rows:
+            best: Any = None
+            for part in columns:
+                number = make(query[:, :, some], keys[:, :, part], lower[:, some], upper[:, some], part.start, n)
+                number = number if best is None else torch.cat([best, number], -1)
+                best = number.topk(min(topk, number.shape[-1]), -1).values
+            results.append(best)
+        return list(read(results[0] if len(results) == 1 else torch.cat(results, 2), upper, n, topk))
+
+
+def _make_numbers(query, keys, lower, upper, start, n):
+    """The numbers (B, H, T, S) of keys (B, H, S, D), the columns from `start` on of n."""
+    score = query.float() @ keys.float().mT
+    column = torch.arange(start, start + keys.shape[2], device=upper.device)
+    turn = (column - upper[..., None]) % n  # (B or 1, T, S), n - 1 at the newest
+    hidden = turn < (n - (upper - lower))[..., None]
+    score.masked_fill_(hidden[:, None], -math.inf).masked_fill_(score.isnan(), math.nan)
+    turn = turn.to(torch.int32)[:, None].expand_as(score)
+    # Two words of one number, the lower first; -0.0 + 0.0 is 0.0.
+    return torch.stack([turn, _ordered(score.add_(0.0).view(torch.int32))], -1).view(torch.int64).squeeze(-1)
+
+
+def _read_numbers(best, upper, n, topk):
+    """Scores and columns (B, H, T, topk) of the best numbers (B, H, T, any)."""
     turn, ordered = best.view(torch.int32).unflatten(-1, (-1, 2)).unbind(-1)
-    scores, columns = _ordered(ordered).view(torch.float32), (upper[:, None, :, None] + turn) % n
     missing = topk - best.shape[-1]
-    if missing:
-        scores, columns = F.pad(scores, (0, missing), value=-math.inf), F.pad(columns, (0, missing))
-    return scores, columns
+    scores = F.pad(_ordered(ordered).view(torch.float32), (0, missing), value=-math.inf)
+    return scores, F.pad((upper[:, None, :, None] + turn) % n, (0, missing))
+
+
+def _numbered_shapes(query, keys, lower, upper, topk):
+    shape = (*query.shape[:3], topk)
+    return [query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.long)]
+
+
+_search_numbered = operator(__file__, "search", _numbered, _numbered_shapes)
 
 
 def _ordered(bits):
@@ -320,7 +346,9 @@ class Source(NamedTuple):
 
     def on(self, device: torch.device) -> Source:
         """The same with its intervals on a device."""
-        lower, upper = self.lower.to(device), self.upper.to(device)
+        lower, upper = self.lower, self.upper
+        if lower.device != device:
+            lower, upper = moved(torch.stack((lower, upper)), device).unbind(0)  # one copy, not two
         return self._replace(lower=lower, upper=upper, planned=(self.lower, self.upper))
 
     def reach(self) -> tuple[int, int]:
@@ -344,12 +372,10 @@ def retrieve(
     Returns keys and values (B, H, T, topk, D), found (B, H, T, topk), False where fewer are stored, and columns
     (B, H, T, topk), those of later sources counted on from the earlier ones. No gradient reaches the store.
     """
-    # A decode step that a GPU captures may not wait for what a search asks.
-    by_definition = is_exporting() or (in_one_graph() and query.shape[2] == 1 and query.device.type != "cpu")
-    if in_one_graph() and not by_definition:
+    if in_one_graph() and not is_exporting():
         return _retrieve_in_graph(backend, query, sources, topk)
     search = BACKENDS[backend]
-    if by_definition:
+    if is_exporting():
         if backend not in ("exact", "faiss_flat"):
             raise ValueError(
                 f'memory_backend is {backend!r}, whose index no graph can hold; set it to "exact" to export'
@@ -383,7 +409,7 @@ def retrieve(
 
 
 def _retrieve_in_graph(backend, query, sources, topk):
-    """`retrieve` as an operator, which may ask tensors what they hold."""
+    """`retrieve` as an operator, which runs as it does without a graph: on CPUs it may ask tensors what they hold."""
     source = sources[0]  # of a forward without a past, the columns are all there are
     found = _retrieve(backend, query.detach(), *(x.detach() for x in source[:4]), topk)
     return tuple(found)
@@ -404,7 +430,7 @@ def _retrieve_from_columns(
     for start in range(0, t, tile):
         part = slice(start, start + tile)
         results.append(retrieve(backend, query[:, :, part], [source.of_queries(part)], topk))
-    return [torch.cat(x, dim=2) for x in zip(*results, strict=True)]
+    return list(results[0]) if len(results) == 1 else [torch.cat(x, dim=2) for x in zip(*results, strict=True)]
 
 
 def _retrieved_shapes(backend, query, keys, values, *rest):
@@ -431,14 +457,14 @@ def _pick(parts, columns):
             at, laid = torch.where(columns >= start, columns - start + laid, at), laid + keys.shape[2]
         keys, values = (torch.cat(x, 2) for x in list(zip(*parts, strict=True))[:2])
         at = at.clamp(0, laid - 1)  # where fewer pairs are stored than are asked for
-        return _pick_pairs(keys, at), _pick_pairs(values, at)
+        return _pick_pairs((keys, values), at)
     picked_keys: Any = None
     picked_values: Any = None
     for keys, values, start in parts:
         at = columns
         if len(parts) > 1 or start:
             at = (columns - start).clamp(0, keys.shape[2] - 1)
-        some_keys, some_values = _pick_pairs(keys, at), _pick_pairs(values, at)
+        some_keys, some_values = _pick_pairs((keys, values), at)
         if picked_keys is None:
             picked_keys, picked_values = some_keys, some_values
         else:
@@ -448,11 +474,12 @@ def _pick(parts, columns):
     return picked_keys, picked_values
 
 
-def _pick_pairs(x, at):
-    """x (B, H, N, D) at columns (B, H, T, k): (B, H, T, k, D)."""
-    b, h, n, d = x.shape
-    start = torch.arange(b * h, device=x.device).view(b, h, 1, 1) * n
-    return x.reshape(b * h * n, d).index_select(0, (at + start).flatten()).view(*at.shape, d)
+def _pick_pairs(pair, at):
+    """Keys and values (B, H, N, D) at columns (B, H, T, k): (B, H, T, k, D) both."""
+    b, h, n, _ = pair[0].shape
+    first = torch.arange(0, b * h * n, n, device=at.device).view(b, h, 1, 1)
+    at = at + first
+    return [x.reshape(b * h * n, -1).index_select(0, at.flatten()).unflatten(0, at.shape) for x in pair]
 
 
 def attend_retrieved(
@@ -466,8 +493,9 @@ def attend_retrieved(
     dtype = compute_dtype(query)
     with without_autocast(query):
         scores = torch.matmul(keys.to(dtype), query[..., None].to(dtype)).squeeze(-1)  # (B, H, T, k)
-    nothing = ~found.any(-1, keepdim=True)
-    weights = scores.masked_fill(~found & ~nothing, -math.inf).softmax(-1).masked_fill(nothing, 0.0)
+    hidden = ~found
+    # Below all others, and finite where nothing was found, so that no weight is NaN.
+    weights = scores.masked_fill(hidden, -1e30).softmax(-1).masked_fill(hidden, 0.0)
     weights = weights.to(values.dtype)
     return torch.matmul(weights[..., None, :], values).squeeze(-2).to(query.dtype), weights
 

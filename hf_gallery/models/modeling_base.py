@@ -193,7 +193,10 @@ class GalleryPreTrainedModel(PreTrainedModel):
         check_tensors(packing or {})
         mask = self.check_mask(attention_mask, b, t, cache, mask_name)
         given = {name: x for name, x in (packing or {}).items() if x is not None}
-        rows = Rows(b, t, mask, None) if cache is None else cache.rows_of(b, t, mask, bool(given))
+        if cache is None:
+            rows = Rows(b, t, mask.cpu() if mask is not None and given else mask, None)  # documents are found there
+        else:
+            rows = cache.rows_of(b, t, mask, bool(given))
         if input_ids is not None:
             self.check_ids(ids_name, rows.pack(input_ids))
         if cache_position is not None:

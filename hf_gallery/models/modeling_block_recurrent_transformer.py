@@ -38,6 +38,7 @@ blocks of one forward, and not between forwards. Letters: see spans.py. W block_
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import cast
@@ -62,7 +63,7 @@ from .blocks import (
 )
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
-from .exporting import fixed_length, in_one_graph, is_exporting, possibly, surely
+from .exporting import fixed_length, is_exporting, possibly, readable, surely
 from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
@@ -92,61 +93,66 @@ class Context(ForwardContext):
     def blocks(self, cached: int) -> Blocks:
         return self.once(("blocks", cached), lambda: Blocks(self.rows, cached, self.block_length))
 
+    def token_spans(self, blocks: Blocks, vectors: int) -> Spans:
+        return self.once(("tokens", vectors), lambda: blocks.token_spans(vectors))
+
 
 class Blocks:
-    """The rows' tokens laid out by their own blocks: block j of a row is the j-th that this forward touches."""
+    """The rows' tokens by their own blocks: block j of a row is the j-th that this forward touches.
+
+    complete (B, J): whether block j ends in this forward. cuts: where all rows start together, the columns
+    [cached | new] at which blocks -1, 0, ..., J begin, cut to those that exist; else None.
+    """
+
+    cuts: list[int] | None = None
 
     def __init__(self, rows: Rows, cached: int, length: int):
         self.rows, self.length, w = rows, length, length
         self.phase = rows.seen % w  # (B,) tokens of the first block that are already behind
         reach = self.phase + rows.lengths  # (B,) tokens from the first block's start
-        most = fixed_length(rows.width) if in_one_graph() else int(reach.max())
+        most = int(reach.max()) if readable(reach) else fixed_length(rows.width)  # where it cannot be asked, no past
         self.count = max(1, -(-most // w))  # J; one also where no row has a token
-        self.complete = reach[:, None] >= (1 + torch.arange(self.count)) * w  # (B, J): the block ends in this forward
-        begins = in_one_graph() or bool((self.phase == 0).all())  # what is followed has no past
-        self.whole = begins and rows.width == self.count * w  # nothing to move
-        place = torch.arange(self.count * w) - self.phase[:, None]  # (B, J * W) packed token of each place
-        self.query_at = place.clamp(0, rows.width - 1)
-        self.token_at = (self.phase[:, None] + torch.arange(rows.width)).clamp(max=self.count * w - 1)  # (B, T)
-        # For the state: the columns [cached | new] of the block before and of all blocks, and which of them exist.
-        column = torch.arange(-w, self.count * w) - self.phase[:, None] + cached  # (B, (J + 1) * W)
+        self.complete = reach[:, None] >= (1 + torch.arange(self.count, device=rows.device)) * w
+        self.columns = cached + rows.width
+        if rows.start is not None:
+            least = max(0, cached - rows.start)
+            begins = (cached - rows.start % w + j * w for j in range(-1, self.count + 1))
+            self.cuts = [min(max(least, begin), self.columns) for begin in begins]
+            return
+        # The columns of block -1 and of all blocks, one behind another, and which of them exist.
+        place = torch.arange(-w, self.count * w, device=rows.device)
+        column = place - self.phase[:, None] + cached  # (B, (J + 1) * W)
         self.real = (
             (column >= cached - rows.seen[:, None]) & (column < (cached + rows.lengths)[:, None]) & (column >= 0)
         )
-        self.column = column.clamp(0, cached + rows.width - 1)
-
-    def tokens(self, x: torch.Tensor) -> torch.Tensor:
-        """x (B, H, T, D) by blocks: (B * J, H, W, D)."""
-        if not self.whole:
-            x = _pick(x, self.query_at)
-        return x.unflatten(2, (self.count, self.length)).transpose(1, 2).flatten(0, 1)
-
-    def back(self, x: torch.Tensor) -> torch.Tensor:
-        """(B * J, H, W, D) to (B, H, T, D)."""
-        x = x.unflatten(0, (-1, self.count)).transpose(1, 2).flatten(2, 3)
-        return x if self.whole else _pick(x, self.token_at)
-
-    def windows(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """The tokens of x (B, H, C + T, D) that the state sees in each block: J times (B, H, 2 W, D)."""
-        # Picked once and split: a pick from all of x for each block would cost its whole gradient each time.
-        parts = _pick(x, self.column).split(self.length, dim=2)
-        return [torch.cat(pair, dim=2) for pair in zip(parts, parts[1:], strict=False)]
+        self.column = column.clamp(0, self.columns - 1)
 
     def ends(self, j: int) -> torch.Tensor:
         """The tokens that a row has read when block j ends, (B,); 0 where it does not end in this forward."""
         return (self.rows.seen - self.phase + (j + 1) * self.length).masked_fill(~self.complete[:, j], 0)
 
+    def windows(self, x: torch.Tensor) -> list[torch.Tensor]:
+        """The tokens of x (B, H, C + T, D) that the state sees when each block ends: J times (B, H, up to 2 W, D)."""
+        # Split once: a pick from all of x for each block would cost its whole gradient each time.
+        if self.cuts is None:
+            at = self.column.to(x.device)[:, None, :, None]
+            parts = x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3])).split(self.length, dim=2)
+        else:
+            ends = [0, *self.cuts, self.columns]
+            parts = x.split([end - begin for begin, end in itertools.pairwise(ends)], dim=2)[1:-1]
+        return [torch.cat(pair, dim=2) if pair[0].shape[2] else pair[1] for pair in itertools.pairwise(parts)]
+
     def window_spans(self, j: int, vectors: int) -> Spans:
-        """The same for all `vectors` queries: [first real column, last one]. Complete blocks end in real columns."""
+        """The interval of real columns in window j, the same for all queries; a complete block ends with one."""
         real = self.real[:, j * self.length : (j + 2) * self.length]
         lower = (real.cumsum(1) == 0).sum(1)[:, None].expand(-1, vectors)  # (B, Z)
         return Spans(lower, torch.full_like(lower, 2 * self.length - 1))
 
-
-def _pick(x, at):
-    """Columns at (B, any) of x (B, H, any, D)."""
-    at = at.to(x.device)[:, None, :, None]
-    return x.gather(2, at.expand(-1, x.shape[1], -1, x.shape[3]))
+    def token_spans(self, vectors: int) -> Spans:
+        """The interval of each token, in the Z state vectors of all blocks one behind another: those of its own."""
+        p = self.rows.positions
+        block = (p // self.length - p[:, :1] // self.length).clamp(max=self.count - 1)  # (B or 1, T)
+        return Spans(block * vectors, block * vectors + vectors - 1)
 
 
 class LSTMGate(nn.Linear):
@@ -210,11 +216,12 @@ class RecurrentState(nn.Module):
         the layer's next state. The only loop over blocks is here."""
         rows = context.rows
         vectors = self._entering(state, rows)  # (B, Z, E)
-        pair = None if tokens is None else context.fed
-        if pair is None:
-            # Kept ones, while the state and the weights stay as they were.
-            kept = "state_keys" in state
-            pair = (state["state_keys"], state["state_values"]) if kept else self._keys_values(vectors)
+        pair, named = None if tokens is None else context.fed, None
+        if pair is None and "state_keys" in state:  # while the state and the weights stay as they were
+            pair = state["state_keys"], state["state_values"]
+        elif pair is None:
+            named = self._named(vectors)
+            pair = self.project.keys_values(named)
         if tokens is None:
             return pair
         query, keys, values = tokens
@@ -227,20 +234,31 @@ class RecurrentState(nn.Module):
         for j in range(blocks.count):
             pairs.append(pair)
             done = blocks.complete[:, j]
-            read = context.keeps_state or j + 1 < blocks.count  # somebody will read what comes next
-            if read and possibly(done):
+            goes_on = context.keeps_state or j + 1 < blocks.count  # somebody will read what comes next
+            if goes_on and possibly(done):
                 windows = windows or (blocks.windows(keys), blocks.windows(values))
-                spans = blocks.window_spans(j, vectors.shape[1])
-                changes.append((vectors, blocks.ends(j)))
-                ahead = self._advance(vectors, pair, (windows[0][j], windows[1][j]), spans, context)
+                if context.records:
+                    changes.append((vectors, blocks.ends(j)))
+                named = self._named(vectors) if named is None else named
+                seen = windows[0][j], windows[1][j]
+                if blocks.cuts is None:
+                    spans = blocks.window_spans(j, vectors.shape[1])
+                else:
+                    spans = context.everything(vectors.shape[1], seen[0].shape[2])
+                ahead = self._advance(vectors, self._attend(named, pair, seen, spans, context))
                 vectors = ahead if surely(done) else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
                 if j + 1 < blocks.count or context.no_grad:
-                    pair = self._keys_values(vectors)
-        key, value = (torch.stack(x, dim=1).flatten(0, 1) for x in zip(*pairs, strict=True))  # (B * J, H, Z, D)
+                    named = self._named(vectors)
+                    pair = self.project.keys_values(named)
         new: NextState = {"state": Folded(vectors, Record.of(changes, vectors) if context.records else None)}
         if context.no_grad:  # a token of the same block reads them again
             new |= {"state_keys": Derived(pair[0]), "state_values": Derived(pair[1])}
-        return blocks.back(read_state(blocks.tokens(query), key, value, context)), new if context.keeps_state else {}
+        new = new if context.keeps_state else {}
+        if blocks.count == 1:
+            return read_state(query, pairs[0][0], pairs[0][1], context), new
+        key, value = (torch.cat(x, dim=2) for x in zip(*pairs, strict=True))  # (B, H, J Z, D)
+        spans = context.token_spans(blocks, vectors.shape[1])
+        return attend(query, key, value, spans, scale=1.0, implementation=context.implementation), new
 
     def _step(self, tokens, vectors, pair, context: Context):
         """`forward` of one token behind a static cache, whose rings (B, H, N, D) hold the last two blocks."""
@@ -251,9 +269,10 @@ class RecurrentState(nn.Module):
         read, after = read_state(query, pair[0], pair[1], context), pair
         if possibly(done):
             p = rows.positions
-            ahead = self._advance(vectors, pair, rings, rows.spans(torch.zeros_like(p), p, 0), context)
+            spans = rows.spans(torch.zeros_like(p), p, 0)
+            ahead = self._advance(vectors, self._attend(self._named(vectors), pair, rings, spans, context))
             vectors = torch.where(done[:, None, None], ahead, vectors)
-            after = self._keys_values(vectors)
+            after = self.project.keys_values(self._named(vectors))
         new = {"state": Folded(vectors), "state_keys": Derived(after[0]), "state_values": Derived(after[1])}
         return read, new
 
@@ -267,20 +286,21 @@ class RecurrentState(nn.Module):
             return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
 
-    def _keys_values(self, vectors):
-        """Keys and values (B, H, Z, D) of state vectors (B, Z, E), for tokens and for the vectors themselves."""
-        return self.project.keys_values(self.norm(vectors) + self.ids)
+    def _named(self, vectors):
+        """State vectors (B, Z, E) as their maps read them."""
+        return self.norm(vectors) + self.ids
 
-    def _advance(self, vectors, pair, tokens, spans, context):
-        """The state vectors (B, Z, E) after a block. pair: their keys and values (B, H, Z, D); tokens: those of the
-        tokens (B, H, 2 W, D)."""
-        z = self.norm(vectors) + self.ids
-        query, _ = self.project(z)
-        cross_query = scaled_unit(split_heads(self.cross_q_proj(z), self.num_heads), self.cross_scale)
-        key, value = pair
-        own = read_state(query, key, value, context)
+    def _attend(self, named, pair, tokens, spans, context):
+        """What the vectors see, (B, Z, 2 H D). pair: their own keys and values (B, H, Z, D); tokens: those of tokens,
+        of which spans says what they see."""
+        query, _ = self.project(named)  # (B, H, Z, D)
+        cross_query = scaled_unit(split_heads(self.cross_q_proj(named), self.num_heads), self.cross_scale.abs())
+        own = read_state(query, pair[0], pair[1], context)
         cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
-        attended = torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)  # (B, Z, 2 H D)
+        return torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)
+
+    def _advance(self, vectors, attended):
+        """The state vectors (B, Z, E) after a block. attended (B, Z, 2 H D): what they have seen."""
         if self.kind == "single":
             hidden, content = self._feed_forward(attended)
             return self.feed_forward_gate(vectors, torch.tanh(content), hidden)
@@ -331,19 +351,20 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         cached = keys.shape[2] - key.shape[2]
         spans = context.window(cached)
         # One distance only where the window is still empty: a table needs an entry all the same.
-        position = self.relative_bias(max(1, spans.distances(cached)[1]), scale)
+        position = self.relative_bias(max(1, spans.reach(cached)), scale)
         options = dict(scale=1.0, dropout=self.dropout.rate)
         out, probabilities = attend_shown(context, query, Keys(keys, values, spans, position), **options)
+        out = merge_heads(out)
         if self.reads_state:
-            cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.num_heads), self.cross_scale)
+            cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.num_heads), self.cross_scale.abs())
             if self.recurrent:
                 cross, new_state = self.recurrence(state, context, (cross_query, keys, values))
                 new |= new_state
             else:
                 key, value = context.fed
                 cross = read_state(cross_query, key, value, context)
-            out = torch.cat([out, cross], dim=1)  # (B, 2 H, T, D)
-        return self.o_proj(merge_heads(out)), new, probabilities
+            out = torch.cat([out, merge_heads(cross)], dim=-1)  # (B, T, 2 H D)
+        return self.o_proj(out), new, probabilities
 
 
 class GalleryBlockRecurrentTransformerLayer(PreNormLayer):

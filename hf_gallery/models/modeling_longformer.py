@@ -30,6 +30,7 @@ Letters: see spans.py. G global tokens of a row.
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -166,12 +167,14 @@ class GalleryLongformerStack(AbsoluteEmbeddings, Backbone, GalleryLongformerPreT
         return [layer.self_attn.r_proj for layer in self.layers if layer.self_attn.relative]
 
     def plan(self, common, past, global_attention_mask=None, **inputs) -> Context:
+        if global_attention_mask is not None:  # how many there are decides how much there is to do
+            common = replace(common, rows=common.rows.asked())
         rows = common.rows
         globals_, facts = self._global_tokens(rows, past, global_attention_mask)
         everything = None
         if not self.causal:
-            zeros = torch.zeros_like(rows.positions)
-            everything = rows.spans(zeros, zeros + rows.last, 0)
+            last = rows.last.expand(-1, rows.width)
+            everything = rows.spans(torch.zeros_like(last), last, 0)
         own = dict(causal=self.causal, everything=everything, globals=globals_, facts=facts)
         if self.config.segment_length is None:
             return common.widened(Context, **own)

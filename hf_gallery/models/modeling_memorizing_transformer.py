@@ -143,13 +143,15 @@ class MemoryIntervals:
     def __init__(self, context: Context):
         rows, length, self.size = context.rows, context.segment_length, context.memory_size
         self.length = length
-        position = rows.seen[:, None] + torch.arange(rows.width)  # (B, T)
+        seen = rows.first[:, 0].expand(len(rows.lengths))
+        position = seen[:, None] + torch.arange(rows.width)  # (B, T)
         segment = position - position % length
         oldest = (segment - self.size).clamp(min=0)
-        self.start = rows.seen - context.cached
-        self.stored = rows.seen - rows.seen % length
-        end = rows.seen + rows.lengths
-        self.appended = end - end % length - self.stored
+        self.start = seen - context.cached
+        self.stored = seen - seen % length
+        if context.keeps_state:
+            end = seen + rows.lengths
+            self.appended = end - end % length - self.stored
         stored, start = self.stored[:, None], self.start[:, None]
         slot = torch.minimum(oldest, stored) % self.size
         self.ring = slot, slot + (stored - oldest).clamp(min=0)
@@ -176,7 +178,10 @@ class MemoryIntervals:
 
     def appended_columns(self, x: torch.Tensor) -> torch.Tensor:
         """The part (B, H, A, D) of x (B, H, C + T, D) that this forward stores, any behind a row's own."""
-        column = (self.stored - self.start)[:, None] + torch.arange(int(self.appended.max()))
+        most = int(self.appended.max())
+        if not most:
+            return x[:, :, :0]
+        column = (self.stored - self.start)[:, None] + torch.arange(most)
         column = column.clamp(0, x.shape[2] - 1).to(x.device)[:, None, :, None]
         return x.gather(2, column.expand(-1, x.shape[1], -1, x.shape[3]))
 
@@ -425,7 +430,7 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
             Context,
             spans=spans,
             parts=parts,
-            farthest=max(0, spans.distances(cached)[1]),
+            farthest=spans.reach(cached),
             segment_length=length,
             memory_size=config.memory_size,
             retrievals={} if output_retrievals else None,

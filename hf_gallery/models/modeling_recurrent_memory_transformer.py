@@ -118,7 +118,7 @@ class Segment:
         place = self.laid.positions  # (B or 1, any), 0 at the first memory token
         lower = torch.zeros_like(place)
         if not config.is_decoder:
-            return self.laid.spans(lower, self.laid.last.expand_as(place), cached)
+            return self.laid.spans(lower, self.laid.last.expand(-1, place.shape[1]), cached)
         upper = place
         if config.memory_attention == "full":
             m, behind = config.num_memory_tokens, config.num_memory_tokens + config.segment_length

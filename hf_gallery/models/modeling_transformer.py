@@ -151,7 +151,8 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
     def plan(self, common, past, encoder_hidden_states=None, encoder_attention_mask=None, **inputs) -> Context:
         """The source: encoder_hidden_states (B, S, E), encoder_attention_mask (B, S)."""
         rows = common.rows
-        source, source_spans, facts = self._open_source(rows, past, encoder_hidden_states, encoder_attention_mask)
+        given = encoder_hidden_states, encoder_attention_mask
+        source, source_spans, facts = self._open_source(rows, past, *given, common.keeps_state)
         p = rows.positions  # (B or 1, T)
         if self.causal:
             length = self.segment_length
@@ -172,15 +173,14 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
         return {"attentions": own} | ({"cross_attentions": cross} if self.cross_attention else {})
 
     def _encoder_interval(self, p, last):
-        last = last.expand_as(p)
         length = self.segment_length
         if length is None:
-            return torch.zeros_like(p), last
+            return torch.zeros_like(p), last.expand(-1, p.shape[1])
         first = p - p % length
-        return first, torch.minimum(first + length - 1, last)
+        return first, torch.minimum((first + length - 1).to(last.device), last)
 
-    def _open_source(self, rows, past, encoder_hidden_states, encoder_attention_mask):
-        """The source packed (B, S, E), its intervals, and what the cache must remember of it."""
+    def _open_source(self, rows, past, encoder_hidden_states, encoder_attention_mask, keeps_state):
+        """The source packed (B, S, E), its intervals, and what the cache must remember of it, on the CPU."""
         if not self.cross_attention:
             return None, None, {}
         b = rows.lengths.shape[0]
@@ -205,7 +205,8 @@ class GalleryTransformerStack(AbsoluteEmbeddings, Backbone, GalleryTransformerPr
                     f"encoder_outputs are {encoder_hidden_states.shape[2]} wide; this model's hidden_size is "
                     f"{self.config.hidden_size}"
                 )
-            source_rows = Rows(b, s, self.check_mask(encoder_attention_mask, b, s, None), None)
+            mask = self.check_mask(encoder_attention_mask, b, s, None)
+            source_rows = Rows(b, s, mask.cpu() if mask is not None and keeps_state else mask, None)
             source, lengths = source_rows.pack(encoder_hidden_states), source_rows.lengths
         upper = (lengths[:, None] - 1).expand(b, rows.width)
         if surely(lengths == lengths[0]):

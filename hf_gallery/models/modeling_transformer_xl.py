@@ -235,7 +235,7 @@ class GalleryTransformerXLModel(Backbone, GalleryTransformerXLPreTrainedModel):
             cached = cached if start is None else start.shape[1]
         sizes = {name: getattr(config, name) for name in ("segment_length", "mem_len", "same_length")}
         spans, parts = segment_spans(rows, cached, **sizes, least=least, carries=common.carries)
-        farthest, tables = max(0, spans.distances(cached)[1]), common.tables
+        farthest, tables = spans.reach(cached), common.tables
         if tables is not None:
             farthest = config.cache_capacity  # one table for all forwards to come
         relative = None

@@ -91,8 +91,8 @@ class RingSpans(Spans):
     def dilated(self, dilation: int) -> RingSpans:
         return RingSpans(self.lower, self.upper, self.rows, dilation)
 
-    def distances(self, offset: int) -> tuple[int, int]:
-        return 0, offset
+    def reach(self, offset: int) -> int:
+        return offset
 
     def ring(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances from the query back to each of the slots, counted in dilations, and which of them it sees:

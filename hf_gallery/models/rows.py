@@ -4,6 +4,10 @@ Padding has no position in the gallery. A forward therefore first packs each row
 works on rows that start together and end where their tokens end, and puts the results back into the input's columns
 at the end (`unpack`). A row computes what it would compute alone, wherever its padding stood.
 
+What follows from shapes and from the counts of a cache is known on the CPU. What follows from a mask lies where the
+mask does, and nothing asks a GPU for it: such rows are as wide as the input. A growing cache counts on the CPU, so the
+rows that go into one have their mask there (`GalleryCache.rows_of`).
+
 With C cached columns, aligned to end at the row's last token, column c of [cache | new tokens] holds the row's
 position seen - C + c. So the distance between query and key is the same in all rows, and only the ends of the
 intervals differ between them.
@@ -11,19 +15,21 @@ intervals differ between them.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 
 import torch
 
-from .exporting import in_one_graph, surely
+from .exporting import in_one_graph, readable, surely
 from .spans import Spans
 
 
 class Rows:
-    """The places of the tokens of a batch (B, columns). Bookkeeping is on the CPU; `pack` and `unpack` work anywhere.
+    """The places of the tokens of a batch (B, columns). `pack` and `unpack` work on any device.
 
-    mask: (B, columns), True at the tokens of these rows; None = all columns. seen: (B,), tokens that each row has
-    behind it. fresh: (B,), True where a row forgets in this forward what it had behind it; None = nowhere.
+    mask: (B, columns), True at the tokens of these rows; None = all columns. seen: (B,), on the device of the mask,
+    tokens that each row has behind it; None = none. fresh: (B,), True where a row forgets in this forward what it had
+    behind it; None = nowhere.
     """
 
     steps = False  # whether they are one column behind rings: see StepRows
@@ -38,16 +44,14 @@ class Rows:
     ):
         self.batch, self.columns, self.fresh = batch, columns, fresh
         start = common_value(seen) if seen is not None else 0
-        if seen is None:
-            seen = torch.zeros(batch, dtype=torch.long)
-        if mask is not None and not in_one_graph():
-            mask = mask.cpu()  # the one thing that a padded forward asks of a GPU
         self.mask = None if mask is None or surely(mask) else mask
+        if seen is None:
+            seen = torch.zeros(batch, dtype=torch.long, device=None if self.mask is None else self.mask.device)
         if self.mask is None:
             self._lay(None, torch.full((batch,), columns), seen, columns, start)
         else:
-            lengths = self.mask.sum(1).cpu()
-            width = columns if in_one_graph() else max(1, int(lengths.max()))
+            lengths = self.mask.sum(1)
+            width = max(1, int(lengths.max())) if readable(lengths) else columns
             order = true_first(self.mask)[:, :width]  # (B, T)
             index = order + columns * torch.arange(batch, device=order.device)[:, None]
             self._lay(index, lengths, seen, width, start)
@@ -61,13 +65,27 @@ class Rows:
         start: int | None,
     ):
         """index: (B, T), the column of [0, B * columns) of each packed token, any behind a row's last; None where
-        nothing moves. start: `seen` of all rows, None where they differ."""
+        nothing moves. start: `seen` of all rows, None where they differ or cannot be asked."""
         self.index, self.lengths, self.seen, self.width = index, lengths, seen, width
         self.place: torch.Tensor | None = None  # see `unpack`
         # Whether all rows end with the last packed column.
         self.is_full = index is None or surely(lengths == width)
-        # Rows that move together need one interval for all, and their positions can be told without a look at tensors.
-        self.start = start if self.is_full else None
+        # Where all rows start together their positions can be told without a look at tensors.
+        self.start = start
+
+    def asked(self) -> Rows:
+        """The same with its counts on the CPU, for what must ask them. A GPU has to be waited for."""
+        if self.device.type == "cpu" or in_one_graph():
+            return self
+        rows = copy.copy(self)
+        rows.mask = self.mask.cpu()
+        rows._lay(self.index.cpu(), self.lengths.cpu(), self.seen.cpu(), self.width, self.start)
+        return rows
+
+    @property
+    def device(self) -> torch.device:
+        """The device of `seen`, `lengths` and of all that follows from them."""
+        return self.lengths.device
 
     def pack(self, x: torch.Tensor) -> torch.Tensor:
         """(batch, columns, ...) to (B, T, ...): each row's tokens first, then zeros."""
@@ -82,14 +100,14 @@ class Rows:
     @property
     def beyond(self) -> torch.Tensor:
         """Packed columns behind their row's last token, (B, T)."""
-        return torch.arange(self.width, device=self.lengths.device) >= self.lengths[:, None]
+        return torch.arange(self.width, device=self.device) >= self.lengths[:, None]
 
     @property
     def recent(self) -> int:
         """Counts the last columns of the input that hold only what follows after all `fresh` rows began."""
         if self.fresh is None or self.mask is None:
             return self.columns
-        first = self.mask.cpu().to(torch.uint8).argmax(dim=1)  # (B,)
+        first = self.mask.to(torch.uint8).argmax(dim=1)  # (B,)
         return self.columns - int(first[self.fresh].amax()) if bool(self.fresh.any()) else self.columns
 
     def unpack(self, x: torch.Tensor) -> torch.Tensor:
@@ -106,36 +124,39 @@ class Rows:
 
     @property
     def uniform(self) -> bool:
-        """Tells whether all rows stand at the same positions."""
-        return self.start is not None
+        """Tells whether all rows have tokens at the same positions, and so need one interval for all."""
+        return self.start is not None and self.is_full
 
     @property
     def longest(self) -> int:
-        """Tokens that the longest row reaches."""
-        return self.start + self.width if self.start is not None else int((self.seen + self.lengths).amax())
+        """Tokens that the longest row reaches; where that cannot be asked, that none without a past exceeds."""
+        if not self.uniform and readable(self.lengths):
+            return int((self.seen + self.lengths).amax())
+        return (self.start or 0) + self.width
 
     @property
     def first(self) -> torch.Tensor:
-        """The position of each row's first packed token, (B or 1, 1)."""
+        """The position of each row's first packed token, (B or 1, 1); on the CPU if all are the same."""
         return self.seen[:, None] if self.start is None else torch.full((1, 1), self.start)
 
     @property
     def last(self) -> torch.Tensor:
         """The position of each row's last packed token, (B or 1, 1); first - 1 in a row without any."""
-        if self.start is None:
-            return self.first + self.lengths[:, None] - 1
+        if not self.uniform:
+            return (self.seen + self.lengths)[:, None] - 1
         return torch.full((1, 1), self.start + self.width - 1)
 
     @property
     def positions(self) -> torch.Tensor:
-        """The positions of the packed tokens in their rows, (B or 1, T)."""
+        """The positions of the packed tokens in their rows, (B or 1, T); on the CPU if all rows start together."""
         if self.start is None:
-            return self.first + torch.arange(self.width, device=self.seen.device)
+            return self.first + torch.arange(self.width, device=self.device)
         return torch.arange(self.start, self.start + self.width)[None]
 
     def column_positions(self, columns: int) -> torch.Tensor:
         """The positions of as many cached columns, below 0 before a row's first token: (B or 1, columns)."""
-        return self.first - columns + torch.arange(columns)
+        first = self.first
+        return first - columns + torch.arange(columns, device=first.device)
 
     def spans(self, lower: torch.Tensor, upper: torch.Tensor, cached: int, least: int = 0) -> Spans:
         """Intervals of positions (B or 1, T) as intervals of the columns [cached | new tokens].
@@ -144,9 +165,12 @@ class Rows:
         """
         first = (self.first if self.start is None else self.start) - cached  # the position in column 0
         lower, upper = lower.clamp(min=least) - first, upper - first
-        if not self.uniform:
-            upper = torch.where(self.beyond, lower - 1, upper)
-        return Spans(lower, upper)
+        if self.is_full:
+            return Spans(lower, upper)
+        # Where a GPU holds the rows' ends, what all rows see in common is still known here.
+        within = Spans(lower, upper) if readable(lower) and readable(upper) and not readable(self.lengths) else None
+        lower = lower.to(self.device).expand(len(self.lengths), -1).contiguous()
+        return Spans(lower, torch.where(self.beyond, lower - 1, upper.to(self.device)), within)
 
     def shift(self, x: torch.Tensor, dim: int) -> torch.Tensor:
         """x over [cached | new tokens] in `dim`, with each row moved so that its last token comes last."""
@@ -173,7 +197,7 @@ class DocumentRows(Rows):
 
 def common_value(x: torch.Tensor) -> int | None:
     """The number that all of x (B,) are; None where they differ, or where that cannot be asked."""
-    if in_one_graph():
+    if not readable(x):
         return None
     first, *others = x.tolist()
     return first if all(value == first for value in others) else None

@@ -155,5 +155,5 @@ def _own_position(position: Position | None, own: Spans) -> Position | None:
     """The entries of the table that a segment's own keys read."""
     if position is None:
         return None
-    reach = min(max(0, own.distances(0)[1]), position.farthest)  # in one graph the distances are only bounded
+    reach = min(own.reach(0), position.farthest)
     return position._replace(table=position.table[:, position.farthest - reach :], farthest=reach)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .exporting import in_one_graph
+from .exporting import in_one_graph, readable
 
 
 class Spans:
@@ -21,11 +21,13 @@ class Spans:
     lower, upper: int64 (B or 1, T); one row serves all batch rows. `upper < lower` is an empty interval: the query
     sees nothing. The object is immutable, and remembers what was once worked out of it: a model makes it once for
     all of its layers.
+
+    within: intervals on the CPU that hold these, if these lie on a GPU and follow from a mask.
     """
 
     of_ring = False  # whether they are of positions in a ring: see RingSpans
 
-    def __init__(self, lower: torch.Tensor, upper: torch.Tensor):
+    def __init__(self, lower: torch.Tensor, upper: torch.Tensor, within: Spans | None = None):
         if lower.shape != upper.shape or lower.dim() != 2:
             raise ValueError(
                 f"lower has shape {tuple(lower.shape)} and upper {tuple(upper.shape)}; both must be "
@@ -33,6 +35,7 @@ class Spans:
             )
         self.lower = lower
         self.upper = upper
+        self.within = within
         self._memo: dict = {}
 
     def _once(self, key, work):
@@ -62,7 +65,13 @@ class Spans:
 
     def on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
         """(lower, upper) on a device. The planning above stays where the intervals were made, mostly the CPU."""
-        return self._once(("on", device), lambda: (moved(self.lower, device), moved(self.upper, device)))
+
+        def work():
+            if self.lower.device == device:
+                return self.lower, self.upper
+            return moved(torch.stack((self.lower, self.upper)), device).unbind(0)  # one copy, not two
+
+        return self._once(("on", device), work)
 
     @property
     def widest(self) -> int:
@@ -74,10 +83,8 @@ class Spans:
     def distances(self, offset: int) -> tuple[int, int]:
         """The least and greatest distance from a query to a key it sees; query t stands at column offset + t.
 
-        (0, -1) if nobody sees anything. In one graph the least and greatest that can be.
+        (0, -1) if nobody sees anything.
         """
-        if in_one_graph():
-            return 1 - self.lower.shape[1], offset + self.lower.shape[1] - 1
         if self._one is not None:
             lower, upper = self._one
             return (offset - upper, offset - lower) if lower <= upper else (0, -1)
@@ -91,6 +98,12 @@ class Spans:
             return int(nearest), int((at - self.lower).masked_fill(empty, -_FAR).amax())
 
         return self._once(("distances", offset), work)
+
+    def reach(self, offset: int) -> int:
+        """The greatest distance from a query to a key it sees, at least 0: a table of distances holds as many. Where
+        that cannot be asked, one that is no less."""
+        known = self.within or self
+        return max(0, known.distances(offset)[1]) if readable(known.lower) else offset + self.lower.shape[1] - 1
 
     @property
     def is_causal(self) -> bool:

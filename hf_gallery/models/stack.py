@@ -9,7 +9,7 @@ from torch import nn
 
 from .blocks import ScaledEmbedding
 from .cache import GalleryCache
-from .exporting import in_one_graph, require
+from .exporting import readable, require
 from .modeling_base import init_linear
 from .positions import sinusoids
 from .rows import Rows
@@ -107,8 +107,8 @@ class AbsoluteEmbeddings:
             if token_type_ids.dtype not in (torch.long, torch.int):
                 raise ValueError(f"token_type_ids has type {token_type_ids.dtype}; it must be torch.long or torch.int")
             types = config.type_vocab_size
-            low, high = (0, 0) if in_one_graph() else (int(x) for x in token_type_ids.aminmax())
-            if in_one_graph():
+            low, high = (int(x) for x in token_type_ids.aminmax()) if readable(token_type_ids) else (0, 0)
+            if not readable(token_type_ids):
                 require(
                     (token_type_ids >= 0) & (token_type_ids < types), "token_type_ids holds types that there are not"
                 )
@@ -120,7 +120,10 @@ class AbsoluteEmbeddings:
         if self.longest_input is not None and self.segment_length is None:
             if position_ids is not None:
                 longest = int(position_ids.max()) + 1
-            if longest > self.longest_input:
+            if longest > self.longest_input and not rows.is_full and not readable(rows.lengths):
+                room = f"{self.length} {getattr(config, self.length)} has room for {self.longest_input}"
+                require(rows.lengths <= self.longest_input, f"the input reaches more tokens than {room}", rows.lengths)
+            elif longest > self.longest_input:
                 raise ValueError(
                     f"the input reaches {longest} tokens, but {self.length} {getattr(config, self.length)} has room "
                     f"for {self.longest_input}; shorten it, or use positions without an end"

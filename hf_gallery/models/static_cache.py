@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 
 from .cache import Content, GalleryCache, MadeFor, row_numbers, whole_number
-from .exporting import in_one_graph, records_gradients, require
+from .exporting import in_one_graph, readable, records_gradients, require
 from .rings import RingColumns, RingLayout, StepRows
 from .rows import Rows
 from .states import NextState, tensors_of
@@ -93,7 +93,8 @@ class GalleryStaticCache(GalleryCache):
                 f"GalleryStaticCache{'' if self.is_initialized else ' without a prompt'}; a graph takes one column "
                 "behind a prompt, so read the prompt outside of it"
             )
-        rows = Rows(batch, columns, mask, self.seen.cpu() if self.is_initialized else None)
+        seen = self.seen.cpu() if self.is_initialized else None
+        rows = Rows(batch, columns, None if mask is None else mask.cpu(), seen)  # see GalleryCache.rows_of
         if self.longest is not None and rows.longest > self.longest:
             raise ValueError(
                 f"the text reaches {rows.longest} tokens, and past_key_values was made with max_cache_len="
@@ -105,7 +106,7 @@ class GalleryStaticCache(GalleryCache):
         if self.longest is None:
             return
         full = f"past_key_values was made with max_cache_len={self.longest}, and a row has read as many tokens"
-        if in_one_graph():
+        if not readable(self._content.seen):
             require(self._content.seen < self.longest, full)
         elif int(self._content.seen.max()) >= self.longest:
             raise ValueError(f"{full}; make one with more")

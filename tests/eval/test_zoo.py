@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from hf_gallery.data import load_corpus
 from hf_gallery.zoo import ZOO, zoo_models
 
 TINY = zoo.ZooSettings(
-    sizes=TINY_SIZES, steps=4, lanes=2, length=16, memory_size=64, scored_bytes=80, save_steps=1, learning_rate=1e-2
+    sizes=TINY_SIZES, steps=4, lanes=2, length=16, memory_size=32, scored_bytes=80, save_steps=1, learning_rate=1e-2
 )
 
 
@@ -54,7 +55,7 @@ def test_a_model_is_what_its_card_says(tmp_path, books, name):
     bits = scored = 0
     for document in load_corpus(str(books))["test"]["text"]:
         ids = tokenizer(document, return_tensors="pt").input_ids[:, : TINY.scored_bytes]
-        bits += float(model(ids, labels=ids).loss) / torch.log(torch.tensor(2.0)) * (ids.shape[1] - 1)
+        bits += model(ids, labels=ids).loss.item() / math.log(2) * (ids.shape[1] - 1)
         scored += ids.shape[1] - 1
     assert about["scored_bytes"] == scored and abs(bits / scored - about["bits_per_byte"]) < 1e-4
     card = (folder / "README.md").read_text()
@@ -125,7 +126,7 @@ def test_the_models_in_the_repository(folder):
     assert (folder / "model.safetensors").stat().st_size <= 8_000_000 and not list(folder.glob("*.py"))
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("It was a fine evening, and the old man said that he would walk home. ", return_tensors="pt")
-    bits = float(model(**ids, labels=ids.input_ids).loss) / torch.log(torch.tensor(2.0))
+    bits = model(**ids, labels=ids.input_ids).loss.item() / math.log(2)
     assert bits < 3.5
     told = json.loads((folder / "eval_results.json").read_text())["eval_bits_per_byte"]
     assert f"{told:.3f}" in (folder / "README.md").read_text()

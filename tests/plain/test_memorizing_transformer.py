@@ -306,7 +306,7 @@ def test_of_equal_scores_a_later_source_comes_first():
     order = torch.tensor([c % 40 for c in range(7, 47)] + list(range(43, 60)))  # by position
     _, expected = brute_force(query, keys[:, :, order], torch.zeros(2, 5), torch.full((2, 5), len(order)), 9)
     assert found.all() and torch.equal(columns, order[expected])
-    assert torch.equal(found_keys, memory._pick_pairs(keys, columns))
+    assert torch.equal(found_keys, memory._pick_pairs((keys,), columns)[0])
 
 
 @pytest.mark.parametrize("backend", EXACT)

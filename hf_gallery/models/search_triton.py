@@ -1,0 +1,123 @@
+"""The products of an exact search, as kernels for GPUs in Triton: between them stands torch's topk.
+
+    number(t, s) = [score(t, s), turn(t, s)]     score = q_t . k_s, in float32; -inf outside of the ring interval
+    turn         = (s - upper_t) mod N           how recent a pair is: N - 1 at the newest that the query may find
+
+Two words of one whole number, the score's in front, so that no two pairs of a query are equal: the largest numbers are
+the result, whatever they hold, and nobody has to ask. NaN is larger than all scores, as torch's topk has it.
+
+Letters: see memory.py and attention_triton.py.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .attention_triton import INTERPRETED, LARGEST_HEAD, _block, _dot, _load, _precision, _Tiles, jit
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # machines without a GPU, where torch's own operations serve
+    triton = tl = None
+
+# Settings of the launch for heads up to a size, for half types and float32: see eval/compiled.py.
+HALF = {64: _Tiles(64, 64, 4, 1), 128: _Tiles(64, 64, 4, 1), 256: _Tiles(32, 64, 4, 1)}
+FLOAT = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 8, 1), 256: _Tiles(16, 32, 8, 1)}
+FOUND = _Tiles(256, 1, 4, 1)
+
+
+def serves(query: torch.Tensor) -> bool:
+    """Tells whether the kernels serve a query; reads no tensor."""
+    if triton is None or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    if query.shape[-1] > LARGEST_HEAD:
+        return False
+    return INTERPRETED or (query.is_cuda and torch.cuda.get_device_capability(query.device)[0] >= 8)
+
+
+def tiles_for(kind: torch.dtype, head: int) -> _Tiles:
+    """The launch of `_numbers` for a type and a size of heads."""
+    if INTERPRETED:
+        return _Tiles(16, 16, 1, 1)
+    sizes = FLOAT if kind == torch.float32 else HALF
+    return sizes[next(size for size in sizes if head <= size)]
+
+
+@jit
+def _numbers(
+    q_ptr, k_ptr, lower, upper, out_ptr, q_b, q_h, q_t, k_b, k_h, k_s, ends_b, start, H, T, S, N,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The numbers (B, H, T, S) of a tile of queries and one of keys, the columns [start, start + S) of N."""
+    pair = tl.program_id(2).to(tl.int64)
+    b, h = pair // H, pair % H
+    t = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    q = _load(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
+    k = _load(k_ptr + b * k_b + h * k_h, s, k_s, S, D, BLOCK_D, False)
+    at = b * ends_b + tl.minimum(t, T - 1)
+    first, end = tl.load(lower + at).to(tl.int32), tl.load(upper + at).to(tl.int32)
+    score = _dot(q, tl.trans(k), None, PRECISION)
+    turn = (start + s)[None, :] - end[:, None]  # end is below 2 N
+    turn += tl.where(turn < 0, N, 0)
+    turn += tl.where(turn < 0, N, 0)
+    score = tl.where(turn < (N - (end - first))[:, None], float("-inf"), score)
+    bits = (score + 0.0).to(tl.int32, bitcast=True)  # -0.0 + 0.0 is 0.0
+    bits = tl.where(score != score, 0x7FC00000, bits)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the scores
+    number = (bits.to(tl.int64) << 32) + turn.to(tl.int64)
+    where = out_ptr + pair * T * S + t.to(tl.int64)[:, None] * S + s[None, :]
+    tl.store(where, number, mask=(t < T)[:, None] & (s < S)[None, :])
+
+
+@jit
+def _found(best_ptr, upper, scores_ptr, columns_ptr, ends_b, H, T, N, K, TOPK, BLOCK_M: tl.constexpr):
+    """Scores and columns (B, H, T, TOPK) of numbers (B, H, T, K), -inf and 0 behind them."""
+    pair = tl.program_id(1).to(tl.int64)
+    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    t, i = place // TOPK, place % TOPK
+    some = (t < T) & (i < K)
+    number = tl.load(best_ptr + (pair * T + t) * K + i, mask=some, other=0)
+    end = tl.load(upper + pair // H * ends_b + tl.minimum(t, T - 1)).to(tl.int64)
+    bits = (number >> 32).to(tl.int32)
+    bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    score = tl.where(some, bits.to(tl.float32, bitcast=True), float("-inf"))
+    column = tl.where(some, (end + (number & 0x7FFFFFFF)) % N, 0)
+    tl.store(scores_ptr + pair * T * TOPK + place, score, mask=t < T)
+    tl.store(columns_ptr + pair * T * TOPK + place, column, mask=t < T)
+
+
+def make_numbers(
+    query: torch.Tensor, keys: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, start: int, n: int
+) -> torch.Tensor:
+    """The numbers (B, H, T, S) of query (B, H, T, D) and keys (B, H, S, D), the columns from `start` on of n."""
+    kind = torch.promote_types(query.dtype, keys.dtype)
+    query, keys = (x.to(kind) if x.stride(-1) == 1 else x.to(kind).contiguous() for x in (query, keys))
+    (b, h, t, d), s = query.shape, keys.shape[2]
+    lower, upper = lower.contiguous(), upper.contiguous()
+    out = torch.empty(b, h, t, s, dtype=torch.int64, device=query.device)
+    tiles = tiles_for(query.dtype, d)
+    grid = triton.cdiv(s, tiles.keys), triton.cdiv(t, tiles.queries), b * h
+    _numbers[grid](
+        query, keys, lower, upper, out, *query.stride()[:3], *keys.stride()[:3], _stride(lower), start, h, t, s, n,
+        D=d, BLOCK_D=_block(d), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, PRECISION=_precision(),
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+    return out
+
+
+def read_numbers(best: torch.Tensor, upper: torch.Tensor, n: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (B, H, T, topk) and columns of the best numbers (B, H, T, any), -inf and 0 where there are fewer."""
+    b, h, t, k = best.shape
+    scores = torch.empty(b, h, t, topk, dtype=torch.float32, device=best.device)
+    columns = torch.empty(b, h, t, topk, dtype=torch.int64, device=best.device)
+    upper = upper.contiguous()
+    grid = triton.cdiv(t * topk, FOUND.queries), b * h
+    _found[grid](best, upper, scores, columns, _stride(upper), h, t, n, k, topk, BLOCK_M=FOUND.queries)
+    return scores, columns
+
+
+def _stride(x: torch.Tensor) -> int:
+    """The step from row to row of x (B or 1, T)."""
+    return x.stride(0) if x.shape[0] > 1 else 0
