@@ -9,7 +9,7 @@ version = next(
     if line.startswith("__version__")
 )
 
-evaluation = ["lm-eval>=0.4.13,<0.5", "plotly>=6", "matplotlib", "scipy>=1.15", "psutil", "jinja2>=3.1"]
+evaluation = ["lm-eval>=0.4.13,<0.5", "matplotlib", "scipy>=1.15", "psutil", "jinja2>=3.1"]
 testing = [
     "fastapi",
     "openai",

@@ -1,4 +1,4 @@
-"""Claims of the papers, held against what a run measured: reproduced, contradicted, or not decided.
+"""Claims of the papers, held against what a run measured: reproduced, not reproduced, or not decided.
 
 A claim is decided where chance alone would give the difference more rarely than 1 in 20. Answers are compared by
 example (significance.answers_differ), text by document (significance.texts_differ).
@@ -14,7 +14,7 @@ from typing import Any
 from .contestants import CONTESTANTS
 from .significance import Answers, Chance, answers_differ, pooled, texts_differ
 
-REPRODUCED, CONTRADICTED, UNDECIDED = "reproduced", "contradicted", "undecided"
+REPRODUCED, UNDECIDED, NOT_REPRODUCED, NOT_MEASURED = "reproduced", "undecided", "not reproduced", "not measured"
 ATTENTION_ONLY = tuple(c.name for c in CONTESTANTS.values() if c.carries in ("nothing", "keys"))
 STRAIGHT = 1.15  # the slope of a cost against length, both on logarithmic scales, up to which it counts as linear
 
@@ -31,12 +31,13 @@ class Verdict:
 
 def verdicts(results: dict[str, Any]) -> list[Verdict]:
     """Every claim for which the run measured enough."""
-    found = []
-    for claim, paper, judge in CLAIMS:
-        judged = judge(results)
-        if judged is not None:
-            found.append(Verdict(claim, paper, *judged))
-    return found
+    return [verdict for verdict in all_verdicts(results) if verdict.outcome != NOT_MEASURED]
+
+
+def all_verdicts(results: dict[str, Any]) -> list[Verdict]:
+    """Every claim, also those for which the run measured too little."""
+    judged = ((claim, paper, judge(results)) for claim, paper, judge in CLAIMS)
+    return [Verdict(claim, paper, *(found or (NOT_MEASURED, ""))) for claim, paper, found in judged]
 
 
 Judged = tuple[str, str] | None  # outcome and evidence; None: not measured
@@ -152,7 +153,7 @@ def _cost_is_linear(results: dict[str, Any]) -> Judged:
     }
     if slopes["longformer"] is None:
         return None
-    outcome = REPRODUCED if slopes["longformer"] <= STRAIGHT else CONTRADICTED
+    outcome = REPRODUCED if slopes["longformer"] <= STRAIGHT else NOT_REPRODUCED
     evidence = f"time of a step grows as its length to the power of {slopes['longformer']:.2f}"
     if slopes["transformer_full"] is not None:
         evidence += f"; of the Transformer with long segments, {slopes['transformer_full']:.2f}"
@@ -250,4 +251,4 @@ def _texts(results: dict[str, Any], first: str, second: str, *labels: str) -> Ju
 def _outcome(gain: float, chance: Chance) -> str:
     if not chance.sure:
         return UNDECIDED
-    return REPRODUCED if gain > 0 else CONTRADICTED
+    return REPRODUCED if gain > 0 else NOT_REPRODUCED

@@ -22,6 +22,7 @@ from .contestants import Contestant, build
 from .figures import contexts, short
 from .measure import interleaved, median, peak_bytes, seconds
 from .presets import CostSettings
+from .significance import median_interval
 from .task import Column, Family, Job, Task, plain
 from .training import Tick
 
@@ -45,6 +46,8 @@ def measure(
         weights, floating-point operations per token, and utilisation, their share of what the machine reaches in a
         large product of matrices. training_tokens_per_second, training_peak_bytes: of the first length.
     prefill_tokens_per_second, decode_ms_per_token (medians), cache_bytes: by tokens read before.
+    tokens_per_second_interval, utilisation_interval, decode_interval: the 95 % intervals of medians, of six times or
+        more.
     slopes: of each of these costs against length; of those with one length only, none.
     """
     models = {c.name: build(c, settings.sizes, seed) for c in contestants}
@@ -58,6 +61,7 @@ def measure(
             "training": {},
             "prefill_tokens_per_second": {},
             "decode_ms_per_token": {},
+            "decode_interval": {},
             "cache_bytes": {},
         }
         for name, model in models.items()
@@ -74,6 +78,13 @@ def measure(
                 "flops_per_token": operations / ids.numel(),
                 "utilisation": operations / second / speed,
             }
+            limits = median_interval(times[name])
+            if limits is not None:
+                quick, slow = limits
+                found[name]["training"][str(length)] |= {
+                    "tokens_per_second_interval": [ids.numel() / slow, ids.numel() / quick],
+                    "utilisation_interval": [operations / slow / speed, operations / quick / speed],
+                }
             tick(1)
     _read(models, settings, seed, device, tick, found)
     for entry in found.values():
@@ -112,8 +123,12 @@ def _read(
                 decoding[name, context] += decoded[name]
             tick(1)
     for name, context in places:
-        found[name]["prefill_tokens_per_second"][str(context)] = context / median(reading[name, context])
-        found[name]["decode_ms_per_token"][str(context)] = 1e3 * median(decoding[name, context])
+        entry, took = found[name], decoding[name, context]
+        entry["prefill_tokens_per_second"][str(context)] = context / median(reading[name, context])
+        entry["decode_ms_per_token"][str(context)] = 1e3 * median(took)
+        limits = median_interval(took)
+        if limits is not None:
+            entry["decode_interval"][str(context)] = [1e3 * x for x in limits]
 
 
 def slopes(entry: Mapping[str, Any], settings: CostSettings) -> dict[str, float]:

@@ -1,46 +1,98 @@
-"""The plots of a run: what each contestant remembers, how it reasons, how it models text, what it costs."""
+"""The plots of a run: what each contestant remembers, how it reasons, how it models text, what it costs.
+
+A plot is data: values with their 95 % intervals, and where they stand on its axes. The page draws it as SVG
+(templates/plots.js). No library of plots is used: plotly's smallest bundle is a megabyte and not on
+PyPI, so it would have to be kept here, and its plots can neither be read by keyboard nor take the page's colours; what
+the page needs of one is 200 lines.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable, Mapping
 from statistics import mean
 from typing import Any
 
-import plotly.graph_objects as go
-
 from .contestants import CONTESTANTS
 from .outside import OUTSIDE
-from .significance import QUESTION, answers, interval, text_interval
+from .significance import QUESTION, answers, interval, sums_interval, text_interval, values_interval
 
 # In the order of the contestants, and taken in turns by whatever else there are several of.
 KNOWN = CONTESTANTS | OUTSIDE
 COLOURS = [c.colour for c in KNOWN.values()]
 SYMBOLS = [c.symbol for c in KNOWN.values()]
+# Of curves of one contestant at rising sizes, whose numbers begin at SIZES: from pale to deep.
+RAMP, SIZES = ["#9a8fc4", "#7c6bb8", "#5e49ab", "#41299c", "#26106f"], 1000
 
 
-Plot = tuple[str, str, go.Figure]  # title, caption, figure
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A measured value with its 95 % interval, where one is known. said: both in words."""
+
+    x: float
+    y: float
+    said: str
+    limits: tuple[float, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Series:
+    """A curve. contestant: the name by which it is chosen; number: by which it is drawn, see `place`."""
+
+    contestant: str
+    label: str
+    number: int
+    points: tuple[Point, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """An axis from `low` to `high`. ticks: its values that are written, in words."""
+
+    title: str
+    low: float
+    high: float
+    ticks: tuple[tuple[float, str], ...]
+    logarithmic: bool = False
+
+    def place(self, value: float) -> float:
+        """The place of a value: 0 at the low end of the axis, 1 at the high one."""
+        low, high, value = (
+            (math.log(max(x, 1e-12)) for x in (self.low, self.high, value))
+            if self.logarithmic
+            else (self.low, self.high, value)
+        )
+        return (value - low) / (high - low) if high > low else 0.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """A plot. stops: values of x at which it is read, in words. rows: a contestant stands in each row, and x measures;
+    else y does. named: its curves are told apart beside it, since all are of one contestant. guesses: (x, y) of what
+    knows nothing of the input."""
+
+    title: str
+    caption: str
+    group: str
+    x: Axis
+    y: Axis
+    series: tuple[Series, ...]
+    stops: tuple[tuple[float, str], ...]
+    guesses: tuple[tuple[float, float], ...] = ()
+    rows: bool = False
+    named: bool = False
+
+
 Entries = list[tuple[int, str, dict[str, Any]]]  # number, name and summary of each contestant
+MEMORY, REASONING, TEXT, COST = "memory", "reasoning", "text", "cost"
 
 
 def figures(results: dict[str, Any]) -> list[Plot]:
-    """(title, caption, figure) of every plot for which something was measured."""
+    """Every plot for which something was measured."""
     entries = [(place(name, results), name, e) for name, e in results["summary"].items()]
     plots = [*_recall(results, entries), *_abilities(results, entries), *_text(results, entries)]
-    plots += _training_curves(results, entries)
-    plots += _costs(entries)
-    for _, _, figure in plots:
-        figure.update_layout(
-            template="none",
-            paper_bgcolor="rgba(0,0,0,0)",
-            plot_bgcolor="rgba(0,0,0,0)",
-            margin={"l": 10, "r": 10, "t": 20, "b": 10},
-            legend={"orientation": "h", "y": -0.3},
-            height=420,
-        )
-        figure.update_xaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
-        figure.update_yaxes(automargin=True, gridcolor="rgba(128,128,128,0.25)")
-    return plots
+    return [*plots, *_training_curves(results, entries), *_costs(entries)]
 
 
 def place(name: str, results: dict[str, Any]) -> int:
@@ -49,32 +101,38 @@ def place(name: str, results: dict[str, Any]) -> int:
     return known.index(name) if name in known else len(known) + list(results["summary"]).index(name)
 
 
+# ---- right answers
+
+
 def _recall(results: dict[str, Any], entries: Entries) -> list[Plot]:
     """The forgetting curves, and how they move with the size of a memory."""
-    window, tested, plots = results["window"]["recall"], distances(results), []
+    window, tested = results["window"]["recall"], distances(results)
     if not tested:
         return []
     labels, axis = [times(d / window) for d in tested], f"distance, in windows of {window} tokens"
     chance = [results["chance"]] * len(tested)
-    curves = [(i, e["label"], [e["recall"][str(d)] for d in tested]) for i, _, e in entries if "recall" in e]
-    figure = _curves(curves, labels, chance)
-    figure.update_xaxes(title=axis)
+    series = [
+        _shares(name, e["label"], i, [e["recall"].get(str(d)) for d in tested])
+        for i, name, e in entries
+        if "recall" in e
+    ]
     caption = (
         "Share of right answers by the distance from where something was written to where it is asked for. "
-        f"Bars are 95 % intervals ({_drawn(results)})."
+        f"Bands are 95 % intervals ({_drawn(results)})."
     )
-    plots.append(("What each remembers", caption, figure))
+    about = {"group": MEMORY, "axis": axis}
+    plots = [_answered(labels, series, chance, title="What each remembers", caption=caption, **about)]
     own = results["settings"]["recall"]["sizes"]["memory_size"]
-    for entry in (e for _, _, e in entries if e.get("recall_by_memory_size")):
+    for name, entry in ((name, e) for _, name, e in entries if e.get("recall_by_memory_size")):
         sizes = entry["recall_by_memory_size"] | {str(own): entry["recall"]}
-        curves = [
-            (i, f"{int(size):,} keys", [scores[str(d)] for d in tested])
-            for i, (size, scores) in enumerate(sizes.items())
+        series = [
+            _shares(name, f"{int(size):,} keys", SIZES + i, [scores.get(str(d)) for d in tested])
+            for i, (size, scores) in enumerate(sorted(sizes.items(), key=lambda item: int(item[0])))
         ]
-        figure = _curves(curves, labels, chance)
-        figure.update_xaxes(title=axis)
+        title = f"{entry['label']}: how much memory is enough?"
         caption = f"The same trained model, read with that many stored keys per head; it trained with {own:,}."
-        plots.append((f"{entry['label']}: how much memory is enough?", caption, figure))
+        plot = _answered(labels, series, chance, title=title, caption=caption, **about)
+        plots.append(dataclasses.replace(plot, named=True))
     return plots
 
 
@@ -88,60 +146,67 @@ def _drawn(results: dict[str, Any]) -> str:
 def _abilities(results: dict[str, Any], entries: Entries) -> list[Plot]:
     """A curve of each ability over its levels."""
     plots = []
-    for name, about in results["abilities"].items():
-        levels = next(e["abilities"][name] for _, _, e in entries if name in e.get("abilities", {}))
-        curves = [
-            (i, e["label"], [e["abilities"][name][level] for level in levels])
-            for i, _, e in entries
-            if name in e.get("abilities", {})
+    for ability, about in results["abilities"].items():
+        levels = next(e["abilities"][ability] for _, _, e in entries if ability in e.get("abilities", {}))
+        series = [
+            _shares(name, e["label"], i, [e["abilities"][ability].get(level) for level in levels])
+            for i, name, e in entries
+            if ability in e.get("abilities", {})
         ]
-        figure = _curves(curves, list(levels), [score["chance"] for score in levels.values()])
-        figure.update_xaxes(title=about["axis"])
         beyond = [level for level, score in levels.items() if not score["trained"]]
         caption = about["about"] + (f" Never practised: {', '.join(beyond)}." if beyond else "")
-        plots.append((f"{about['title']} ({about['group']})", caption, figure))
+        title, chance = f"{about['title']} ({about['group']})", [score["chance"] for score in levels.values()]
+        more = {"group": about["group"], "axis": about["axis"]}
+        plots.append(_answered(list(levels), series, chance, title=title, caption=caption, **more))
     return plots
+
+
+def _shares(name: str, label: str, number: int, scores: list[dict[str, Any] | None]) -> Series:
+    """The curve of a contestant's shares of right answers, level after level; None where it was not asked."""
+    points = []
+    for level, score in enumerate(scores):
+        if score is None:
+            continue
+        share, (low, high) = score["correct"] / max(1, score["asked"]), interval(answers(score))
+        said = f"{_percent(share)} ({_percent(low, high)}; {score['correct']:,} of {score['asked']:,})"
+        points.append(Point(level, share, said, (low, high)))
+    return Series(name, label, number, tuple(points))
+
+
+def _percent(*shares: float) -> str:
+    return " to ".join(f"{100 * x:.0f}" for x in shares) + " %"
+
+
+def _answered(
+    levels: list[str], series: list[Series], chance: list[float], *, title: str, caption: str, group: str, axis: str
+) -> Plot:
+    """A plot of shares of right answers by level, and of what guesses give."""
+    marks = tuple((x / 100, f"{x} %") for x in (0, 25, 50, 75, 100))
+    x, stops = _by_label(axis, levels)
+    y = Axis("right answers", 0, 1, marks)
+    return Plot(title, caption, group, x, y, tuple(series), stops, guesses=tuple(enumerate(chance)))
+
+
+def _by_label(title: str, labels: list[str]) -> tuple[Axis, tuple[tuple[float, str], ...]]:
+    """An axis on which labels stand side by side, and the stops at them."""
+    stops = tuple((float(i), label) for i, label in enumerate(labels))
+    return Axis(title, 0, max(1, len(labels) - 1), stops), stops
+
+
+# ---- text
+
+
+LOWER = "bits per byte, lower is better"
+# Number, name, label, sums and intervals of a contestant.
+BitCurve = tuple[int, str, str, dict[str, dict[str, Any]], Mapping[str, "tuple[float, float] | None"]]
 
 
 def _text(results: dict[str, Any], entries: Entries) -> list[Plot]:
     """Bits per byte: as a number, by position in a document, of rare words, and by the size of a memory."""
-    plots: list[Plot] = []
-    bits = [(i, e["label"], e["bits_per_byte"]) for i, _, e in entries if "bits_per_byte" in e]
-    if bits:
-        means = [mean(b) for _, _, b in bits]
-        bands = [band for _, _, e in entries if "bits_per_byte" in e and (band := text_interval(e)) is not None]
-        banded = len(bands) == len(bits)
-        figure = go.Figure(
-            go.Bar(
-                y=[label for _, label, _ in bits],
-                x=means,
-                error_x=_error(means, bands) if banded else None,
-                orientation="h",
-                marker={"color": [COLOURS[i % len(COLOURS)] for i, _, _ in bits]},
-                text=[f"{b:.3f}" for b in means],
-                textposition="inside",
-                insidetextanchor="start",
-                hovertemplate="%{y}: %{x:.4f}<extra></extra>",
-            )
-        )
-        if results["order0_bits_per_byte"] is not None:
-            figure.add_vline(
-                x=results["order0_bits_per_byte"],
-                line_dash="dot",
-                annotation_text="order-0 bytes",
-                annotation_position="bottom left",
-            )
-        figure.update_xaxes(title="bits per byte", rangemode="tozero")
-        figure.update_yaxes(autorange="reversed")
-        plots.append(
-            (
-                "How well each models text",
-                "Held-out documents, each read from its first byte to its last with the state carried along. "
-                "The dotted line is a model that knows how frequent each byte is and nothing else."
-                + (" Bars are 95 % intervals over other documents." if banded else ""),
-                figure,
-            )
-        )
+    plots = []
+    read = [(i, name, e) for i, name, e in entries if e.get("bits_per_byte")]
+    if read:
+        plots.append(_bits_of_each(results, read))
     for key, title, axis, caption in (
         (
             "by_position",
@@ -158,99 +223,117 @@ def _text(results: dict[str, Any], entries: Entries) -> list[Plot]:
             "distance to the last. Who remembers a name pays less for it.",
         ),
     ):
-        sums = [(i, e["label"], e[key]) for i, _, e in entries if e.get(key)]
+        sums: list[BitCurve] = [(i, name, e["label"], e[key], {}) for i, name, e in entries if e.get(key)]
         if sums:
-            plots.append((title, caption, _bit_curves(sums, axis)))
-    sums = [
-        (i, e["label"], dict(sorted(e["text_by_memory_size"].items(), key=lambda item: int(item[0]))))
-        for i, _, e in entries
-        if e.get("text_by_memory_size")
-    ]
-    if sums:
-        caption = "The same trained model, read with that many stored keys per head; the last is its own."
-        plots.append(("Does a larger memory help with text?", caption, _bit_curves(sums, "keys in memory")))
+            plots.append(_bit_curves(title, caption, axis, sums))
+    by_size: list[BitCurve] = []
+    for i, name, e in entries:
+        if e.get("text_by_memory_size"):
+            sizes = dict(sorted(e["text_by_memory_size"].items(), key=lambda item: int(item[0])))
+            limits = {
+                size: text_interval({"by_document": seeds})
+                for size, seeds in e.get("by_document_of_memory_size", {}).items()
+            }
+            by_size.append((i, name, e["label"], sizes, limits))
+    if by_size:
+        caption = "The same trained model, read with that many stored keys per head; the last is its own. "
+        caption += "Documents differ more than sizes do; claims compare sizes document by document."
+        plots.append(_bit_curves("Does a larger memory help with text?", caption, "keys in memory", by_size))
     return plots
+
+
+def _bits_of_each(results: dict[str, Any], read: Entries) -> Plot:
+    """Bits per byte of each contestant with its interval, a row for each."""
+    series = []
+    for row, (i, name, e) in enumerate(read):
+        value, limits = mean(e["bits_per_byte"]), text_interval(e)
+        said = f"{value:.3f} bits per byte" + (f" ({limits[0]:.3f} to {limits[1]:.3f})" if limits else "")
+        series.append(Series(name, e["label"], i, (Point(value, row, said, limits),)))
+    caption = "Held-out documents, each read from its first byte to its last with the state carried along."
+    if all(s.points[0].limits for s in series):
+        caption += (
+            " Lines are 95 % intervals over other documents. All read the same ones and are compared document by "
+            "document, so that contestants whose lines overlap may differ surely."
+        )
+    else:
+        caption += " Results that did not keep the bits of each document have no intervals."
+    if results["order0_bits_per_byte"] is not None:
+        caption += (
+            f" A model that knows how frequent each byte is and nothing else needs "
+            f"{results['order0_bits_per_byte']:.3f} bits."
+        )
+    x = _measured(LOWER, ((p.x, p.limits) for s in series for p in s.points))
+    stops = tuple((float(row), s.label) for row, s in enumerate(series))
+    y = Axis("", 0, max(1, len(series) - 1), stops)
+    return Plot("How well each models text", caption, TEXT, x, y, tuple(series), stops, rows=True)
+
+
+def _bit_curves(
+    title: str,
+    caption: str,
+    axis: str,
+    curves: list[BitCurve],
+) -> Plot:
+    """Bits per byte by label, a curve for each (number, name, label, sums, intervals) of a contestant. Intervals that
+    are not given come from the sums themselves, where those hold their documents."""
+    labels = list(dict.fromkeys(label for *_, sums, _ in curves for label in sums))
+    series = []
+    for i, name, said_as, sums, given in curves:
+        points = []
+        for label, s in sums.items():
+            bits, limits = s["bits"] / max(1, s["bytes"]), given.get(label) or sums_interval(s)
+            said = f"{bits:.3f}" + (f" ({limits[0]:.3f} to {limits[1]:.3f})" if limits else "")
+            points.append(Point(labels.index(label), bits, f"{said} on {s['bytes']:,} bytes", limits))
+        series.append(Series(name, said_as, i, tuple(points)))
+    caption += _bands(series, "over other documents", "the bits of each document here")
+    x, stops = _by_label(axis, [_kilo(label) for label in labels])
+    y = _measured(LOWER, ((p.y, p.limits) for s in series for p in s.points))
+    return Plot(title, caption, TEXT, x, y, tuple(series), stops)
+
+
+def _bands(series: list[Series], drawn: str, kept: str) -> str:
+    """Tells in a caption how the intervals were found, or why there are none."""
+    known = {p.limits is not None for s in series for p in s.points}
+    return f" Bands are 95 % intervals {drawn}." if True in known else f" No bands: these results did not keep {kept}."
+
+
+def _kilo(label: str) -> str:
+    return short(int(label)) if label.isdigit() else label
 
 
 def _training_curves(results: dict[str, Any], entries: Entries) -> list[Plot]:
     """Bits per byte while training, by the time that the bytes read until then take at the speed under cost."""
-    text = results["settings"]["text"]
-    figure = go.Figure()
-    for i, _, e in entries:
+    text, series = results["settings"]["text"], []
+    for i, name, e in entries:
         if "training_curve" not in e or "cost" not in e:
             continue
         seconds = text["lanes"] * text["length"] / e["cost"]["training_tokens_per_second"]  # of a step
-        curve = e["training_curve"][0]
-        figure.add_scatter(
-            x=[int(step) * seconds for step in curve],
-            y=list(curve.values()),
-            name=e["label"],
-            mode="lines",
-            line={"color": COLOURS[i % len(COLOURS)]},
-            hovertemplate="%{y:.3f} bits per byte after %{x:,.0f} s",
-        )
-    if not figure.data:
+        points = []
+        for step in e["training_curve"][0]:
+            seeds = [curve[step] for curve in e["training_curve"] if step in curve]
+            limits, x = values_interval(seeds), int(step) * seconds
+            said = f"{mean(seeds):.3f}" + (f" ({limits[0]:.3f} to {limits[1]:.3f})" if limits else "")
+            points.append(Point(x, mean(seeds), f"{said} after {x:,.0f} s", limits))
+        series.append(Series(name, e["label"], i, tuple(points)))
+    if not series:
         return []
-    figure.update_xaxes(title="seconds of training, by the speed under cost")
-    figure.update_yaxes(title="bits per byte of the training text")
-    caption = "What a second of training buys: all read the same bytes, the quicker ones sooner. First seed."
-    return [("Bits per byte by training time", caption, figure)]
+    longest = max(p.x for s in series for p in s.points)
+    marks = tuple((x, f"{x:,g}") for x in _ticks(0, longest))
+    x = Axis("seconds of training, by the speed under cost", 0, marks[-1][0], marks)
+    y = _measured("bits per byte of the training text", ((p.y, p.limits) for s in series for p in s.points))
+    stops = tuple((longest * i / 20, f"about {longest * i / 20:,.0f} s") for i in range(1, 21))
+    caption = "What a second of training buys: all read the same bytes, the quicker ones sooner."
+    caption += _bands(series, "of the mean over seeds", "more than one seed of text")
+    return [Plot("Bits per byte by training time", caption, TEXT, x, y, tuple(series), stops)]
 
 
-def _curves(curves: list[tuple[int, str, list[dict[str, Any]]]], levels: list[str], chance: list[float]) -> go.Figure:
-    """Shares of right answers by level with their intervals, a line for each (number, label, scores) of a contestant,
-    and what guesses give."""
-    figure = go.Figure()
-    for i, label, scores in curves:
-        share = [s["correct"] / max(1, s["asked"]) for s in scores]
-        limits = [interval(answers(s)) for s in scores]
-        figure.add_scatter(
-            x=levels,
-            y=share,
-            name=label,
-            mode="lines+markers",
-            line={"color": COLOURS[i % len(COLOURS)]},
-            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-            error_y=_error(share, limits),
-            customdata=[[s["correct"], s["asked"]] for s in scores],
-            hovertemplate="%{y:.1%} at %{x} (%{customdata[0]} of %{customdata[1]})",
-        )
-    figure.add_scatter(x=levels, y=chance, name="chance", mode="lines", line={"dash": "dot", "color": "#888888"})
-    figure.update_yaxes(title="right answers", tickformat=".0%", range=[-0.02, 1.04])
-    figure.update_xaxes(type="category")
-    return figure
-
-
-def _error(values: list[float], limits: list[tuple[float, float]]) -> dict[str, list[float]]:
-    """Bars from the lower limit of each value to its upper one."""
-    return {
-        "array": [high - y for (_, high), y in zip(limits, values, strict=True)],
-        "arrayminus": [y - low for (low, _), y in zip(limits, values, strict=True)],
-    }
-
-
-def _bit_curves(curves: list[tuple[int, str, dict[str, dict[str, float]]]], axis: str) -> go.Figure:
-    """Bits per byte by label, a line for each (number, label, sums) of a contestant."""
-    figure = go.Figure()
-    for i, label, sums in curves:
-        figure.add_scatter(
-            x=list(sums),
-            y=[s["bits"] / max(1, s["bytes"]) for s in sums.values()],
-            name=label,
-            mode="lines+markers",
-            line={"color": COLOURS[i % len(COLOURS)]},
-            marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-            customdata=[[s["bytes"]] for s in sums.values()],
-            hovertemplate="%{y:.3f} bits per byte at %{x} (%{customdata[0]:,} bytes)",
-        )
-    figure.update_xaxes(title=axis, type="category")
-    figure.update_yaxes(title="bits per byte, lower is better")
-    return figure
+# ---- cost
 
 
 @dataclasses.dataclass(frozen=True)
 class _Cost:
-    """A plot of one cost. of: its values by length, in a contestant's `cost`. slope: its name in cost.slopes."""
+    """A plot of one cost. of: its values by length, in a contestant's `cost`. slope: its name in cost.slopes. limits:
+    the intervals beside the values. unbanded: the reason why it has none."""
 
     title: str
     caption: str
@@ -260,13 +343,16 @@ class _Cost:
     of: Callable[[dict[str, Any]], dict[str, float]]
     slope: str | None = None
     logarithmic: bool = False
+    limits: Callable[[dict[str, Any]], dict[str, list[float]]] = lambda cost: {}
+    unbanded: str = ""
 
 
-def _in_training(key: str) -> Callable[[dict[str, Any]], dict[str, float]]:
-    return lambda cost: {length: x[key] for length, x in cost["training"].items()}
+def _in_training(key: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda cost: {length: x[key] for length, x in cost["training"].items() if key in x}
 
 
 STEP, READ = "tokens of a row in a step", "tokens read before"
+COUNTED = "Counted, so the same whenever it is measured."
 COSTS = (
     _Cost(
         "What training costs: time",
@@ -276,6 +362,7 @@ COSTS = (
         1,
         _in_training("tokens_per_second"),
         "training_seconds",
+        limits=_in_training("tokens_per_second_interval"),
     ),
     _Cost(
         "What training costs: memory",
@@ -286,6 +373,7 @@ COSTS = (
         _in_training("peak_bytes"),
         "training_peak_bytes",
         logarithmic=True,
+        unbanded=COUNTED,
     ),
     _Cost(
         "What training costs: operations",
@@ -294,6 +382,7 @@ COSTS = (
         "MFLOP per token",
         1e6,
         _in_training("flops_per_token"),
+        unbanded=COUNTED,
     ),
     _Cost(
         "How well training uses the machine",
@@ -302,6 +391,7 @@ COSTS = (
         "% of its peak speed",
         0.01,
         _in_training("utilisation"),
+        limits=_in_training("utilisation_interval"),
     ),
     _Cost(
         "What reading costs: time",
@@ -311,6 +401,7 @@ COSTS = (
         1,
         lambda cost: cost["prefill_tokens_per_second"],
         "prefill_seconds",
+        unbanded="Medians of three readings, too few for bands.",
     ),
     _Cost(
         "What decoding costs: time",
@@ -320,6 +411,7 @@ COSTS = (
         1,
         lambda cost: cost["decode_ms_per_token"],
         "decode_seconds",
+        limits=lambda cost: cost.get("decode_interval", {}),
     ),
     _Cost(
         "What decoding costs: state",
@@ -330,40 +422,66 @@ COSTS = (
         lambda cost: cost["cache_bytes"],
         "cache_bytes",
         logarithmic=True,
+        unbanded=COUNTED,
     ),
 )
 
 
 def _costs(entries: Entries) -> list[Plot]:
     """Plots of the cost of training, reading and decoding by length."""
-    costs = [(i, e["label"], e["cost"]) for i, _, e in entries if "cost" in e]
+    costs = [(i, name, e["label"], e["cost"]) for i, name, e in entries if "cost" in e]
     plots = []
     for about in COSTS if costs else ():
-        figure = go.Figure()
-        for i, label, cost in costs:
-            points = about.of(cost)
+        series = []
+        for i, name, label, cost in costs:
             power = cost["slopes"].get(about.slope)
             told = "" if power is None else f"; cost grows as length to the power of {power:.2f}"
-            figure.add_scatter(
-                x=[int(n) for n in points],
-                y=[x / about.scale for x in points.values()],
-                name=label,
-                mode="lines+markers",
-                line={"color": COLOURS[i % len(COLOURS)]},
-                marker={"symbol": SYMBOLS[i % len(SYMBOLS)], "size": 9},
-                customdata=[[short(int(n))] for n in points],
-                hovertemplate="%{y:,.4g} at %{customdata[0]}" + told,
-            )
-        lengths = sorted({n for trace in figure.data for n in trace.x})
-        named = [short(n) for n in lengths]
-        figure.update_xaxes(title=about.axis, type="log", tickvals=lengths, ticktext=named)
-        figure.update_yaxes(title=about.unit, rangemode="tozero")
-        if about.logarithmic:
-            # plotly's own ticks are powers of ten, too few here, or digits between them, too small to read
-            powers = [4**k for k in range(16)]
-            figure.update_yaxes(type="log", tickvals=powers, ticktext=[f"{power:,}" for power in powers])
-        plots.append((about.title, about.caption, figure))
+            known, points = about.limits(cost), []
+            for n, value in about.of(cost).items():
+                limits = (known[n][0] / about.scale, known[n][1] / about.scale) if n in known else None
+                between = f" ({limits[0]:,.4g} to {limits[1]:,.4g})" if limits else ""
+                points.append(Point(int(n), value / about.scale, f"{value / about.scale:,.4g}{between}{told}", limits))
+            series.append(Series(name, label, i, tuple(points)))
+        lengths = sorted({p.x for s in series for p in s.points})
+        stops = tuple((n, short(int(n))) for n in lengths)
+        x = Axis(about.axis, lengths[0], lengths[-1], stops, logarithmic=True)
+        values = [(p.y, p.limits) for s in series for p in s.points]
+        y = _powers(about.unit, values) if about.logarithmic else _measured(about.unit, [(0.0, None), *values])
+        said = about.unbanded and f" {about.unbanded}"
+        caption = about.caption + (said or _bands(series, "of the median", "the spread of times"))
+        plots.append(Plot(about.title, caption, COST, x, y, tuple(series), stops))
     return plots
+
+
+# ---- axes
+
+
+def _measured(title: str, values: Iterable[tuple[float, tuple[float, float] | None]]) -> Axis:
+    """An axis that holds values and their intervals, from one round number to another."""
+    found = [x for value, limits in values for x in (value, *(limits or ()))]
+    marks = _ticks(min(found), max(found))
+    digits = max(0, -math.floor(math.log10(marks[1] - marks[0]) + 1e-9))
+    return Axis(title, marks[0], marks[-1], tuple((x, f"{x:,.{digits}f}") for x in marks))
+
+
+def _powers(title: str, values: Iterable[tuple[float, tuple[float, float] | None]]) -> Axis:
+    """A logarithmic axis between powers of 4: those of 10 are too few here."""
+    found = [max(value, 1e-12) for value, _ in values]
+    low, high = math.floor(math.log(min(found), 4) + 1e-9), math.ceil(math.log(max(found), 4) - 1e-9)
+    marks = tuple((4.0**k, f"{4.0**k:,g}") for k in range(low, max(high, low + 1) + 1))
+    return Axis(title, marks[0][0], marks[-1][0], marks, logarithmic=True)
+
+
+def _ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers, at least two and about `most` at most, the first of them at `low` or below, the last at `high` or
+    above."""
+    if high <= low:
+        low, high = low - abs(low) / 2 - 0.5 * (low == 0), high + abs(high) / 2 + 0.5 * (high == 0)
+    rough = (high - low) / (most - 1)
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(k * power for k in (1, 2, 5, 10) if k * power >= rough * (1 - 1e-9))
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [k * step for k in range(first, last + 1)]
 
 
 def distances(results: dict[str, Any]) -> list[int]:
@@ -384,4 +502,4 @@ def times(x: float) -> str:
 
 def short(tokens: int) -> str:
     """A number of tokens as people say it: 4k."""
-    return f"{tokens // 1024}k" if tokens % 1024 == 0 else str(tokens)
+    return f"{tokens // 1024}k" if tokens and tokens % 1024 == 0 else str(tokens)

@@ -12,7 +12,7 @@ from hf_gallery.models.files import whole_file
 from .figures import COLOURS, SYMBOLS, distances, place, times
 from .significance import answers, interval
 
-MARKERS = {  # matplotlib's names of plotly's symbols
+MARKERS = {  # matplotlib's names of the symbols of palette.py
     "circle": "o", "circle-open": "o", "x": "x", "cross": "P", "square": "s", "diamond": "D", "triangle-up": "^",
     "triangle-down": "v", "star": "*", "hexagon": "h", "pentagon": "p", "diamond-open": "d", "star-open": "8",
     "star-square": "X", "hexagon-open": "H",

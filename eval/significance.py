@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap, chi2_contingency, permutation_test, ttest_rel
+from scipy.stats import binom, binomtest, bootstrap, chi2_contingency, permutation_test, ttest_rel
+from scipy.stats import t as student
 
 SURE = 0.05  # a difference is said to be there where chance alone would give it more rarely than this
 RESAMPLES = 9999  # permutations, where there are more than that, and draws of a bootstrap
@@ -178,11 +179,44 @@ def text_interval(entry: Mapping[str, Any]) -> tuple[float, float] | None:
     """The 95 % interval of bits per byte over other documents (BCa bootstrap, each document with the mean of its bits
     over seeds); None where documents are not known, or there is but one."""
     found = _documents(entry)
-    if found is None or len(found[0]) < 2 or len(set(found[0] / found[1])) == 1:
+    return None if found is None else _bits_interval(*found)
+
+
+def sums_interval(sums: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The 95 % interval of bits per byte of {bits, bytes, by_unit}, over other documents; None where the sums do not
+    say which document has how much of them."""
+    units = sums.get("by_unit")
+    if units is None:
         return None
-    low, high = _ratio_interval(*found)
-    mean = float(found[0].sum() / found[1].sum())
+    return _bits_interval(*(np.array(units[key].split(), dtype=float) for key in ("bits", "bytes")))
+
+
+def _bits_interval(bits: np.ndarray, of: np.ndarray) -> tuple[float, float] | None:
+    """The 95 % interval of bits per byte over other documents, from the bits of each document and its bytes,
+    (documents,) each; None of a single one, or where all are alike."""
+    bits, of = bits[of > 0], of[of > 0]
+    if len(of) < 2 or len(set(bits / of)) == 1:
+        return None
+    low, high = _ratio_interval(bits, of)
+    mean = float(bits.sum() / of.sum())
     return (min(low, mean), max(high, mean)) if np.isfinite((low, high)).all() else None
+
+
+def values_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the mean of a few measurements, one of each seed (Student's t); None of a single one."""
+    if len(values) < 2:
+        return None
+    middle, error = float(np.mean(values)), float(np.std(values, ddof=1)) / len(values) ** 0.5
+    reach = float(student.ppf(0.975, len(values) - 1)) * error
+    return middle - reach, middle + reach
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """The 95 % interval of the median of independent measurements: from the k-th least to the k-th greatest, for the
+    largest k that holds it in 95 of 100 cases or more. None of fewer than six, where no k does."""
+    ordered, count = sorted(values), len(values)
+    k = max((k for k in range(count // 2) if 2 * binom.cdf(k, count, 0.5) <= SURE), default=None)
+    return None if k is None else (ordered[k], ordered[-1 - k])
 
 
 def _documents(entry: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:

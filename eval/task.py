@@ -148,14 +148,15 @@ def add_up(totals: dict[str, Any], found: dict[str, Any]) -> None:
             known[key] += counts[key]
         if "by_unit" in known and "by_unit" in counts:
             own, more = known["by_unit"], counts["by_unit"]
-            known["by_unit"] = own | {key: _together(own["unit"], own[key], more[key]) for key in ("asked", "correct")}
+            keys = [key for key in own if key != "unit"]
+            known["by_unit"] = own | {key: _together(own["unit"], own[key], more[key]) for key in keys}
 
 
 def _together(unit: str, counts: str, more: str) -> str:
     """The counts of units of two seeds, see `add_up`."""
     if unit != DOCUMENT:
         return f"{counts} {more}"
-    return " ".join(str(int(a) + int(b)) for a, b in zip(counts.split(), more.split(), strict=True))
+    return " ".join(f"{float(a) + float(b):.12g}" for a, b in zip(counts.split(), more.split(), strict=True))
 
 
 def share(score: dict[str, Any] | None) -> str:

@@ -6,7 +6,7 @@ import collections
 import math
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import mean
 from typing import Any
 
@@ -23,6 +23,7 @@ from . import outside
 from .cells import Cell
 from .contestants import Contestant, build, smaller_memories
 from .presets import TextSettings
+from .significance import DOCUMENT
 from .task import Column, Family, Job, OfEach, add_up, plain
 from .training import Tick, only, train, training_arguments
 
@@ -198,14 +199,14 @@ def alike(lengths: list[int], most: int) -> list[list[int]]:
     return groups
 
 
-def by_position(bits: list[np.ndarray]) -> dict[str, dict[str, float]]:
-    """{first byte of the stretch: {bits, bytes}} over stretches of a document that double in length from 64 bytes on:
-    does more context help, and until where?"""
-    found: dict[str, dict[str, float]] = {}
+def by_position(bits: list[np.ndarray]) -> dict[str, dict[str, Any]]:
+    """{first byte of the stretch: {bits, bytes, by_unit}} over stretches of a document that double in length from 64
+    bytes on: does more context help, and until where?"""
+    found: dict[str, dict[str, Any]] = {}
     longest = max(len(x) for x in bits)
     start, stop = 0, 64
     while start < longest:
-        found[str(start)] = _sums([x[start:stop] for x in bits])
+        found[str(start)] = _of_documents([x[start:stop] for x in bits])
         start, stop = stop, 2 * stop
     return found
 
@@ -226,6 +227,17 @@ def _sums(bits: list[np.ndarray]) -> dict[str, float]:
     return {"bits": float(sum(x.sum() for x in bits)), "bytes": int(sum(len(x) for x in bits))}
 
 
+def _of_documents(bits: list[np.ndarray]) -> dict[str, Any]:
+    """{bits, bytes, by_unit} of parts of documents, one of each, in their order; some may be empty."""
+    return _sums(bits) | {"by_unit": _units([float(x.sum()) for x in bits], [len(x) for x in bits])}
+
+
+def _units(bits: Iterable[float], count: Iterable[int]) -> dict[str, str]:
+    """The bits and bytes of each document, as lines of a file; bits to the thousandth."""
+    joined = " ".join(f"{x:.3f}" for x in bits), " ".join(str(int(n)) for n in count)
+    return {"unit": DOCUMENT, "bits": joined[0], "bytes": joined[1]}
+
+
 WORD = re.compile(rb"[A-Za-z_][A-Za-z0-9_]{2,}")
 FREQUENT = 2000  # words that are not rare
 FIRST_USE = "first use"
@@ -239,13 +251,13 @@ def frequent_words(training: Dataset) -> set[bytes]:
     return {word for word, _ in counts.most_common(FREQUENT)}
 
 
-def by_last_use(bits: list[np.ndarray], found: list[np.ndarray], frequent: set[bytes]) -> dict[str, dict[str, float]]:
+def by_last_use(bits: list[np.ndarray], found: list[np.ndarray], frequent: set[bytes]) -> dict[str, dict[str, Any]]:
     """Cost of rare words by the distance in bytes to their last use in the document: {least distance: {bits, bytes,
-    words}}, in steps of four from 16 on, and "first use". Who remembers the names of a book pays less for a later use
-    than for the first. A word stands from its first to its last byte; the byte after it, which ends it, is not
-    counted."""
-    sums: dict[str, dict[str, float]] = {}
-    for x, ids in zip(bits, found, strict=True):
+    words, by_unit}}, in steps of four from 16 on, and "first use". Who remembers the names of a book pays less for a
+    later use than for the first. A word stands from its first to its last byte; the byte after it, which ends it, is
+    not counted."""
+    sums: dict[str, dict[str, Any]] = {}
+    for document, (x, ids) in enumerate(zip(bits, found, strict=True)):
         last: dict[bytes, int] = {}
         for match in WORD.finditer(ids.astype(np.uint8).tobytes()):
             word, start = match.group(), match.start()
@@ -258,10 +270,15 @@ def by_last_use(bits: list[np.ndarray], found: list[np.ndarray], frequent: set[b
             last[word] = start
             if start == 0:
                 continue  # nothing stands before the first byte
-            entry = sums.setdefault(label, {"bits": 0.0, "bytes": 0, "words": 0})
-            entry["bits"] += float(x[start - 1 : match.end() - 1].sum())
-            entry["bytes"] += match.end() - start
+            of = np.zeros((len(found), 2))  # bits and bytes of each document
+            entry = sums.setdefault(label, {"bits": 0.0, "bytes": 0, "words": 0, "by_unit": of})
+            cost, length = float(x[start - 1 : match.end() - 1].sum()), match.end() - start
+            entry["bits"] += cost
+            entry["bytes"] += length
             entry["words"] += 1
+            entry["by_unit"][document] += cost, length
+    for entry in sums.values():
+        entry["by_unit"] = _units(*entry["by_unit"].T)
     return {label: sums[label] for label in sorted(sums, key=lambda k: -1 if k == FIRST_USE else int(k))}
 
 

@@ -137,7 +137,7 @@ def memory_tokens(sizes: Any, fewer: int = 1) -> int:
     return max(1, sizes.states // 2 // fewer)
 
 
-# Colours are Okabe and Ito's, which the colour-blind can tell apart; symbols have plotly's names.
+# Colours are Okabe and Ito's, which the colour-blind can tell apart; symbols are those of eval/palette.py.
 TABLE = (
     Variant(
         name="transformer",

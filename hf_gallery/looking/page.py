@@ -5,12 +5,15 @@ from __future__ import annotations
 import base64
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .text import Look
 from .watch import NOTHING, Sources
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 KEYS = 10  # sources that are listed of a head
 SEGMENTS = 60  # points of a curve over the text
@@ -29,29 +32,46 @@ SPOKEN = {
 
 def page(found: Look, words: list[str], title: str, command: str = "") -> str:
     """The page of a look. words: each token as it is read. title: of what was read by what. command: that made it."""
+    return (
+        environment()
+        .get_template("look.html")
+        .render(
+            title=title,
+            command=command,
+            sources=[name for name in found.sources if _appears(found, name)],
+            predicts=found.predicts,
+            findings=findings(found),
+            worth=worth_rows(found),
+            worth_curve=worth_curve(found),
+            reach_curve=reach_curve(found),
+            reach=found.reach,
+            gates=[
+                (layer, [_percent(float(x)) for x in row])
+                for layer, row in enumerate(found.gates)
+                if bool(row.isfinite().all())
+            ],
+            passages=passage_rows(found, words),
+            passage_length=found.passage_length,
+            data=data(found, words),
+        )
+    )
+
+
+def environment(*folders: Path) -> Environment:
+    """Jinja2's environment for pages, which escapes what it is given. Their templates are in `folders`, and here the
+    one that all extend (base.html)."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    folder = Path(__file__).with_name("templates")
-    environment = Environment(loader=FileSystemLoader(folder), undefined=StrictUndefined, autoescape=True)
-    return environment.get_template("look.html").render(
-        title=title,
-        command=command,
-        sources=[name for name in found.sources if _appears(found, name)],
-        predicts=found.predicts,
-        findings=findings(found),
-        worth=worth_rows(found),
-        worth_curve=worth_curve(found),
-        reach_curve=reach_curve(found),
-        reach=found.reach,
-        gates=[
-            (layer, [_percent(float(x)) for x in row])
-            for layer, row in enumerate(found.gates)
-            if bool(row.isfinite().all())
-        ],
-        passages=passage_rows(found, words),
-        passage_length=found.passage_length,
-        data=data(found, words),
+    places = [*folders, Path(__file__).with_name("templates")]
+    found = Environment(
+        loader=FileSystemLoader(places),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
+    found.policies["json.dumps_kwargs"] = {}  # keys in their own order
+    return found
 
 
 def words_of(tokenizer: Any, ids: torch.Tensor) -> list[str]:

@@ -93,13 +93,13 @@ def test_the_page_shows_what_it_costs(cell):
     summary = {c.name: {"label": c.label, "reach": c.reach, "cost": cell[c.name]} for c in CHOSEN}
     plots = figures._costs([(i, name, entry) for i, (name, entry) in enumerate(summary.items())])
     assert len(plots) == len(figures.COSTS) >= 7
-    for _, _, figure in plots:
-        assert [trace.name for trace in figure.data] == [c.label for c in CHOSEN]
-        assert all(list(trace.x) in ([24, 48], [8, 24]) and len(trace.y) == 2 for trace in figure.data)
-    seconds = next(figure for title, _, figure in plots if title == "What training costs: time")
+    for plot in plots:
+        assert [s.label for s in plot.series] == [c.label for c in CHOSEN]
+        assert all([p.x for p in s.points] in ([24, 48], [8, 24]) for s in plot.series)
+    seconds = next(plot for plot in plots if plot.title == "What training costs: time").series[0]
     first = cell[NAMES[0]]
-    assert list(seconds.data[0].y) == [x["tokens_per_second"] for x in first["training"].values()]
-    assert f"to the power of {first['slopes']['training_seconds']:.2f}" in seconds.data[0].hovertemplate
+    assert [p.y for p in seconds.points] == [x["tokens_per_second"] for x in first["training"].values()]
+    assert f"to the power of {first['slopes']['training_seconds']:.2f}" in seconds.points[0].said
 
 
 def test_a_stream_reads_as_one_forward():

@@ -21,7 +21,7 @@ from datasets import Dataset
 from rich.console import Console
 from typer.testing import CliRunner
 
-from eval import abilities, attention, benchmark, cells, contestants, presets, recall, report, text
+from eval import abilities, attention, benchmark, cells, contestants, figures, presets, recall, report, tables, text
 from eval import cli as command_line
 from eval.cells import Cell, Run
 from eval.measure import interleaved, peak_bytes
@@ -223,6 +223,7 @@ def test_bits_by_position():
     got = text.by_position(bits)
     assert {k: v["bytes"] for k, v in got.items()} == {"0": 128, "64": 70, "128": 72}
     assert got["0"]["bits"] == sum(range(64)) + 64 and got["128"]["bits"] == sum(range(128, 200))
+    assert got["128"]["by_unit"] == {"unit": "document", "bits": "11772.000 0.000", "bytes": "72 0"}
 
 
 def test_bits_of_rare_words_by_hand():
@@ -231,6 +232,8 @@ def test_bits_of_rare_words_by_hand():
     ids = np.frombuffer(said, dtype=np.uint8)
     got = text.by_last_use([np.arange(1.0, len(said))], [ids], {b"the"})
     first, second, bob = 9, 73, said.index(b"Bob")
+    units = {label: sums.pop("by_unit") for label, sums in got.items()}
+    assert units["16"] == {"unit": "document", "bits": f"{sum(range(first, first + 4))}.000", "bytes": "4"}
     assert got == {
         "first use": {"bits": sum(range(bob, bob + 3)), "bytes": 3, "words": 1},  # Anna's stands at the very start
         "16": {"bits": sum(range(first, first + 4)), "bytes": 4, "words": 1},
@@ -370,14 +373,17 @@ def test_the_whole_run(tiny):
     assert 3 < results["order0_bits_per_byte"] < 8
     assert len(list((folder / "cells").iterdir())) == 3 * len(NAMES) + 2
     page = BeautifulSoup((folder / report.PAGE).read_text(), "html.parser")
-    rows = page.find("table").select("tbody th[scope=row]")
+    rows = page.select_one(".panel table").select("tbody th[scope=row]")
     assert [row.text for row in rows][:-1] == [contestants.CONTESTANTS[name].label for name in NAMES]
-    titles = [section.h2.text for section in page.select("section") if section.select(".plot")]
-    assert titles == [title for title, _, _ in report.figures(results)]
+    titles = [figure.h3.text for figure in page.select("figure.plot")]
+    assert sorted(titles) == sorted(plot.title for plot in figures.figures(results))
     assert {"What each remembers", "Does a larger memory help with text?", "Bits per byte by training time"} < set(
         titles
     )
-    assert "What the papers claim" in page.text and "Who does best" in page.text
+    assert "Claims of the papers" in page.text and "Who does best" in page.text
+    bands = {plot.title: any(p.limits for s in plot.series for p in s.points) for plot in figures.figures(results)}
+    documents = results["summary"]["transformer"]["by_document"][0]["bytes"]
+    assert bands["What decoding costs: time"] and bands["Does more context help?"] == (len(documents) > 1)
     assert not page.select("script[src], link[href^=http]")  # nothing is fetched
     before = {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()}
     second = invoke(*everyone)
@@ -387,8 +393,8 @@ def test_the_whole_run(tiny):
     again = invoke("report", "tiny")
     assert again.exit_code == 0 and "Transformer-XL" in again.output
     blocks = invoke("report", "tiny", "--markdown").output.strip().split("\n\n")
-    tables = [len(block.splitlines()) for block in blocks][: 2 * len(report.parts(results))]
-    assert tables == [1, 3 + len(NAMES)] * 3 + [1, 2 + len(NAMES)] * 3
+    lengths = [len(block.splitlines()) for block in blocks][: 2 * len(tables.parts(results))]
+    assert lengths == [1, 3 + len(NAMES)] * 3 + [1, 2 + len(NAMES)] * 3
     assert all(len({line.count("|") for line in block.splitlines()}) == 1 for block in blocks)
     for name in ("curves.png", "curves.svg"):
         assert invoke("report", str(folder / report.RESULTS), "--picture", name).exit_code == 0
@@ -422,7 +428,7 @@ def test_a_part_of_the_run(tiny):
     assert result.exit_code == 0, result.output
     results = read_json(Path("runs/tiny") / report.RESULTS)
     assert list(results["summary"]) == ["longformer"] and "cost" not in results["summary"]["longformer"]
-    ((_, heads, rows),) = report.parts(results)
+    ((_, heads, rows),) = tables.parts(results)
     assert heads == ["variant", "1/2x", "2x", "8x"] and len(rows) == 2
 
 

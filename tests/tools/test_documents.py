@@ -96,6 +96,13 @@ def test_links_lead_somewhere(path):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "pictures").glob("*")), ids=lambda path: path.name)
+def test_pictures_are_small_and_shown(path):
+    """Each that docs/screenshots.py makes stands in a document."""
+    assert path.suffix == ".png" and path.stat().st_size <= 200_000
+    assert any(f"pictures/{path.name})" in document.read_text(encoding="utf-8") for document in DOCUMENTS)
+
+
 def test_the_citation_has_this_version():
     cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert cited["version"] == gallery.__version__ and cited["license"] == "Apache-2.0"

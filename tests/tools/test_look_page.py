@@ -2,11 +2,10 @@
 
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
 import torch
+from browser import Browser, needs_browser
 from typer.testing import CliRunner
 from variants import VARIANTS, causal, words
 
@@ -15,58 +14,7 @@ from hf_gallery.cli import app
 from hf_gallery.data import byte_tokenizer
 from hf_gallery.looking.page import page, words_of
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 TEXT = "A tale </script><b>of</b> “two” cities.\n" * 6
-
-WATCH = """<script>
-window.problems = [];
-addEventListener("error", e => problems.push(String(e.message)));
-console.error = (...said) => problems.push(said.join(" "));
-</script>"""
-TELL = """<script>
-const rgb = text => { const x = text.match(/[\\d.]+/g).map(Number); return x.length > 3 ? x : [...x, 1]; };
-const behind = e => {  // the colour that stands behind an element's text
-  if (!e) return rgb(getComputedStyle(document.documentElement).backgroundColor).slice(0, 3);
-  const [r, g, b, a] = rgb(getComputedStyle(e).backgroundColor);
-  if (a === 1) return [r, g, b];
-  const under = behind(e.parentElement);
-  return [r, g, b].map((x, i) => a * x + (1 - a) * under[i]);
-};
-const bright = c => { const [r, g, b] = c.map(x => (x /= 255) <= 0.03928 ? x / 12.92 : ((x + 0.055) / 1.055) ** 2.4);
-  return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-const contrast = e => { const two = [bright(rgb(getComputedStyle(e).color).slice(0, 3)), bright(behind(e))];
-  return (Math.max(...two) + 0.05) / (Math.min(...two) + 0.05); };
-const chosenNow = () => document.querySelector("#panel h3").textContent;
-const press = key =>
-  document.querySelector("#text").dispatchEvent(new KeyboardEvent("keydown", { key, bubbles: true }));
-addEventListener("load", () => setTimeout(() => {
-  const said = { first: chosenNow() };
-  document.querySelector("#t9").click();
-  said.clicked = chosenNow();
-  press("ArrowRight"); said.right = chosenNow();
-  press("ArrowLeft"); press("ArrowLeft"); said.left = chosenNow();
-  press("Home"); said.home = chosenNow();
-  press("ArrowDown"); said.down = chosenNow();
-  said.kept = document.querySelector("#text .chosen").classList.contains("full");
-  said.keys = document.querySelectorAll("#panel tbody tr").length;
-  said.bars = document.querySelectorAll("#panel .bar").length;
-  const layer = document.querySelector("#layer"), head = document.querySelector("#head");
-  layer.value = 1; layer.dispatchEvent(new Event("change"));
-  head.value = 0; head.dispatchEvent(new Event("change"));
-  said.barsOfOne = document.querySelectorAll("#panel .bar").length;
-  said.shares = [...document.querySelectorAll("#panel .bar b")].reduce((sum, b) => sum + parseFloat(b.style.width), 0);
-  const texts = [...document.querySelectorAll("body *")].filter(e => !e.closest("script, style, svg, option")
-    && !e.disabled && e.getBoundingClientRect().height
-    && [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()));
-  parent.postMessage({ ...said, problems, texts: texts.length,
-    small: texts.filter(e => parseFloat(getComputedStyle(e).fontSize) < 12).map(e => e.outerHTML).slice(0, 5),
-    faint: texts.filter(e => contrast(e) < 4.5).map(e => contrast(e) + e.outerHTML.slice(0, 80)).slice(0, 5),
-    overflow: document.documentElement.scrollWidth - innerWidth,
-    dark: matchMedia("(prefers-color-scheme: dark)").matches,
-    asked: performance.getEntriesByType("resource").filter(e => !e.name.startsWith("data:")).map(e => e.name),
-  }, "*");
-}, 200));
-</script>"""
 
 
 @pytest.fixture(scope="module")
@@ -93,33 +41,47 @@ def html(model):
     return page(found, words_of(tokenizer, found.ids), "a model reads a tale", "hf-gallery look")
 
 
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
+@pytest.fixture(scope="module")
+def browser():
+    with Browser() as found:
+        yield found
+
+
+@needs_browser
 @pytest.mark.parametrize(("width", "dark"), [(390, True), (1440, False)])
-def test_the_page_in_a_browser(width, dark, html, tmp_path):
+def test_the_page_in_a_browser(width, dark, html, browser, tmp_path):
     """Nothing fails and nothing is fetched; tokens are chosen by mouse and by keyboard; nothing is wider than the
     screen, smaller than 12 pixels, or of less contrast than 4.5 to 1, in either scheme."""
-    (tmp_path / "page.html").write_text(html.replace("<head>", "<head>" + WATCH).replace("</body>", TELL + "</body>"))
-    # A frame, since a window cannot be as narrow as a phone.
-    (tmp_path / "frame.html").write_text(
-        f'<iframe src="page.html" width="{width}" height="2000" style="border: 0"></iframe><pre></pre><script>'
-        'addEventListener("message", e => document.querySelector("pre").textContent = JSON.stringify(e.data))</script>'
-    )
-    arguments = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"]
-    arguments += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--window-size=1600,2200"]
-    arguments += [f"--blink-settings=preferredColorScheme={0 if dark else 1}"]
-    done = subprocess.run(
-        [BROWSER, *arguments, "--dump-dom", (tmp_path / "frame.html").as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    text = re.search(r"<pre>(\{.+\})</pre>", done.stdout, re.DOTALL).group(1)
-    said = json.loads(text.replace("&quot;", '"').replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    (tmp_path / "page.html").write_text(html)
+    browser.open(tmp_path / "page.html", width, 900, dark)
+
+    def chosen():
+        return browser.evaluate("document.querySelector('#panel h3').textContent")
+
+    def bars():
+        return browser.evaluate("document.querySelectorAll('#panel .bar').length")
+
+    browser.point("#t9", click=True)
+    assert chosen().startswith("Token 9: ")
+    browser.evaluate("document.querySelector('#text').focus()")
+    for keys, token in ((["ArrowRight"], 10), (["ArrowLeft", "ArrowLeft"], 8), (["Home"], 0)):
+        for key in keys:
+            browser.press(key)
+        assert chosen().startswith(f"Token {token}: ")
+    browser.press("ArrowDown")
+    assert not chosen().startswith("Token 0: ")
+    assert browser.evaluate("document.querySelector('#text .chosen').classList.contains('full')")
+    assert browser.evaluate("document.querySelectorAll('#panel tbody tr').length") > 0 and bars() == 2
+    for name, value in (("layer", 1), ("head", 0)):
+        script = (
+            f"const e = document.querySelector('#{name}'); e.value = {value}; e.dispatchEvent(new Event('change'))"
+        )
+        browser.evaluate(f"{{ {script} }}")
+    assert bars() == 1
+    widths = "[...document.querySelectorAll('#panel .bar b')].map(b => parseFloat(b.style.width))"
+    assert abs(sum(browser.evaluate(widths)) - 100) < 1
+    said = browser.look()
     assert said["problems"] == [] and said["asked"] == [] and said["dark"] == dark
-    assert said["clicked"].startswith("Token 9: ") and said["right"].startswith("Token 10: ")
-    assert said["left"].startswith("Token 8: ") and said["home"].startswith("Token 0: ")
-    assert said["kept"] and said["down"] != said["home"] and said["keys"] > 0
-    assert said["bars"] == 2 and said["barsOfOne"] == 1 and abs(said["shares"] - 100) < 1
     assert said["texts"] > 100 and said["small"] == [] and said["faint"] == []
     assert said["overflow"] <= 0, "the page is wider than the screen"
 

@@ -228,7 +228,7 @@ class Without:
         self.finder = finder
 
     def find_spec(self, name, *more):
-        absent = name.split(".")[0] in {"faiss", "plotly", "bs4", "eval", "tests"}
+        absent = name.split(".")[0] in {"faiss", "bs4", "eval", "tests"}
         return None if absent else self.finder.find_spec(name, *more)
 
     def __getattr__(self, name):
