@@ -163,17 +163,20 @@ def test_pack_documents(tmp_path, saved):
     """Packed, a document gives the logits that it gives alone; read as one text with others it does not."""
     (tmp_path / "notes.txt").write_text("\n\n".join(f"{BOOK[i : i + 40]} {i}" for i in range(24)))
     said = example("pack_documents.py", tmp_path, saved, "notes.txt", "--steps", 4, "--length", 128, "--rows", 2)
-    assert int(re.search(r"(\d+) documents in \d+ tokens", said).group(1)) > 4
+    assert int(re.search(r"(\d+) documents in \d+ tokens", said).group(1)) >= 3
     alone, together = map(float, re.search(r"differ by (\S+) from those of each alone, by (\S+) if", said).groups())
     assert alone < 1e-4 < 1e-2 < together
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "my_packed_model").config.segment_length == 8
 
 
 @pytest.mark.slow
-def test_export_and_run_without_the_package(tmp_path, saved):
+def test_export_and_run_without_the_package(tmp_path):
     """The graph gives the model's numbers where hf_gallery and transformers cannot be imported at all; a process that
     has loaded them, or that finds other numbers, fails."""
-    said = example("export_model.py", tmp_path, saved, "exported", "--length", 40)
+    variant = VARIANTS["transformer_xl"]
+    sizes = dict(hidden_size=16, num_attention_heads=2, intermediate_size=32, num_hidden_layers=1)
+    variant.causal(variant.make_config(**sizes, segment_length=8, mem_len=8)).save_pretrained(tmp_path / "m")
+    said = example("export_model.py", tmp_path, "m", "exported", "--length", 40)
     assert re.search(r"3 rows of 40 tokens without hf_gallery: logits differ by \S+ at most", said)
     (tmp_path / "none").mkdir()
     for name in ("hf_gallery", "transformers"):
