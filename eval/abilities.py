@@ -12,11 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch.utils.data import IterableDataset
 
 from hf_gallery.data import TASKS, chance
 from hf_gallery.harness import score
 
+from .asking import ask
 from .contestants import Contestant, Sizes
 from .task import Column, Family, Job, OfEach, add_up, plain
 from .training import Tick, learn
@@ -236,16 +238,49 @@ def measure(
     name: str, contestant: Contestant, settings: AbilitySettings, seed: int, device: torch.device, tick: Tick
 ) -> dict[str, Any]:
     """Trains a fresh model and asks it at each level, through lm-eval (hf_gallery.harness.score): an answer is right
-    if each of its characters is the model's first choice after what stands before it. Returns its size and, for each
-    level, how many questions were asked, how many answers were right, and how often a guess is."""
-    model = learn(contestant, settings, Levels(name, settings, seed), seed, device, tick)
+    if each of its characters is the model's first choice after what stands before it. Returns its size; for each
+    level, how many questions were asked, how many answers were right, and how often a guess is; and its learning
+    curve."""
     found = ability(name, settings)
+    curve = LearningCurve(_watched(found, settings, seed), device)
+    model = learn(contestant, settings, Levels(name, settings, seed), seed, device, tick, watch=curve)
     scores = {}
     for level in found.levels:
         asked = score(model, {level.label: (found.task, level.arguments)}, examples=settings.examples, seed=seed)
         scores[level.label] = asked[level.label] | {"chance": found.chance(level), "trained": level.trained}
         tick(1)
-    return {"parameters": model.num_parameters(), "levels": scores}
+    return {"parameters": model.num_parameters(), "levels": scores, "learning_curve": curve.found}
+
+
+class LearningCurve:
+    """What a model can do while it trains, for `learn` to watch with: at each level the scored tokens of held-out
+    examples, and how many of them were its first choice. Tokens, not whole answers, so that a beginning shows.
+
+    examples: of each level, of the split "validation". found: {level: {step: {asked, correct}}}.
+    """
+
+    def __init__(self, examples: dict[str, Dataset], device: torch.device, *, in_place: bool = False):
+        self.examples, self.device, self.in_place = examples, device, in_place
+        self.found: dict[str, dict[str, dict[str, int]]] = {level: {} for level in examples}
+
+    def __call__(self, model: Any, step: int) -> None:
+        for level, rows in self.examples.items():
+            score = ask(model, rows, self.device, in_place=self.in_place)
+            self.found[level][str(step)] = {key: score[key] for key in ("asked", "correct")}
+
+
+def _watched(found: Ability, settings: AbilitySettings, seed: int) -> dict[str, Dataset]:
+    """Held-out examples of the practised levels: together about as many tokens as a training step has."""
+    practised = [level for level in found.levels if level.trained]
+    return {
+        level.label: TASKS[found.task](
+            max(1, settings.tokens // (len(practised) * level.arguments["length"])),
+            **level.arguments,
+            seed=seed,
+            split="validation",
+        )
+        for level in practised
+    }
 
 
 FAMILY = Family(
@@ -259,6 +294,9 @@ class OfAbility(OfEach):
     def add(self, results: dict[str, Any], cell: dict[str, Any]) -> None:
         entry = results["summary"][cell["contestant"]]
         add_up(entry.setdefault("abilities", {}).setdefault(self.name, {}), cell["result"]["levels"])
+        for level, curve in cell["result"].get("learning_curve", {}).items():  # which older cells do not have
+            curves = entry.setdefault("learning_curves", {}).setdefault(self.name, {})
+            add_up(curves.setdefault(level, {}), curve)
 
     def columns(self, results: dict[str, Any]) -> list[Column]:
         """One, of all levels together."""
@@ -278,7 +316,7 @@ class OfAbility(OfEach):
 class LearnedAbility(OfAbility):
     """The task of one ability."""
 
-    modules = ("abilities",)
+    modules = ("abilities", "asking", "significance")
 
     def __init__(self, name: str):
         self.name = name

@@ -16,12 +16,16 @@ from .code import told
 from .contestants import CONTESTANTS, Contestant, build
 from .cost import Cost
 from .presets import Preset
+from .published import PAPERS, OfPaper
 from .recall import Recall
 from .task import Job, Task, plain
 from .text import ORDER0, Text
 
 KNOWN: dict[str, Contestant] = CONTESTANTS | outside.OUTSIDE
-TASKS: dict[str, Task] = {t.name: t for t in (Recall(), *map(LearnedAbility, ABILITIES), Text(), Bytes(), Cost())}
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (Recall(), *map(LearnedAbility, ABILITIES), *map(OfPaper, PAPERS), Text(), Bytes(), Cost())
+}
 
 
 def plan(
@@ -113,9 +117,11 @@ def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
     """All of a run in one value: the cells as measured, and by contestant what the table and the page show.
 
     recall: distance -> asked and correct, added up over seeds, and by_unit, those of each example, seed after seed;
-    the same for abilities, by name and level, and recall_by_memory_size by size. bits_per_byte, by_document,
-    by_stretch and training_curve: by seed, and by_document_of_memory_size and by_stretch_of_memory_size by size and
-    seed; by_position, by_last_use and text_by_memory_size: bits and bytes, added up over seeds. cost: as measured.
+    the same for abilities, by name and level, and recall_by_memory_size by size. learning_curves: ability -> level ->
+    steps -> asked and correct on held-out examples, added up over seeds; not of cells older than it. bits_per_byte,
+    by_document, by_stretch and training_curve: by seed, and by_document_of_memory_size and by_stretch_of_memory_size
+    by size and seed; by_position, by_last_use and text_by_memory_size: bits and bytes, added up over seeds. cost: as
+    measured.
     code: by how many versions of the code the cells were measured, in a sentence; missing where no cell says it.
     """
     present = {name for cell in cells for name in (cell["contestant"], *cell["settings"].get("contestants", ()))}

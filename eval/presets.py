@@ -113,6 +113,11 @@ class Preset:
     cost: CostSettings
     share: float = 1.0
 
+    @property
+    def published(self) -> bool:
+        """Tells whether tasks of papers have their papers' sizes (eval/published.py), as all else in this preset."""
+        return self.name == "full"
+
     def shortened(self, share: float) -> Preset:
         """The same with `share` of the training steps of every task."""
         parts = {name: getattr(self, name) for name in ("recall", "abilities", "text", "classification")}

@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from hf_gallery.data import slot_recall
 
+from . import asking
 from .contestants import Contestant, smaller_memories
 from .figures import distances, times
 from .presets import RecallSettings
-from .significance import EXAMPLE, by_unit
 from .task import Column, Family, Job, OfEach, add_up, plain, share
 from .training import Tick, learn
 
@@ -89,7 +89,6 @@ def measure(
     }
 
 
-@torch.no_grad()
 def ask(
     model: PreTrainedModel, settings: RecallSettings, distance: int, seed: int, device: torch.device
 ) -> dict[str, Any]:
@@ -103,23 +102,15 @@ def ask(
         num_values=settings.num_values,
         seed=seed,
         split="test",
-    ).with_format("torch")
-    asked, correct = [], []
-    for start in range(0, settings.examples, 64):
-        batch = rows[start : start + 64]
-        logits = model(input_ids=batch["input_ids"].to(device)).logits[:, :-1]  # (B, T - 1, V)
-        labels = batch["labels"][:, 1:].to(device)  # (B, T - 1)
-        scored = labels >= 0
-        asked += scored.sum(1).tolist()
-        correct += ((logits.argmax(-1) == labels) & scored).sum(1).tolist()
-    return by_unit(EXAMPLE, correct, asked)
+    )
+    return asking.ask(model, rows, device)
 
 
 class Recall(OfEach):
     """The task `recall`."""
 
     name = "recall"
-    modules = ("recall", "significance")
+    modules = ("asking", "recall", "significance")
 
     def settings(self, job: Job) -> dict[str, Any]:
         return plain(job.preset.recall) | {"device": job.device.type}

@@ -14,6 +14,8 @@ from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallb
 from .contestants import Contestant, build
 
 Tick = Callable[[int], None]
+Watch = Callable[[Any, int], None]  # told of a model in evaluation mode, and of the steps that it has trained
+POINTS = 20  # of a learning curve
 
 
 def learn(
@@ -25,10 +27,28 @@ def learn(
     tick: Tick,
     labels: int | None = None,
     bf16: bool = False,
+    *,
+    watch: Watch | None = None,
 ) -> PreTrainedModel:
     """A fresh model that has trained on `batches`, which yields settings.steps whole batches, ready to be asked: a
-    causal one, or with `labels` a classifier of them. bf16: train in mixed precision."""
+    causal one, or with `labels` a classifier of them. bf16, watch: as `teach` takes them."""
     model = build(contestant, settings.sizes, seed, labels)
+    return teach(model, settings, batches, seed, device, tick, bf16=bf16, watch=watch)
+
+
+def teach(
+    model: Any,
+    settings: Any,
+    batches: IterableDataset,
+    seed: int,
+    device: torch.device,
+    tick: Tick,
+    *,
+    bf16: bool = False,
+    watch: Watch | None = None,
+) -> Any:
+    """The model when it has trained on `batches`, see `learn`. bf16: train in mixed precision. watch: is told of the
+    model POINTS times while it trains, the last time at its end."""
     with training_arguments(
         device,
         settings.steps,
@@ -38,8 +58,11 @@ def learn(
         remove_unused_columns=False,
         bf16=bf16,
     ) as arguments:
-        train(Trainer(model, arguments, train_dataset=batches, data_collator=only), tick)
-    return model.to(device).eval()  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
+        trainer = Trainer(model, arguments, train_dataset=batches, data_collator=only)
+        if watch is not None:
+            trainer.add_callback(Watcher(watch, settings.steps))
+        train(trainer, tick)
+    return model.to(device).eval()
 
 
 def only(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -65,6 +88,21 @@ class Ticker(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.tick(1)
+
+
+class Watcher(TrainerCallback):
+    """Tells `watch` of the model after POINTS optimiser steps, evenly spread and the last among them. The model trains
+    on as if nobody had looked: looking draws no random numbers and the mode is put back."""
+
+    def __init__(self, watch: Watch, steps: int):
+        self.watch, self.at = watch, {-(-steps * (i + 1) // POINTS) for i in range(POINTS)}
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step in self.at:
+            training = model.training
+            model.eval()
+            self.watch(model, state.global_step)
+            model.train(training)
 
 
 @contextmanager

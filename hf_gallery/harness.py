@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import hf_gallery  # registers the models with AutoModel...
 
 from .data import TASKS, byte_tokenizer, questions
+from .data.catalogue import NO_TEXT
 from .models.cache import cache_of
 from .models.configuration_base import UNLIMITED
 
@@ -290,6 +291,8 @@ def score(
     for label, (name, arguments) in levels.items():
         if name not in TASKS:
             raise ValueError(f"task is {name!r} at level {label!r}; it must be one of {', '.join(TASKS)}")
+        if name in NO_TEXT:
+            raise ValueError(f"task is {name!r} at level {label!r}, whose tokens are no text: python -m eval asks it")
         data[label] = questions(TASKS[name](examples, **arguments, seed=seed, split="test"), last=True)
     given: dict[str, Any] = {
         "tokenizer": tokenizer or byte_tokenizer(),

@@ -10,6 +10,15 @@ import numpy as np
 from datasets import Dataset
 
 from .examples import questions
+from .mad import (
+    mad_compression,
+    mad_fuzzy_recall,
+    mad_memorization,
+    mad_noisy_recall,
+    mad_recall,
+    mad_selective_copy,
+)
+from .mqar import mqar
 from .reasoning import DIGITS, listops, permutation_composition, variable_tracking
 from .stories import ROOMS, state_tracking
 from .tasks import associative_recall, passkey, selective_copy, slot_recall, verbatim_copy
@@ -26,8 +35,16 @@ TASKS: dict[str, Callable[..., Dataset]] = {
         variable_tracking,
         state_tracking,
         permutation_composition,
+        mqar,
+        mad_recall,
+        mad_noisy_recall,
+        mad_fuzzy_recall,
+        mad_compression,
+        mad_memorization,
+        mad_selective_copy,
     )
 }
+NO_TEXT = frozenset(name for name in TASKS if name.startswith(("mqar", "mad_")))  # their ids are no bytes
 
 _CHANCE: dict[str, Callable[[dict[str, Any]], float]] = {
     "associative_recall": lambda given: 1 / given["num_values"],
@@ -38,7 +55,19 @@ _CHANCE: dict[str, Callable[[dict[str, Any]], float]] = {
     "variable_tracking": lambda given: 1 / len(DIGITS),
     "state_tracking": lambda given: 1 / (len(ROOMS) - (given["facts"] == 3)),
     "permutation_composition": lambda given: 1 / given["size"],
+    "mqar": lambda given: 1 / _upper_half(given["vocab_size"]),
+    "mad_recall": lambda given: 1 / _upper_half(given["vocab_size"]),
+    "mad_noisy_recall": lambda given: 1 / _upper_half(given["vocab_size"] - given["noise_vocab_size"]),
+    "mad_fuzzy_recall": lambda given: 1 / _upper_half(given["vocab_size"] - 1),
+    "mad_compression": lambda given: 1 / (given["vocab_size"] - 1),
+    "mad_memorization": lambda given: 1 / ((given["vocab_size"] - 1) // 2),
+    "mad_selective_copy": lambda given: 1 / (given["vocab_size"] - 2),
 }
+
+
+def _upper_half(size: int) -> int:
+    """The ids of a vocabulary that are values, where its lower half are keys."""
+    return size - size // 2
 
 
 def chance(task: str, **arguments: Any) -> float:

@@ -3,7 +3,8 @@
 An example is a row of a datasets.Dataset with the columns input_ids, labels and distance, each a list of `length` int.
 As in transformers, labels[t] is what column t - 1 is to predict where it is scored and -100 elsewhere; distance[t]
 counts the tokens from where the (first) thing that the answer needs was shown to where it is asked for, and is -1
-where nothing is scored. All ids are bytes, below 256.
+where nothing is scored. All ids are bytes, below 256, but those of the tasks in mqar.py and mad.py: they are numbers
+in a vocabulary of each task's own.
 
 What all tasks take: `examples` rows of `length` tokens; `seed` (0 or more) and `split` ("train", "validation" or
 "test"), of which each pair has random numbers of its own. The same arguments give the same data in every process.
@@ -29,12 +30,15 @@ def questions(data: Dataset, *, last: bool = False) -> Dataset:
     scored column is one. last=True keeps only the last of each example. Characters are the ids of the byte tokenizer.
     No context ends in white space, which lm-eval would count among the answer.
 
-    Raises ValueError for ids that are not ASCII; associative_recall makes text if asked for (printable=True).
+    Raises ValueError for ids that are no printable ASCII: associative_recall makes text if asked for (printable=True),
+    the tasks of mqar.py and mad.py never do.
     """
     columns = data.with_format("numpy")
     ids, labels, distance = (columns[name][:] for name in ("input_ids", "labels", "distance"))
     if len(ids) and ids.max() >= 128:
         raise ValueError(f"input_ids holds {ids.max()}, which is not ASCII; make the examples with printable=True")
+    if len(ids) and ids.min() < 32:
+        raise ValueError(f"input_ids holds {ids.min()}, which is no character; this task's examples are no text")
     scored = labels >= 0
     goes_on = scored[:, 1:] & scored[:, :-1] & (labels[:, :-1] == ids[:, :-1])  # from one column to the next
     begins, ends = scored.copy(), scored.copy()
@@ -85,6 +89,19 @@ def scattered(random: np.random.Generator, examples: int, pieces: int, size: int
     overlap: (examples, pieces)."""
     gaps = np.sort(random.integers(room - pieces * size + 1, size=(examples, pieces)), axis=1)
     return gaps + size * np.arange(pieces)
+
+
+def distinct(random: np.random.Generator, shape: tuple[int, ...], below: int) -> np.ndarray:
+    """Numbers from 0 on and below `below`, no two alike along the last axis, every order of every choice of them alike
+    (Floyd's algorithm, which draws no more than it returns): an array of that shape."""
+    found = np.full(shape, -1, dtype=np.int64)
+    count = shape[-1]
+    for i in range(count):
+        last = below - count + i
+        drawn = random.integers(last + 1, size=shape[:-1])
+        known = (found == drawn[..., None]).any(-1)
+        found[..., i] = np.where(known, last, drawn)
+    return random.permuted(found, axis=-1)
 
 
 def noise(random: np.random.Generator, examples: int, length: int) -> np.ndarray:

@@ -21,7 +21,20 @@ from datasets import Dataset
 from rich.console import Console
 from typer.testing import CliRunner
 
-from eval import abilities, attention, benchmark, cells, contestants, figures, presets, recall, report, tables, text
+from eval import (
+    abilities,
+    attention,
+    benchmark,
+    cells,
+    contestants,
+    figures,
+    presets,
+    published,
+    recall,
+    report,
+    tables,
+    text,
+)
 from eval import cli as command_line
 from eval.cells import Cell, Run
 from eval.measure import interleaved, peak_bytes
@@ -649,6 +662,6 @@ def test_nothing_but_benchmark_plans(tmp_path):
     chosen = benchmark.choose_contestants("transformer_xl,transformer")
     planned = benchmark.plan(TINY, chosen, list(benchmark.TASKS), 2, "stdlib", CPU)
     names = [c.name for c in planned]
-    assert len(set(names)) == len(names) == 2 * 2 * (3 + len(abilities.ABILITIES)) + 2
+    assert len(set(names)) == len(names) == 2 * 2 * (3 + len(abilities.ABILITIES) + len(published.PAPERS)) + 2
     assert names[:2] == ["recall.transformer.0", "recall.transformer_xl.0"]
     assert isinstance(planned[0], cells.Cell) and all(c.units > 0 for c in planned)
