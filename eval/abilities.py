@@ -316,6 +316,8 @@ class OfAbility(OfEach):
 class LearnedAbility(OfAbility):
     """The task of one ability."""
 
+    modules = ("abilities", "asking", "significance")
+
     def __init__(self, name: str):
         self.name = name
 
@@ -326,6 +328,9 @@ class LearnedAbility(OfAbility):
     def settings(self, job: Job) -> dict[str, Any]:
         levels = plain(ability(self.name, job.preset.abilities))["levels"]
         return plain(job.preset.abilities) | {"device": job.device.type, "levels": levels}
+
+    def longest(self, job: Job) -> int:
+        return max(level.arguments["length"] for level in ability(self.name, job.preset.abilities).levels)
 
     def units(self, job: Job) -> int:
         return units(self.name, job.preset.abilities)

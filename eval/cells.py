@@ -70,7 +70,9 @@ def _in_main_thread() -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One measurement. settings: everything that decides its result, as JSON has it. units: ticks of its work."""
+    """One measurement. settings: everything that decides its result, as JSON has it. units: ticks of its work. code:
+    the hash of the code that decides it, see code.fingerprint; none where several versions may decide it, as where a
+    training goes on from checkpoints."""
 
     task: str
     contestant: str
@@ -78,6 +80,7 @@ class Cell:
     settings: dict[str, Any]
     units: int
     measure: Callable[[Tick], Any]
+    code: str = ""
 
     @property
     def name(self) -> str:
@@ -220,17 +223,23 @@ class Run:
         console: Console,
         process: Process = Process(),  # noqa: B008, it is frozen
         workers: Workers | None = None,
+        stale: bool = False,
     ) -> list[dict[str, Any]]:
         """All cells, measuring those that are missing, in their order, under a progress bar. Of several processes each
         measures its share (see `schedule`), and only the main one waits for all. Processes of one machine share its
-        cores until then. With workers they measure side by side what one process has to do.
+        cores until then. With workers they measure side by side what one process has to do. Cells that other
+        code has measured stay as they are, and it is said how many they are; with `stale` they are measured anew.
 
         Raises ValueError before anything is measured if a saved cell was measured with other settings.
         """
         saved = {cell.name: self.read(cell) for cell in cells}
-        missing = [cell for cell in cells if saved[cell.name] is None]
+        old = [cell for cell in cells if is_stale(cell, saved[cell.name])]
+        missing = [cell for cell in cells if saved[cell.name] is None or (stale and cell in old)]
         if len(missing) < len(cells):
             console.print(f"{len(cells) - len(missing)} of {len(cells)} cells are in {self.folder} already")
+        if old:
+            doing = "and are measured anew" if stale else "and stay; --stale measures them anew"
+            console.print(f"{len(old)} of {len(cells)} cells were measured by other code than this, {doing}")
         if missing:
             process.share_cores()
             with quiet_transformers(), interrupts() as check, _Bars(console, check) as bars:
@@ -242,7 +251,7 @@ class Run:
                     steps = [(step, cell) for step, cell in steps if step is not Step.OWN]
                 for step, cell in steps:
                     if step is Step.WAIT:
-                        saved[cell.name] = self._wait_for(cell)
+                        saved[cell.name] = self._wait_for(cell, stale)
                         bars.advance(cell.units)
                         continue
                     if step is Step.TOGETHER:
@@ -260,6 +269,7 @@ class Run:
             "contestant": cell.contestant,
             "seed": cell.seed,
             "settings": cell.settings,
+            **({"code": cell.code} if cell.code else {}),
             "result": result,
             "seconds": time.perf_counter() - start,
             "provenance": provenance(device, command),
@@ -283,11 +293,17 @@ class Run:
                     bars.end(by_name[name], report["seconds"])
         return saved
 
-    def _wait_for(self, cell: Cell) -> dict[str, Any]:
-        """The cell as soon as another process has measured it. A launcher ends all processes if one of them fails."""
-        while (found := self.read(cell)) is None:
+    def _wait_for(self, cell: Cell, stale: bool) -> dict[str, Any]:
+        """The cell as soon as another process has measured it, with `stale` by this code. A launcher ends all
+        processes if one of them fails."""
+        while (found := self.read(cell)) is None or (stale and is_stale(cell, found)):
             time.sleep(0.2)
         return found
+
+
+def is_stale(cell: Cell, saved: dict[str, Any] | None) -> bool:
+    """Whether a saved cell was measured by other code than the present one, or does not say by what code."""
+    return bool(cell.code) and saved is not None and saved.get("code") != cell.code
 
 
 def _is_whole(saved: Any) -> bool:

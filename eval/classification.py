@@ -213,6 +213,7 @@ class Bytes(OfAbility):
     """The task `bytes`."""
 
     name = "bytes"
+    modules = ("classification", "significance")
 
     def about(self, job: Job) -> dict[str, str]:
         return ABOUT

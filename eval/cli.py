@@ -22,6 +22,7 @@ from . import attention, benchmark, compare, gpu, long, memory, peers, pictures,
 from .cells import Run
 from .contestants import CONTESTANTS
 from .machine import provenance
+from .outside import OUTSIDE
 from .presets import PRESETS
 from .processes import this_process
 from .workers import WorkerError, Workers, count
@@ -64,7 +65,17 @@ def run(
     preset: Annotated[str, typer.Option(help="; ".join(f"{p.name}: {p.about}" for p in PRESETS.values()))] = "quick",
     variants: Annotated[
         str | None,
-        typer.Option(help=f"Comma-separated, of {', '.join(CONTESTANTS)}; default: all."),
+        typer.Option(
+            help=f"Comma-separated, of {', '.join(CONTESTANTS)}; default: all of these. From outside the gallery, and "
+            f"only where they are named: {', '.join(OUTSIDE)}."
+        ),
+    ] = None,
+    contestant: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A config.json of a causal model of transformers, or its folder, that takes part too, in its own "
+            "size; may be given again."
+        ),
     ] = None,
     tasks: Annotated[
         str | None, typer.Option(help=f"Comma-separated, of {', '.join(benchmark.TASKS)}; default: the preset's.")
@@ -84,6 +95,9 @@ def run(
         ),
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has measured before.")] = False,
+    stale: Annotated[
+        bool, typer.Option("--stale", help="Measure anew what other code than this has measured.")
+    ] = False,
 ) -> None:
     """Measure every variant on every task. Stop it at any time: the same command goes on where it was.
 
@@ -102,7 +116,8 @@ def run(
         contestants = benchmark.choose_contestants(variants)
         wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")
         asked = (chosen, [c.name for c in contestants], wanted, seeds or chosen.seeds, corpus, where)
-        cells = benchmark.plan_by_names(*asked)
+        own = benchmark.own_contestants(contestant or [])
+        cells = benchmark.plan_by_names(*asked, own=own)
         folder = Run(_folder(runs / (name or chosen.name)))
         if fresh and process.of > 1:
             raise ValueError(f"--fresh is for one process; remove {folder.folder / 'cells'} and launch again")
@@ -110,9 +125,9 @@ def run(
             folder.forget()
         beside = None
         if process.of == 1 and (many := count(where, workers)) > 1:
-            plan = functools.partial(benchmark.plan_by_names, *asked)
+            plan = functools.partial(benchmark.plan_by_names, *asked, own=own)
             beside = Workers(many, plan, folder.folder, where, _command())
-        folder.complete(cells, where, _command(), shown, process, beside)
+        folder.complete(cells, where, _command(), shown, process, beside, stale)
     except (ValueError, WorkerError) as error:
         raise _refuse(error) from None
     except KeyboardInterrupt:

@@ -50,16 +50,18 @@ class Sizes:
 
 @dataclasses.dataclass(frozen=True)
 class Contestant:
-    """One line of the comparison: `config` makes its configuration for some sizes, `model` is its causal model."""
+    """One line of the comparison: `config` makes its configuration for some sizes, `model` a causal model of that.
+    own: the arguments of a configuration that a user gave, which stays as it is, whatever the sizes."""
 
     name: str
     label: str
     reach: str
-    model: type[PreTrainedModel]
+    model: Callable[[PreTrainedConfig], PreTrainedModel]
     config: Callable[[Sizes], PreTrainedConfig]
     carries: str
     colour: str
     symbol: str
+    own: dict[str, Any] | None = None
 
 
 def _contestant(variant: Variant, entry: variants.Contestant) -> Contestant:
@@ -82,10 +84,13 @@ CONTESTANTS = {c.name: _contestant(v, c) for v in VARIANTS.values() for c in v.c
 def build(contestant: Contestant, sizes: Sizes, seed: int = 0, labels: int | None = None) -> PreTrainedModel:
     """A fresh model with weights drawn from `seed`: the causal one, or with `labels` a classifier of them. Its
     feed-forward is narrowed or widened until it has as many parameters as the windowed Transformer of the same sizes
-    under the same head, to the nearest unit.
+    under the same head, to the nearest unit. A configuration of a user's own stays as it is.
 
     Raises ValueError where that leaves a difference of more than 3 %.
     """
+    if contestant.own is not None:
+        set_seed(seed)
+        return _with_vocabulary(_make(contestant, sizes, labels), sizes)
     reference = CONTESTANTS["transformer"]
     target = _count(reference, sizes, labels)
     if contestant.config is not reference.config:
@@ -105,6 +110,16 @@ def build(contestant: Contestant, sizes: Sizes, seed: int = 0, labels: int | Non
         raise ValueError(
             f"{contestant.name} has {model.num_parameters():,} parameters, more than {MATCH:.0%} off the "
             f"Transformer's {target:,}; raise hidden or intermediate"
+        )
+    return model
+
+
+def _with_vocabulary(model: PreTrainedModel, sizes: Sizes) -> PreTrainedModel:
+    """The model. Raises ValueError if it does not know every token."""
+    if model.config.vocab_size < sizes.vocabulary:
+        raise ValueError(
+            f"the configuration's vocab_size is {model.config.vocab_size}, and there are {sizes.vocabulary} tokens: "
+            f"bytes and a few more; raise it to {sizes.vocabulary}"
         )
     return model
 
@@ -134,6 +149,8 @@ def _make(contestant: Contestant, sizes: Sizes, labels: int | None) -> PreTraine
     config = contestant.config(sizes)
     if labels is None:
         return contestant.model(config)
+    if not isinstance(contestant.model, type):
+        raise ValueError(f"{contestant.name} is from outside the gallery and has no classifier that could be compared")
     config.num_labels, config.is_decoder = labels, True  # as causal as the language models are
     module = sys.modules[contestant.model.__module__]
-    return getattr(module, contestant.model.auto_classes["AutoModelForSequenceClassification"])(config)
+    return getattr(module, contestant.model.auto_classes["AutoModelForSequenceClassification"])(config)  # type: ignore

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_gallery import GalleryCache
 
+from . import outside
 from .cells import EVERYONE, Cell
 from .contestants import Contestant, build
 from .figures import contexts, short
@@ -215,7 +216,7 @@ class Stream:
 
     def __init__(self, model: PreTrainedModel, length: int, seed: int, device: torch.device):
         self.model, self.ids, self.place = model, _random_bytes(1, length, seed).to(device), 0
-        self.cache = GalleryCache(model.config)
+        self.cache = _cache(model)
 
     def read(self, tokens: int) -> None:
         """Reads the next tokens of the text, in chunks."""
@@ -229,8 +230,24 @@ class Stream:
 
     @torch.no_grad()
     def _forward(self, ids: torch.Tensor) -> None:
-        logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits
+        if isinstance(self.cache, outside.Reader):
+            logits = self.cache.read(ids, last=True)
+        else:
+            logits = self.model(input_ids=ids, past_key_values=self.cache, logits_to_keep=1).logits
         self.last = logits[:, -1].argmax(-1, keepdim=True)
+
+
+def _cache(model: PreTrainedModel) -> GalleryCache | outside.Reader:
+    """What a model reads on with. Raises ValueError for one from outside whose cache does not do that."""
+    if not outside.is_foreign(model.config):
+        return GalleryCache(model.config)
+    going = outside.carried(model, 32)
+    if going is outside.Reading.SEGMENTS:
+        raise ValueError(
+            f"{type(model).__name__} does not decode as it reads: with its cache it gives other logits than without, "
+            "so that the costs of its cache say nothing; leave it out, or name --tasks without cost"
+        )
+    return outside.Reader(model, going)
 
 
 # Names of `slopes`, as the tables have them.
@@ -250,12 +267,21 @@ class Cost(Task):
     """The task `cost`: one cell, of all contestants in turns."""
 
     name = "cost"
+    modules = ("cost", "measure")
 
     def settings(self, job: Job) -> dict[str, Any]:
         return plain(job.preset.cost) | {"device": job.device.type}
 
+    def longest(self, job: Job) -> int:
+        s = job.preset.cost
+        decoded = len(s.contexts) * (s.decode_tokens + 1)
+        return max(*s.lengths, max(s.contexts, default=0) + decoded)
+
     def cells_of_all(self, job: Job, contestants: list[Contestant]) -> Iterator[Cell]:
         settings = self.settings(job) | {"contestants": [c.name for c in contestants]}
+        models = {c.name: c.own for c in contestants if c.own is not None}
+        if models:
+            settings["models"] = models
         work = units(job.preset.cost, contestants)
         yield Cell(
             self.name,
@@ -264,6 +290,7 @@ class Cost(Task):
             settings,
             work,
             lambda tick: measure(contestants, job.preset.cost, 0, job.device, tick),
+            self.code,
         )
 
     def add(self, results: dict[str, Any], cell: dict[str, Any]) -> None:

@@ -15,11 +15,13 @@ from statistics import mean
 from typing import Any
 
 from .contestants import CONTESTANTS
+from .outside import OUTSIDE
 from .significance import QUESTION, answers, interval, sums_interval, text_interval, values_interval
 
 # In the order of the contestants, and taken in turns by whatever else there are several of.
-COLOURS = [c.colour for c in CONTESTANTS.values()]
-SYMBOLS = [c.symbol for c in CONTESTANTS.values()]
+KNOWN = CONTESTANTS | OUTSIDE
+COLOURS = [c.colour for c in KNOWN.values()]
+SYMBOLS = [c.symbol for c in KNOWN.values()]
 # Of curves of one contestant at rising sizes, whose numbers begin at SIZES: from pale to deep.
 RAMP, SIZES = ["#9a8fc4", "#7c6bb8", "#5e49ab", "#41299c", "#26106f"], 1000
 
@@ -95,7 +97,7 @@ def figures(results: dict[str, Any]) -> list[Plot]:
 
 def place(name: str, results: dict[str, Any]) -> int:
     """The number by which a contestant is drawn, the same in every run; one that is not known comes last."""
-    known = list(CONTESTANTS)
+    known = list(KNOWN)
     return known.index(name) if name in known else len(known) + list(results["summary"]).index(name)
 
 

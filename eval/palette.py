@@ -65,4 +65,8 @@ SHAPES = {
     "star": _polygon(5, inner=2.2),
     "hexagon": _polygon(6),
     "pentagon": _polygon(5),
+    "diamond-open": _polygon(4),
+    "star-open": _polygon(5, inner=2.2),
+    "star-square": _polygon(4, turn=45, inner=2.2),
+    "hexagon-open": _polygon(6),
 }

@@ -14,7 +14,8 @@ from .significance import answers, interval
 
 MARKERS = {  # matplotlib's names of the symbols of palette.py
     "circle": "o", "circle-open": "o", "x": "x", "cross": "P", "square": "s", "diamond": "D", "triangle-up": "^",
-    "triangle-down": "v", "star": "*", "hexagon": "h", "pentagon": "p",
+    "triangle-down": "v", "star": "*", "hexagon": "h", "pentagon": "p", "diamond-open": "d", "star-open": "8",
+    "star-square": "X", "hexagon-open": "H",
 }  # fmt: skip
 
 

@@ -340,6 +340,8 @@ def measure(
 class OfPaper(OfAbility):
     """The task of one paper."""
 
+    modules = ("abilities", "asking", "compression", "published", "significance")
+
     def __init__(self, name: str):
         self.name, self.paper = name, PAPERS[name]
 

@@ -110,9 +110,13 @@ class Recall(OfEach):
     """The task `recall`."""
 
     name = "recall"
+    modules = ("asking", "recall", "significance")
 
     def settings(self, job: Job) -> dict[str, Any]:
         return plain(job.preset.recall) | {"device": job.device.type}
+
+    def longest(self, job: Job) -> int:
+        return job.preset.recall.length
 
     def units(self, job: Job) -> int:
         return units(job.preset.recall)

@@ -12,6 +12,7 @@ from rich.text import Text
 from hf_gallery.files import read_json, write_json, write_text
 
 from . import peers
+from .code import told
 from .page import page
 from .tables import conclusions, parts, peers_title
 
@@ -64,8 +65,21 @@ def _with_peers(results: dict[str, Any]) -> list[tuple[str, list[str], list[list
     return conclusions(results) + ([(peers_title(own), *peers.table(own))] if own else [])
 
 
+def versions(results: dict[str, Any]) -> str:
+    """Tells in a sentence by how many versions of the code the cells of a result were measured."""
+    return results.get("code") or told(results["cells"])
+
+
+def outsiders(results: dict[str, Any]) -> list[str]:
+    """A sentence of each contestant from outside the gallery: its size, and what is carried."""
+    return [f"{e['label']}: {e['outside']}" for e in results["summary"].values() if "outside" in e]
+
+
 def show(results: dict[str, Any], console: Console) -> None:
-    """Prints the tables, in parts that fit a terminal of 80 columns."""
+    """Prints by what code the cells were measured, and the tables, in parts that fit a terminal of 80 columns."""
+    console.print(versions(results))
+    for line in outsiders(results):
+        console.print(line)
     for tables, numbers in ((parts(results), True), (conclusions(results), False)):
         for title, heads, rows in tables:
             shown = Table(title=Text(title), title_justify="left")

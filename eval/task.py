@@ -15,6 +15,7 @@ from datasets import DatasetDict
 from hf_gallery.data import load_corpus
 
 from .cells import Cell
+from .code import fingerprint
 from .contestants import Contestant
 from .significance import DOCUMENT
 from .training import Tick
@@ -74,6 +75,7 @@ class Task(abc.ABC):
     """A thing that the benchmark measures."""
 
     name: str
+    modules: tuple[str, ...]  # of this package, in which stands what decides its numbers
 
     @abc.abstractmethod
     def settings(self, job: Job) -> dict[str, Any]:
@@ -87,9 +89,18 @@ class Task(abc.ABC):
     def columns(self, results: dict[str, Any]) -> list[Column]:
         """The columns that tables show of it."""
 
+    @property
+    def code(self) -> str:
+        """The hash of the code that decides its numbers."""
+        return fingerprint(self.modules)
+
     def about(self, job: Job) -> dict[str, str] | None:
         """Title, group, axis and description of a task that is an ability; None for others."""
         return None
+
+    def longest(self, job: Job) -> int:
+        """Tokens that a model must be able to read at once; 0 where texts can be read in parts."""
+        return 0
 
     def cells(self, job: Job, contestants: list[Contestant], seed: int) -> Iterator[Cell]:
         """Those of one seed, which processes share; none unless a task says so."""
@@ -114,7 +125,9 @@ class OfEach(Task):
     def cells(self, job: Job, contestants: list[Contestant], seed: int) -> Iterator[Cell]:
         settings, units = self.settings(job), self.units(job)
         for c in contestants:
-            yield Cell(self.name, c.name, seed, settings, units, functools.partial(self.measure, job, c, seed))
+            own = {} if c.own is None else {"model": c.own}
+            measure = functools.partial(self.measure, job, c, seed)
+            yield Cell(self.name, c.name, seed, settings | own, units, measure, self.code)
 
 
 def plain(settings: Any) -> dict[str, Any]:

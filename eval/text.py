@@ -6,25 +6,26 @@ import collections
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from statistics import mean
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, DatasetDict
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from hf_gallery import GalleryCache
 from hf_gallery.data import byte_tokenizer, corpus_version, encode_bytes
-from hf_gallery.training import SegmentTrainer
+from hf_gallery.training import DocumentLanes, SegmentTrainer
 
+from . import outside
 from .cells import Cell
 from .contestants import Contestant, build, smaller_memories
 from .presets import TextSettings
 from .significance import DOCUMENT
 from .task import Column, Family, Job, OfEach, add_up, plain
-from .training import Tick, train, training_arguments
+from .training import Tick, only, train, training_arguments
 
 LOGGED = 40  # points of a training curve
 STRETCH = 4096  # bytes
@@ -89,13 +90,7 @@ def measure(
         bf16=settings.bf16,
         torch_compile=settings.compile,
     ) as arguments:
-        trainer = SegmentTrainer(
-            model,
-            arguments,
-            segment_length=settings.length,
-            train_dataset=dataset(documents(corpus["train"])),
-            processing_class=byte_tokenizer(),
-        )
+        trainer = _trainer(model, arguments, settings, dataset(documents(corpus["train"])))
         start = time.perf_counter()
         train(trainer, tick)
         seconds = time.perf_counter() - start
@@ -125,7 +120,26 @@ def measure(
         "by_stretch": by_stretch(bits),
         "by_last_use": by_last_use(bits, found, frequent_words(corpus["train"])),
         "by_memory_size": by_memory_size,
+        **({"read": outside.how(model, settings.length).value} if outside.is_foreign(model.config) else {}),
     }
+
+
+def _trainer(model: PreTrainedModel, arguments: TrainingArguments, settings: TextSettings, found: Dataset) -> Trainer:
+    """A trainer on documents, segment by segment; a model from outside has no cache that it could carry along."""
+    if not outside.is_foreign(model.config):
+        return SegmentTrainer(
+            model,
+            arguments,
+            segment_length=settings.length,
+            train_dataset=found,
+            processing_class=byte_tokenizer(),
+        )
+    lanes = DocumentLanes(
+        found, lanes=settings.lanes, segment_length=settings.length, seed=arguments.data_seed or arguments.seed
+    )
+    batches = outside.Segments(lanes, settings.steps, outside.positions(model.config))
+    arguments.per_device_train_batch_size, arguments.remove_unused_columns = 1, False  # batches come whole
+    return outside.SegmentsTrainer(model, arguments, train_dataset=batches, data_collator=only)
 
 
 @torch.no_grad()
@@ -135,8 +149,13 @@ def read(
     """Bits that the model gives each byte of each document but its first, (bytes - 1,) each.
 
     Documents of like length are read side by side, `lanes` at a time at most, with their state carried along; those
-    that end before others are padded. A forward reads as many tokens as `lanes` of `length` have.
+    that end before others are padded. A forward reads as many tokens as `lanes` of `length` have. A model from outside
+    does as outside.how says, `length` tokens of each document at a time.
     """
+    going = None
+    if outside.is_foreign(model.config):
+        length = min(length, outside.positions(model.config) or length)
+        going = outside.how(model, length)
     bits: list[np.ndarray] = [np.zeros(0)] * len(found)
     for group in alike([len(x) for x in found], lanes):
         longest = max(len(found[i]) for i in group)
@@ -144,18 +163,30 @@ def read(
         mask = torch.zeros(len(group), longest, dtype=torch.long)
         for row, i in enumerate(group):
             ids[row, : len(found[i])], mask[row, : len(found[i])] = torch.from_numpy(found[i].astype(np.int64)), 1
-        ids, mask, cache, parts = ids.to(device), mask.to(device), GalleryCache(model.config), []
-        width = lanes * length // len(group)
+        ids, mask, parts = ids.to(device), mask.to(device), []
+        further = _reader(model, going)
+        width = lanes * length // len(group) if going is None else length
         for start in range(0, longest - 1, width):
             columns = slice(start, min(start + width, longest - 1))
-            output = model(input_ids=ids[:, columns], attention_mask=mask[:, columns], past_key_values=cache)
+            logits = further(ids[:, columns], mask[:, columns])  # (lanes, T, V)
             asked = ids[:, columns.start + 1 : columns.stop + 1]
-            loss = torch.nn.functional.cross_entropy(output.logits.float().mT, asked, reduction="none")
+            loss = torch.nn.functional.cross_entropy(logits.float().mT, asked, reduction="none")
             parts.append((loss / math.log(2)).cpu().numpy())
         joined = np.concatenate(parts, axis=1)  # (lanes, longest - 1)
         for row, i in enumerate(group):
             bits[i] = joined[row, : len(found[i]) - 1].astype(np.float64)
     return bits
+
+
+def _reader(
+    model: PreTrainedModel, going: outside.Reading | None
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Takes the next tokens of texts and their mask, (B, T) each, and gives the logits after them."""
+    if going is not None:
+        reader = outside.Reader(model, going)
+        return lambda ids, mask: reader.read(ids)  # padding stands behind a text, where none of its tokens sees it
+    cache = GalleryCache(model.config)
+    return lambda ids, mask: model(input_ids=ids, attention_mask=mask, past_key_values=cache).logits
 
 
 def alike(lengths: list[int], most: int) -> list[list[int]]:
@@ -258,6 +289,7 @@ class Text(OfEach):
     """The task `text`."""
 
     name = "text"
+    modules = ("text",)
 
     def settings(self, job: Job) -> dict[str, Any]:
         return plain(job.preset.text) | {"device": job.device.type, "corpus": corpus_version(job.corpus)}
@@ -274,7 +306,7 @@ class Text(OfEach):
             return {"bits_per_byte": bits}
 
         if seed == 0:
-            yield Cell(self.name, ORDER0, 0, self.settings(job), 1, measure_order0)
+            yield Cell(self.name, ORDER0, 0, self.settings(job), 1, measure_order0, self.code)
         yield from super().cells(job, contestants, seed)
 
     def measure(self, job: Job, contestant: Contestant, seed: int, tick: Tick) -> dict[str, Any]:

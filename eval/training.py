@@ -58,14 +58,14 @@ def teach(
         remove_unused_columns=False,
         bf16=bf16,
     ) as arguments:
-        trainer = Trainer(model, arguments, train_dataset=batches, data_collator=_only)
+        trainer = Trainer(model, arguments, train_dataset=batches, data_collator=only)
         if watch is not None:
             trainer.add_callback(Watcher(watch, settings.steps))
         train(trainer, tick)
     return model.to(device).eval()
 
 
-def _only(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def only(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """The Trainer's batch of one element, which is a whole batch already."""
     return batches[0]
 

@@ -42,6 +42,8 @@ from .models.configuration_base import UNLIMITED
 
 TASK_FOLDER = Path(hf_gallery.__file__).parents[1] / "eval" / "tasks"  # in a checkout, not in an installed package
 
+GALLERY = "gallery_"  # begins the model types of the gallery
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -69,7 +71,7 @@ class GalleryLM(HFLM):
         super().__init__(pretrained, **arguments)
         self._rows = int(self.max_batch_size if self.batch_size == "auto" else self.batch_size)
         kind = self.config.model_type
-        if not kind.startswith("gallery_"):
+        if not kind.startswith(GALLERY):
             raise ValueError(f"model_type is {kind!r}; hf-gallery is for models of the gallery: use --model hf")
         if self.prefix_token_id >= self.config.vocab_size:
             raise ValueError(
@@ -279,7 +281,8 @@ def score(
 
     levels: for each label, a task of hf_gallery.data by name and its arguments, without examples, seed and split; each
     of `examples` test examples asks its last question, as in eval/tasks. An answer is right if the model's most likely
-    token is the right one at each place of it. tokenizer: the byte tokenizer unless given.
+    token is the right one at each place of it. tokenizer: the byte tokenizer unless given. A causal model that is not
+    of the gallery reads each question in one forward.
 
     Returns, by label, {"asked": questions, "correct": right answers}. The model stays where it is, in evaluation mode;
     no random state changes. Raises ValueError for a task that there is none of, and for what the task refuses.
@@ -291,14 +294,16 @@ def score(
         if name in NO_TEXT:
             raise ValueError(f"task is {name!r} at level {label!r}, whose tokens are no text: python -m eval asks it")
         data[label] = questions(TASKS[name](examples, **arguments, seed=seed, split="test"), last=True)
+    given: dict[str, Any] = {
+        "tokenizer": tokenizer or byte_tokenizer(),
+        "batch_size": batch_size,
+        "prefix_token_id": 0,  # stands before texts without a context, of which there are none here
+    }
     with _quiet():
-        harness = GalleryLM(
-            model,
-            tokenizer=tokenizer or byte_tokenizer(),
-            batch_size=batch_size,
-            prefill_chunk_size=prefill_chunk_size,
-            prefix_token_id=0,  # stands before texts without a context, of which there are none here
-        )
+        if model.config.model_type.startswith(GALLERY):
+            harness = GalleryLM(model, prefill_chunk_size=prefill_chunk_size, **given)
+        else:  # nothing is cut: it reads what it is asked in one forward
+            harness = HFLM(model, max_length=UNLIMITED, **given)
         found = simple_evaluate(
             harness,
             tasks=[_question_task(label, asked) for label, asked in data.items()],
