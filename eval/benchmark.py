@@ -147,7 +147,7 @@ def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _about(contestant: Contestant, cells: list[dict[str, Any]]) -> dict[str, str]:
-    """What is said of a contestant beside its results."""
+    """Facts told of a contestant beside its results."""
     about = {"label": contestant.label, "reach": contestant.reach}
     if contestant.name in CONTESTANTS:
         return about

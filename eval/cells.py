@@ -302,7 +302,7 @@ class Run:
 
 
 def is_stale(cell: Cell, saved: dict[str, Any] | None) -> bool:
-    """Whether a saved cell was measured by other code than the present one, or does not say by what code."""
+    """Tells whether a saved cell was measured by other code than the present one, or does not say by what code."""
     return bool(cell.code) and saved is not None and saved.get("code") != cell.code
 
 

@@ -15,19 +15,14 @@ from typing import Any
 
 HERE = Path(__file__).parent
 GALLERY = HERE.parent / "hf_gallery"
-SHARED = (
-    "models/*.py",
-    "data/*.py",
-    "training/*.py",
-    "variants.py",
-    "harness.py",
-)  # of the gallery: decide every task
+# Of the gallery: they decide every task.
+SHARED = ("models/*.py", "data/*.py", "training/*.py", "variants.py", "harness.py")
 MAKING = ("contestants", "outside", "training")  # modules of this package that make and train whoever is measured
 
 # Arguments of the table of architectures that are read by people alone.
 WORDS = frozenset({
     "title", "short", "authors", "arxiv", "paper_title", "idea", "sees", "carries", "about", "limits", "label",
-    "reach", "colour", "symbol", "drawn", "measured",
+    "reach", "colour", "symbol", "drawn",
 })  # fmt: skip
 SHOWING = frozenset({"about", "add", "columns"})  # methods of a task that come after the measurement
 
@@ -77,7 +72,7 @@ def _write(node: Any, words: frozenset[str], showing: frozenset[str], found: lis
 
 
 def _is_words(statement: Any) -> bool:
-    """Whether a statement is a text and nothing else, as a docstring is."""
+    """Tells whether a statement is a text and nothing else, as a docstring is."""
     return (
         isinstance(statement, ast.Expr)
         and isinstance(statement.value, ast.Constant)

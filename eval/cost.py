@@ -238,7 +238,7 @@ class Stream:
 
 
 def _cache(model: PreTrainedModel) -> GalleryCache | outside.Reader:
-    """What a model reads on with. Raises ValueError for one from outside whose cache does not do that."""
+    """Cache that a model reads on with. Raises ValueError for one from outside whose cache does not do that."""
     if not outside.is_foreign(model.config):
         return GalleryCache(model.config)
     going = outside.carried(model, 32)

@@ -39,11 +39,8 @@ from .contestants import Contestant
 GALLERY = "gallery_"  # begins the model types of the gallery
 ALIKE = 1e-3  # bits of a token by which reading in parts may differ from reading at once
 IGNORED = -100  # a label that asks for nothing
-NO_TOKENS: dict[str, Any] = {
-    "pad_token_id": None,
-    "bos_token_id": None,
-    "eos_token_id": None,
-}  # a pad token has no embedding of its own
+# A pad token has no embedding of its own.
+NO_TOKENS: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 CACHES = ("cache", "past_key_values", "cache_params")  # names that models have for a cache, the first from now on
 LONGEST = 2**20  # positions that rotary models are told of; it decides nothing but what they say of themselves
 
@@ -176,7 +173,7 @@ OUTSIDE = {
 
 
 def is_foreign(config: PreTrainedConfig) -> bool:
-    """Whether the models of a configuration have caches of their own instead of the gallery's."""
+    """Tells whether the models of a configuration have caches of their own instead of the gallery's."""
     return not config.model_type.startswith(GALLERY)
 
 
@@ -274,7 +271,7 @@ def positions(config: PreTrainedConfig) -> int | None:
 
 @torch.no_grad()
 def looks_ahead(model: PreTrainedModel) -> bool:
-    """Whether what a model says of a token changes with a token after it, as of an encoder."""
+    """Tells whether what a model says of a token changes with a token after it, as of an encoder."""
     ids = torch.arange(8, device=model.device)[None]
     other = ids.clone()
     other[:, -1] += 1
@@ -283,7 +280,7 @@ def looks_ahead(model: PreTrainedModel) -> bool:
 
 
 class Reading(enum.Enum):
-    """How a model reads on over calls."""
+    """Way in which a model reads on over calls."""
 
     PARTS = "its cache carried from part to part"
     TOKENS = "its cache carried from token to token, since it goes on in no other way"
@@ -334,7 +331,7 @@ class Reader:
 
 
 def how(model: PreTrainedModel, part: int) -> Reading:
-    """How a trained model reads on over calls of `part` tokens: with its cache where that gives what one call over
+    """Finds how a trained model reads on over calls of `part` tokens: with its cache where that gives what one call over
     everything gives, and in segments otherwise, or where its cache grows without end: what it learned goes no further
     than the segments that it trained on."""
     if not _is_bounded(model):
@@ -365,7 +362,7 @@ def _bits(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _is_bounded(model: PreTrainedModel) -> bool:
-    """Whether what a model's cache holds has an end, as a window's and a state's."""
+    """Tells whether what a model's cache holds has an end, as a window's and a state's."""
     cache = DynamicCache(config=model.config)
     layers = list(zip(cache.is_sliding, cache.is_linear, cache.is_dummy, strict=True))
     return bool(layers) and all(map(any, layers))
