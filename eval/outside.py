@@ -331,9 +331,9 @@ class Reader:
 
 
 def how(model: PreTrainedModel, part: int) -> Reading:
-    """Finds how a trained model reads on over calls of `part` tokens: with its cache where that gives what one call over
-    everything gives, and in segments otherwise, or where its cache grows without end: what it learned goes no further
-    than the segments that it trained on."""
+    """Finds how a trained model reads on over calls of `part` tokens: with its cache where that gives what one call
+    over everything gives, and in segments otherwise, or where its cache grows without end: what it learned goes no
+    further than the segments that it trained on."""
     if not _is_bounded(model):
         return Reading.SEGMENTS
     return carried(model, part)
