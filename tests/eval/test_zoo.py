@@ -38,7 +38,7 @@ def books(tmp_path_factory):
 def made(name, books, folder, tick=lambda units: None, settings=TINY):
     """Measures of a model that is trained in one folder and saved to another."""
     corpus = load_corpus(str(books))
-    return zoo.make(CONTESTANTS[name], settings, corpus, folder / "work", folder / "zoo" / name, CPU, tick)
+    return zoo.make(CONTESTANTS[name], settings, corpus, folder / "work" / name, folder / "zoo" / name, CPU, tick)
 
 
 @pytest.mark.parametrize("name", zoo.ANIMALS)
