@@ -233,7 +233,7 @@ class GalleryLongformerAttention(MultiHeadAttention):
             at = context.globals.positions[:, None]  # (B, 1, G)
             ahead = p[:, :, None] - at
             beyond = (at >= 0) & (ahead >= 0) & ~self._holds(ahead)
-            visible = torch.cat([visible.expand(len(beyond), -1, -1), beyond], dim=-1)
+            visible = torch.cat([visible.expand(beyond.shape[0], -1, -1), beyond], dim=-1)
             window, entry = (F.pad(x, (0, at.shape[-1])) for x in (window, entry))
         visible = visible & (p <= last)[..., None]
         return visible.to(device), window.to(device), entry.clamp(0, self.left + self.right).to(device)

@@ -143,7 +143,7 @@ class MemoryIntervals:
     def __init__(self, context: Context):
         rows, length, self.size = context.rows, context.segment_length, context.memory_size
         self.length = length
-        seen = rows.first[:, 0].expand(len(rows.lengths))
+        seen = rows.first[:, 0].expand(rows.lengths.shape[0])
         position = seen[:, None] + torch.arange(rows.width)  # (B, T)
         segment = position - position % length
         oldest = (segment - self.size).clamp(min=0)

@@ -169,7 +169,7 @@ class Rows:
             return Spans(lower, upper)
         # Where a GPU holds the rows' ends, what all rows see in common is still known here.
         within = Spans(lower, upper) if readable(lower) and readable(upper) and not readable(self.lengths) else None
-        lower = lower.to(self.device).expand(len(self.lengths), -1).contiguous()
+        lower = lower.to(self.device).expand(self.lengths.shape[0], -1).contiguous()
         return Spans(lower, torch.where(self.beyond, lower - 1, upper.to(self.device)), within)
 
     def shift(self, x: torch.Tensor, dim: int) -> torch.Tensor:
