@@ -165,6 +165,7 @@ class _Bars:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
+    """Keeps what transformers logs, and its progress bars, out of ours."""
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

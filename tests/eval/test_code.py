@@ -23,17 +23,15 @@ def test_words_do_not_count_and_all_else_does(tmp_path, monkeypatch):
     def of(source, **arguments):
         return tree(tmp_path, monkeypatch, source, **arguments)
 
-    plain = of("class A:\n    x = 1\n\n    def f(self):\n        return self.x + 1\n")
-    worded = (
-        '"""Of A."""\n\nclass A:  # that is\n    """An A."""\n\n    x = 1\n\n    def f(self):\n        """Gives."""\n'
-    )
+    plain = of("class Plain:\n    x = 1\n\n    def f(self):\n        return self.x + 1\n")
+    worded = '"""Of it."""\n\nclass Plain:  # that is\n    """A plain one."""\n\n    x = 1\n\n    def f(self):\n        """Gives."""\n'
     assert of(worded + "        return self.x + 1\n") == plain
     assert of(worded + "        return self.x + 2\n") != plain
     assert of("x = 'text'\n") != of("x = 'other'\n")
     assert of("f(label='a', x=1)\n", words=code.WORDS) == of("f(label='b', x=1)\n", words=code.WORDS)
     assert of("f(label='a', x=1)\n", words=code.WORDS) != of("f(label='a', x=2)\n", words=code.WORDS)
     assert of("f(label='a')\n") != of("f(label='b')\n")
-    shown = "class A:\n    def add(self):\n        return {}\n"
+    shown = "class Shown:\n    def add(self):\n        return {}\n"
     assert of(shown.format(1), showing=code.SHOWING) == of(shown.format(2), showing=code.SHOWING)
     assert of(shown.format(1)) != of(shown.format(2))
 

@@ -26,6 +26,7 @@ import hf_gallery.training
 from eval.benchmark import TASKS
 from eval.cli import app
 from eval.contestants import CONTESTANTS
+from eval.outside import OUTSIDE
 from eval.peers import PEERS
 from eval.presets import PRESETS
 
@@ -371,7 +372,7 @@ def test_commands_of_the_pages_exist(command):
     assert result.exit_code == 0, result.output
     options = dict(zip(arguments, arguments[1:], strict=False))
     assert options.get("--preset", "quick") in PRESETS
-    assert set(options.get("--variants", "transformer").split(",")) <= set(CONTESTANTS)
+    assert set(options.get("--variants", "transformer").split(",")) <= {*CONTESTANTS, *OUTSIDE}
     assert set(options.get("--tasks", "text").split(",")) <= set(TASKS)
 
 
