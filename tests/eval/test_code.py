@@ -24,7 +24,8 @@ def test_words_do_not_count_and_all_else_does(tmp_path, monkeypatch):
         return tree(tmp_path, monkeypatch, source, **arguments)
 
     plain = of("class Plain:\n    x = 1\n\n    def f(self):\n        return self.x + 1\n")
-    worded = '"""Of it."""\n\nclass Plain:  # that is\n    """A plain one."""\n\n    x = 1\n\n    def f(self):\n        """Gives."""\n'
+    worded = '"""Of it."""\n\nclass Plain:  # that is\n    """A plain one."""\n\n    x = 1\n\n'
+    worded += '    def f(self):\n        """Gives."""\n'
     assert of(worded + "        return self.x + 1\n") == plain
     assert of(worded + "        return self.x + 2\n") != plain
     assert of("x = 'text'\n") != of("x = 'other'\n")
