@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedModel
 
 from hf_gallery import GalleryCache
@@ -20,7 +21,7 @@ from . import outside
 from .cells import EVERYONE, Cell
 from .contestants import Contestant, build
 from .figures import contexts, short
-from .measure import interleaved, median, peak_bytes, seconds
+from .measure import LiveBytes, interleaved, median, seconds
 from .presets import CostSettings
 from .significance import median_interval
 from .task import Column, Family, Job, Task, plain
@@ -71,10 +72,11 @@ def measure(
         steps = {name: _training_step(model.train(), ids, settings.bf16) for name, model in models.items()}
         times = interleaved(steps, settings.repeats_at(length), device, tick=lambda: tick(1))
         for name, step in steps.items():
-            second, operations = median(times[name]), flops(step)
+            second = median(times[name])
+            operations, peak = _operations_and_peak(step, device)
             found[name]["training"][str(length)] = {
                 "tokens_per_second": ids.numel() / second,
-                "peak_bytes": _peak(step, device),
+                "peak_bytes": peak,
                 "flops_per_token": operations / ids.numel(),
                 "utilisation": operations / second / speed,
             }
@@ -154,18 +156,34 @@ def flops(step: Callable[[], object]) -> int:
     """Floating-point operations of a call, a multiplication and an addition each counted as one: those of matrix
     products, and of fused attention where torch knows its formula. Softmax, norms, gates, sorting and products of a
     matrix with a vector are not among them."""
-    with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as counter:
+    with _Operations() as counter:
         step()
-    return counter.get_total_flops()
+    return counter.total
 
 
-def _added_product(total: torch.Size, a: torch.Size, b: torch.Size, **_: Any) -> int:
-    """Operations of total += a @ b, from shapes (B, T, K) of a and (B, K, S) of b."""
-    return 2 * a.numel() * b[-1]
+class _Operations(TorchDispatchMode):
+    """Operations of the calls inside the block, by torch's own formulas: its FlopCounterMode without what that asks
+    of modules, which takes longer than a step of many small calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        formula = FORMULAS.get(function._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def _added_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor, **_: Any) -> int:
+    """Operations of total += a @ b, of a (B, T, K) and b (B, K, S)."""
+    return 2 * a.numel() * b.shape[-1]
 
 
 # torch counts baddbmm but not its form in place, which is how the attention's backward adds up its gradients.
-IN_PLACE = {torch.ops.aten.baddbmm_: _added_product}
+FORMULAS = {**flop_registry, torch.ops.aten.baddbmm_: _added_product}
 
 
 def machine_speed(device: torch.device, bf16: bool = False, repeats: int = 15) -> float:
@@ -199,16 +217,18 @@ def _training_step(model: PreTrainedModel, ids: torch.Tensor, bf16: bool = False
     return step
 
 
-def _peak(step: Callable[[], None], device: torch.device) -> int:
-    """Bytes alive at the worst moment of a step beyond what was there before."""
+def _operations_and_peak(step: Callable[[], None], device: torch.device) -> tuple[int, int]:
+    """Operations of a step, and bytes alive at its worst moment beyond what was there before."""
     if device.type != "cuda":
-        return peak_bytes(step)
+        with _Operations() as counter, LiveBytes() as live:
+            step()
+        return counter.total, live.peak
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    step()
+    operations = flops(step)
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before
+    return operations, torch.cuda.max_memory_allocated(device) - before
 
 
 class Stream:
