@@ -63,12 +63,13 @@ def test_runs_are_of_this_code(name):
 
 
 def test_the_quick_run_takes_minutes(quick):
-    """All contestants, from the beginning of the first cell to the end of the last, on two cores."""
+    """All contestants: the trained cells, from the beginning of the first to the end of the last, and the costs."""
     assert {c.name for c in CONTESTANTS.values()} == set(quick["summary"])
-    ends = [datetime.datetime.fromisoformat(cell["provenance"]["date"]) for cell in quick["cells"]]
-    took = [datetime.timedelta(seconds=cell["seconds"]) for cell in quick["cells"]]
-    begins = [end - seconds for end, seconds in zip(ends, took, strict=True)]
-    assert max(ends) - min(begins) < datetime.timedelta(minutes=12)
+    trained = [cell for cell in quick["cells"] if cell["task"] != "cost"]
+    ends = [datetime.datetime.fromisoformat(cell["provenance"]["date"]).timestamp() for cell in trained]
+    begins = [end - cell["seconds"] for end, cell in zip(ends, trained, strict=True)]
+    costs = sum(cell["seconds"] for cell in quick["cells"] if cell["task"] == "cost")
+    assert max(ends) - min(begins) + costs < 12 * 60
     assert {cell["provenance"]["machine"]["cores"] for cell in quick["cells"]} == {2}
 
 
