@@ -86,7 +86,7 @@ def main():
             max_steps=arguments.steps,
             per_device_train_batch_size=arguments.batch,
             per_device_eval_batch_size=arguments.batch,
-            learning_rate=1e-3,
+            learning_rate=3e-3,
             warmup_steps=arguments.steps // 10,
             train_sampling_strategy="group_by_length",
             logging_steps=max(1, arguments.steps // 10),

@@ -140,22 +140,19 @@ def test_fine_tune_on_a_novel(tmp_path, saved):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("made_up", [True, False])
-def test_classify_documents(tmp_path, made_up):
-    """Learns from the made-up documents and from a folder of one's own; says what a part of them is enough for."""
+def test_classify_documents(tmp_path):
+    """Learns from a folder of one's own; says what a part of the documents is enough for."""
+    for label, word in (("up", "rise "), ("down", "fall ")):
+        (tmp_path / "texts" / label).mkdir(parents=True)
+        for i in range(15):
+            (tmp_path / "texts" / label / f"{i}.txt").write_text(word * (10 + i))
     arguments = ["--steps", 40, "--length", 256, "--hidden-size", 32, "--batch", 16]
-    if not made_up:
-        for label, word in (("up", "rise "), ("down", "fall ")):
-            (tmp_path / "texts" / label).mkdir(parents=True)
-            for i in range(15):
-                (tmp_path / "texts" / label / f"{i}.txt").write_text(word * (10 + i))
-        arguments = ["texts", "--variant", "transformer_xl", "--steps", 15, *arguments[2:]]
-    said = example("classify_documents.py", tmp_path, *arguments)
+    said = example("classify_documents.py", tmp_path, "texts", "--variant", "transformer_xl", *arguments)
     guess = float(re.search(r"labels: ([\d.]+) right by guessing", said).group(1))
     found = dict(re.findall(r"of the first (\d+) bytes ([\d.]+) right", said))
-    assert [*found] == ["256", "64", "16"] and float(found["256"]) > guess + (0.2 if made_up else 0.4)
+    assert [*found] == ["256", "64", "16"] and float(found["256"]) > guess + 0.4
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "my_document_classifier")
-    assert sorted(model.config.label2id) == (["court", "farm", "sea"] if made_up else ["down", "up"])
+    assert sorted(model.config.label2id) == ["down", "up"]
 
 
 @pytest.mark.slow
