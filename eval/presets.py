@@ -138,7 +138,7 @@ _SMALL = Sizes(
     states=16,
     recurrent_layers=(1,),
 )
-_MEDIUM = Sizes(
+MEDIUM = Sizes(
     hidden=128,
     layers=4,
     heads=4,
@@ -151,7 +151,7 @@ _MEDIUM = Sizes(
     states=64,
     recurrent_layers=(1,),
 )
-_LASTING = dataclasses.replace(_MEDIUM, memory_size=8192)
+_LASTING = dataclasses.replace(MEDIUM, memory_size=8192)
 _PAPER = Sizes(
     hidden=512,
     layers=12,
@@ -192,13 +192,13 @@ PRESETS = {
                 dataclasses.replace(_SMALL, context=1024), steps=400, tokens=4096, learning_rate=3e-3, examples=128
             ),
             text=TextSettings(
-                _MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536, document_bytes=65536
+                MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536, document_bytes=65536
             ),
             classification=ClassificationSettings(
-                _MEDIUM, steps=400, tokens=4096, learning_rate=2e-3, lengths=(64, 256, 1024), examples=256
+                MEDIUM, steps=400, tokens=4096, learning_rate=2e-3, lengths=(64, 256, 1024), examples=256
             ),
             cost=CostSettings(
-                _MEDIUM, lengths=(1024, 4096), tokens=2048, repeats=5, contexts=(1024, 4096), decode_tokens=24
+                MEDIUM, lengths=(1024, 4096), tokens=2048, repeats=5, contexts=(1024, 4096), decode_tokens=24
             ),
         ),
         Preset(

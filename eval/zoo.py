@@ -28,6 +28,7 @@ from . import text
 from .cells import Cell
 from .contestants import CONTESTANTS, Contestant, Sizes, build
 from .machine import provenance
+from .presets import MEDIUM
 from .task import plain
 from .training import Tick, train, training_arguments
 
@@ -42,19 +43,7 @@ class ZooSettings:
     scored_bytes: of each held-out document. save_steps: between two checkpoints. bf16: train in mixed precision.
     """
 
-    sizes: Sizes = Sizes(
-        hidden=128,
-        layers=4,
-        heads=4,
-        window=128,
-        context=1024,
-        intermediate=512,
-        memory_size=2048,
-        memory_topk=32,
-        memory_layers=(2,),
-        states=64,
-        recurrent_layers=(2,),
-    )
+    sizes: Sizes = dataclasses.replace(MEDIUM, window=128, memory_layers=(2,), recurrent_layers=(2,))
     steps: int = 4000
     lanes: int = 8
     length: int = 512
