@@ -51,7 +51,8 @@ class Sizes:
 @dataclasses.dataclass(frozen=True)
 class Contestant:
     """One line of the comparison: `config` makes its configuration for some sizes, `model` a causal model of that.
-    own: the arguments of a configuration that a user gave, which stays as it is, whatever the sizes."""
+    smaller_of: see variants.Contestant. own: the arguments of a configuration that a user gave, which stays as it is,
+    whatever the sizes."""
 
     name: str
     label: str
@@ -61,6 +62,7 @@ class Contestant:
     carries: str
     colour: str
     symbol: str
+    smaller_of: str | None = None
     own: dict[str, Any] | None = None
 
 
@@ -75,6 +77,7 @@ def _contestant(variant: Variant, entry: variants.Contestant) -> Contestant:
         entry.carries,
         entry.colour,
         entry.symbol,
+        entry.smaller_of,
     )
 
 

@@ -346,7 +346,7 @@ def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> lis
     found = []
     for implementation in ("triton", "tiles"):
         for name, contestant in CONTESTANTS.items():
-            if name in ("transformer", "recurrent_memory_transformer_few"):
+            if name == "transformer" or contestant.smaller_of:
                 continue  # of two of one architecture the one that does more is the harder one
             if clock() > settings.budget:
                 say(f"no time is left for {name} by {implementation}")

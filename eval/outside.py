@@ -209,7 +209,7 @@ def own(name: str, arguments: dict[str, Any]) -> Contestant:
         "as its configuration says",
         "#000000",
         "bowtie",
-        arguments,
+        own=arguments,
     )
 
 

@@ -90,7 +90,7 @@ def measure(
         bf16=settings.bf16,
         torch_compile=settings.compile,
     ) as arguments:
-        trainer = _trainer(model, arguments, settings, dataset(documents(corpus["train"])))
+        trainer = trainer_of(model, arguments, settings.length, dataset(documents(corpus["train"])))
         start = time.perf_counter()
         train(trainer, tick)
         seconds = time.perf_counter() - start
@@ -100,16 +100,16 @@ def measure(
     by_memory_size = {}
     for size in smaller_memories(model):
         smaller = read(model, found, settings.lanes, settings.length, device)
-        by_memory_size[str(size)] = _sums(smaller) | {
+        by_memory_size[str(size)] = sums(smaller) | {
             "by_document": by_document(smaller),
             "by_stretch": by_stretch(smaller),
         }
     tick(units(settings) - settings.steps)
-    scored = sum(len(x) for x in bits)
+    whole = sums(bits)
     return {
         "parameters": model.num_parameters(),
-        "bits_per_byte": sum(float(x.sum()) for x in bits) / scored,
-        "scored_bytes": scored,
+        "bits_per_byte": whole["bits"] / whole["bytes"],
+        "scored_bytes": whole["bytes"],
         "trained_bytes": settings.steps * settings.lanes * settings.length,
         "training_seconds": seconds,
         "training_curve": {
@@ -124,20 +124,16 @@ def measure(
     }
 
 
-def _trainer(model: PreTrainedModel, arguments: TrainingArguments, settings: TextSettings, found: Dataset) -> Trainer:
-    """A trainer on documents, segment by segment; a model from outside has no cache that it could carry along."""
+def trainer_of(model: PreTrainedModel, arguments: TrainingArguments, length: int, found: Dataset) -> Trainer:
+    """A trainer on documents, `length` bytes of each in a step, with the cache carried along; a model from outside has
+    no cache that it could carry."""
     if not outside.is_foreign(model.config):
         return SegmentTrainer(
-            model,
-            arguments,
-            segment_length=settings.length,
-            train_dataset=found,
-            processing_class=byte_tokenizer(),
+            model, arguments, segment_length=length, train_dataset=found, processing_class=byte_tokenizer()
         )
-    lanes = DocumentLanes(
-        found, lanes=settings.lanes, segment_length=settings.length, seed=arguments.data_seed or arguments.seed
-    )
-    batches = outside.Segments(lanes, settings.steps, outside.positions(model.config))
+    seed, rows = arguments.data_seed or arguments.seed, arguments.per_device_train_batch_size
+    lanes = DocumentLanes(found, lanes=rows, segment_length=length, seed=seed)
+    batches = outside.Segments(lanes, arguments.max_steps, outside.positions(model.config))
     arguments.per_device_train_batch_size, arguments.remove_unused_columns = 1, False  # batches come whole
     return outside.SegmentsTrainer(model, arguments, train_dataset=batches, data_collator=only)
 
@@ -223,13 +219,14 @@ def by_stretch(bits: list[np.ndarray]) -> list[float]:
     return [float(part.mean()) for x in bits for part in np.array_split(x, max(1, len(x) // STRETCH))]
 
 
-def _sums(bits: list[np.ndarray]) -> dict[str, float]:
+def sums(bits: list[np.ndarray]) -> dict[str, float]:
+    """{bits, bytes} of documents, or of parts of them, together."""
     return {"bits": float(sum(x.sum() for x in bits)), "bytes": int(sum(len(x) for x in bits))}
 
 
 def _of_documents(bits: list[np.ndarray]) -> dict[str, Any]:
     """{bits, bytes, by_unit} of parts of documents, one of each, in their order; some may be empty."""
-    return _sums(bits) | {"by_unit": _units([float(x.sum()) for x in bits], [len(x) for x in bits])}
+    return sums(bits) | {"by_unit": _units([float(x.sum()) for x in bits], [len(x) for x in bits])}
 
 
 def _units(bits: Iterable[float], count: Iterable[int]) -> dict[str, str]:

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 from datasets import DatasetDict
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from hf_gallery.cards import render_card, variant_of
 from hf_gallery.data import byte_tokenizer, corpus_version, load_corpus
 from hf_gallery.files import read_json, write_json, write_text
-from hf_gallery.training import SegmentTrainer, newest_whole
+from hf_gallery.training import newest_whole
 
 from . import text
 from .cells import Cell
@@ -32,7 +33,7 @@ from .presets import MEDIUM
 from .task import plain
 from .training import Tick, train, training_arguments
 
-ANIMALS = tuple(name for name in CONTESTANTS if name != "recurrent_memory_transformer_few")  # the same but smaller
+ANIMALS = tuple(name for name, contestant in CONTESTANTS.items() if contestant.smaller_of is None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +86,7 @@ def make(
 ) -> dict[str, Any]:
     """Trains a model, with checkpoints in `work`, saves it to `place` and measures it as saved. Returns what its
     training.json says of it."""
-    model, tokenizer = build(contestant, settings.sizes, settings.seed), byte_tokenizer()
+    model = build(contestant, settings.sizes, settings.seed)
     with training_arguments(
         device,
         settings.steps,
@@ -99,37 +100,35 @@ def make(
         logging_steps=max(1, settings.steps // text.LOGGED),
         bf16=settings.bf16,
     ) as arguments:
-        read = text.dataset(text.documents(corpus["train"]))
-        trainer = SegmentTrainer(
-            model, arguments, segment_length=settings.length, train_dataset=read, processing_class=tokenizer
-        )
+        trainer = text.trainer_of(model, arguments, settings.length, text.dataset(text.documents(corpus["train"])))
+        watch = Stopwatch()
+        trainer.add_callback(watch)
         resumed = newest_whole(work) if work.is_dir() else None
         if resumed is not None:
             tick(int(resumed.rsplit("-", 1)[1]))
-        began = time.perf_counter()
         train(trainer, tick, resumed)
-        seconds = time.perf_counter() - began
     if contestant.carries == "memory":
         model.config.memory_size = settings.memory_size
     beside = place.with_name(f".{place.name}.new")
     shutil.rmtree(beside, ignore_errors=True)
-    save(model, tokenizer, beside)
+    save(model, byte_tokenizer(), beside)
     opened: PreTrainedModel = AutoModelForCausalLM.from_pretrained(beside).eval()
     opened.to(device)  # type: ignore[arg-type]  # transformers wraps to(), which hides its self from mypy
-    found = text.documents(corpus["test"], each=settings.scored_bytes)
-    bits = text.read(opened, found, settings.lanes, settings.length, device)
-    scored = sum(len(x) for x in bits)
+    test = corpus["test"].filter(lambda row: len(row["text"].encode()) > 1)  # of one byte none can be foretold
+    bits = text.read(opened, text.documents(test, each=settings.scored_bytes), settings.lanes, settings.length, device)
+    whole = text.sums(bits)
     about = {
-        "bits_per_byte": sum(float(x.sum()) for x in bits) / scored,
-        "scored_bytes": scored,
-        "by_document": {name: float(x.mean()) for name, x in zip(corpus["test"]["document"], bits, strict=True)},
+        "bits_per_byte": whole["bits"] / whole["bytes"],
+        "scored_bytes": whole["bytes"],
+        "by_document": {name: float(x.mean()) for name, x in zip(test["document"], bits, strict=True)},
         "trained_bytes": settings.trained_bytes,
         "documents": len(corpus["train"]),
         "steps": settings.steps,
         "lanes": settings.lanes,
         "length": settings.length,
         "learning_rate": settings.learning_rate,
-        "seconds": seconds,
+        "bf16": settings.bf16,
+        "seconds": watch.seconds,
         "provenance": provenance(device, "python -m eval zoo"),
     }
     write_json(beside / "training.json", about)
@@ -141,6 +140,24 @@ def make(
     return about
 
 
+class Stopwatch(TrainerCallback, ExportableState):
+    """Seconds of training, those before a stop among them: it is kept in each checkpoint."""
+
+    seconds = since = 0.0
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        kept = state.stateful_callbacks.get(type(self).__name__, self.state())
+        self.seconds, self.since = kept["attributes"]["seconds"], time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        now = time.perf_counter()
+        self.seconds, self.since = self.seconds + now - self.since, now
+
+    def state(self) -> dict[str, Any]:
+        """As transformers keeps it in a checkpoint."""
+        return {"args": {}, "attributes": {"seconds": self.seconds}}
+
+
 def story(about: dict[str, Any]) -> str:
     """A card's words on how a model was trained and measured."""
     p = about["provenance"]
@@ -149,7 +166,7 @@ def story(about: dict[str, Any]) -> str:
         "",
         f"On {about['trained_bytes']:,} bytes of {about['documents']} long texts, {about['lanes']} of them side by "
         f"side, {about['length']} bytes each in a step, with the cache carried from step to step: {about['steps']:,} "
-        f"steps of AdamW, learning rate {about['learning_rate']:g}. All models of the zoo read the same bytes in the "
+        f"steps of AdamW, learning rate {about['learning_rate']:g}, {'bfloat16' if about['bf16'] else 'float32'}. All models of the zoo read the same bytes in the "
         f"same order. It took {about['seconds'] / 60:.0f} minutes on {p['machine']['processor']} "
         f"({p['machine']['device']}, {p['machine']['torch_threads']} thread(s)), torch {p['versions']['torch']}, "
         f"commit {p['commit']}.",

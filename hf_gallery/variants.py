@@ -30,7 +30,8 @@ class Contestant:
 
     reach: what a query of it sees. settings: its config arguments for given sizes (eval.contestants.Sizes), beside
     those that all share. carries: what goes from one segment into the next, "nothing", "keys", "memory" (searched) or
-    "state" (recurrent). colour, symbol: as plots draw it.
+    "state" (recurrent). colour, symbol: as plots draw it. smaller_of: the name of the contestant that it equals but for
+    a smaller memory, which shows what the size is worth.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Contestant:
     carries: str
     colour: str
     symbol: str
+    smaller_of: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -411,6 +413,7 @@ TABLE = (
                 carries="state",
                 colour="#F0E442",
                 symbol="pentagon",
+                smaller_of="recurrent_memory_transformer",
             ),
         ),
     ),

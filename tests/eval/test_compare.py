@@ -64,7 +64,7 @@ def test_the_command(tmp_path, results):
     (tmp_path / "mine" / "results.json").write_text(json.dumps(results))
     run = CliRunner().invoke(app, ["compare", str(QUICK), "mine", "--runs", str(tmp_path)], env={"COLUMNS": "200"})
     assert run.exit_code == 0, run.output
-    assert "Transformer-XL" in run.output and "Longformer" not in run.output
+    assert "│ Transformer-XL " in run.output and "│ Longformer " not in run.output
     missing = CliRunner().invoke(app, ["compare", str(QUICK), "nothing", "--runs", str(tmp_path)])
     assert missing.exit_code == 2 and "missing or damaged" in " ".join(missing.output.split())
     results["summary"].clear()

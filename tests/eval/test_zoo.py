@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -78,11 +79,25 @@ def test_a_stopped_training_goes_on(tmp_path, books):
     with pytest.raises(KeyboardInterrupt):
         made("transformer_xl", books, tmp_path / "cut", stop)
     assert not (tmp_path / "cut" / "zoo" / "transformer_xl").exists()
+    kept = tmp_path / "cut/work/transformer_xl/checkpoint-2/trainer_state.json"
+    state = json.loads(kept.read_text())
+    attributes = state["stateful_callbacks"]["Stopwatch"]["attributes"]
+    assert attributes["seconds"] > 0
+    attributes["seconds"] += 1000  # as of a long first sitting
+    kept.write_text(json.dumps(state))
     ticks = []
-    made("transformer_xl", books, tmp_path / "cut", ticks.append)
-    assert ticks[0] == 2 and sum(ticks) == TINY.steps + 1
+    about = made("transformer_xl", books, tmp_path / "cut", ticks.append)
+    assert ticks[0] == 2 and sum(ticks) == TINY.steps + 1 and about["seconds"] > 1000
     whole, cut = (load_file(tmp_path / x / "zoo/transformer_xl/model.safetensors") for x in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_documents_of_one_byte_are_not_measured(tmp_path, books):
+    """There is nothing before the byte to foretell it from."""
+    shutil.copytree(books, tmp_path / "books")
+    (tmp_path / "books/test/0.txt").write_text("x")
+    about = made("transformer", tmp_path / "books", tmp_path)
+    assert set(about["by_document"]) == {"test/5.txt", "test/6.txt"}
 
 
 def test_a_model_that_is_there_is_replaced_whole(tmp_path, books):
