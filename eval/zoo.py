@@ -160,14 +160,14 @@ class Stopwatch(TrainerCallback, ExportableState):
 
 def story(about: dict[str, Any]) -> str:
     """A card's words on how a model was trained and measured."""
-    p = about["provenance"]
+    p, precision = about["provenance"], "in bfloat16 by autocast" if about["bf16"] else "in float32"
     lines = [
         "## How it was trained",
         "",
         f"On {about['trained_bytes']:,} bytes of {about['documents']} long texts, {about['lanes']} of them side by "
         f"side, {about['length']} bytes each in a step, with the cache carried from step to step: {about['steps']:,} "
-        f"steps of AdamW, learning rate {about['learning_rate']:g}, {'bfloat16' if about['bf16'] else 'float32'}. All models of the zoo read the same bytes in the "
-        f"same order. It took {about['seconds'] / 60:.0f} minutes on {p['machine']['processor']} "
+        f"steps of AdamW, learning rate {about['learning_rate']:g}, {precision}. All models of the zoo read the same "
+        f"bytes in the same order. It took {about['seconds'] / 60:.0f} minutes on {p['machine']['processor']} "
         f"({p['machine']['device']}, {p['machine']['torch_threads']} thread(s)), torch {p['versions']['torch']}, "
         f"commit {p['commit']}.",
         "",

@@ -30,8 +30,8 @@ class Contestant:
 
     reach: what a query of it sees. settings: its config arguments for given sizes (eval.contestants.Sizes), beside
     those that all share. carries: what goes from one segment into the next, "nothing", "keys", "memory" (searched) or
-    "state" (recurrent). colour, symbol: as plots draw it. smaller_of: the name of the contestant that it equals but for
-    a smaller memory, which shows what the size is worth.
+    "state" (recurrent). colour, symbol: as plots draw it. smaller_of: the name of the contestant that it equals but
+    for a smaller memory, which shows what the size is worth.
     """
 
     name: str
