@@ -288,7 +288,7 @@ def zoo_command(
     books: Annotated[str, typer.Argument(help="Folder of long texts, with sub-folders train and test to choose.")],
     out: Annotated[Path, typer.Option("--out", help="Folder of the models, one in each sub-folder.")] = Path("zoo"),
     only: Annotated[str | None, typer.Option(help="Comma-separated contestants; default: all.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of 4,096 bytes.")] = zoo.ZooSettings().steps,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of 2,048 bytes.")] = zoo.ZooSettings().steps,
     name: Annotated[str, typer.Option(help="Name of the run.")] = "zoo",
     runs: RunsOption = Path("runs"),
     device: DeviceOption = "auto",
