@@ -85,14 +85,15 @@ class Plot:
 
 
 Entries = list[tuple[int, str, dict[str, Any]]]  # number, name and summary of each contestant
+MARKS = tuple((x / 100, f"{x} %") for x in (0, 25, 50, 75, 100))
 MEMORY, REASONING, TEXT, COST = "memory", "reasoning", "text", "cost"
 
 
 def figures(results: dict[str, Any]) -> list[Plot]:
     """Every plot for which something was measured."""
     entries = [(place(name, results), name, e) for name, e in results["summary"].items()]
-    plots = [*_recall(results, entries), *_abilities(results, entries), *_text(results, entries)]
-    return [*plots, *_training_curves(results, entries), *_costs(entries)]
+    plots = [*_recall(results, entries), *_abilities(results, entries), *_learning_curves(results, entries)]
+    return [*plots, *_text(results, entries), *_training_curves(results, entries), *_costs(entries)]
 
 
 def place(name: str, results: dict[str, Any]) -> int:
@@ -161,6 +162,46 @@ def _abilities(results: dict[str, Any], entries: Entries) -> list[Plot]:
     return plots
 
 
+def _learning_curves(results: dict[str, Any], entries: Entries) -> list[Plot]:
+    """A curve of each ability over the steps of its training, of all practised levels together."""
+    plots = []
+    for ability, about in results["abilities"].items():
+        learned = [(i, name, e) for i, name, e in entries if ability in e.get("learning_curves", {})]
+        if not learned:
+            continue
+        levels = learned[0][2]["learning_curves"][ability]
+        steps = list(next(iter(levels.values())))
+        series = []
+        for i, name, e in learned:
+            curves = e["learning_curves"][ability].values()
+            together = [
+                {key: sum(curve[step][key] for curve in curves if step in curve) for key in ("asked", "correct")}
+                for step in steps
+            ]
+            points = []
+            for step, score in zip(steps, together, strict=True):
+                share = score["correct"] / max(1, score["asked"])
+                said = f"{_percent(share)} of {score['asked']:,} tokens"
+                points.append(Point(int(step), share, said))
+            series.append(Series(name, e["label"], i, tuple(points)))
+        last = int(steps[-1])
+        ticks = tuple((x, f"{x:,g}") for x in _ticks(0, last) if x <= last)
+        plots.append(
+            Plot(
+                f"{about['title']}: how it was learned",
+                f"Tokens of answers that were the model's first choice while it trained, in held-out examples of the "
+                f"practised levels ({', '.join(levels)}). No bands: the examples that tokens stand in are not told "
+                "apart.",
+                about["group"],
+                Axis("steps of training", 0, last, ticks),
+                Axis("right tokens", 0, 1, MARKS),
+                tuple(series),
+                tuple((int(step), f"{int(step):,}") for step in steps),
+            )
+        )
+    return plots
+
+
 def _shares(name: str, label: str, number: int, scores: list[dict[str, Any] | None]) -> Series:
     """The curve of a contestant's shares of right answers, level after level; None where it was not asked."""
     points = []
@@ -181,9 +222,8 @@ def _answered(
     levels: list[str], series: list[Series], chance: list[float], *, title: str, caption: str, group: str, axis: str
 ) -> Plot:
     """A plot of shares of right answers by level, and of what guesses give."""
-    marks = tuple((x / 100, f"{x} %") for x in (0, 25, 50, 75, 100))
     x, stops = _by_label(axis, levels)
-    y = Axis("right answers", 0, 1, marks)
+    y = Axis("right answers", 0, 1, MARKS)
     return Plot(title, caption, group, x, y, tuple(series), stops, guesses=tuple(enumerate(chance)))
 
 

@@ -128,6 +128,24 @@ def test_bands_are_drawn_wherever_results_hold_them(results):
                 assert p.limits is None or p.limits[0] <= value <= p.limits[1]
 
 
+def test_learning_curves(results):
+    """One plot of each ability whose results hold them: the share of right tokens at each step, levels together."""
+    assert not [plot for plot in figures.figures(results) if "learned" in plot.title]  # results of before
+    learned = copy.deepcopy(results)
+    curves = {
+        "2": {"10": {"asked": 10, "correct": 1}, "20": {"asked": 10, "correct": 9}},
+        "4": {"10": {"asked": 30, "correct": 3}, "20": {"asked": 30, "correct": 21}},
+    }
+    ability = next(iter(learned["abilities"]))
+    learned["summary"]["longformer"]["learning_curves"] = {ability: curves}
+    (plot,) = [plot for plot in figures.figures(learned) if "learned" in plot.title]
+    assert learned["abilities"][ability]["title"] in plot.title and "(2, 4)" in plot.caption
+    (series,) = plot.series
+    assert [(p.x, p.y) for p in series.points] == [(10, 0.1), (20, 0.75)] and "75 % of 40" in series.points[1].said
+    assert [label for _, label in plot.stops] == ["10", "20"] and plot.x.place(20) == 1
+    assert "how it was learned" in page.page(learned)
+
+
 def test_axes_hold_what_is_drawn_and_end_at_round_numbers(results):
     for plot in figures.figures(results):
         for s in plot.series:
