@@ -180,8 +180,8 @@ PRESETS = {
             tasks=("recall", "text", "cost"),
             recall=RecallSettings(
                 _SMALL,
-                steps=400,
-                tokens=2048,
+                steps=700,
+                tokens=1024,
                 short=24,
                 length=160,
                 learning_rate=3e-3,
@@ -192,7 +192,7 @@ PRESETS = {
                 dataclasses.replace(_SMALL, context=1024), steps=400, tokens=4096, learning_rate=3e-3, examples=128
             ),
             text=TextSettings(
-                MEDIUM, steps=150, lanes=8, length=256, learning_rate=3e-3, test_bytes=65536, document_bytes=65536
+                MEDIUM, steps=240, lanes=4, length=256, learning_rate=3e-3, test_bytes=65536, document_bytes=65536
             ),
             classification=ClassificationSettings(
                 MEDIUM, steps=400, tokens=4096, learning_rate=2e-3, lengths=(64, 256, 1024), examples=256
