@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from .benchmark import TASKS
-from .claims import verdicts
+from .claims import NOT_REPRODUCED, REPRODUCED, UNDECIDED, verdicts
+from .seeds import outcomes_by_seed
 from .significance import SURE, counted
 from .task import Column, Family
 from .winners import winners
@@ -48,6 +49,11 @@ def conclusions(results: dict[str, Any]) -> list[tuple[str, list[str], list[list
         heads = ["claim", "paper", "here", "measured"]
         title = f"What the papers claim, and what came out here (decided at p < {SURE:g}; {counted(results)})"
         found.append((title, heads, claims))
+    by_seed = outcomes_by_seed(results)
+    if by_seed:
+        outcomes = (REPRODUCED, UNDECIDED, NOT_REPRODUCED)
+        rows = [[claim, *(str(counts[outcome] or "-") for outcome in outcomes)] for claim, counts in by_seed.items()]
+        found.append(("Claims seed by seed: how many seeds by themselves gave what", ["claim of", *outcomes], rows))
     labels = {name: entry["label"] for name, entry in results["summary"].items()}
     best = [[b.what, ", ".join(labels[name] for name in b.names) or "-", b.score] for b in winners(results)]
     if best:

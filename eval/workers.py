@@ -79,6 +79,10 @@ class Workers:
                 if not isinstance(report, int):
                     left.discard(name)
                 yield name, report
+            for _ in processes:
+                wanted.put(None)
+            for process in processes:
+                process.join(timeout=10)  # one that is terminated leaves semaphores behind
         finally:
             for process in processes:
                 process.terminate()
@@ -95,8 +99,7 @@ def _work(
     parent = multiprocessing.parent_process()
     cells = {cell.name: cell for cell in plan()}
     with quiet_transformers():
-        while True:
-            name = wanted.get()
+        while (name := wanted.get()) is not None:
 
             def tick(units: int, name: str = name) -> None:
                 if parent is not None and not parent.is_alive():
