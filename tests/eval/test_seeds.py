@@ -34,6 +34,7 @@ def test_one_seed_has_nothing_to_be_held_against():
 def test_a_seed_that_measured_the_same_says_the_same(second):
     results = collect(PRESETS["quick"], [*QUICK["cells"], *second])
     alone = {verdict.claim: {verdict.outcome: 2} for verdict in verdicts(QUICK)}
+    del alone["Longformer's training cost is linear in length"]  # costs have no seed
     assert outcomes_by_seed(results) == alone
 
 
