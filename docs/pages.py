@@ -210,11 +210,12 @@ def equations() -> dict[str, list[str]]:
 
 
 def strengths(v: Variant) -> str:
-    """Tasks that it does best in the standard run, of the table of who does."""
-    if not v.measured:
-        return ""
-    table = read("docs/RESULTS.md").split("| at | best | the first has |\n")[1].split("\n\n")[0]
+    """Tasks that it does best in the standard run, of the table of who does; empty if it is not in that run."""
+    results = read("docs/RESULTS.md")
     names = {contestant.label for contestant in v.contestants}
+    if not any(f"\n| {name} |" in results for name in names):
+        return ""
+    table = results.split("| at | best | the first has |\n")[1].split("\n\n")[0]
     rows = [row for row in table.splitlines()[1:] if any(f" {x} " in row or f" {x}, " in row for x in names)]
     said = "## Where it is strong, as measured\n\nIn the [standard run](docs/RESULTS.md), of models of one size, "
     if not rows:

@@ -53,7 +53,9 @@ def conclusions(results: dict[str, Any]) -> list[tuple[str, list[str], list[list
     if by_seed:
         outcomes = (REPRODUCED, UNDECIDED, NOT_REPRODUCED)
         rows = [[claim, *(str(counts[outcome] or "-") for outcome in outcomes)] for claim, counts in by_seed.items()]
-        found.append(("Claims seed by seed: how many seeds by themselves gave what", ["claim by seed", *outcomes], rows))
+        found.append(
+            ("Claims seed by seed: how many seeds by themselves gave what", ["claim by seed", *outcomes], rows)
+        )
     labels = {name: entry["label"] for name, entry in results["summary"].items()}
     best = [[b.what, ", ".join(labels[name] for name in b.names) or "-", b.score] for b in winners(results)]
     if best:
