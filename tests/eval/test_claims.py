@@ -64,6 +64,18 @@ def outcomes(results):
     return {v.claim: v.outcome for v in claims.verdicts(results)}
 
 
+def test_what_does_not_come_out_here_names_the_size_of_its_paper(results):
+    """Every paper has one; what is reproduced needs none."""
+    assert {paper for _, paper, _ in claims.CLAIMS} == set(claims.SIZES_OF_PAPERS)
+    alike = copy.deepcopy(results)
+    alike["summary"]["transformer_xl"] = alike["summary"]["transformer"]
+    for measured in (results, alike):
+        for verdict in claims.verdicts(measured):
+            told = verdict.evidence.endswith(claims.SIZES_OF_PAPERS[verdict.paper])
+            assert told == (verdict.outcome != claims.REPRODUCED), verdict
+    assert any(verdict.outcome == claims.UNDECIDED for verdict in claims.verdicts(alike))
+
+
 def test_claims_that_hold(results):
     found = outcomes(results)
     assert len(found) == len(claims.CLAIMS)
