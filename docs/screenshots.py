@@ -1,6 +1,5 @@
 """Pictures of pages for the documents, made anew by `python docs/screenshots.py`: the report of the standard run, on a
-desk and on a phone, and `hf-gallery look` on a small model that it trains for a minute first. Needs Chromium and
-`pip install -e ".[test]"`.
+desk and on a phone, and `hf-gallery look` on a model of the zoo. Needs Chromium and `pip install -e ".[test]"`.
 """
 
 from __future__ import annotations
@@ -28,8 +27,23 @@ SHOWN = [
     ("curves", 1440, 900, "#group0"),
     ("report-phone", 390, 700, "#comparison"),
 ]
-TALE = ROOT / "CONTRIBUTING.md"  # the text that the model reads
-STEPS, SEGMENT, LENGTH = 60, 64, 256
+MODEL = ROOT / "zoo" / "block_recurrent_transformer"
+# The text that it reads, in which names come back.
+TALE = """\
+Mr. Wetherby had lived in the old house at Larkfield for more than thirty years, and in all that time he had never once
+been known to leave it in the winter. "My dear Miss Ashcombe," he would say, when that lady came to beg that he would
+dine with her on the Thursday, "you are very good, but the roads are not fit for a dog; and as for my horses, I would
+not have them out on such a night for the world."
+
+Miss Ashcombe, who was a lady of great good sense, and who had known him since they were children together, did not
+think it worth her while to dispute with him. She only smiled, and said that Thursday would come again, and that Mr.
+Wetherby would find her at home whenever the roads at Larkfield should be fit for a gentleman.
+
+It was therefore with some surprise that the servants of Miss Ashcombe, upon a Thursday in the middle of January, with
+the snow lying deep upon the ground, beheld the carriage of Mr. Wetherby coming slowly up to the door; and with still
+greater surprise that they saw Mr. Wetherby himself get down from it, and stand in the hall with the snow upon his hat.
+"I have come from Larkfield," said he, "to dine with Miss Ashcombe."
+"""
 
 
 def main() -> None:
@@ -56,44 +70,15 @@ def report_page() -> str:
 
 
 def look_page() -> str:
-    """The page of a small Memorizing Transformer that reads a document of this repository."""
-    import torch
-    from transformers import set_seed
+    """The page of a model of the zoo that reads the tale."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from hf_gallery import GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM, look
-    from hf_gallery.data import byte_tokenizer, encode_bytes, load_corpus
+    from hf_gallery import look
     from hf_gallery.looking.page import page, words_of
 
-    set_seed(0)
-    tokenizer, corpus = byte_tokenizer(), load_corpus("stdlib")
-    config = GalleryMemorizingTransformerConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        intermediate_size=256,
-        segment_length=SEGMENT,
-        mem_len=SEGMENT,
-        memory_layers=[1],
-        memory_size=2048,
-        memory_topk=16,
-        initial_scale=24**0.5,
-    )
-    model = GalleryMemorizingTransformerForCausalLM(config)
-    text = "".join(corpus["train"]["text"][:50])
-    ids = torch.from_numpy(encode_bytes(text).astype("int64"))  # (bytes,)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    for _ in range(STEPS):
-        starts = torch.randint(len(ids) - LENGTH, (8,)).tolist()
-        rows = torch.stack([ids[start : start + LENGTH] for start in starts])  # (B, LENGTH)
-        loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    print(f"trained to {loss.item() / 0.6931:.2f} bits per byte", file=sys.stderr)
-    said = tokenizer(TALE.read_text(encoding="utf-8")[:1500], return_tensors="pt").input_ids
-    found = look(model.eval(), said)
-    return page(found, words_of(tokenizer, found.ids), f"A small Memorizing Transformer reads {TALE.name}")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(MODEL).eval(), AutoTokenizer.from_pretrained(MODEL)
+    found = look(model, tokenizer(TALE, return_tensors="pt").input_ids)
+    return page(found, words_of(tokenizer, found.ids), "The Block-Recurrent Transformer of the zoo reads a tale")
 
 
 def save(png: bytes, path: Path) -> None:

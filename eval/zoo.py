@@ -135,7 +135,10 @@ def make(
     }
     write_json(beside / "training.json", about)
     write_json(beside / "eval_results.json", {"eval_bits_per_byte": about["bits_per_byte"]})
-    write_text(beside / "README.md", render_card(variant_of(beside).name, folder=beside, training=story(about)))
+    card = render_card(
+        variant_of(beside).name, folder=beside, repo_id=f"{place.parent.name}/{place.name}", training=story(about)
+    )
+    write_text(beside / "README.md", card)
     shutil.rmtree(place, ignore_errors=True)
     beside.rename(place)
     tick(1)
@@ -169,9 +172,9 @@ def story(about: dict[str, Any]) -> str:
         f"On {about['trained_bytes']:,} bytes of {about['documents']} long texts, {about['lanes']} of them side by "
         f"side, {about['length']} bytes each in a step, with the cache carried from step to step: {about['steps']:,} "
         f"steps of AdamW, learning rate {about['learning_rate']:g}, {precision}. All models of the zoo read the same "
-        f"bytes in the same order. It took {about['seconds'] / 60:.0f} minutes on {p['machine']['processor']} "
-        f"({p['machine']['device']}, {p['machine']['torch_threads']} thread(s)), torch {p['versions']['torch']}, "
-        f"commit {p['commit']}.",
+        f"bytes in the same order. It took {about['seconds'] / 60:.0f} minutes by the clock on "
+        f"{p['machine']['processor']} ({p['machine']['device']}, {p['machine']['torch_threads']} thread(s)), torch "
+        f"{p['versions']['torch']}, commit {p['commit']}.",
         "",
         f"Measured as saved, on {about['scored_bytes']:,} bytes of texts that it never read, from their beginnings:",
         "",

@@ -1,6 +1,6 @@
 """Read a long text once, keep what is left in memory, and go on from it as often as you like.
 
-    python examples/ask_a_book.py zoo/memorizing_transformer book.txt "Chapter 1" "The end of" --cache book.cache
+    python examples/ask_a_book.py zoo/block_recurrent_transformer book.txt "Chapter 1" "The end of" --cache book.cache
 
 The first run reads the text in chunks and writes its cache (safetensors), with a hash of the text and the model in its
 name: book.0123456789abcdef.cache. Later runs load it and read nothing; another text or model is read anew. Each prompt

@@ -1,6 +1,6 @@
 """Export a model as one graph, and have a process that knows nothing of the gallery run it.
 
-    python examples/export_model.py zoo/transformer_xl exported
+    python examples/export_model.py zoo/longformer exported
 
 Writes exported/model.pt2, and exported/check.pt with ids and the logits that the model gives for them; then runs
 run_exported.py on them, which imports torch alone. The graph serves every batch and length; architectures that read

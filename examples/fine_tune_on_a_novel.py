@@ -1,6 +1,6 @@
 """Fine-tune a trained model on a novel of your own, and see what it has learned from it.
 
-    python examples/fine_tune_on_a_novel.py zoo/memorizing_transformer novel.txt --steps 200
+    python examples/fine_tune_on_a_novel.py zoo/block_recurrent_transformer novel.txt --steps 200
 
 The model is a folder or a name on the Hub, any causal model of the gallery. The novel's last tenth is held out: what a
 byte of it costs is printed before and after, and two pages show where predictions in it came from, before.html and

@@ -1,6 +1,6 @@
 """Fine-tune on short documents that TRL packs into rows, and see that packed documents do not see each other.
 
-    python examples/pack_documents.py zoo/transformer_xl notes.txt --steps 100
+    python examples/pack_documents.py zoo/longformer notes.txt --steps 100
 
 Every paragraph of the text is a document. Packing lays several behind one another in a row, so that nothing is spent
 on padding; before training, the logits of a packed row are compared with those of each document alone, and with those

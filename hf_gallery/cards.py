@@ -117,7 +117,9 @@ def render_card(
     sections += [
         "## How to use",
         _code(auto, repo_id or "user/name", saved),
-        "`trust_remote_code=True` runs the Python files beside the weights: read them first, or pin a commit by "
+        "The model comes without code, which `hf-gallery push` adds when it uploads; here the package opens it."
+        if saved is not None and saved.bare
+        else "`trust_remote_code=True` runs the Python files beside the weights: read them first, or pin a commit by "
         "`revision`. Where hf-gallery is installed, `import hf_gallery` makes that argument unnecessary.",
         "## Intended use",
         "Research on long sequences: to read and change the architecture, to train it on long documents "
@@ -197,8 +199,11 @@ def _code(auto: str, place: str, saved: SavedFacts | None) -> str:
     carries = auto == "AutoModelForCausalLM"
     lines = ["import torch"] if carries or not tokenizes else []
     lines += [f"from transformers import {', '.join(sorted([auto] + ['AutoTokenizer'] * tokenizes))}", ""]
+    bare = saved is not None and saved.bare
+    lines += ["import hf_gallery  # tells transformers of the architecture", ""] if bare else []
     lines += [f'name = "{place}"  # a repository on the Hub, or a folder']
-    lines += [f"model = {auto}.from_pretrained(name, trust_remote_code=True).eval()"]
+    trusting = "" if bare else ", trust_remote_code=True"
+    lines += [f"model = {auto}.from_pretrained(name{trusting}).eval()"]
     chooses = auto == "AutoModelForMultipleChoice"
     asks = chooses or auto == "AutoModelForQuestionAnswering"  # its input is a question, a separator and a text
     if tokenizes:
@@ -238,6 +243,7 @@ class SavedFacts:
     dtypes: list[str]
     tokenizes: bool
     evaluation: dict[str, float]  # of Trainer.save_metrics("eval", ...)
+    bare: bool  # it names no code that opens it without hf-gallery
 
     @classmethod
     def read(cls, folder: Path, variant: Variant) -> SavedFacts:
@@ -259,7 +265,7 @@ class SavedFacts:
         scores = read_json(folder / "eval_results.json")
         scores = {k: x for k, x in scores.items() if _is_number(x)} if isinstance(scores, dict) else {}
         tokenizes = (folder / "tokenizer_config.json").is_file()
-        return cls(config, head, auto, parameters, sorted(dtypes), tokenizes, scores)
+        return cls(config, head, auto, parameters, sorted(dtypes), tokenizes, scores, bare="auto_map" not in config)
 
     def scores(self) -> list[EvalResult]:
         """The evaluation's scores; speeds and counts are not among them."""

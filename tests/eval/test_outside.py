@@ -89,12 +89,12 @@ def test_outsiders_train_on_the_same_batches(tmp_path):
     found = Dataset.from_dict({"input_ids": [list(range(1, n)) for n in (40, 7, 23, 90, 12)]})
     with text.training_arguments(CPU, 5, 1e-3, 3, per_device_train_batch_size=2) as arguments:
         gallery = contestants.build(contestants.CONTESTANTS["transformer"], TINY_SIZES)
-        ours = text._trainer(gallery, arguments, TINY.text, found)
+        ours = text.trainer_of(gallery, arguments, TINY.text.length, found)
         assert isinstance(ours, SegmentTrainer)
         loader = iter(ours.get_train_dataloader())
         expected = [next(loader) for _ in range(3)]
     with text.training_arguments(CPU, 5, 1e-3, 3, per_device_train_batch_size=2) as arguments:
-        trainer = text._trainer(contestants.build(OUTSIDE["llama"], TINY_SIZES), arguments, TINY.text, found)
+        trainer = text.trainer_of(contestants.build(OUTSIDE["llama"], TINY_SIZES), arguments, TINY.text.length, found)
         assert not isinstance(trainer, SegmentTrainer)
         loader = iter(trainer.get_train_dataloader())
         for theirs in expected:

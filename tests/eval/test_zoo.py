@@ -61,6 +61,7 @@ def test_a_model_is_what_its_card_says(tmp_path, books, name):
     assert about["scored_bytes"] == scored and abs(bits / scored - about["bits_per_byte"]) < 1e-4
     card = (folder / "README.md").read_text()
     assert f"| all | {about['bits_per_byte']:.3f} |" in card and f"{TINY.trained_bytes:,} bytes" in card
+    assert f"\n# {name}\n" in card and f'"zoo/{name}"' in card
     assert "| test/5.txt |" in card and "| test/6.txt |" in card
     if name == "memorizing_transformer":
         assert model.config.memory_size == TINY.memory_size != TINY.sizes.memory_size
