@@ -16,7 +16,7 @@ from typing import Any
 
 from .contestants import CONTESTANTS
 from .outside import OUTSIDE
-from .significance import QUESTION, answers, interval, sums_interval, text_interval, values_interval
+from .significance import QUESTION, answers, interval, pooled, sums_interval, text_interval, values_interval
 
 # In the order of the contestants, and taken in turns by whatever else there are several of.
 KNOWN = CONTESTANTS | OUTSIDE
@@ -173,16 +173,11 @@ def _learning_curves(results: dict[str, Any], entries: Entries) -> list[Plot]:
         steps = list(next(iter(levels.values())))
         series = []
         for i, name, e in learned:
-            curves = e["learning_curves"][ability].values()
-            together = [
-                {key: sum(curve[step][key] for curve in curves if step in curve) for key in ("asked", "correct")}
-                for step in steps
-            ]
+            curves = e["learning_curves"][ability]
             points = []
-            for step, score in zip(steps, together, strict=True):
-                share = score["correct"] / max(1, score["asked"])
-                said = f"{_percent(share)} of {score['asked']:,} tokens"
-                points.append(Point(int(step), share, said))
+            for step in steps:
+                score = pooled({level: curve[step] for level, curve in curves.items() if step in curve})
+                points.append(Point(int(step), score.share, f"{_percent(score.share)} of {score.asked:,} tokens"))
             series.append(Series(name, e["label"], i, tuple(points)))
         last = int(steps[-1])
         ticks = tuple((x, f"{x:,g}") for x in _ticks(0, last) if x <= last)

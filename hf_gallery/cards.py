@@ -243,7 +243,6 @@ class SavedFacts:
     dtypes: list[str]
     tokenizes: bool
     evaluation: dict[str, float]  # of Trainer.save_metrics("eval", ...)
-    bare: bool  # it names no code that opens it without hf-gallery
 
     @classmethod
     def read(cls, folder: Path, variant: Variant) -> SavedFacts:
@@ -265,7 +264,12 @@ class SavedFacts:
         scores = read_json(folder / "eval_results.json")
         scores = {k: x for k, x in scores.items() if _is_number(x)} if isinstance(scores, dict) else {}
         tokenizes = (folder / "tokenizer_config.json").is_file()
-        return cls(config, head, auto, parameters, sorted(dtypes), tokenizes, scores, bare="auto_map" not in config)
+        return cls(config, head, auto, parameters, sorted(dtypes), tokenizes, scores)
+
+    @property
+    def bare(self) -> bool:
+        """Tells whether it names no code that opens it without hf-gallery."""
+        return not self.config.get("auto_map")
 
     def scores(self) -> list[EvalResult]:
         """The evaluation's scores; speeds and counts are not among them."""
