@@ -65,14 +65,14 @@ class Workers:
         left = set(names)
         try:
             while left:
+                if not all(process.is_alive() for process in processes):  # also while the others go on reporting
+                    raise WorkerError(
+                        "a process that measured cells has ended, maybe for want of memory; the same command goes "
+                        "on where it was, with --workers 1 one cell at a time"
+                    )
                 try:
                     name, report, error = reports.get(timeout=1)
                 except queue.Empty:
-                    if not all(process.is_alive() for process in processes):
-                        raise WorkerError(
-                            "a process that measured cells has ended, maybe for want of memory; the same command goes "
-                            "on where it was, with --workers 1 one cell at a time"
-                        ) from None
                     continue
                 if error:
                     raise WorkerError(f"{name} failed:\n{error}")

@@ -127,14 +127,13 @@ def zoo(
 
     table = Table()
     table.add_column("folder", no_wrap=True)
-    table.add_column("architecture")
     for heading in ("parameters", "bytes read", "bits/byte"):
         table.add_column(heading, justify="right")
     for model in zoo_models(folder or ZOO):
         read = "-" if model.trained_bytes is None else f"{model.trained_bytes:,}"
         bits = "-" if model.bits_per_byte is None else f"{model.bits_per_byte:.3f}"
         place = os.path.relpath(model.folder) if model.folder.is_relative_to(Path.cwd()) else str(model.folder)
-        table.add_row(place, model.title, f"{model.parameters:,}", read, bits)
+        table.add_row(place, f"{model.parameters:,}", read, bits)
     Console().print(table)
 
 

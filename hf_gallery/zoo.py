@@ -13,11 +13,10 @@ ZOO = Path(__file__).parent.parent / "zoo"  # beside the package in a checkout
 
 @dataclasses.dataclass(frozen=True)
 class ZooModel:
-    """A model of the zoo: its folder, its architecture's title, its parameters, the bytes that it was trained on and
-    its bits per byte on held-out documents; None for a number that its folder does not tell."""
+    """A model of the zoo: its folder, its parameters, the bytes that it was trained on and its bits per byte on
+    held-out documents; None for a number that its folder does not tell."""
 
     folder: Path
-    title: str
     parameters: int
     trained_bytes: int | None
     bits_per_byte: float | None
@@ -34,7 +33,7 @@ def zoo_models(folder: Path = ZOO) -> list[ZooModel]:
         variant, training = variant_of(place), read_json(place / "training.json")
         facts, training = SavedFacts.read(place, variant), training if isinstance(training, dict) else {}
         bits = facts.evaluation.get("eval_bits_per_byte")
-        found.append(ZooModel(place, variant.title, facts.parameters, training.get("trained_bytes"), bits))
+        found.append(ZooModel(place, facts.parameters, training.get("trained_bytes"), bits))
     if not found:
         raise ValueError(f"{folder} holds no trained models; a checkout of hf-gallery has some in its folder zoo/")
     return sorted(found, key=lambda model: (model.bits_per_byte is None, model.bits_per_byte))

@@ -128,8 +128,11 @@ def test_the_zoo_is_shown(tmp_path, books, monkeypatch):
     bits = [model.bits_per_byte for model in found]
     assert bits == sorted(bits) and {model.folder.name for model in found} == {"transformer", "transformer_xl"}
     assert all(model.trained_bytes == TINY.trained_bytes for model in found)
-    shown = CliRunner().invoke(app, ["zoo", "zoo"], env={"COLUMNS": "200"})
-    assert shown.exit_code == 0 and all(f"zoo/{name} " in shown.output for name in ("transformer", "transformer_xl"))
+    for name in ("transformer", "transformer_xl"):
+        (tmp_path / "zoo" / name).rename(tmp_path / "zoo" / f"{name:_<28}")  # as long as the longest name
+    shown = CliRunner().invoke(app, ["zoo", "zoo"], env={"COLUMNS": "80"})
+    assert shown.exit_code == 0 and "…" not in shown.output
+    assert all(f"zoo/{name:_<28} " in shown.output for name in ("transformer", "transformer_xl"))
     assert f"{bits[0]:.3f}" in shown.output
     (tmp_path / "empty").mkdir()
     refused = CliRunner().invoke(app, ["zoo", "empty"])

@@ -314,7 +314,8 @@ def blocks(language, page="README"):
 
 
 def run(code, folder):
-    (folder / "zoo").symlink_to(ROOT / "zoo")  # as in a checkout, where readers paste
+    if folder != ROOT:
+        (folder / "zoo").symlink_to(ROOT / "zoo")  # as in a checkout, where readers paste
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
