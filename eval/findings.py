@@ -80,10 +80,10 @@ def _of_peers(results: dict[str, Any]) -> list[Finding]:
     found = []
     for reached in (True, False):
         told = [
-            f"{peers.PEERS[name].label}'s {peers.PEERS[name].work} {entry['ratio']:.2f} times as fast as "
+            f"{peers.PEERS[name].label}'s {peers.PEERS[name].work} {peers.judged(name, entry):.2f} times as fast as "
             f"{entry['peer']} (aim {entry['target']:g})"
             for name, entry in measured.items()
-            if (entry["ratio"] >= entry["target"]) == reached
+            if (peers.judged(name, entry) >= entry["target"]) == reached
         ]
         if told:
             who = f"{len(told)} of {len(measured)} works {'reach' if reached else 'miss'} their aim"

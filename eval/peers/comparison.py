@@ -28,6 +28,8 @@ from hf_gallery.variants import VARIANTS
 from ..cost import machine_speed
 
 WORKER = Path(__file__).with_name("worker.py")
+ONE_THREAD, CLOCK = "one thread ratio", "ratio"
+NUMBERS = ["one thread ms", "one thread peer ms", ONE_THREAD, "ms", "peer ms", CLOCK, "of peak", "target"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ class PeerSettings:
 class Peer:
     """One comparison. variant, setting: whose model, and how it is run where that is not as by default. requires: what
     pip puts into the peer's environment, without what these require in turn where `bare`; () = this environment has
-    it. target: how many times as fast the gallery is meant to be."""
+    it. target: how many times as fast the gallery is meant to be, in processor time on one thread, or by the clock."""
 
     variant: str
     work: str
@@ -66,6 +68,7 @@ class Peer:
     requires: tuple[str, ...] = ()
     bare: bool = False
     setting: str = ""
+    by_the_clock: bool = False
 
     @property
     def label(self) -> str:
@@ -86,17 +89,19 @@ _MEMORIZING = (
 _RECURRENT = ("block-recurrent-transformer-pytorch==0.4.4", "beartype", *_MEMORIZING)
 
 PEERS = {
-    "longformer": Peer("longformer", "training step", "transformers' Longformer", 3.0),
-    "transformer_xl_train": Peer("transformer_xl", "training step", "transformers 4.35.2", 4.0, _TRANSFO_XL),
-    "transformer_xl_decode": Peer("transformer_xl", "decoding", "transformers 4.35.2", 4.0, _TRANSFO_XL),
+    "longformer": Peer("longformer", "training step", "transformers' Longformer", 3.5),
+    "transformer_xl_train": Peer("transformer_xl", "training step", "transformers 4.35.2", 2.8, _TRANSFO_XL),
+    "transformer_xl_decode": Peer(
+        "transformer_xl", "decoding", "transformers 4.35.2", 4.0, _TRANSFO_XL, by_the_clock=True
+    ),
     "memorizing_transformer": Peer(
-        "memorizing_transformer", "training step", "memorizing-transformers-pytorch 0.4.1", 2.0, _MEMORIZING, True
+        "memorizing_transformer", "training step", "memorizing-transformers-pytorch 0.4.1", 1.2, _MEMORIZING, True
     ),
     "block_recurrent_transformer": Peer(
         "block_recurrent_transformer",
         "training step",
         "block-recurrent-transformer-pytorch 0.4.4",
-        1.5,
+        1.4,
         _RECURRENT,
         True,
     ),
@@ -114,9 +119,10 @@ def run(
     """Measures the comparisons in `names` (None: all). Environments are kept under `folder` for the next time.
 
     Returns by name: median milliseconds of both sides, their ratio (peer / gallery: how many times as fast the gallery
-    is), its smallest and largest value among the rounds, the target, both parameter counts, and the gallery's
-    utilisation, its floating-point operations a second as a share of what the machine reaches in a large product of
-    matrices; or, where the peer could not be had, {"not_measured": why}.
+    is), its smallest and largest value among the rounds; "one_thread", the same three of the processor time of sides
+    that have one thread, which other work on the machine hardly moves; the target, both parameter counts, and the
+    gallery's utilisation, its floating-point operations a second as a share of what the machine reaches in a large
+    product of matrices; or, where the peer could not be had, {"not_measured": why}.
     """
     found: dict[str, Any] = {}
     for name in PEERS if names is None else names:
@@ -163,35 +169,64 @@ def environment(requires: tuple[str, ...], bare: bool, folder: Path) -> str:
 
 
 def _compare(name: str, python: str, settings: PeerSettings, tick: Callable[[str], None]) -> dict[str, Any]:
-    with Side(sys.executable, name, "gallery", settings) as ours, Side(python, name, "peer", settings) as theirs:
-        about = {"gallery": ours.answer(), "peer": theirs.answer()}
-        seconds: dict[str, list[float]] = {"gallery": [], "peer": []}
-        for turn in range(settings.repeats):
-            tick(f"{name}: {turn + 1} of {settings.repeats}")
-            sides = [("gallery", ours), ("peer", theirs)]
-            for which, side in sides if turn % 2 else sides[::-1]:
-                seconds[which].append(side.repeat())
-        speed = machine_speed(torch.device("cpu"))
+    about, turns = _turns(name, python, settings, None, tick)
+    speed = machine_speed(torch.device("cpu"))
+    _, turns_of_one = _turns(name, python, settings, 1, tick)
     tokens = settings.decode_tokens if name.endswith("decode") else 1
-    middle = {which: statistics.median(values) for which, values in seconds.items()}
-    rounds = [theirs / ours for ours, theirs in zip(seconds["gallery"], seconds["peer"], strict=True)]
-    return {
-        "milliseconds": {which: 1e3 * value / tokens for which, value in middle.items()},
-        "ratio": middle["peer"] / middle["gallery"],
-        "ratio_of_rounds": [min(rounds), max(rounds)],
-        "parameters": {which: entry["parameters"] for which, entry in about.items()},
-        "utilisation": about["gallery"]["flops"] / middle["gallery"] / speed,
+    clock = _times([{side: value["clock"] for side, value in turn.items()} for turn in turns], tokens)
+    one = _times([{side: value["processor"] for side, value in turn.items()} for turn in turns_of_one], tokens)
+    step = 1e-3 * tokens * clock["milliseconds"]["gallery"]  # seconds
+    return clock | {
+        "one_thread": one,
+        "parameters": {side: entry["parameters"] for side, entry in about.items()},
+        "utilisation": about["gallery"]["flops"] / step / speed,
     }
 
 
-class Side:
-    """A worker process, ready when `answer` has been read once."""
+def _turns(
+    name: str, python: str, settings: PeerSettings, threads: int | None, tick: Callable[[str], None]
+) -> tuple[dict[str, Any], list[dict[str, dict[str, float]]]]:
+    """What both sides say of themselves, and their seconds turn by turn. threads: None = as many as torch takes."""
+    with (
+        Side(sys.executable, name, "gallery", settings, threads) as ours,
+        Side(python, name, "peer", settings, threads) as theirs,
+    ):
+        sides = {"gallery": ours, "peer": theirs}
+        about = {which: side.answer() for which, side in sides.items()}
+        turns = []
+        for turn in range(settings.repeats):
+            tick(f"{name}{', one thread' if threads == 1 else ''}: {turn + 1} of {settings.repeats}")
+            order = list(sides) if turn % 2 else list(sides)[::-1]
+            turns.append({which: sides[which].repeat() for which in order})
+    return about, turns
 
-    def __init__(self, python: str, name: str, side: str, settings: PeerSettings):
+
+def _times(turns: list[dict[str, float]], tokens: int) -> dict[str, Any]:
+    """Median milliseconds (of a token, where a repeat is many) of both sides, and how they compare."""
+    middle = {side: statistics.median(turn[side] for turn in turns) for side in ("gallery", "peer")}
+    rounds = [turn["peer"] / turn["gallery"] for turn in turns]
+    return {
+        "milliseconds": {side: 1e3 * value / tokens for side, value in middle.items()},
+        "ratio": middle["peer"] / middle["gallery"],
+        "ratio_of_rounds": [min(rounds), max(rounds)],
+    }
+
+
+def judged(name: str, entry: dict[str, Any]) -> float:
+    """The ratio that the target is about: of processor time on one thread, or of the clock's."""
+    return (entry if PEERS[name].by_the_clock else entry["one_thread"])["ratio"]
+
+
+class Side:
+    """A worker process, ready when `answer` has been read once. threads: None = as many as torch takes."""
+
+    def __init__(self, python: str, name: str, side: str, settings: PeerSettings, threads: int | None = None):
         self.what = f"{PEERS[name].label if side == 'gallery' else PEERS[name].peer}, {PEERS[name].work}"
         self.errors = tempfile.TemporaryFile(mode="w+")
         root = str(Path(__file__).parents[2])
         environment = os.environ | ({"PYTHONPATH": root} if side == "gallery" else {"PYTHONPATH": ""})
+        if threads is not None:  # in the environment, for processes that a side starts have it too
+            environment |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
         self.process = subprocess.Popen(
             [python, str(WORKER), name, side, json.dumps(dataclasses.asdict(settings))],
             stdin=subprocess.PIPE,
@@ -219,8 +254,8 @@ class Side:
             raise PeerError(f"{self.what} stopped: {words[-1] if words else 'it said nothing'}")
         return json.loads(line)
 
-    def repeat(self) -> float:
-        """Seconds of doing the work once more."""
+    def repeat(self) -> dict[str, float]:
+        """Seconds of doing the work once more: by the clock, and of processors."""
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -231,14 +266,15 @@ def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows, one for each comparison; dashes where the peer could not be had."""
     rows = []
     for name, entry in result["peers"].items():
-        numbers = ["-", "-", "-", "-"]
+        numbers = ["-"] * 7
         if "not_measured" not in entry:
-            ms = entry["milliseconds"]
-            # results of before this was counted are shown without it
-            share = f"{100 * entry['utilisation']:.0f} %" if "utilisation" in entry else "-"
-            numbers = [f"{ms['gallery']:,.1f}", f"{ms['peer']:,.1f}", share, f"{entry['ratio']:.2f}"]
+            numbers = []
+            for times in (entry["one_thread"], entry):
+                ms = times["milliseconds"]
+                numbers += [f"{ms['gallery']:,.1f}", f"{ms['peer']:,.1f}", f"{times['ratio']:.2f}"]
+            numbers.append(f"{100 * entry['utilisation']:.0f} %")
         rows.append([PEERS[name].label, PEERS[name].work, entry["peer"], *numbers, f"{entry['target']:g}"])
-    return ["gallery", "work", "peer", "ms", "peer ms", "of peak", "ratio", "target"], rows
+    return ["gallery", "work", "peer", *NUMBERS], rows
 
 
 def is_whole(result: Any) -> bool:
@@ -252,13 +288,13 @@ def is_whole(result: Any) -> bool:
 def terminal(result: dict[str, Any], title: str, caption: str | None = None) -> Table:
     """The table for a terminal of 80 columns: works and peers share one column, so that no number is folded."""
     shown = Table(title=title, title_justify="left", caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    heads, rows = table(result)
     shown.add_column("gallery, work\nand peer", overflow="fold")
-    for heading in heads[3:]:
+    for heading in NUMBERS:
         shown.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-    for (label, work, peer, *numbers), entry in zip(rows, result["peers"].values(), strict=True):
-        reached = "green" if entry.get("ratio", 0.0) >= entry["target"] else "red"
-        cells = [Text(x, reached if heading == "ratio" else "") for heading, x in zip(heads[3:], numbers, strict=True)]
+    for (label, work, peer, *numbers), (name, entry) in zip(table(result)[1], result["peers"].items(), strict=True):
+        decides = CLOCK if PEERS[name].by_the_clock else ONE_THREAD
+        colour = "green" if "not_measured" not in entry and judged(name, entry) >= entry["target"] else "red"
+        cells = [Text(x, colour if heading == decides else "") for heading, x in zip(NUMBERS, numbers, strict=True)]
         shown.add_row(Text(f"{label}, {work}\n  {peer}"), *cells)
     return shown
 
@@ -271,8 +307,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{result['threads']} threads"
     )
     caption = (
-        f"medians of {s['repeats']} rounds in turns; ratio: peer's time over the gallery's; of peak: "
-        "how much of the machine's speed in a large product of matrices the gallery's step reaches"
+        f"medians of {s['repeats']} rounds in turns, processor time on one thread beside the clock; ratio: peer's "
+        "time over the gallery's, coloured where it is held against the target; of peak: how much of the machine's "
+        "speed in a large product of matrices the gallery's step reaches by the clock"
     )
     console.print(terminal(result, title, caption))
     for name, entry in result["peers"].items():

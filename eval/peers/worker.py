@@ -2,10 +2,11 @@
 
     python worker.py NAME SIDE SETTINGS     NAME of WORKS, SIDE "gallery" or "peer", SETTINGS as JSON
 
-It answers the first line {"parameters": ..., "torch": ..., "flops": ...} when it is ready, then the seconds of each
-repeat, one JSON value a line. flops: floating-point operations of a repeat, on the gallery's side only. It may run in
-an environment that holds little but torch and the peer, so it imports what a work needs where it needs it, and nothing
-of this package outside the gallery's own sides.
+When it is ready it answers {"parameters": ..., "threads": ..., "flops": ...}, then for each line the seconds of a
+repeat, {"clock": ..., "processor": ...}. flops: floating-point operations of a repeat, on the gallery's side only.
+processor: of this process and of those that it has started. It may run in an environment that holds little but torch
+and the peer, so it imports what a work needs where it needs it, and nothing of this package outside the gallery's own
+sides.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from typing import Any
 
+import psutil
 import torch
 
 Step = Callable[[], Any]
@@ -355,16 +356,23 @@ def main(name: str, side: str, settings: dict[str, Any]) -> None:
     torch.manual_seed(settings["seed"])
     model, step = WORKS[name][side](settings)
     step()
-    about = {"parameters": sum(p.numel() for p in model.parameters()), "torch": version("torch")}
+    about = {"parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads()}
     if side == "gallery":
         from eval.cost import flops
 
         about["flops"] = flops(step)
     print(json.dumps(about), file=answers, flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        clock, processor = time.perf_counter(), processor_seconds()
         step()
-        print(json.dumps(time.perf_counter() - start), file=answers, flush=True)
+        took = {"clock": time.perf_counter() - clock, "processor": processor_seconds() - processor}
+        print(json.dumps(took), file=answers, flush=True)
+
+
+def processor_seconds() -> float:
+    """What processors have spent on this process and on its children, as a peer may search in some."""
+    children = psutil.Process().children(recursive=True)
+    return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in children)
 
 
 if __name__ == "__main__":

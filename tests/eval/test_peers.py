@@ -48,11 +48,31 @@ def test_sides_are_of_one_size(name):
 def test_two_sides_in_turns(tmp_path):
     result = run(TINY, tmp_path, ["longformer"])
     entry = result["peers"]["longformer"]
-    assert entry["ratio"] == entry["milliseconds"]["peer"] / entry["milliseconds"]["gallery"] > 0
-    least, most = entry["ratio_of_rounds"]
-    assert least <= most and entry["parameters"]["gallery"] > 0
+    for times in (entry, entry["one_thread"]):
+        assert times["ratio"] == times["milliseconds"]["peer"] / times["milliseconds"]["gallery"] > 0
+        least, most = times["ratio_of_rounds"]
+        assert least <= most
+    assert entry["parameters"]["gallery"] > 0
     assert 0 < entry["utilisation"] < 1.5
     json.dumps(result)
+
+
+def test_processors_are_counted_of_children_too():
+    """The port of the Memorizing Transformer searches in some."""
+    before = worker.processor_seconds()
+    code = "import time\nwhile time.process_time() < 0.3:\n    pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        child.stdout.readline()
+        assert worker.processor_seconds() - before >= 0.25
+        child.communicate(b"\n")
+
+
+@pytest.mark.slow
+def test_a_side_has_the_threads_that_it_is_given(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    for threads, found in ((None, 2), (1, 1)):
+        with Side(sys.executable, "transformer", "gallery", TINY, threads) as side:
+            assert side.answer()["threads"] == found
 
 
 @pytest.mark.slow
