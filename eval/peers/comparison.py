@@ -25,11 +25,8 @@ from rich.text import Text
 
 from hf_gallery.variants import VARIANTS
 
-from ..cost import machine_speed
-
 WORKER = Path(__file__).with_name("worker.py")
-ONE_THREAD, CLOCK = "one thread ratio", "ratio"
-NUMBERS = ["one thread ms", "one thread peer ms", ONE_THREAD, "ms", "peer ms", CLOCK, "of peak", "target"]
+MEASURES = {"one_thread": "processor, one thread", "clock": "clock"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +102,7 @@ PEERS = {
         _RECURRENT,
         True,
     ),
-    "transformer": Peer("transformer", "training step", "GPT-2 with sdpa", 0.85),
+    "transformer": Peer("transformer", "training step", "GPT-2 with sdpa", 1.0),
     "transformer_sdpa": Peer("transformer", "training step", "GPT-2 with sdpa", 1.0, setting="with sdpa"),
 }
 
@@ -118,11 +115,11 @@ def run(
 ) -> dict[str, Any]:
     """Measures the comparisons in `names` (None: all). Environments are kept under `folder` for the next time.
 
-    Returns by name: median milliseconds of both sides, their ratio (peer / gallery: how many times as fast the gallery
-    is), its smallest and largest value among the rounds; "one_thread", the same three of the processor time of sides
-    that have one thread, which other work on the machine hardly moves; the target, both parameter counts, and the
-    gallery's utilisation, its floating-point operations a second as a share of what the machine reaches in a large
-    product of matrices; or, where the peer could not be had, {"not_measured": why}.
+    Returns by name the target, both parameter counts, and under "clock" and "one_thread" (processor time of sides that
+    have one thread, which other work on the machine hardly moves) median milliseconds of both sides, their ratio (peer
+    over gallery: how many times as fast the gallery is), its smallest and largest value among the rounds, and the
+    gallery's utilisation, its floating-point operations a second as a share of those in a large product of matrices,
+    measured in the same turns; or, where the peer could not be had, {"not_measured": why}.
     """
     found: dict[str, Any] = {}
     for name in PEERS if names is None else names:
@@ -169,52 +166,48 @@ def environment(requires: tuple[str, ...], bare: bool, folder: Path) -> str:
 
 
 def _compare(name: str, python: str, settings: PeerSettings, tick: Callable[[str], None]) -> dict[str, Any]:
-    about, turns = _turns(name, python, settings, None, tick)
-    speed = machine_speed(torch.device("cpu"))
-    _, turns_of_one = _turns(name, python, settings, 1, tick)
-    tokens = settings.decode_tokens if name.endswith("decode") else 1
-    clock = _times([{side: value["clock"] for side, value in turn.items()} for turn in turns], tokens)
-    one = _times([{side: value["processor"] for side, value in turn.items()} for turn in turns_of_one], tokens)
-    step = 1e-3 * tokens * clock["milliseconds"]["gallery"]  # seconds
-    return clock | {
-        "one_thread": one,
-        "parameters": {side: entry["parameters"] for side, entry in about.items()},
-        "utilisation": about["gallery"]["flops"] / step / speed,
-    }
+    about, clock = _turns(name, python, settings, "clock", tick)
+    _, one_thread = _turns(name, python, settings, "one_thread", tick)
+    parameters = {side: entry["parameters"] for side, entry in about.items()}
+    return {"clock": clock, "one_thread": one_thread, "parameters": parameters}
 
 
 def _turns(
-    name: str, python: str, settings: PeerSettings, threads: int | None, tick: Callable[[str], None]
-) -> tuple[dict[str, Any], list[dict[str, dict[str, float]]]]:
-    """What both sides say of themselves, and their seconds turn by turn. threads: None = as many as torch takes."""
+    name: str, python: str, settings: PeerSettings, measure: str, tick: Callable[[str], None]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What both sides say of themselves, and how they compare by one of MEASURES."""
+    threads, time = (1, "processor") if measure == "one_thread" else (None, "clock")
     with (
         Side(sys.executable, name, "gallery", settings, threads) as ours,
         Side(python, name, "peer", settings, threads) as theirs,
     ):
         sides = {"gallery": ours, "peer": theirs}
         about = {which: side.answer() for which, side in sides.items()}
-        turns = []
+        seconds: dict[str, list[float]] = {"gallery": [], "peer": [], "product": []}
         for turn in range(settings.repeats):
-            tick(f"{name}{', one thread' if threads == 1 else ''}: {turn + 1} of {settings.repeats}")
-            order = list(sides) if turn % 2 else list(sides)[::-1]
-            turns.append({which: sides[which].repeat() for which in order})
-    return about, turns
-
-
-def _times(turns: list[dict[str, float]], tokens: int) -> dict[str, Any]:
-    """Median milliseconds (of a token, where a repeat is many) of both sides, and how they compare."""
-    middle = {side: statistics.median(turn[side] for turn in turns) for side in ("gallery", "peer")}
-    rounds = [turn["peer"] / turn["gallery"] for turn in turns]
-    return {
-        "milliseconds": {side: 1e3 * value / tokens for side, value in middle.items()},
+            tick(f"{name}, {MEASURES[measure]}: {turn + 1} of {settings.repeats}")
+            for which in list(sides) if turn % 2 else list(sides)[::-1]:
+                seconds[which].append(sides[which].seconds("step")[time])
+            seconds["product"].append(ours.seconds("product")[time])
+    middle = {what: statistics.median(values) for what, values in seconds.items()}
+    rounds = [theirs / ours for ours, theirs in zip(seconds["gallery"], seconds["peer"], strict=True)]
+    flops = about["gallery"]["flops"]
+    tokens = settings.decode_tokens if name.endswith("decode") else 1
+    return about, {
+        "milliseconds": {side: 1e3 * middle[side] / tokens for side in sides},
         "ratio": middle["peer"] / middle["gallery"],
         "ratio_of_rounds": [min(rounds), max(rounds)],
+        "utilisation": (flops["step"] / middle["gallery"]) / (flops["product"] / middle["product"]),
     }
 
 
 def judged(name: str, entry: dict[str, Any]) -> float:
-    """The ratio that the target is about: of processor time on one thread, or of the clock's."""
-    return (entry if PEERS[name].by_the_clock else entry["one_thread"])["ratio"]
+    """The ratio that the target is about."""
+    return entry[_decides(name)]["ratio"]
+
+
+def _decides(name: str) -> str:
+    return "clock" if PEERS[name].by_the_clock else "one_thread"
 
 
 class Side:
@@ -254,27 +247,27 @@ class Side:
             raise PeerError(f"{self.what} stopped: {words[-1] if words else 'it said nothing'}")
         return json.loads(line)
 
-    def repeat(self) -> dict[str, float]:
-        """Seconds of doing the work once more: by the clock, and of processors."""
+    def seconds(self, what: str) -> dict[str, float]:
+        """Seconds of doing "step", or "product", once more: by the clock, and of processors."""
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
+        self.process.stdin.write(f"{what}\n")
         self.process.stdin.flush()
         return self.answer()
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows, one for each comparison; dashes where the peer could not be had."""
+    """Headings and rows, two for each comparison, the target in the one that it is about; dashes where the peer could
+    not be had."""
     rows = []
     for name, entry in result["peers"].items():
-        numbers = ["-"] * 7
-        if "not_measured" not in entry:
-            numbers = []
-            for times in (entry["one_thread"], entry):
-                ms = times["milliseconds"]
-                numbers += [f"{ms['gallery']:,.1f}", f"{ms['peer']:,.1f}", f"{times['ratio']:.2f}"]
-            numbers.append(f"{100 * entry['utilisation']:.0f} %")
-        rows.append([PEERS[name].label, PEERS[name].work, entry["peer"], *numbers, f"{entry['target']:g}"])
-    return ["gallery", "work", "peer", *NUMBERS], rows
+        for measure, title in MEASURES.items():
+            numbers, target = ["-"] * 4, f"{entry['target']:g}" if measure == _decides(name) else ""
+            if "not_measured" not in entry:
+                times = entry[measure]
+                numbers = [f"{times['milliseconds'][side]:,.1f}" for side in ("gallery", "peer")]
+                numbers += [f"{times['ratio']:.2f}", f"{100 * times['utilisation']:.0f} %"]
+            rows.append([PEERS[name].label, PEERS[name].work, entry["peer"], title, *numbers, target])
+    return ["gallery", "work", "peer", "time", "ms", "peer ms", "ratio", "of peak", "target"], rows
 
 
 def is_whole(result: Any) -> bool:
@@ -288,14 +281,18 @@ def is_whole(result: Any) -> bool:
 def terminal(result: dict[str, Any], title: str, caption: str | None = None) -> Table:
     """The table for a terminal of 80 columns: works and peers share one column, so that no number is folded."""
     shown = Table(title=title, title_justify="left", caption=caption, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    heads, rows = table(result)
     shown.add_column("gallery, work\nand peer", overflow="fold")
-    for heading in NUMBERS:
-        shown.add_column(heading.replace(" ", "\n"), justify="right", no_wrap=True)
-    for (label, work, peer, *numbers), (name, entry) in zip(table(result)[1], result["peers"].items(), strict=True):
-        decides = CLOCK if PEERS[name].by_the_clock else ONE_THREAD
+    for heading in heads[3:]:
+        shown.add_column(heading.replace(" ", "\n"), justify="left" if heading == "time" else "right", no_wrap=True)
+    pairs = zip(rows[::2], rows[1::2], result["peers"].items(), strict=True)
+    for one_thread, clock, (name, entry) in pairs:
+        label, work, peer = one_thread[:3]
         colour = "green" if "not_measured" not in entry and judged(name, entry) >= entry["target"] else "red"
-        cells = [Text(x, colour if heading == decides else "") for heading, x in zip(NUMBERS, numbers, strict=True)]
-        shown.add_row(Text(f"{label}, {work}\n  {peer}"), *cells)
+        for said, row in ((f"{label}, {work}", one_thread), (f"  {peer}", clock)):
+            time, *numbers, target = row[3:]
+            cells = [Text(x, colour if target else "") for x in numbers]
+            shown.add_row(Text(said), time.split(",")[0], *cells, target)
     return shown
 
 
@@ -307,9 +304,9 @@ def show(result: dict[str, Any], console: Console) -> None:
         f"{result['threads']} threads"
     )
     caption = (
-        f"medians of {s['repeats']} rounds in turns, processor time on one thread beside the clock; ratio: peer's "
-        "time over the gallery's, coloured where it is held against the target; of peak: how much of the machine's "
-        "speed in a large product of matrices the gallery's step reaches by the clock"
+        f"medians of {s['repeats']} rounds in turns, processor time with one thread each and the clock; ratio: peer's "
+        "time over the gallery's; of peak: how much of the machine's speed in a large product of matrices the "
+        "gallery's step reaches"
     )
     console.print(terminal(result, title, caption))
     for name, entry in result["peers"].items():

@@ -2,11 +2,12 @@
 
     python worker.py NAME SIDE SETTINGS     NAME of WORKS, SIDE "gallery" or "peer", SETTINGS as JSON
 
-When it is ready it answers {"parameters": ..., "threads": ..., "flops": ...}, then for each line the seconds of a
-repeat, {"clock": ..., "processor": ...}. flops: floating-point operations of a repeat, on the gallery's side only.
-processor: of this process and of those that it has started. It may run in an environment that holds little but torch
-and the peer, so it imports what a work needs where it needs it, and nothing of this package outside the gallery's own
-sides.
+When it is ready it answers {"parameters": ..., "threads": ..., "flops": ...}, then for each line, "step" or "product",
+the seconds of doing that once more, {"clock": ..., "processor": ...}, one JSON value a line. A product, of two large
+matrices, tells what the machine reaches; it and flops, the floating-point operations of both, are the gallery's side's
+only. processor: of this process and of those that it has started. The other side may run in an environment that holds
+little but torch and the peer, so what a work needs is imported where it needs it, and nothing of this package outside
+the gallery's own side.
 """
 
 from __future__ import annotations
@@ -357,14 +358,18 @@ def main(name: str, side: str, settings: dict[str, Any]) -> None:
     model, step = WORKS[name][side](settings)
     step()
     about = {"parameters": sum(p.numel() for p in model.parameters()), "threads": torch.get_num_threads()}
+    works = {"step": step}
     if side == "gallery":
-        from eval.cost import flops
+        from eval.cost import PRODUCT, flops
 
-        about["flops"] = flops(step)
+        a, b = torch.randn(2, PRODUCT["cpu"], PRODUCT["cpu"])  # (n, n) each
+        works["product"] = lambda: a @ b
+        works["product"]()
+        about["flops"] = {what: flops(work) for what, work in works.items()}
     print(json.dumps(about), file=answers, flush=True)
-    for _ in sys.stdin:
+    for line in sys.stdin:
         clock, processor = time.perf_counter(), processor_seconds()
-        step()
+        works[line.strip()]()
         took = {"clock": time.perf_counter() - clock, "processor": processor_seconds() - processor}
         print(json.dumps(took), file=answers, flush=True)
 
