@@ -280,6 +280,14 @@ def _block_recurrent_peer(settings):
 # ---- Memorizing Transformer, against memorizing-transformers-pytorch
 
 
+def _segments(settings):
+    """A new segment for each step: one that came again and again would fill a memory with copies, all equally near."""
+    generator = torch.Generator().manual_seed(settings["seed"] + 1)
+    while True:
+        shape = settings["memorizing_batch"], settings["segment"]
+        yield torch.randint(0, settings["vocabulary"], shape, generator=generator)
+
+
 def _memorizing_gallery(settings):
     from hf_gallery import GalleryCache, GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM
 
@@ -297,9 +305,10 @@ def _memorizing_gallery(settings):
     with torch.no_grad():
         for part in _tokens(settings, batch, settings["memories"]).split(segment, dim=1):
             model(input_ids=part, past_key_values=cache, logits_to_keep=1)
-    ids = _tokens(settings, batch, segment)
+    segments = _segments(settings)
 
     def step():
+        ids = next(segments)
         model(input_ids=ids, past_key_values=cache, labels=ids).loss.backward()
         model.zero_grad()
 
@@ -327,15 +336,17 @@ def _memorizing_peer(settings):
     ).train()
     memories = model.create_knn_memories(batch_size=batch)
     carried = {"xl": None}
-    ids = _tokens(settings, batch, segment)
+    segments = _segments(settings)
 
     def step():
+        ids = next(segments)
         loss, carried["xl"] = model(ids, knn_memories=memories, xl_memories=carried["xl"], labels=ids)
         loss.backward()
         model.zero_grad()
 
     with torch.no_grad():
         for _ in range(max(1, settings["memories"] // segment - settings["repeats"] // 2)):
+            ids = next(segments)
             _, carried["xl"] = model(ids, knn_memories=memories, xl_memories=carried["xl"], labels=ids)
     return model, step
 
