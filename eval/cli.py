@@ -195,7 +195,8 @@ def compare_command(
             raise ValueError(f"{first} and {second} measured nothing that both have")
     except ValueError as error:
         raise _refuse(error) from None
-    compare.show((Path(first).stem, Path(second).stem), found, console)
+    names = Path(first).stem, Path(second).stem
+    compare.show(names if names[0] != names[1] else (first, second), found, console)
 
 
 @app.command("attention")

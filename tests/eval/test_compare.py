@@ -65,6 +65,10 @@ def test_the_command(tmp_path, results):
     run = CliRunner().invoke(app, ["compare", str(QUICK), "mine", "--runs", str(tmp_path)], env={"COLUMNS": "200"})
     assert run.exit_code == 0, run.output
     assert "│ Transformer-XL " in run.output and "│ Longformer " not in run.output
+    (tmp_path / "mine").rename(tmp_path / "quick")  # of one name, they are told apart by what was typed
+    run = CliRunner().invoke(app, ["compare", str(QUICK), "quick", "--runs", str(tmp_path)], env={"COLUMNS": "400"})
+    assert f"{QUICK} and quick" in run.output
+    (tmp_path / "quick").rename(tmp_path / "mine")
     missing = CliRunner().invoke(app, ["compare", str(QUICK), "nothing", "--runs", str(tmp_path)])
     assert missing.exit_code == 2 and "missing or damaged" in " ".join(missing.output.split())
     results["summary"].clear()
