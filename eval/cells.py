@@ -211,6 +211,19 @@ class Run:
             )
         return saved
 
+    def adopt(self, results: dict[str, Any], cells: list[Cell]) -> int:
+        """Takes into the folder, of those cells that it has not, what results of another run hold of them, where it
+        was measured with their settings. Returns how many these are."""
+        found = {(entry["task"], entry["contestant"], entry["seed"]): entry for entry in results["cells"]}
+        number = 0
+        for cell in cells:
+            entry = found.get((cell.task, cell.contestant, cell.seed), {})
+            alike = _is_whole(entry) and entry["settings"] == cell.settings
+            if alike and not _is_whole(read_json(self.path(cell))):
+                write_json(self.path(cell), entry)
+                number += 1
+        return number
+
     def forget(self) -> None:
         """Removes every saved cell."""
         for path in (self.folder / "cells").glob("*.json"):

@@ -94,6 +94,12 @@ def run(
             min=1, envvar="GALLERY_WORKERS", help="Cells measured at once; default: one for each core, on a GPU one."
         ),
     ] = None,
+    reuse: Annotated[
+        Path | None,
+        typer.Option(
+            help="A results.json; what it holds that was measured with this run's settings is taken from it."
+        ),
+    ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what this run has measured before.")] = False,
     stale: Annotated[
         bool, typer.Option("--stale", help="Measure anew what other code than this has measured.")
@@ -121,8 +127,11 @@ def run(
         folder = Run(_folder(runs / (name or chosen.name)))
         if fresh and process.of > 1:
             raise ValueError(f"--fresh is for one process; remove {folder.folder / 'cells'} and launch again")
+        published = None if reuse is None else report.read_file(reuse)
         if fresh:
             folder.forget()
+        if published is not None:
+            shown.print(f"{folder.adopt(published, cells)} of {len(cells)} cells are taken from {reuse}")
         beside = None
         if process.of == 1 and (many := count(where, workers)) > 1:
             plan = functools.partial(benchmark.plan_by_names, *asked, own=own)

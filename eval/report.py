@@ -22,7 +22,11 @@ RESULTS, PAGE = "results.json", "report.html"
 def read(name: str, runs: Path) -> dict[str, Any]:
     """The results of a finished run, by its name or by the path of its results.json. Raises ValueError if there are
     none."""
-    path = Path(name) if name.endswith(".json") else runs / name / RESULTS
+    return read_file(Path(name) if name.endswith(".json") else runs / name / RESULTS)
+
+
+def read_file(path: Path) -> dict[str, Any]:
+    """The results in a file. Raises ValueError if it is missing, or not as a run writes it."""
     try:
         results = read_json(path)
     except OSError as error:

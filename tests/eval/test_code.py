@@ -101,6 +101,23 @@ def test_stale_cells_stay_unless_they_are_asked_for(tmp_path):
     assert calls == ["b", *"abc"] and "other code" not in said
 
 
+def test_a_run_takes_from_other_results_what_was_measured_alike(tmp_path):
+    """Cells of the same settings that it has not; those of other code are counted as such."""
+    calls, others, own = [], Run(tmp_path / "others"), Run(tmp_path / "own")
+    console = Console(record=True, file=open("/dev/null", "w"), width=200)  # noqa: SIM115
+    others.complete([cell(name, "old", calls) for name in "abcd"], CPU, "test", console)
+    results = {"cells": others.saved()}
+    results["cells"][1]["settings"] = {"steps": 5}
+    del results["cells"][2]["result"]
+    own.complete([cell("d", "new", calls)], CPU, "test", console)
+    wanted = [cell(name, "new", calls) for name in "abcde"]
+    assert own.adopt(results, wanted) == 1 and own.adopt(results, wanted) == 0
+    calls.clear()
+    found = own.complete(wanted, CPU, "test", console)
+    assert [one["result"] for one in found] == ["old", "new", "new", "new", "new"] and calls == [*"bce"]
+    assert "1 of 5 cells were measured by other code" in console.export_text()
+
+
 def test_results_say_by_how_many_versions_they_were_measured():
     def told(*codes):
         return code.told({"task": task} | ({"code": known} if known else {}) for task, known in codes)

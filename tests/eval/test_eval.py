@@ -403,6 +403,11 @@ def test_the_whole_run(tiny):
     assert second.exit_code == 0 and f"{len(before)} of {len(before)} cells" in second.output
     assert {path: path.stat().st_mtime_ns for path in (folder / "cells").iterdir()} == before
     assert read_json(folder / report.RESULTS) == results
+    another = invoke(*everyone, "--name", "another", "--reuse", str(folder / report.RESULTS))
+    assert another.exit_code == 0 and f"{len(before)} of {len(before)} cells are taken from" in another.output
+    assert read_json(Path("runs/another") / report.RESULTS) == results
+    wrong = invoke(*everyone, "--name", "another", "--reuse", "nothing.json")
+    assert wrong.exit_code == 2 and "nothing.json is missing or damaged" in wrong.output
     again = invoke("report", "tiny")
     assert again.exit_code == 0 and "Transformer-XL" in again.output
     blocks = invoke("report", "tiny", "--markdown").output.strip().split("\n\n")
