@@ -158,7 +158,8 @@ def findings(found: Look) -> list[str]:
             f"Its intervals allow a token to move losses up to {farthest:,} tokens later"
             + (", and what it carries beside them goes on from there" if found.reach.further else "")
             + (
-                f"; changed tokens moved losses a thousandth of a bit up to {int(seen.max()):,} later."
+                f"; among the first {len(found.reach.changed):,}, changed ones moved losses a thousandth of a bit up "
+                f"to {int(seen.max()):,} later."
                 if len(seen)
                 else "."
             )
@@ -237,6 +238,8 @@ def drawing(
     def spoken(x: float) -> str:
         return f"{round(2**x):,}" if powers else f"{x:,.0f}"
 
+    middle = base if low < base < high else (low + high) / 2
+    levels = [y for y in (low, middle, high) if y == middle or abs(place(left, y)[1] - place(left, middle)[1]) >= 16]
     return {
         "across": across,
         "up": up,
@@ -246,9 +249,7 @@ def drawing(
         "marks": [(name, round(place(x, 0)[0], 1)) for name, x in marks.items()],
         "zero": round(place(left, base)[1], 1),
         "ticks_x": [(round(place(x, 0)[0], 1), spoken(x)) for x in (left, (left + right) / 2, right)],
-        "ticks_y": [
-            (round(place(left, y)[1], 1), f"{10**y if powers else y:.2g}") for y in (low, (low + high) / 2, high)
-        ],
+        "ticks_y": [(round(place(left, y)[1], 1), f"{10**y if powers else y:.2g}") for y in levels],
         "left": LEFT,
         "width": WIDTH,
         "height": HEIGHT,

@@ -14,7 +14,7 @@ from variants import VARIANTS, causal, words
 from hf_gallery import GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM, look
 from hf_gallery.cli import app
 from hf_gallery.data import byte_tokenizer
-from hf_gallery.looking.page import data, legible, page, words_of
+from hf_gallery.looking.page import data, drawing, legible, page, words_of
 
 TEXT = "A tale </script><b>of</b> “two” cities.\n" * 6
 
@@ -113,6 +113,19 @@ def test_parts_of_characters_are_shown_as_the_character():
     assert parts == {1: "<E2>", 2: "<80>", 3: "<9C>", 5: " <C3>", 6: "<A9>", 7: "<F0><9F>", 8: "<98><80>"}
     for read in ("<E2>,<80>,x,<9C>", "<FF>,<80>", "<E2>,<80>,<8B>", "<E2>, <80>,<9C>"):
         assert legible(read.split(",")) == (read.split(","), {})
+
+
+def test_a_drawing_that_goes_below_zero_marks_it():
+    """Numbers beside its axis do not stand on one another."""
+    for values, expected in (
+        ((-0.5, 1), "-0.5 0 1"),
+        ((-0.01, 1), "0 1"),
+        ((0.2, 1), "0 0.5 1"),
+        ((-1, -0.5), "-1 -0.5 0"),
+    ):
+        about = drawing({"a": [(0, values[0]), (1, values[1])]}, across="x", up="y")
+        assert " ".join(text for _, text in about["ticks_y"]) == expected
+    assert about["zero"] == about["ticks_y"][2][0]
 
 
 @pytest.mark.parametrize(
