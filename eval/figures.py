@@ -483,7 +483,7 @@ def _costs(entries: Entries) -> list[Plot]:
         values = [(p.y, p.limits) for s in series for p in s.points]
         y = _powers(about.unit, values) if about.logarithmic else _measured(about.unit, [(0.0, None), *values])
         said = about.unbanded and f" {about.unbanded}"
-        caption = about.caption + (said or _bands(series, "of the median", "the spread of times"))
+        caption = about.caption + (said or _bands(series, "of the median", "six times or more of each"))
         plots.append(Plot(about.title, caption, COST, x, y, tuple(series), stops))
     return plots
 

@@ -21,7 +21,9 @@ def main():
     run = torch.export.load(arguments.folder / "model.pt2").module()
     check = torch.load(arguments.folder / "check.pt", weights_only=True)
     logits = run(check["ids"]).detach()
-    torch.testing.assert_close(logits, check["logits"], rtol=1e-4, atol=1e-5)
+    # Of float32, whose sums another order of the same numbers moves, the more the larger the logits are.
+    largest = float(check["logits"].abs().max())
+    torch.testing.assert_close(logits, check["logits"], rtol=0, atol=1e-5 * max(1.0, largest))
     loaded = sorted({"hf_gallery", "transformers"} & set(sys.modules))
     if loaded:
         raise SystemExit(f"loaded here: {', '.join(loaded)}; an exported model needs torch alone")

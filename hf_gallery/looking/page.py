@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from .text import Look
 from .watch import NOTHING, Sources
@@ -20,7 +22,9 @@ SEGMENTS = 60  # points of a curve over the text
 FETCHED = 12  # passages that are listed
 WIDTH, HEIGHT = 640, 210  # of a drawing
 LEFT = 84  # of it, for the numbers beside
+MOST_BITS = 2**16 - 1  # tenths of a bit that the script is given
 LEAST = 1e-4  # of the greatest, that a drawing of the reach shows
+BYTES = re.compile(r"([\x00-\x7f]*?)((?:<[0-9A-F]{2}>)+)")  # a token that holds a part of a character, from `words_of`
 SPOKEN = {
     "segment": "its own segment",
     "window": "the window",
@@ -32,6 +36,7 @@ SPOKEN = {
 
 def page(found: Look, words: list[str], title: str, command: str = "") -> str:
     """The page of a look. words: each token as it is read. title: of what was read by what. command: that made it."""
+    words, parts = legible(words)
     return (
         environment()
         .get_template("look.html")
@@ -52,7 +57,8 @@ def page(found: Look, words: list[str], title: str, command: str = "") -> str:
             ],
             passages=passage_rows(found, words),
             passage_length=found.passage_length,
-            data=data(found, words),
+            parts=parts,
+            data=data(found, words) | {"parts": parts},
         )
     )
 
@@ -76,12 +82,50 @@ def environment(*folders: Path) -> Environment:
 
 def words_of(tokenizer: Any, ids: torch.Tensor) -> list[str]:
     """Each token as it is read; bytes that are no text by themselves as <E2>."""
-    kinds = ids.unique().tolist()
     known = {}
-    for kind in kinds:
+    for kind in ids.unique().tolist():
         word = tokenizer.decode([kind], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        known[kind] = f"<{kind:02X}>" if "\ufffd" in word and kind < 256 else word
+        known[kind] = word if "\ufffd" not in word else _bytes_of(tokenizer.convert_ids_to_tokens(kind)) or word
     return [known[x] for x in ids.tolist()]
+
+
+def _bytes_of(token: str) -> str | None:
+    """The bytes that a vocabulary names so, as <E2>, those of ASCII as they are; None if its names are others."""
+    if re.fullmatch("<0x[0-9A-F]{2}>", token):  # of SentencePiece
+        return f"<{token[3:5]}>"
+    byte_of = {name: byte for byte, name in bytes_to_unicode().items()}  # of GPT-2 and the gallery
+    found = [byte_of.get(name, -1) for name in token]
+    if min(found) < 0 or max(found) < 128:
+        return None
+    return "".join(chr(x) if x < 128 else f"<{x:02X}>" for x in found)
+
+
+def legible(words: list[str]) -> tuple[list[str], dict[int, str]]:
+    """Words as they are shown, and by position those that are parts of a character, as they are. Its last part shows
+    the character, each before it a dot; bytes that make none stay as they are."""
+    shown, parts = list(words), {}
+    waiting: list[tuple[int, str]] = []  # parts so far, with the text before each
+    read = b""
+    for i, word in enumerate(words):
+        found = BYTES.fullmatch(word)
+        if found is None or (waiting and found[1]):
+            waiting, read = [], b""
+        if found is None:
+            continue
+        waiting.append((i, found[1]))
+        read += bytes.fromhex(re.sub("[<>]", "", found[2]))
+        try:
+            text = read.decode()
+        except UnicodeDecodeError as error:
+            if error.reason != "unexpected end of data":
+                waiting, read = [], b""
+            continue
+        if text.isprintable():
+            for place, before in waiting:
+                shown[place], parts[place] = before + "·", words[place]
+            shown[i] = waiting[-1][1] + text
+        waiting, read = [], b""
+    return shown, parts
 
 
 def findings(found: Look) -> list[str]:
@@ -114,7 +158,8 @@ def findings(found: Look) -> list[str]:
             f"Its intervals allow a token to move losses up to {farthest:,} tokens later"
             + (", and what it carries beside them goes on from there" if found.reach.further else "")
             + (
-                f"; changed tokens moved losses a thousandth of a bit up to {int(seen.max()):,} later."
+                f"; among the first {len(found.reach.changed):,}, changed ones moved losses a thousandth of a bit up "
+                f"to {int(seen.max()):,} later."
                 if len(seen)
                 else "."
             )
@@ -193,6 +238,8 @@ def drawing(
     def spoken(x: float) -> str:
         return f"{round(2**x):,}" if powers else f"{x:,.0f}"
 
+    middle = base if low < base < high else (low + high) / 2
+    levels = [y for y in (low, middle, high) if y == middle or abs(place(left, y)[1] - place(left, middle)[1]) >= 16]
     return {
         "across": across,
         "up": up,
@@ -202,9 +249,7 @@ def drawing(
         "marks": [(name, round(place(x, 0)[0], 1)) for name, x in marks.items()],
         "zero": round(place(left, base)[1], 1),
         "ticks_x": [(round(place(x, 0)[0], 1), spoken(x)) for x in (left, (left + right) / 2, right)],
-        "ticks_y": [
-            (round(place(left, y)[1], 1), f"{10**y if powers else y:.2g}") for y in (low, (low + high) / 2, high)
-        ],
+        "ticks_y": [(round(place(left, y)[1], 1), f"{10**y if powers else y:.2g}") for y in levels],
         "left": LEFT,
         "width": WIDTH,
         "height": HEIGHT,
@@ -235,14 +280,15 @@ def passage_rows(found: Look, words: list[str]) -> list[dict[str, Any]]:
 
 
 def data(found: Look, words: list[str]) -> dict[str, Any]:
-    """The data of the page's script. Shares of sources are bytes, 255 for all; bits are in tenths."""
+    """The data of the page's script. Shares of sources are bytes, 255 for all; bits are in tenths, of two bytes, the
+    lower first."""
     layers = found.weights.shape[1]
     by_layer = found.weights.mean(2)  # (T, layers, Z)
     names = [i for i, name in enumerate(found.sources) if _appears(found, name)]
-    surprise = found.surprise.nan_to_num(0).mul(10).round().clamp(0, 255).to(torch.uint8)
+    surprise = found.surprise.nan_to_num(0).mul(10).round().clamp(0, MOST_BITS).to(torch.int32)
     return {
         "words": words,
-        "bits": _packed(surprise),
+        "bits": base64.b64encode(surprise.numpy().astype("<u2").tobytes()).decode(),
         "shares": _packed(by_layer[..., names].mul(255).round().to(torch.uint8)),
         "sources": [found.sources[i] for i in names],
         "layers": layers,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -79,8 +80,8 @@ def look(
     measures on the beginning how far back tokens matter. progress: is told (what, done, of how much). inputs: more for
     an encoder; for a causal Longformer global_attention_mask, (T,) or (1, T).
 
-    Raises ValueError for a text of fewer than two tokens, positions that are not in it, and other inputs of a causal
-    model; TypeError for a model that is no stack of the gallery.
+    Raises ValueError for a text of fewer than two tokens, positions that are not in it, padding, other inputs of a
+    causal model, and a model whose numbers are NaN; TypeError for a model that is no stack of the gallery.
 
     >>> import torch
     >>> from hf_gallery import GalleryTransformerXLConfig, GalleryTransformerXLForCausalLM, look
@@ -90,10 +91,19 @@ def look(
     >>> found.sources, found.weights.shape, list(found.worth)
     (('segment', 'memory', 'nothing'), torch.Size([15, 2, 4, 3]), ['memory emptied', 'window halved'])
     """
-    ids = torch.as_tensor(ids)
+    try:
+        ids = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"ids are a {type(ids).__name__}; give those of one text that a tokenizer made, (T,) or (1, T)"
+        ) from error
     ids = ids[0] if ids.dim() == 2 and len(ids) == 1 else ids
     if ids.dim() != 1 or len(ids) < 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"ids are {ids.dtype} {tuple(ids.shape)}; give one text of 2 or more ids, (T,) or (1, T)")
+    try:
+        at = [operator.index(x) for x in at]  # of a tensor too
+    except TypeError as error:
+        raise ValueError(f"at is {at}; give positions of tokens, whole numbers in a list") from error
     wrong = [x for x in at if not 0 <= x < len(ids)]
     if wrong:
         raise ValueError(f"at holds {wrong[0]}; the text has the positions 0 to {len(ids) - 1}")
@@ -108,12 +118,24 @@ def look(
         found = (
             _read(model, ids, at, most, progress, marks) if predicts else _read_at_once(model, ids, at, most, inputs)
         )
+        _check_numbers(found, predicts)
         if predicts and worth:
             found.worth = measure_worth(model, ids, progress, marks)
         if predicts and reach:
             further = any(x not in ("window", "segment", "memory", NOTHING) for x in found.sources)
             found.reach = measure_reach(model, ids, found.first, further, progress, marks=marks)
     return found
+
+
+def _check_numbers(found: Look, predicts: bool):
+    """Raises ValueError where a reading gave NaN, of which no sum says anything."""
+    of = found.surprise[1:] if predicts else found.weights.sum((1, 2, 3))
+    if bool(of.isnan().any()):
+        token = int(of.isnan().nonzero()[0]) + int(predicts)
+        raise ValueError(
+            f"{'the surprise' if predicts else 'the attention'} of token {token} is NaN; the model's weights or "
+            "activations are not finite, so give another checkpoint, or read in float32"
+        )
 
 
 def _marks(config: Any, ids: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor | None:
@@ -238,6 +260,9 @@ def _read(
 def _read_at_once(model: Any, ids: torch.Tensor, at: Sequence[int], most: int, inputs: dict[str, Any]) -> Look:
     """An encoder's reading, which sees all at once; without any that are asked for, tokens spread over the text are
     shown."""
+    mask = inputs.get("attention_mask")
+    if mask is not None and not bool((torch.as_tensor(mask) == 1).all()):
+        raise ValueError("attention_mask marks padding; look reads one text as it is, so give its ids without any")
     with Watch(model, marks="global_attention_mask" in inputs) as watch:
         notes = Notes(watch, len(ids), set(at), 0)
         notes.at |= set(torch.linspace(0, len(ids) - 1, min(most, len(ids))).long().tolist())

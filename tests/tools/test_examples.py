@@ -189,9 +189,16 @@ def test_export_and_run_without_the_package(tmp_path):
     loaded = subprocess.run([sys.executable, "-c", run], **options)
     assert loaded.returncode == 1 and "loaded here: hf_gallery;" in loaded.stderr
     check = torch.load(tmp_path / "exported" / "check.pt")
-    torch.save(check | {"logits": check["logits"] + 1}, tmp_path / "exported" / "check.pt")
+    torch.save(check | {"logits": check["logits"] + 1e-3}, tmp_path / "exported" / "check.pt")
     wrong = subprocess.run(command, **options)
     assert wrong.returncode == 1 and "not close" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_export_of_a_trained_model(tmp_path):
+    """Whose logits are large, and rounded as they are."""
+    said = example("export_model.py", tmp_path, ROOT / "zoo" / "longformer", "exported")
+    assert "3 rows of 256 tokens without hf_gallery" in said
 
 
 @pytest.mark.slow

@@ -301,6 +301,9 @@ def test_what_cannot_be_looked_at_is_refused_by_name():
         (words(2, 9), {}, "give one text"),
         (words(1), {}, "2 or more"),
         (words(9), dict(at=[9]), "positions 0 to 8"),
+        ("a tale", {}, "ids are a str"),
+        (words(9), dict(at=3), "at is 3; give positions"),
+        (words(9), dict(at=[1.5]), "whole numbers in a list"),
         (words(9), dict(most=-1), "most is -1"),
         (words(9), dict(attention_mask=torch.ones(1, 9)), "attention_mask is given"),
         (words(9), dict(global_attention_mask=torch.ones(1, 9)), "global_attention_mask is given"),
@@ -315,6 +318,22 @@ def test_what_cannot_be_looked_at_is_refused_by_name():
         look(torch.nn.Linear(2, 2), words(9))
 
 
+def test_padding_and_numbers_that_are_none_are_refused():
+    """A reading of either would be a page of wrong numbers."""
+    variants = {v.name: v for v in VARIANTS}
+    encoder, mask = variants["longformer"].make("masked"), torch.ones(1, 9, dtype=torch.long)
+    assert_equal(look(encoder, words(9), attention_mask=mask).weights, look(encoder, words(9)).weights)
+    for padded in (mask.index_fill(1, torch.tensor([0, 1]), 0), mask.index_fill(1, torch.tensor([7, 8]), 0)):
+        with pytest.raises(ValueError, match="attention_mask marks padding"):
+            look(encoder, words(9), attention_mask=padded)
+    causal = variants["transformer_xl"].make("causal")
+    for model, message in ((causal, "surprise of token 1"), (encoder, "attention of")):
+        with torch.no_grad():
+            model.get_input_embeddings().weight.fill_(math.nan)
+        with pytest.raises(ValueError, match=f"{message}.* is NaN"):
+            look(model, words(9))
+
+
 def test_a_look_leaves_the_model_as_it_was():
     """Its mode, its hooks and its weights; a cache of its own is all that it reads with."""
     model = {v.name: v for v in VARIANTS}["memorizing"].make("causal").train()
@@ -327,9 +346,10 @@ def test_a_look_leaves_the_model_as_it_was():
 
 def test_tokens_that_are_asked_for_are_shown_beside_those_of_most_surprise():
     model = {v.name: v for v in VARIANTS}["transformer_xl"].make("causal").eval()
-    found = look(model, words(30), at=[5, 9], most=3, worth=False, reach=False)
-    best = found.surprise[1:].topk(3).indices.tolist()
-    assert set(found.shown) == {4, 8, *best}
+    for at in ([5, 9], torch.tensor([5, 9])):
+        found = look(model, words(30), at=at, most=3, worth=False, reach=False)
+        best = found.surprise[1:].topk(3).indices.tolist()
+        assert set(found.shown) == {4, 8, *best}
 
 
 def test_a_cache_forgets_no_columns():

@@ -1,6 +1,8 @@
 """The page of `hf-gallery look`: in a real browser, as wide as a phone and as a desk, by mouse and by keyboard."""
 
+import base64
 import json
+import math
 import re
 
 import pytest
@@ -12,7 +14,7 @@ from variants import VARIANTS, causal, words
 from hf_gallery import GalleryMemorizingTransformerConfig, GalleryMemorizingTransformerForCausalLM, look
 from hf_gallery.cli import app
 from hf_gallery.data import byte_tokenizer
-from hf_gallery.looking.page import page, words_of
+from hf_gallery.looking.page import data, drawing, legible, page, words_of
 
 TEXT = "A tale </script><b>of</b> “two” cities.\n" * 6
 
@@ -93,6 +95,55 @@ def test_the_page_holds_what_it_shows(html):
     assert "</script><b>" not in html and "<b>of</b>" not in html
     assert "http://" not in html and "https://" not in html and " src=" not in html
     assert "&lt;E2&gt;" in html or "\\u003cE2\\u003e" in html  # a byte that is no text by itself
+
+
+def test_a_token_is_told_with_all_its_bits(model):
+    """Also a very surprising one, of more than a byte of tenths."""
+    found = look(model, byte_tokenizer()(TEXT, return_tensors="pt").input_ids, worth=False, reach=False)
+    found.surprise[3], found.surprise[4] = 28.34, math.inf
+    packed = base64.b64decode(data(found, ["x"] * len(found.ids))["bits"])
+    told = torch.frombuffer(bytearray(packed), dtype=torch.uint16)
+    assert told[:5].tolist() == [0, *(round(10 * float(x)) for x in found.surprise[1:4]), 65535]
+
+
+def test_parts_of_characters_are_shown_as_the_character():
+    """Where they make one that is seen; with the text that a token has before it."""
+    shown, parts = legible(["a", "<E2>", "<80>", "<9C>", "b", " <C3>", "<A9>", "<F0><9F>", "<98><80>"])
+    assert shown == ["a", "·", "·", "“", "b", " ·", "é", "·", "😀"]
+    assert parts == {1: "<E2>", 2: "<80>", 3: "<9C>", 5: " <C3>", 6: "<A9>", 7: "<F0><9F>", 8: "<98><80>"}
+    for read in ("<E2>,<80>,x,<9C>", "<FF>,<80>", "<E2>,<80>,<8B>", "<E2>, <80>,<9C>"):
+        assert legible(read.split(",")) == (read.split(","), {})
+
+
+def test_a_drawing_that_goes_below_zero_marks_it():
+    """Numbers beside its axis do not stand on one another."""
+    for values, expected in (
+        ((-0.5, 1), "-0.5 0 1"),
+        ((-0.01, 1), "0 1"),
+        ((0.2, 1), "0 0.5 1"),
+        ((-1, -0.5), "-1 -0.5 0"),
+    ):
+        about = drawing({"a": [(0, values[0]), (1, values[1])]}, across="x", up="y")
+        assert " ".join(text for _, text in about["ticks_y"]) == expected
+    assert about["zero"] == about["ticks_y"][2][0]
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["âĢ", "ľ", "ĠâĢ"], ["<E2><80>", "<9C>", " <E2><80>"]),  # GPT-2's, at whatever ids
+        (["<0xE2>", "▁a", "<unk>"], ["<E2>", "\ufffd", "\ufffd"]),  # SentencePiece's
+    ],
+)
+def test_bytes_are_those_of_the_vocabulary_not_the_ids(names, expected):
+    class Tokenizer:
+        def decode(self, ids, **options):
+            return "\ufffd"
+
+        def convert_ids_to_tokens(self, kind):
+            return names[kind]
+
+    assert words_of(Tokenizer(), torch.arange(3)) == expected
 
 
 @causal(lambda variant: variant.name in ("transformer", "longformer", "block_recurrent", "recurrent_memory"))
