@@ -1,7 +1,7 @@
 """Make a trained model a classifier of long documents, and ask how much of a document it needs.
 
     python examples/classify_documents.py zoo/longformer
-    python examples/classify_documents.py zoo/longformer my_documents --length 4096
+    python examples/classify_documents.py zoo/longformer my_documents --length 8192
 
 The model is a folder or a name on the Hub, any model of the gallery that classifies. The folder of documents has a
 sub-folder of texts for each label. Without one documents are made up: each label has words of its own, strewn thinly
@@ -60,14 +60,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("folder", type=Path, nargs="?")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a document that are read, at most")
+    parser.add_argument(
+        "--length", type=int, help="tokens of a document that are read, at most; default 4096, of those made up 256"
+    )
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--out", default="my_document_classifier")
     arguments = parser.parse_args()
 
-    tokenizer, length = AutoTokenizer.from_pretrained(arguments.model), arguments.length
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    length = arguments.length or (256 if arguments.folder is None else 4096)
     rows = list(made_up(length) if arguments.folder is None else texts_of(arguments.folder))
     labels = sorted({label for _, label in rows})
     if len(labels) < 2:
