@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from eval import benchmark, claims, peers, report
+from eval.code import told
 from eval.contestants import CONTESTANTS
 from eval.presets import PRESETS
+from eval.seeds import outcomes_by_seed
 from eval.significance import SURE, two_proportions, wilson
 
 FOLDER = Path(__file__).parents[2] / "eval" / "results"
@@ -46,7 +48,7 @@ def test_every_number_has_its_origin(path):
         assert {"torch", "transformers", "python"} <= origin["versions"].keys() and origin["machine"]["processor"]
 
 
-@pytest.mark.parametrize("name", ["quick", "standard", "books"])
+@pytest.mark.parametrize("name", ["quick", "seeds", "standard", "books"])
 def test_runs_are_of_this_code(name):
     """Of the settings that the preset has now, so that the same command would measure the same."""
     results = load(name)
@@ -88,6 +90,16 @@ def test_the_quick_run_shows_what_each_architecture_is_for(quick):
         )
     for name, entry in quick["summary"].items():
         assert max(entry["bits_per_byte"]) < quick["order0_bits_per_byte"] - 0.5, name
+
+
+def test_what_is_said_of_recall_holds_with_every_seed():
+    """Of the quick run, by itself; all of it was measured by one version of the code."""
+    results = load("seeds")
+    assert {cell["seed"] for cell in results["cells"] if cell["task"] == "recall"} == {0, 1, 2, 3}
+    assert told(results["cells"]).endswith("by one version of the code that decides them")
+    of_recall = {verdict.claim for verdict in claims.verdicts(results) if " right " in verdict.evidence}
+    by_seed = outcomes_by_seed(results)
+    assert len(of_recall) == 8 and all(by_seed[claim] == {"reproduced": 4} for claim in of_recall)
 
 
 def test_every_claim_of_the_papers_is_judged():
