@@ -28,7 +28,7 @@ from .task import Column, Family, Job, Task, plain
 from .training import Tick
 
 CHUNK = 2048  # tokens that are read at once
-READINGS = 3  # of every text, each from its first token on; the median leaves out what only the first one pays
+READINGS = 6  # of every text, each from its first token on; as many as an interval of their median needs
 PRODUCT = {"cpu": 1024, "cuda": 8192}  # rows and columns of the matrices whose product says how fast the machine is
 
 
@@ -47,8 +47,8 @@ def measure(
         weights, floating-point operations per token, and utilisation, their share of what the machine reaches in a
         large product of matrices. training_tokens_per_second, training_peak_bytes: of the first length.
     prefill_tokens_per_second, decode_ms_per_token (medians), cache_bytes: by tokens read before.
-    tokens_per_second_interval, utilisation_interval, decode_interval: the 95 % intervals of medians, of six times or
-        more.
+    tokens_per_second_interval, utilisation_interval, prefill_interval, decode_interval: the 95 % intervals of medians,
+        of six times or more.
     slopes: of each of these costs against length; of those with one length only, none.
     """
     models = {c.name: build(c, settings.sizes, seed) for c in contestants}
@@ -61,6 +61,7 @@ def measure(
             "machine_flops_per_second": speed,
             "training": {},
             "prefill_tokens_per_second": {},
+            "prefill_interval": {},
             "decode_ms_per_token": {},
             "decode_interval": {},
             "cache_bytes": {},
@@ -80,8 +81,7 @@ def measure(
                 "flops_per_token": operations / ids.numel(),
                 "utilisation": operations / second / speed,
             }
-            limits = median_interval(times[name])
-            if limits is not None:
+            if (limits := median_interval(times[name])) is not None:
                 quick, slow = limits
                 found[name]["training"][str(length)] |= {
                     "tokens_per_second_interval": [ids.numel() / slow, ids.numel() / quick],
@@ -120,16 +120,18 @@ def _read(
             for name, stream in streams.items():
                 reading[name, context].append(spent[name])
                 found[name]["cache_bytes"][str(context)] = stream.cache.nbytes
-            decoded = interleaved({n: stream.decode for n, stream in streams.items()}, settings.decode_tokens, device)
+            times = interleaved({n: stream.decode for n, stream in streams.items()}, settings.decode_tokens, device)
             for name in streams:
-                decoding[name, context] += decoded[name]
+                decoding[name, context] += times[name]
             tick(1)
     for name, context in places:
-        entry, took = found[name], decoding[name, context]
-        entry["prefill_tokens_per_second"][str(context)] = context / median(reading[name, context])
-        entry["decode_ms_per_token"][str(context)] = 1e3 * median(took)
-        limits = median_interval(took)
-        if limits is not None:
+        entry, read, decoded = found[name], reading[name, context], decoding[name, context]
+        entry["prefill_tokens_per_second"][str(context)] = context / median(read)
+        entry["decode_ms_per_token"][str(context)] = 1e3 * median(decoded)
+        if (limits := median_interval(read)) is not None:
+            quick, slow = limits
+            entry["prefill_interval"][str(context)] = [context / slow, context / quick]
+        if (limits := median_interval(decoded)) is not None:
             entry["decode_interval"][str(context)] = [1e3 * x for x in limits]
 
 

@@ -436,7 +436,7 @@ COSTS = (
         1,
         lambda cost: cost["prefill_tokens_per_second"],
         "prefill_seconds",
-        unbanded="Medians of three readings, too few for bands.",
+        limits=lambda cost: cost.get("prefill_interval", {}),
     ),
     _Cost(
         "What decoding costs: time",

@@ -76,8 +76,9 @@ class CostSettings:
     """Speed and memory of the models of the text task.
 
     lengths: of training steps. tokens: of a step, in as many rows as that makes, at least one. repeats: of a step of
-    that many tokens; of longer ones fewer, in proportion, but three. contexts: tokens read before decoding is timed,
-    `decode_tokens` tokens each. bf16: steps in mixed precision; reading and decoding stay in float32.
+    that many tokens; of longer ones fewer, in proportion, but six, which an interval needs. contexts: tokens read
+    before decoding is timed, `decode_tokens` tokens each. bf16: steps in mixed precision; reading and decoding stay in
+    float32.
     """
 
     sizes: Sizes
@@ -94,7 +95,7 @@ class CostSettings:
 
     def repeats_at(self, length: int) -> int:
         """The number of times that a training step of that length is timed."""
-        return max(min(3, self.repeats), self.repeats * self.tokens // (length * self.batch_at(length)))
+        return max(min(6, self.repeats), self.repeats * self.tokens // (length * self.batch_at(length)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +199,7 @@ PRESETS = {
                 MEDIUM, steps=400, tokens=4096, learning_rate=2e-3, lengths=(64, 256, 1024), examples=256
             ),
             cost=CostSettings(
-                MEDIUM, lengths=(1024, 4096), tokens=2048, repeats=5, contexts=(1024, 4096), decode_tokens=24
+                MEDIUM, lengths=(1024, 4096), tokens=2048, repeats=6, contexts=(1024, 4096), decode_tokens=24
             ),
         ),
         Preset(

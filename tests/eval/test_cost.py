@@ -57,8 +57,8 @@ def test_steps_in_mixed_precision():
 def test_longer_steps_have_fewer_rows_and_repeats():
     settings = cost.CostSettings(TINY_SIZES, (16, 64, 256), 128, 8, (8,), 1)
     assert [settings.batch_at(n) for n in settings.lengths] == [8, 2, 1]
-    assert [settings.repeats_at(n) for n in settings.lengths] == [8, 8, 4]
-    assert settings.repeats_at(4096) == 3
+    assert [settings.repeats_at(n) for n in settings.lengths] == [8, 8, 6]
+    assert settings.repeats_at(4096) == 6  # as many as an interval of their median needs
 
 
 def test_what_a_cell_holds(cell):
@@ -73,6 +73,9 @@ def test_what_a_cell_holds(cell):
         assert entry["training_peak_bytes"] == entry["training"]["24"]["peak_bytes"]
         for by_context in ("prefill_tokens_per_second", "decode_ms_per_token", "cache_bytes"):
             assert list(entry[by_context]) == ["8", "24"] and all(x > 0 for x in entry[by_context].values()), name
+        for context, (slow, quick) in entry["prefill_interval"].items():
+            assert 0 < slow <= entry["prefill_tokens_per_second"][context] <= quick
+        assert list(entry["prefill_interval"]) == ["8", "24"]
         assert set(entry["slopes"]) == set(cost.SLOPES)
 
 
