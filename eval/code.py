@@ -80,24 +80,35 @@ def _is_words(statement: Any) -> bool:
     )
 
 
+def versions(cells: Iterable[dict[str, Any]]) -> int:
+    """The number of versions of the code that decides them by which the cells of a result were measured, of one task
+    at most. All that do not say it, as those of older results, count as of one more."""
+    hashes, unknown = _hashes(cells)
+    return max(map(len, hashes.values()), default=0) + (unknown > 0)
+
+
 def told(cells: Iterable[dict[str, Any]]) -> str:
-    """Tells in a sentence by how many versions of the code that decides them the cells of a result were measured. All
-    cells that do not say it, as those of older results, count as of one more version."""
+    """Tells in a sentence by how many `versions` cells were measured."""
+    cells = list(cells)
+    hashes, unknown = _hashes(cells)
+    if unknown == len(cells):
+        return f"{unknown} cells, which do not say by which version of the code they were measured"
+    if versions(cells) == 1:
+        return f"all {len(cells)} cells by one version of the code that decides them"
+    parts = [f"{task} by {len(found)}" for task, found in hashes.items() if len(found) > 1]
+    if unknown:
+        parts.append(f"{unknown} cells do not say by which")
+    return f"{len(cells)} cells by {versions(cells)} versions of the code that decides them: {', '.join(parts)}"
+
+
+def _hashes(cells: Iterable[dict[str, Any]]) -> tuple[dict[str, set[str]], int]:
+    """The hashes of each task's cells, and how many cells have none."""
     hashes: dict[str, set[str]] = {}
-    number = unknown = 0
+    unknown = 0
     for cell in cells:
-        number += 1
         found = hashes.setdefault(cell["task"], set())
         if "code" in cell:
             found.add(cell["code"])
         else:
             unknown += 1
-    if number == unknown:
-        return f"{number} cells, which do not say by which version of the code they were measured"
-    versions = max(map(len, hashes.values())) + (unknown > 0)
-    if versions == 1:
-        return f"all {number} cells by one version of the code that decides them"
-    parts = [f"{task} by {len(found)}" for task, found in hashes.items() if len(found) > 1]
-    if unknown:
-        parts.append(f"{unknown} cells do not say by which")
-    return f"{number} cells by {versions} versions of the code that decides them: {', '.join(parts)}"
+    return hashes, unknown

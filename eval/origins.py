@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from .code import versions
+
 
 @dataclasses.dataclass(frozen=True)
 class Origins:
-    """Lines that stand above results. facts: (what, said). mixed: a warning where not all is of one commit or one
+    """Lines that stand above results. facts: (what, said). mixed: a warning where not all is of one code or one
     machine. commits, cells: rows of a table by commit and by cell, under `COMMITS` and `CELLS`."""
 
     facts: list[tuple[str, str]]
@@ -53,20 +55,23 @@ def origins(results: dict[str, Any]) -> Origins:
         took = f"{entry['seconds']:.0f} s" if "seconds" in entry else "-"
         where = f"{p['machine']['processor']}, {p['machine']['torch_threads']} threads, {p['machine']['device']}"
         cells.append([file, took, p["date"], _commit(p), where, _versions(p, p["versions"]), p["command"]])
-    return Origins(
-        [fact for fact in facts if fact[1]], _mixed(len(measured), len(commits), len(machines)), rows, cells
-    )
+    return Origins([fact for fact in facts if fact[1]], _mixed(results["cells"]), rows, cells)
 
 
-def _mixed(cells: int, commits: int, machines: int) -> str:
-    """The warning of `Origins`."""
-    parts = [f"{n} {what}" for n, what in ((commits, "commits"), (machines, "machines")) if n > 1]
-    if not parts:
+def _mixed(cells: list[dict[str, Any]]) -> str:
+    """The warning of `Origins`. Several commits may have the same code where it decides the numbers."""
+    commits, machines = ({of(cell["provenance"]) for cell in cells} for of in (_commit, _machine))
+    several = []
+    if len(commits) > 1 and (versions(cells) > 1 or not all("code" in cell for cell in cells)):
+        several.append((f"{len(commits)} commits", "by the same code"))
+    if len(machines) > 1:
+        several.append((f"{len(machines)} machines", "on the same machine"))
+    if not several:
         return ""
     return (
-        f"These {cells} cells come from {' and '.join(parts)}, so not all numbers were measured by the same code"
-        + (" or on the same machine" if machines > 1 else "")
-        + ". Costs were measured in one cell, all contestants in turns; each cell's commit stands below."
+        f"These {len(cells)} cells come from {' and '.join(what for what, _ in several)}, so not all numbers were "
+        f"measured {' or '.join(same for _, same in several)}. Costs were measured in one cell, all contestants in "
+        "turns; each cell's commit stands below."
     )
 
 
