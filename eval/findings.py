@@ -76,7 +76,7 @@ def _of_peers(results: dict[str, Any]) -> list[Finding]:
     own = results.get("peers")
     if not own:
         return []
-    measured = {name: entry for name, entry in own["peers"].items() if "not_measured" not in entry}
+    measured = peers.measured(own)
     found = []
     for reached in (True, False):
         told = [

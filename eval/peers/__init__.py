@@ -5,6 +5,6 @@ one repeat after the other in turns. Peers that are not on the machine get an en
 this environment's torch, so that both sides compute with the same build of it.
 """
 
-from .comparison import PEERS, PeerSettings, is_whole, judged, run, show, table, terminal
+from .comparison import PEERS, PeerSettings, is_whole, judged, measured, run, show, table, terminal
 
-__all__ = ["PEERS", "PeerSettings", "is_whole", "judged", "run", "show", "table", "terminal"]
+__all__ = ["PEERS", "PeerSettings", "is_whole", "judged", "measured", "run", "show", "table", "terminal"]

@@ -201,6 +201,11 @@ def _turns(
     }
 
 
+def measured(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The comparisons that have numbers: not those without a peer, nor those of results that told one time only."""
+    return {name: entry for name, entry in result["peers"].items() if MEASURES.keys() <= entry.keys()}
+
+
 def judged(name: str, entry: dict[str, Any]) -> float:
     """The ratio that the target is about."""
     return entry[_decides(name)]["ratio"]
@@ -256,13 +261,13 @@ class Side:
 
 
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Headings and rows, two for each comparison, the target in the one that it is about; dashes where the peer could
-    not be had."""
+    """Headings and rows, two for each comparison, the target in the one that it is about; dashes where there are no
+    numbers, see `measured`."""
     rows = []
     for name, entry in result["peers"].items():
         for measure, title in MEASURES.items():
             numbers, target = ["-"] * 4, f"{entry['target']:g}" if measure == _decides(name) else ""
-            if "not_measured" not in entry:
+            if name in measured(result):
                 times = entry[measure]
                 numbers = [f"{times['milliseconds'][side]:,.1f}" for side in ("gallery", "peer")]
                 numbers += [f"{times['ratio']:.2f}", f"{100 * times['utilisation']:.0f} %"]
@@ -288,7 +293,7 @@ def terminal(result: dict[str, Any], title: str, caption: str | None = None) -> 
     pairs = zip(rows[::2], rows[1::2], result["peers"].items(), strict=True)
     for one_thread, clock, (name, entry) in pairs:
         label, work, peer = one_thread[:3]
-        colour = "green" if "not_measured" not in entry and judged(name, entry) >= entry["target"] else "red"
+        colour = "green" if name in measured(result) and judged(name, entry) >= entry["target"] else "red"
         for said, row in ((f"{label}, {work}", one_thread), (f"  {peer}", clock)):
             time, *numbers, target = row[3:]
             cells = [Text(x, colour if target else "") for x in numbers]

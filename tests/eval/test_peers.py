@@ -12,7 +12,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from eval.cli import app
-from eval.peers import PEERS, PeerSettings, run, show, worker
+from eval.peers import PEERS, PeerSettings, is_whole, measured, run, show, table, worker
 from eval.peers.comparison import PeerError, Side, environment
 
 TINY = PeerSettings(
@@ -128,6 +128,14 @@ def test_the_command(tmp_path, monkeypatch):
     assert saved["peers"]["transformer"]["one_thread"]["ratio"] > 0 and saved["provenance"]["versions"]["torch"]
     refused = CliRunner().invoke(app, ["peers", "--only", "nobody", "--runs", str(tmp_path)])
     assert refused.exit_code == 2 and "--only names 'nobody'" in refused.output
+
+
+def test_results_of_one_time_only_are_shown_without_numbers():
+    """As they were written before both were taken."""
+    old = {"peer": "x", "target": 3.0, "milliseconds": {"gallery": 1.0, "peer": 3.0}, "ratio": 3.0, "utilisation": 0.5}
+    result = {"settings": dataclasses.asdict(TINY), "threads": 1, "peers": {"longformer": old}}
+    assert is_whole(result) and not measured(result)
+    assert all(row[4:8] == ["-"] * 4 for row in table(result)[1])
 
 
 def test_what_is_not_measured_is_shown(capsys):
