@@ -48,7 +48,7 @@ def test_every_number_has_its_origin(path):
         assert {"torch", "transformers", "python"} <= origin["versions"].keys() and origin["machine"]["processor"]
 
 
-@pytest.mark.parametrize("name", ["quick", "seeds", "standard", "books"])
+@pytest.mark.parametrize("name", ["quick", "seeds", "torch_2.13", "standard", "books"])
 def test_runs_are_of_this_code(name):
     """Of the settings that the preset has now, so that the same command would measure the same."""
     results = load(name)
@@ -100,6 +100,29 @@ def test_what_is_said_of_recall_holds_with_every_seed():
     of_recall = {verdict.claim for verdict in claims.verdicts(results) if " right " in verdict.evidence}
     by_seed = outcomes_by_seed(results)
     assert len(of_recall) == 8 and all(by_seed[claim] == {"reproduced": 4} for claim in of_recall)
+
+
+@pytest.mark.parametrize(
+    ("name", "windows"),
+    [
+        ("transformer_full", 8),
+        ("transformer_xl", 2),
+        ("longformer_xl", 2),
+        ("memorizing_transformer", 8),
+        ("recurrent_memory_transformer", 2),
+    ],
+)
+def test_recall_is_learned_with_every_seed_and_torch(name, windows):
+    """As far as an architecture surely reaches, each point of the quick run agrees within five points."""
+    runs = [load(file) for file in ("seeds", "torch_2.13")]
+    assert len({cell["provenance"]["versions"]["torch"] for run in runs for cell in run["cells"]}) == 2
+    cells = [cell for run in runs for cell in run["cells"] if (cell["task"], cell["contestant"]) == ("recall", name)]
+    assert len(cells) == 7
+    for distance in cells[0]["result"]["recall"]:
+        if int(distance) <= windows * runs[0]["window"]["recall"]:
+            scores = [cell["result"]["recall"][distance] for cell in cells]
+            found = [score["correct"] / score["asked"] for score in scores]
+            assert max(found) - min(found) <= 0.05 and min(found) > 0.95, (distance, found)
 
 
 def test_every_claim_of_the_papers_is_judged():
