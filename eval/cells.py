@@ -213,16 +213,20 @@ class Run:
 
     def adopt(self, results: dict[str, Any], cells: list[Cell]) -> int:
         """Takes into the folder, of those cells that it has not, what results of another run hold of them, where it
-        was measured with their settings. Returns how many these are."""
+        was measured with their settings. Returns how many these are.
+
+        Raises ValueError before anything is taken if a saved cell was measured with other settings.
+        """
         found = {(entry["task"], entry["contestant"], entry["seed"]): entry for entry in results["cells"]}
-        number = 0
-        for cell in cells:
-            entry = found.get((cell.task, cell.contestant, cell.seed), {})
-            alike = _is_whole(entry) and entry["settings"] == cell.settings
-            if alike and not _is_whole(read_json(self.path(cell))):
-                write_json(self.path(cell), entry)
-                number += 1
-        return number
+        missing = {(c.task, c.contestant, c.seed): c for c in cells if self.read(c) is None}
+        alike = {
+            self.path(missing[key]): entry
+            for key, entry in found.items()
+            if key in missing and _is_whole(entry) and entry["settings"] == missing[key].settings
+        }
+        for path, entry in alike.items():
+            write_json(path, entry)
+        return len(alike)
 
     def forget(self) -> None:
         """Removes every saved cell."""

@@ -80,25 +80,26 @@ def _is_words(statement: Any) -> bool:
     )
 
 
-def versions(cells: Iterable[dict[str, Any]]) -> int:
-    """The number of versions of the code that decides them by which the cells of a result were measured, of one task
-    at most. All that do not say it, as those of older results, count as of one more."""
+def by_one_version(cells: Iterable[dict[str, Any]]) -> bool:
+    """Tells whether all cells of a result say that they were measured by one version of the code that decides them."""
     hashes, unknown = _hashes(cells)
-    return max(map(len, hashes.values()), default=0) + (unknown > 0)
+    return not unknown and {len(found) for found in hashes.values()} == {1}
 
 
 def told(cells: Iterable[dict[str, Any]]) -> str:
-    """Tells in a sentence by how many `versions` cells were measured."""
+    """Tells in a sentence by how many versions of the code that decides them the cells of a result were measured. All
+    cells that do not say it, as those of older results, count as of one more version."""
     cells = list(cells)
+    if by_one_version(cells):
+        return f"all {len(cells)} cells by one version of the code that decides them"
     hashes, unknown = _hashes(cells)
     if unknown == len(cells):
         return f"{unknown} cells, which do not say by which version of the code they were measured"
-    if versions(cells) == 1:
-        return f"all {len(cells)} cells by one version of the code that decides them"
+    versions = max(map(len, hashes.values())) + (unknown > 0)
     parts = [f"{task} by {len(found)}" for task, found in hashes.items() if len(found) > 1]
     if unknown:
         parts.append(f"{unknown} cells do not say by which")
-    return f"{len(cells)} cells by {versions(cells)} versions of the code that decides them: {', '.join(parts)}"
+    return f"{len(cells)} cells by {versions} versions of the code that decides them: {', '.join(parts)}"
 
 
 def _hashes(cells: Iterable[dict[str, Any]]) -> tuple[dict[str, set[str]], int]:

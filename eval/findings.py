@@ -77,13 +77,14 @@ def _of_peers(results: dict[str, Any]) -> list[Finding]:
     if not own:
         return []
     measured = peers.measured(own)
+    ratios = {name: peers.judged(name, entry)["ratio"] for name, entry in measured.items()}
     found = []
     for reached in (True, False):
         told = [
-            f"{peers.PEERS[name].label}'s {peers.PEERS[name].work} {peers.judged(name, entry):.2f} times as fast as "
+            f"{peers.PEERS[name].label}'s {peers.PEERS[name].work} {ratios[name]:.2f} times as fast as "
             f"{entry['peer']} (aim {entry['target']:g})"
             for name, entry in measured.items()
-            if (peers.judged(name, entry) >= entry["target"]) == reached
+            if (ratios[name] >= entry["target"]) == reached
         ]
         if told:
             who = f"{len(told)} of {len(measured)} works {'reach' if reached else 'miss'} their aim"

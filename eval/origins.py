@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from .code import versions
+from .code import by_one_version
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +62,7 @@ def _mixed(cells: list[dict[str, Any]]) -> str:
     """The warning of `Origins`. Several commits may have the same code where it decides the numbers."""
     commits, machines = ({of(cell["provenance"]) for cell in cells} for of in (_commit, _machine))
     several = []
-    if len(commits) > 1 and (versions(cells) > 1 or not all("code" in cell for cell in cells)):
+    if len(commits) > 1 and not by_one_version(cells):
         several.append((f"{len(commits)} commits", "by the same code"))
     if len(machines) > 1:
         several.append((f"{len(machines)} machines", "on the same machine"))

@@ -206,9 +206,9 @@ def measured(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: entry for name, entry in result["peers"].items() if MEASURES.keys() <= entry.keys()}
 
 
-def judged(name: str, entry: dict[str, Any]) -> float:
-    """The ratio that the target is about."""
-    return entry[_decides(name)]["ratio"]
+def judged(name: str, entry: dict[str, Any]) -> dict[str, Any]:
+    """The numbers that the target is about: those of processor time, or of the clock."""
+    return entry[_decides(name)]
 
 
 def _decides(name: str) -> str:
@@ -263,11 +263,11 @@ class Side:
 def table(result: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Headings and rows, two for each comparison, the target in the one that it is about; dashes where there are no
     numbers, see `measured`."""
-    rows = []
+    rows, known = [], measured(result)
     for name, entry in result["peers"].items():
         for measure, title in MEASURES.items():
             numbers, target = ["-"] * 4, f"{entry['target']:g}" if measure == _decides(name) else ""
-            if name in measured(result):
+            if name in known:
                 times = entry[measure]
                 numbers = [f"{times['milliseconds'][side]:,.1f}" for side in ("gallery", "peer")]
                 numbers += [f"{times['ratio']:.2f}", f"{100 * times['utilisation']:.0f} %"]
@@ -290,10 +290,11 @@ def terminal(result: dict[str, Any], title: str, caption: str | None = None) -> 
     shown.add_column("gallery, work\nand peer", overflow="fold")
     for heading in heads[3:]:
         shown.add_column(heading.replace(" ", "\n"), justify="left" if heading == "time" else "right", no_wrap=True)
+    known = measured(result)
     pairs = zip(rows[::2], rows[1::2], result["peers"].items(), strict=True)
     for one_thread, clock, (name, entry) in pairs:
         label, work, peer = one_thread[:3]
-        colour = "green" if name in measured(result) and judged(name, entry) >= entry["target"] else "red"
+        colour = "green" if name in known and judged(name, entry)["ratio"] >= entry["target"] else "red"
         for said, row in ((f"{label}, {work}", one_thread), (f"  {peer}", clock)):
             time, *numbers, target = row[3:]
             cells = [Text(x, colour if target else "") for x in numbers]

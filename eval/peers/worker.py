@@ -12,6 +12,7 @@ the gallery's own side.
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 import time
@@ -282,10 +283,8 @@ def _block_recurrent_peer(settings):
 
 def _segments(settings):
     """A new segment for each step: one that came again and again would fill a memory with copies, all equally near."""
-    generator = torch.Generator().manual_seed(settings["seed"] + 1)
-    while True:
-        shape = settings["memorizing_batch"], settings["segment"]
-        yield torch.randint(0, settings["vocabulary"], shape, generator=generator)
+    for seed in itertools.count(settings["seed"] + 1):
+        yield _tokens(settings | {"seed": seed}, settings["memorizing_batch"], settings["segment"])
 
 
 def _memorizing_gallery(settings):

@@ -24,6 +24,7 @@ WIDTH, HEIGHT = 640, 210  # of a drawing
 LEFT = 84  # of it, for the numbers beside
 MOST_BITS = 2**16 - 1  # tenths of a bit that the script is given
 LEAST = 1e-4  # of the greatest, that a drawing of the reach shows
+BYTE_OF = {name: byte for byte, name in bytes_to_unicode().items()}  # in the vocabularies of GPT-2 and the gallery
 BYTES = re.compile(r"([\x00-\x7f]*?)((?:<[0-9A-F]{2}>)+)")  # a token that holds a part of a character, from `words_of`
 SPOKEN = {
     "segment": "its own segment",
@@ -93,8 +94,7 @@ def _bytes_of(token: str) -> str | None:
     """The bytes that a vocabulary names so, as <E2>, those of ASCII as they are; None if its names are others."""
     if re.fullmatch("<0x[0-9A-F]{2}>", token):  # of SentencePiece
         return f"<{token[3:5]}>"
-    byte_of = {name: byte for byte, name in bytes_to_unicode().items()}  # of GPT-2 and the gallery
-    found = [byte_of.get(name, -1) for name in token]
+    found = [BYTE_OF.get(name, -1) for name in token]
     if min(found) < 0 or max(found) < 128:
         return None
     return "".join(chr(x) if x < 128 else f"<{x:02X}>" for x in found)
