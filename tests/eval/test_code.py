@@ -1,5 +1,6 @@
 """Each cell says by which code it was measured: words may change, and numbers of older code are known for it."""
 
+import pytest
 import torch
 from rich.console import Console
 
@@ -116,6 +117,12 @@ def test_a_run_takes_from_other_results_what_was_measured_alike(tmp_path):
     found = own.complete(wanted, CPU, "test", console)
     assert [one["result"] for one in found] == ["old", "new", "new", "new", "new"] and calls == [*"bce"]
     assert "1 of 5 cells were measured by other code" in console.export_text()
+    damaged = own.path(cell("e", "new", calls))
+    write_json(damaged, read_json(damaged) | {"settings": {"steps": 5}})
+    own.path(cell("a", "new", calls)).unlink()
+    with pytest.raises(ValueError, match="measured with other settings"):
+        own.adopt(results, wanted)
+    assert not own.path(cell("a", "new", calls)).exists()  # before anything is taken
 
 
 def test_results_say_by_how_many_versions_they_were_measured():
