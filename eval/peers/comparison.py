@@ -175,7 +175,7 @@ def _compare(name: str, python: str, settings: PeerSettings, tick: Callable[[str
 def _turns(
     name: str, python: str, settings: PeerSettings, measure: str, tick: Callable[[str], None]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What both sides say of themselves, and how they compare by one of MEASURES."""
+    """Both sides as they describe themselves, and how they compare by one of MEASURES."""
     threads, time = (1, "processor") if measure == "one_thread" else (None, "clock")
     with (
         Side(sys.executable, name, "gallery", settings, threads) as ours,

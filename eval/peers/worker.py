@@ -385,7 +385,7 @@ def main(name: str, side: str, settings: dict[str, Any]) -> None:
 
 
 def processor_seconds() -> float:
-    """What processors have spent on this process and on its children, as a peer may search in some."""
+    """Seconds that processors spent on this process and on its children, as a peer may search in some."""
     children = psutil.Process().children(recursive=True)
     return time.process_time() + sum(sum(child.cpu_times()[:2]) for child in children)
 

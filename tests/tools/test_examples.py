@@ -196,7 +196,7 @@ def test_export_and_run_without_the_package(tmp_path):
 
 @pytest.mark.slow
 def test_export_of_a_trained_model(tmp_path):
-    """Whose logits are large, and rounded as they are."""
+    """Logits of a trained model are large, and so are their roundings."""
     said = example("export_model.py", tmp_path, ROOT / "zoo" / "longformer", "exported")
     assert "3 rows of 256 tokens without hf_gallery" in said
 

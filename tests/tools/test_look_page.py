@@ -107,7 +107,7 @@ def test_a_token_is_told_with_all_its_bits(model):
 
 
 def test_parts_of_characters_are_shown_as_the_character():
-    """Where they make one that is seen; with the text that a token has before it."""
+    """A character in several tokens is shown where they complete it, with the text that a token has before it."""
     shown, parts = legible(["a", "<E2>", "<80>", "<9C>", "b", " <C3>", "<A9>", "<F0><9F>", "<98><80>"])
     assert shown == ["a", "·", "·", "“", "b", " ·", "é", "·", "😀"]
     assert parts == {1: "<E2>", 2: "<80>", 3: "<9C>", 5: " <C3>", 6: "<A9>", 7: "<F0><9F>", 8: "<98><80>"}
