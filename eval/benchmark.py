@@ -32,13 +32,16 @@ def plan(
     preset: Preset,
     contestants: list[Contestant],
     tasks: list[str],
-    seeds: int,
+    seeds: int | None,
     corpus: str,
     device: torch.device,
 ) -> list[Cell]:
-    """The cells of a run, in the order in which they are measured: all contestants at one seed, then at the next."""
+    """The cells of a run, in the order in which they are measured: all contestants at one seed, then at the next.
+    seeds: of every task; None for the preset's own numbers."""
     job, chosen = Job(preset, corpus, device), [task for name, task in TASKS.items() if name in tasks]
-    cells = [cell for seed in range(seeds) for task in chosen for cell in task.cells(job, contestants, seed)]
+    of = {task.name: seeds or preset.seeds_of(task.name) for task in chosen}
+    turns = [(seed, task) for seed in range(max(of.values(), default=0)) for task in chosen if seed < of[task.name]]
+    cells = [cell for seed, task in turns for cell in task.cells(job, contestants, seed)]
     return cells + [cell for task in chosen for cell in task.cells_of_all(job, contestants)]
 
 
@@ -46,7 +49,7 @@ def plan_by_names(
     preset: Preset,
     names: list[str],
     tasks: list[str],
-    seeds: int,
+    seeds: int | None,
     corpus: str,
     device: torch.device,
     *,

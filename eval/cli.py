@@ -18,7 +18,7 @@ from rich.text import Text
 
 from hf_gallery.files import read_json, write_json
 
-from . import attention, benchmark, compare, gpu, long, memory, peers, pictures, report, zoo
+from . import attention, benchmark, compare, gpu, long, memory, peers, pictures, rates, report, zoo
 from .cells import Run
 from .contestants import CONTESTANTS
 from .machine import provenance
@@ -121,7 +121,7 @@ def run(
         where = benchmark.choose_device(device)
         contestants = benchmark.choose_contestants(variants)
         wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")
-        asked = (chosen, [c.name for c in contestants], wanted, seeds or chosen.seeds, corpus, where)
+        asked = (chosen, [c.name for c in contestants], wanted, seeds, corpus, where)
         own = benchmark.own_contestants(contestant or [])
         cells = benchmark.plan_by_names(*asked, own=own)
         folder = Run(_folder(runs / (name or chosen.name)))
@@ -151,6 +151,47 @@ def run(
     report.write(folder.folder, results)
     report.show(results, console)
     console.print(f"\nresults  {folder.folder / report.RESULTS}\nreport   {folder.folder / report.PAGE}")
+
+
+@app.command("rates")
+def rates_command(
+    preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "quick",
+    variants: Annotated[str | None, typer.Option(help="Comma-separated; default: all of the gallery.")] = None,
+    share: Annotated[float, typer.Option(min=1e-3, max=1.0, help="Share of the preset's training steps.")] = 1.0,
+    corpus: Annotated[str, typer.Option(help="As python -m eval takes it.")] = "stdlib",
+    name: Annotated[str | None, typer.Option(help="Name of the run; default: rates_PRESET.")] = None,
+    runs: RunsOption = Path("runs"),
+    device: DeviceOption = "auto",
+    workers: Annotated[
+        int | None, typer.Option(min=1, envvar="GALLERY_WORKERS", help="Cells measured at once; as python -m eval.")
+    ] = None,
+) -> None:
+    """Train every contestant on text at three learning rates, and tell which is best on validation text.
+
+    Example: python -m eval rates --preset quick
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        if preset not in PRESETS:
+            raise ValueError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
+        where = benchmark.choose_device(device)
+        chosen = PRESETS[preset].shortened(share)
+        asked = (chosen, [c.name for c in benchmark.choose_contestants(variants)], corpus, where)
+        cells, folder = rates.plan(*asked), Run(_folder(runs / (name or f"rates_{preset}")))
+        beside = None
+        if (many := count(where, workers)) > 1:
+            beside = Workers(many, functools.partial(rates.plan, *asked), folder.folder, where, _command())
+        found = folder.complete(cells, where, _command(), console, workers=beside)
+    except (ValueError, WorkerError) as error:
+        raise _refuse(error) from None
+    except KeyboardInterrupt:
+        console.print(f"\nstopped; finished cells are kept in {runs}, and the same command goes on from there")
+        raise typer.Exit(130) from None
+    results = rates.collect(chosen, found)
+    path = folder.folder / report.RESULTS
+    write_json(path, results)
+    rates.show(results, console)
+    console.print(f"\nresults  {path}")
 
 
 @app.command("report")

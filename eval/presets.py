@@ -100,24 +100,36 @@ class CostSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """A named amount of work. tasks: those that are measured unless others are asked for. share: of the training
-    steps that the preset has by itself."""
+    """A named amount of work. seeds: of recall and text. ability_seeds: of all other tasks. tasks: those that are
+    measured unless others are asked for. learning_rates: of contestants for which validation text chose another than
+    text.learning_rate (eval/rates.py). share: of the training steps that the preset has by itself."""
 
     name: str
     about: str
     seeds: int
+    ability_seeds: int
     tasks: tuple[str, ...]
     recall: RecallSettings
     abilities: AbilitySettings
     text: TextSettings
     classification: ClassificationSettings
     cost: CostSettings
+    learning_rates: dict[str, float] = dataclasses.field(default_factory=dict)
     share: float = 1.0
 
     @property
     def published(self) -> bool:
         """Tells whether tasks of papers have their papers' sizes (eval/published.py), as all else in this preset."""
         return self.name == "full"
+
+    def seeds_of(self, task: str) -> int:
+        """The number of seeds that a task is measured with."""
+        return self.seeds if task in ("recall", "text") else self.ability_seeds
+
+    def of(self, contestant: str) -> Preset:
+        """The same with the contestant's own learning rate of text."""
+        rate = self.learning_rates.get(contestant, self.text.learning_rate)
+        return dataclasses.replace(self, text=dataclasses.replace(self.text, learning_rate=rate))
 
     def shortened(self, share: float) -> Preset:
         """The same with `share` of the training steps of every task."""
@@ -178,6 +190,7 @@ PRESETS = {
             "quick",
             "minutes on two cores: small models, one seed",
             seeds=1,
+            ability_seeds=1,
             tasks=("recall", "text", "cost"),
             recall=RecallSettings(
                 _SMALL,
@@ -204,8 +217,9 @@ PRESETS = {
         ),
         Preset(
             "standard",
-            "hours on two cores, minutes on a GPU: all abilities, two seeds",
-            seeds=2,
+            "hours on two cores, minutes on a GPU: all abilities, three seeds, two of abilities",
+            seeds=3,
+            ability_seeds=2,
             tasks=_EVERYTHING,
             recall=RecallSettings(
                 _WIDER,
@@ -250,6 +264,7 @@ PRESETS = {
             "full",
             "widths and lengths of the papers, for a GPU: five seeds",
             seeds=5,
+            ability_seeds=5,
             tasks=(*_EVERYTHING, "bytes"),
             recall=RecallSettings(
                 dataclasses.replace(

@@ -26,21 +26,31 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A command's request: how much work, on which text, where."""
+    """A command's request: how much work, on which text, where. texts: what was read of the corpus, see `text`."""
 
     preset: Preset
     corpus: str
     device: torch.device
+    texts: dict[bool, DatasetDict] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
-    @functools.cached_property
+    def of(self, contestant: str) -> Job:
+        """The same with what the preset has for one contestant; they share what is read of the corpus."""
+        return dataclasses.replace(self, preset=self.preset.of(contestant))
+
+    @property
     def text(self) -> DatasetDict:
         """The corpus, read once, and only if a cell that needs it is missing."""
-        return load_corpus(self.corpus)
+        return self._read(labels=False)
 
-    @functools.cached_property
+    @property
     def labelled_text(self) -> DatasetDict:
         """The corpus with its labels, if it has any."""
-        return load_corpus(self.corpus, labels=True)
+        return self._read(labels=True)
+
+    def _read(self, labels: bool) -> DatasetDict:
+        if labels not in self.texts:
+            self.texts[labels] = load_corpus(self.corpus, labels=labels)
+        return self.texts[labels]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +133,11 @@ class OfEach(Task):
         """The result of one cell, as JSON has it."""
 
     def cells(self, job: Job, contestants: list[Contestant], seed: int) -> Iterator[Cell]:
-        settings, units = self.settings(job), self.units(job)
+        units = self.units(job)
         for c in contestants:
-            own = {} if c.own is None else {"model": c.own}
-            measure = functools.partial(self.measure, job, c, seed)
-            yield Cell(self.name, c.name, seed, settings | own, units, measure, self.code)
+            own, given = job.of(c.name), {} if c.own is None else {"model": c.own}
+            measure = functools.partial(self.measure, own, c, seed)
+            yield Cell(self.name, c.name, seed, self.settings(own) | given, units, measure, self.code)
 
 
 def plain(settings: Any) -> dict[str, Any]:

@@ -1,0 +1,94 @@
+"""The learning rate of each contestant on text: `python -m eval rates`.
+
+Every contestant trains at half, once and twice the preset's rate, and the one that gives the fewest bits on validation
+text is its own. Test text has no part in the choice. What is chosen stands in eval/presets.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from datasets import DatasetDict
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from . import text
+from .benchmark import KNOWN, TASKS
+from .cells import Cell
+from .contestants import Contestant
+from .presets import Preset
+from .task import Job
+from .training import Tick
+
+FACTORS = (0.5, 1.0, 2.0)  # of the preset's learning rate
+VALIDATION = 131_072  # bytes, of the first documents
+
+
+def tried(preset: Preset) -> tuple[float, ...]:
+    """The learning rates that every contestant trains at."""
+    return tuple(factor * preset.text.learning_rate for factor in FACTORS)
+
+
+def plan(preset: Preset, names: list[str], corpus: str, device: torch.device) -> list[Cell]:
+    """The cells: every contestant at every rate, at one seed."""
+    return list(_plan(preset, names, corpus, device))
+
+
+def _plan(preset: Preset, names: list[str], corpus: str, device: torch.device) -> Iterator[Cell]:
+    limit = min(preset.text.test_bytes, VALIDATION)
+    for name in names:
+        for rate in tried(preset):
+            settings = dataclasses.replace(preset.text, learning_rate=rate, test_bytes=limit)
+            job = Job(dataclasses.replace(preset, text=settings, learning_rates={}), corpus, device)
+            about = TASKS["text"].settings(job) | {"split": "validation"}
+            measure = functools.partial(_measure, KNOWN[name], job)
+            yield Cell(f"rate_{rate:g}", name, 0, about, text.units(settings), measure, TASKS["text"].code)
+
+
+def _measure(contestant: Contestant, job: Job, tick: Tick) -> dict[str, Any]:
+    """As the task `text` measures, with validation text in place of test text."""
+    split = DatasetDict(train=job.text["train"], test=job.text["validation"])
+    return text.measure(contestant, job.preset.text, split, 0, job.device, tick)
+
+
+def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
+    """{preset, share, rates, bits_per_byte: {contestant: of each rate}, chosen: {contestant: rate}, cells}."""
+    bits: dict[str, list[float]] = {}
+    for cell in cells:
+        bits.setdefault(cell["contestant"], []).append(cell["result"]["bits_per_byte"])
+    rates = tried(preset)
+    return {
+        "preset": preset.name,
+        "share": preset.share,
+        "rates": list(rates),
+        "bits_per_byte": bits,
+        "chosen": {name: rates[found.index(min(found))] for name, found in bits.items()},
+        "cells": [cell | {"result": {"bits_per_byte": cell["result"]["bits_per_byte"]}} for cell in cells],
+    }
+
+
+def table(results: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
+    """Title, headings and rows: bits per byte of validation text at each rate, * the one that is chosen."""
+    rows = []
+    for name, found in results["bits_per_byte"].items():
+        marked = (" *" if rate == results["chosen"][name] else "" for rate in results["rates"])
+        rows.append([KNOWN[name].label, *(f"{bits:.3f}{mark}" for bits, mark in zip(found, marked, strict=True))])
+    title = f"Bits per byte of validation text by learning rate, preset {results['preset']}; * the one that is taken"
+    return title, ["variant", *(f"{rate:g}" for rate in results["rates"])], rows
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """Prints the table."""
+    title, heads, rows = table(results)
+    shown = Table(title=Text(title), title_justify="left")
+    shown.add_column(heads[0], no_wrap=True)
+    for head in heads[1:]:
+        shown.add_column(head, justify="right")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    console.print(shown)
