@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from . import rates
 from .code import by_one_version
 
 
@@ -38,6 +39,7 @@ def origins(results: dict[str, Any]) -> Origins:
         ("Machine" if len(machines) == 1 else "Machines", "; ".join(machines)),
         ("Commit" if len(commits) == 1 else "Commits", ", ".join(commits)),
         ("Seeds", _seeds(results["cells"])),
+        ("Learning rates of text", rates.told(results)),
         ("Versions", "; ".join(dict.fromkeys(_versions(p, ("python", "torch", "transformers")) for p in entries))),
     ]
     rows = [

@@ -101,8 +101,9 @@ class CostSettings:
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """A named amount of work. seeds: of recall and text. ability_seeds: of all other tasks. tasks: those that are
-    measured unless others are asked for. learning_rates: of contestants for which validation text chose another than
-    text.learning_rate (eval/rates.py). share: of the training steps that the preset has by itself."""
+    measured unless others are asked for. learning_rates: of text, of contestants for which validation text chose it
+    (eval/rates.py); all others train at text.learning_rate. share: of the training steps that the preset has by
+    itself."""
 
     name: str
     about: str

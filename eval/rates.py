@@ -72,6 +72,32 @@ def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def told(results: dict[str, Any]) -> str:
+    """Tells in a sentence at which learning rates the contestants of a result were trained on text; empty where none
+    was."""
+    found: dict[float, list[str]] = {}
+    for cell in results["cells"]:
+        if cell["task"] == "text" and cell["contestant"] in results["summary"]:
+            names = found.setdefault(cell["settings"]["learning_rate"], [])
+            if cell["contestant"] not in names:
+                names.append(cell["contestant"])
+    if not found:
+        return ""
+    most = max(found, key=lambda rate: len(found[rate]))
+    others = [
+        f"{rate:g} for {', '.join(results['summary'][name]['label'] for name in names)}"
+        for rate, names in sorted(found.items())
+        if rate != most
+    ]
+    told = "; ".join([*others, f"{most:g} for all else" if others else f"{most:g}"])
+    own, trained = results["settings"].get("learning_rates", {}), {name for names in found.values() for name in names}
+    if not own.keys() & trained:
+        return told
+    best = ", ".join(f"{factor * results['settings']['text']['learning_rate']:g}" for factor in FACTORS)
+    rest = ", ".join(results["summary"][name]["label"] for name in results["summary"] if name in trained - own.keys())
+    return f"{told}; the best of {best} on validation text{f', but for {rest}' if rest else ''}"
+
+
 def table(results: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
     """Title, headings and rows: bits per byte of validation text at each rate, * the one that is chosen."""
     rows = []

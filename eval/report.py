@@ -11,7 +11,7 @@ from rich.text import Text
 
 from hf_gallery.files import read_json, write_json, write_text
 
-from . import peers
+from . import peers, rates
 from .code import told
 from .page import page
 from .tables import conclusions, parts, peers_title
@@ -82,6 +82,8 @@ def outsiders(results: dict[str, Any]) -> list[str]:
 def show(results: dict[str, Any], console: Console) -> None:
     """Prints by what code the cells were measured, and the tables, in parts that fit a terminal of 80 columns."""
     console.print(versions(results))
+    if learning_rates := rates.told(results):
+        console.print(f"learning rates of text: {learning_rates}")
     for line in outsiders(results):
         console.print(line)
     for tables, numbers in ((parts(results), True), (conclusions(results), False)):

@@ -17,7 +17,7 @@ import pytest
 import torch
 import transformers
 from bs4 import BeautifulSoup
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -54,6 +54,7 @@ TINY = presets.Preset(
     "tiny",
     "seconds",
     seeds=1,
+    ability_seeds=1,
     tasks=("recall", "permutations", "text", "cost"),
     recall=presets.RecallSettings(
         TINY_SIZES, steps=4, tokens=64, short=8, length=40, learning_rate=1e-2, multiples=(0.5, 2.0, 8.0), examples=9
@@ -475,6 +476,47 @@ def test_a_share_of_the_training(tiny):
     assert steps == {"recall": TINY.recall.steps // 2, "text": round(TINY.text.steps / 2)}
     assert results["share"] == 0.5
     assert "50% of this preset's training steps" in (Path("runs/tiny") / report.PAGE).read_text()
+
+
+def test_abilities_have_their_own_number_of_seeds(tiny, monkeypatch):
+    monkeypatch.setitem(presets.PRESETS, "tiny", dataclasses.replace(TINY, seeds=2))
+    planned = [
+        [(cell.task, cell.seed) for cell in benchmark.plan_by_names(preset, ["longformer"], tasks, seeds, "", CPU)]
+        for preset, tasks, seeds in (
+            (presets.PRESETS["tiny"], ["recall", "permutations"], None),
+            (presets.PRESETS["tiny"], ["recall", "permutations"], 3),
+        )
+    ]
+    assert planned[0] == [("recall", 0), ("permutations", 0), ("recall", 1)]
+    assert sorted(planned[1]) == [(task, seed) for task in ("permutations", "recall") for seed in range(3)]
+
+
+def test_learning_rates_are_chosen_on_validation_text(tiny, monkeypatch):
+    """Each contestant's best of three; with it the run trains that contestant, and nobody else."""
+    corpus, faster = load_corpus("corpus"), dataclasses.replace(TINY.text, learning_rate=2e-2)
+
+    def bits_of_longformer(split):
+        texts = DatasetDict(train=corpus["train"], test=corpus[split])
+        chosen = contestants.CONTESTANTS["longformer"]
+        return text.measure(chosen, faster, texts, 0, CPU, lambda units: None)["bits_per_byte"]
+
+    command = ["rates", *tiny, "--variants", "transformer,longformer"]
+    result = invoke(*command)
+    assert result.exit_code == 0, result.output
+    results = read_json(Path("runs/rates_tiny") / report.RESULTS)
+    assert results["rates"] == [5e-3, 1e-2, 2e-2]
+    for name, bits in results["bits_per_byte"].items():
+        assert len(set(bits)) == 3 and results["chosen"][name] == results["rates"][bits.index(min(bits))]
+    assert results["bits_per_byte"]["longformer"][2] == bits_of_longformer("validation")
+    assert "6 of 6 cells are in" in invoke(*command).output
+
+    monkeypatch.setitem(presets.PRESETS, "tiny", dataclasses.replace(TINY, learning_rates={"longformer": 2e-2}))
+    result = invoke(*tiny, "--variants", "transformer,longformer", "--tasks", "recall,text")
+    assert result.exit_code == 0, result.output
+    cells = {(c["task"], c["contestant"]): c for c in read_json(Path("runs/tiny") / report.RESULTS)["cells"]}
+    rates = {key: cell["settings"]["learning_rate"] for key, cell in cells.items()}
+    assert rates.pop(("text", "longformer")) == 2e-2 and set(rates.values()) == {1e-2}
+    assert cells["text", "longformer"]["result"]["bits_per_byte"] == bits_of_longformer("test")
 
 
 def test_smaller_memories_are_asked_too(tiny):
