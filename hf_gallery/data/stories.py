@@ -11,7 +11,8 @@ from .examples import check, dataset, generator, unscored
 
 PEOPLE = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hana")
 THINGS = ("apple", "book", "coin", "drum", "flute", "key", "lamp", "map")
-ROOMS = ("attic", "barn", "cellar", "den", "garden", "hall", "kitchen", "library")
+# All of one length: an answer ends its text, so who can count columns would know how long it is.
+ROOMS = ("attic", "cabin", "foyer", "lobby", "porch", "study", "tower", "vault")
 IDLE = (  # tells nothing of people, things and rooms
     " Rain falls on the roof.",
     " A clock strikes six.",
@@ -39,12 +40,12 @@ def state_tracking(
     """People who move between rooms, take things along and leave them somewhere, in the manner of bAbI's tasks 1 to 3
     (Weston et al. 2015), hidden in sentences without meaning.
 
-    `events` sentences, "Ann goes to the hall. Ann takes the coin. Ann drops the coin.", stand at random places of a
+    `events` sentences, "Ann goes to the porch. Ann takes the coin. Ann drops the coin.", stand at random places of a
     text of `length` bytes. The last words ask; the room is scored, with the space before it. By `facts`, the number of
     sentences that an answer needs:
-    1: "Now Ann is in the hall", where she went last.
-    2: "Now the coin is in the hall", where its bearer went last, or was when it was dropped.
-    3: "Before the hall the coin was in the barn", from where its bearer brought it.
+    1: "Now Ann is in the porch", where she went last.
+    2: "Now the coin is in the porch", where its bearer went last, or was when it was dropped.
+    3: "Before the porch the coin was in the attic", from where its bearer brought it.
     The distance counts from the latest sentence from which on the text tells the answer.
 
     Chance is 1 / 8, the rooms; with 3 facts 1 / 7, as a thing comes from another room. The first letter tells which.

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from itertools import combinations
 from statistics import median
 
@@ -328,7 +329,7 @@ def test_questions_of_slots_are_one_each():
     assert ((labels[:, 1:] >= 0) & (labels[:, :-1] >= 0)).any()
 
 
-@pytest.mark.parametrize(
+each_chance = pytest.mark.parametrize(
     ("name", "arguments", "expected"),
     [
         ("associative_recall", {"length": 40, "distances": [9], "num_values": 4, "printable": True}, 1 / 4),
@@ -344,6 +345,9 @@ def test_questions_of_slots_are_one_each():
         ("permutation_composition", {"length": 100, "size": 3}, 1 / 3),
     ],
 )
+
+
+@each_chance
 def test_chance_is_the_share_of_the_most_frequent_answer(name, arguments, expected):
     level = chance(name, **arguments)
     assert level == pytest.approx(expected, abs=0.03 if name == "listops" else 1e-12)
@@ -352,6 +356,23 @@ def test_chance_is_the_share_of_the_most_frequent_answer(name, arguments, expect
     if (name, arguments.get("facts")) != ("state_tracking", 3):  # there the question leaves one room out
         assert len(answers) == (10 if name == "listops" else round(1 / level))
         assert counts.max() < len(asked) * level + 5 * (len(asked) * level) ** 0.5
+
+
+@each_chance
+def test_the_place_of_an_answer_tells_nothing_of_it(name, arguments, expected):
+    """The best guess for each column at which answers begin, learned on half of the questions, is at chance on the
+    rest: so nobody who counts columns, as a position embedding does, knows more than who sees nothing."""
+    asked = questions(TASKS[name](4000, **arguments, seed=8))
+    places = [len(context) for context in asked["context"]]
+    half = len(asked) // 2
+    seen = {}
+    for place, answer in zip(places[:half], asked["target"][:half], strict=True):
+        seen.setdefault(place, Counter())[answer] += 1
+    guesses = {place: answers.most_common(1)[0][0] for place, answers in seen.items()}
+    rest = list(zip(places[half:], asked["target"][half:], strict=True))
+    right = sum(guesses.get(place) == answer for place, answer in rest)
+    level = chance(name, **arguments)
+    assert right < len(rest) * level + 5 * (len(rest) * level) ** 0.5, right / len(rest)
 
 
 def test_chance_of_no_task():
