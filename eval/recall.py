@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import IterableDataset
 from transformers import PreTrainedModel
@@ -23,20 +25,21 @@ class Curriculum(IterableDataset):
     """Whole batches of slot recall, as many as there are steps: {input_ids, labels}, (B, T) each.
 
     First short examples, in which all architectures find the rule; then longer and longer ones. Every contestant reads
-    the same batches. Distances are spread evenly over their logarithm.
+    the same batches. Distances are spread evenly over their logarithm, and differ from step to step, so that each is
+    practised: an architecture with a bias for each distance knows nothing of one that never came.
     """
 
     def __init__(self, settings: RecallSettings, seed: int):
         self.settings, self.seed = settings, seed
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        s = self.settings
+        s, random = self.settings, np.random.default_rng([self.seed, 78])
         for step in range(s.steps):
             length = self.length_at(step / s.steps)
             rows = slot_recall(
                 max(1, s.tokens // length),
                 length,
-                distances=spread(length - 2),
+                distances=spread(length - 2, random.random()),
                 num_writes=s.num_writes,
                 num_reads=max(2, length // 20),
                 num_values=s.num_values,
@@ -51,13 +54,10 @@ class Curriculum(IterableDataset):
         return round(s.short + (s.length - s.short) * grown)
 
 
-def spread(longest: int) -> list[int]:
-    """Distances from 1 to `longest`, four to a doubling."""
-    found, x = {longest}, 1.0
-    while x < longest:
-        found.add(int(x))
-        x *= 2**0.25
-    return sorted(found)
+def spread(longest: int, shift: float) -> list[int]:
+    """Distances from 1 to `longest`, four to a doubling, moved up by a share `shift` of the step between two."""
+    count = 1 + int(4 * math.log2(longest))
+    return sorted({min(longest, round(2 ** ((i + shift) / 4))) for i in range(count)})
 
 
 def units(settings: RecallSettings) -> int:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -140,7 +141,19 @@ def test_the_curriculum_grows_and_is_the_same_for_all():
         assert torch.equal(a["input_ids"], b["input_ids"]) and torch.equal(a["labels"], b["labels"])
         assert not torch.equal(a["input_ids"], other["input_ids"])
     assert len({str(batch["input_ids"]) for batch in batches[0]}) == settings.steps
-    assert recall.spread(100)[0] == 1 and recall.spread(100)[-1] == 100
+
+
+def test_every_distance_is_practised():
+    """Those that are asked for, too; about as often for each doubling, and none that does not fit."""
+    counts = Counter(d for shift in np.linspace(0, 1, 400, endpoint=False) for d in recall.spread(158, shift))
+    assert set(counts) == set(range(1, 159))
+    doublings = [sum(counts[d] for d in range(2**i, 2 ** (i + 1))) for i in range(3, 7)]  # below, some fall together
+    assert max(doublings) < 1.2 * min(doublings)
+    for name in ("quick", "standard", "full"):
+        settings = presets.PRESETS[name].recall
+        asked = set(settings.distances())
+        assert all(asked & set(recall.spread(settings.length - 2, shift)) for shift in (0.0, 0.5))
+        assert max(asked) <= settings.length - 2
 
 
 class Oracle:
