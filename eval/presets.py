@@ -201,7 +201,7 @@ PRESETS = {
                 length=160,
                 learning_rate=3e-3,
                 multiples=_MULTIPLES,
-                examples=128,
+                examples=256,
             ),
             abilities=AbilitySettings(
                 dataclasses.replace(_SMALL, context=1024), steps=400, tokens=4096, learning_rate=3e-3, examples=128
