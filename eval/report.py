@@ -100,10 +100,12 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The same tables in Markdown, for a README or a model card."""
+    """The same tables in Markdown, for a README or a model card, and the learning rates of text."""
     blocks = []
     for tables, line in ((parts(results), "---:|"), (_with_peers(results), "---|")):
         for title, heads, rows in tables:
             lines = ["| " + " | ".join(heads) + " |", "|---|" + line * (len(heads) - 1)]
             blocks.append("\n".join([f"{title}:", "", *lines, *("| " + " | ".join(row) + " |" for row in rows)]))
+    if learning_rates := rates.told(results):
+        blocks.append(f"Learning rates of text: {learning_rates}.")
     return "\n\n".join(blocks)

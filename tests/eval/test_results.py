@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from eval import benchmark, claims, peers, report
+from eval import benchmark, claims, peers, rates, report
 from eval.code import told
 from eval.contestants import CONTESTANTS
 from eval.presets import PRESETS
 from eval.seeds import outcomes_by_seed
 from eval.significance import SURE, two_proportions, wilson
+from eval.task import plain
 
 FOLDER = Path(__file__).parents[2] / "eval" / "results"
 LATER = ("longformer_xl", "recurrent_memory_transformer", "recurrent_memory_transformer_few")  # in quick.json only
@@ -58,12 +59,20 @@ def test_runs_are_of_this_code(name):
     assert report.parts(results) and report.markdown(results)
     tasks = {"recall": "recall", "text": "text", "cost": "cost"}
     for cell in results["cells"]:
-        settings = results["settings"][tasks.get(cell["task"], "abilities")]
+        settings = plain(preset.of(cell["contestant"]))[tasks.get(cell["task"], "abilities")]
         assert settings.items() <= cell["settings"].items(), cell["task"]
     for task in {cell["task"] for cell in results["cells"]} - {"cost"}:
         found = [cell["result"] for cell in results["cells"] if cell["task"] == task]
         parameters = [x["parameters"] for x in found if "parameters" in x]  # the baseline of text has none
         assert max(parameters) < 1.03 * min(parameters), task
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("rates_*.json")), ids=lambda path: path.stem)
+def test_presets_train_text_at_the_rates_that_were_chosen(path):
+    results = json.loads(path.read_text())
+    preset = PRESETS[results["preset"]].shortened(results["share"])
+    assert rates.collect(preset, results["cells"]) == results
+    assert preset.learning_rates == results["chosen"] and results["chosen"].keys() == CONTESTANTS.keys()
 
 
 def test_the_quick_run_takes_minutes(quick):
