@@ -89,9 +89,11 @@ def show(results: dict[str, Any], console: Console) -> None:
     for tables, numbers in ((parts(results), True), (conclusions(results), False)):
         for title, heads, rows in tables:
             shown = Table(title=Text(title), title_justify="left")
-            shown.add_column(heads[0], no_wrap=numbers)
-            for head in heads[1:]:
-                shown.add_column(head, justify="right" if numbers else "left")
+            shown.add_column(heads[0])
+            for i, head in enumerate(heads[1:], start=1):
+                # Numbers stay whole: a name or a heading is broken where there is no room, and at blanks.
+                widest = max(map(len, [*head.split(), *(row[i] for row in rows)])) if numbers else None
+                shown.add_column(head, justify="right" if numbers else "left", min_width=widest)
             for row in rows:
                 shown.add_row(*map(Text, row))
             console.print(shown)
