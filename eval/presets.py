@@ -184,20 +184,6 @@ _MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 _EVERYTHING = ("recall", *ABILITIES, "text", "cost")
 _WIDER = dataclasses.replace(_SMALL, hidden=128, window=32, context=512, intermediate=384, states=32)
 
-# The best of half, once and twice 0.003 on validation text, as `python -m eval rates --preset quick` found
-# (eval/results/rates_quick.json); the standard preset trains models of the same size on the same corpus.
-_RATES = {
-    "transformer_full": 3e-3,
-    "transformer": 3e-3,
-    "transformer_xl": 6e-3,
-    "longformer": 1.5e-3,
-    "longformer_xl": 1.5e-3,
-    "memorizing_transformer": 6e-3,
-    "block_recurrent_transformer": 6e-3,
-    "recurrent_memory_transformer": 6e-3,
-    "recurrent_memory_transformer_few": 6e-3,
-}
-
 PRESETS = {
     p.name: p
     for p in (
@@ -229,7 +215,17 @@ PRESETS = {
             cost=CostSettings(
                 MEDIUM, lengths=(1024, 4096), tokens=2048, repeats=6, contexts=(1024, 4096), decode_tokens=24
             ),
-            learning_rates=_RATES,
+            learning_rates={  # eval/results/rates_quick.json
+                "transformer_full": 3e-3,
+                "transformer": 3e-3,
+                "transformer_xl": 6e-3,
+                "longformer": 1.5e-3,
+                "longformer_xl": 1.5e-3,
+                "memorizing_transformer": 6e-3,
+                "block_recurrent_transformer": 6e-3,
+                "recurrent_memory_transformer": 6e-3,
+                "recurrent_memory_transformer_few": 6e-3,
+            },
         ),
         Preset(
             "standard",
@@ -255,7 +251,7 @@ PRESETS = {
                 steps=250,
                 lanes=8,
                 length=512,
-                learning_rate=3e-3,
+                learning_rate=2e-3,
                 test_bytes=786432,
                 document_bytes=262144,
             ),
@@ -275,7 +271,6 @@ PRESETS = {
                 contexts=(1024, 4096, 16384, 65536, 131072),
                 decode_tokens=32,
             ),
-            learning_rates=_RATES,
         ),
         Preset(
             "full",
