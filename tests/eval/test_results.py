@@ -118,9 +118,11 @@ def test_what_is_said_of_recall_holds_with_every_seed():
     [
         ("transformer_full", 8),
         ("transformer_xl", 2),
+        ("longformer", 1),
         ("longformer_xl", 2),
         ("memorizing_transformer", 8),
-        ("recurrent_memory_transformer", 2),
+        ("block_recurrent_transformer", 1),
+        ("recurrent_memory_transformer", 4),
     ],
 )
 def test_recall_is_learned_with_every_seed_and_torch(name, windows):
