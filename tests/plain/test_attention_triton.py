@@ -139,8 +139,8 @@ def test_triton_refuses_types_and_sizes_that_it_cannot_do(monkeypatch):
 def test_an_unknown_implementation_is_refused_with_all_names():
     x = torch.zeros(1, 1, 3, 8)
     ends = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="'flash'.*" + ".*".join(IMPLEMENTATIONS)):
-        attend(x, x, x, Spans(ends, ends), implementation="flash")
+    with pytest.raises(ValueError, match="'flex'.*" + ".*".join(IMPLEMENTATIONS)):
+        attend(x, x, x, Spans(ends, ends), implementation="flex")
 
 
 @over()
