@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_attention import assert_same, leaf, problem, run, tensors
-from variants import assert_equal, over, result_of, runner, words
+from variants import VARIANTS, assert_equal, over, result_of, runner, words
 from variants import causal as causal_variants
 
 from hf_gallery.models import attention_flash
@@ -513,6 +513,25 @@ def test_a_training_step_is_one_graph(variant, kernels):
     assert_equal(compiled_loss, loss)
     for name, gradient in gradients.items():
         assert_equal(compiled_gradients[name], gradient, name)
+
+
+def test_several_graphs_leave_it_out(kernels):
+    """Without fullgraph, behind a cache: what asks the intervals is no part of any graph."""
+    run = runner(next(v for v in VARIANTS if v.name == "transformer_segments"), "causal", attn_implementation="flash")
+    torch.compiler.reset()
+    graph, ids, found = torch.compile(run.model, backend="eager"), words(2, 17), []
+    with torch.no_grad():
+        for forward in (run.model, graph):
+            cache = forward(input_ids=ids[:, :9], use_cache=True).past_key_values
+            found.append(forward(input_ids=ids[:, 9:], past_key_values=cache, use_cache=True).logits)
+    assert_equal(*found)
+
+
+def test_one_graph_needs_intervals_of_the_cpu(kernels, monkeypatch):
+    monkeypatch.setattr(attention_flash, "in_one_graph", lambda: True)
+    assert choose(small(spans=problem(b=1, h=1, t=3, s=3, d=1, dv=1)[1]), "flash") == "flash"
+    with pytest.raises(ValueError, match="in one graph those of padded rows are on the GPU"):
+        choose(small(spans=Spans(*torch.zeros(2, 1, 3, dtype=torch.long, device="meta"))), "flash")
 
 
 def test_a_graph_refuses_intervals_when_it_runs(kernels):
