@@ -171,7 +171,7 @@ def choose(problem: Problem, implementation: str) -> str:
         known = "; ".join(f'"{name}": {what}' for name, what in IMPLEMENTATIONS.items())
         raise ValueError(f"implementation is {implementation!r}; attend has {known}")
     if implementation in ("auto", "eager"):
-        # Never "flash": its bits are not the same from run to run, and it is the faster one in some backwards alone.
+        # Never "flash": these kernels are slower in a window's backward alone, and give the same bits each time.
         suits = problem.query.is_cuda and why_not_triton(problem) is None
         return "triton" if suits else "tiles"
     if implementation in _WHY_NOT and (reason := _WHY_NOT[implementation](problem)) is not None:
