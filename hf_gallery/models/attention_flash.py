@@ -210,9 +210,9 @@ class _Side(NamedTuple):
 
     def pack(self, x: torch.Tensor, width: int) -> torch.Tensor:
         """(B, H, N, D) to (tokens, H, width), zeros behind D."""
-        x = F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
-        x = x.transpose(1, 2).flatten(0, 1)  # (B N, H, width)
+        x = x.transpose(1, 2).flatten(0, 1)  # (B N, H, D)
         x = x if self.take is None else x.index_select(0, self.take)
+        x = F.pad(x, (0, width - x.shape[-1])) if x.shape[-1] < width else x
         aligned = x.stride(-1) == 1 and all(n % 8 == 0 for n in (*x.stride()[:2], x.storage_offset()))
         return x if aligned else x.contiguous()  # the kernels read 16 bytes at a time
 

@@ -515,6 +515,7 @@ def test_a_training_step_is_one_graph(variant, kernels):
         assert_equal(compiled_gradients[name], gradient, name)
 
 
+@pytest.mark.slow
 def test_several_graphs_leave_it_out(kernels):
     """Without fullgraph, behind a cache: what asks the intervals is no part of any graph."""
     run = runner(next(v for v in VARIANTS if v.name == "transformer_segments"), "causal", attn_implementation="flash")
@@ -546,6 +547,19 @@ def whole_graph(query, key, value, lower, upper):
 
 
 # ---------------------------------------------------------------------------------------------------------- on a GPU
+
+
+def test_the_eval_compares_them(kernels):
+    """Its cases are right here, by its own limits, and wrong where a window does not end."""
+    from eval import gpu
+
+    for name in gpu.FLASH:
+        errors = gpu._flash_case(name)
+        assert errors.keys() == {"out", "gradients of out", "gradients of both"} and gpu._within(name, errors), name
+    name = "flash, before the query"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flash, "visible", lambda q, k, left, *rest: torch.ones(q, k).tril(k - q).bool())
+        assert not gpu._within(name, gpu._flash_case(name))
 
 
 needs_gpu = pytest.mark.skipif(

@@ -185,7 +185,12 @@ else:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("name", "made"), [("attention_triton", "_forward_operator"), ("attention_tiles", "_tiles_forward")]
+    ("name", "made"),
+    [
+        ("attention_triton", "_forward_operator"),
+        ("attention_tiles", "_tiles_forward"),
+        ("attention_flash", "_forward_operator"),
+    ],
 )
 def test_a_second_import_of_the_code_uses_the_operators_of_the_first(name, made, tmp_path, monkeypatch):
     """Remote code is imported once for each folder: the same code must not collide with itself, other code neither."""
