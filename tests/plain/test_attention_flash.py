@@ -496,6 +496,22 @@ def test_models_decode_by_it(variant, kernels):
     assert kernels["forward"]
 
 
+@served()
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
+def test_the_host_reads_nothing_in_training(variant, masked, monkeypatch):
+    """On the device meta, as on a GPU: with a mask those run in whose intervals the ends of rows decide nothing."""
+    monkeypatch.setattr(attention_flash, "lacks", lambda device: None)
+    monkeypatch.setattr(attention_flash, "KINDS", (torch.float32,))
+    model = variant.make("causal", attention_dropout=0.0, attn_implementation="flash").train().to("meta")
+    ids = torch.zeros(2, 23, dtype=torch.long, device="meta")
+    given = dict(input_ids=ids, labels=ids, attention_mask=torch.ones_like(ids) if masked else None)
+    if masked and variant.name in ("longformer", "recurrent_memory_gpt2"):
+        with pytest.raises(ValueError, match='^implementation="flash" needs intervals that the host knows'):
+            model(**given)
+    else:
+        model(**given).loss.backward()
+
+
 @served(others_slow=True)
 def test_a_training_step_is_one_graph(variant, kernels):
     """The operators ask the intervals when the graph runs, which holds them whole; rows are padded."""
