@@ -1,9 +1,9 @@
 """The gallery on a GPU: `python -m eval gpu`, or `python -m eval.gpu` where torch, triton and transformers alone are.
 
-First every kernel is compared with the plain definition on the device; then attention, forward and backward, is timed
-beside torch's FlashAttention and flex_attention; then a training step of every architecture at the size of GPT-2
-small, with the kernels and with the tiles. What was found is written after each part, so that a run that is cut off
-keeps it.
+First every kernel is compared with the plain definition on the device, and torch's FlashAttention as the gallery calls
+it; then attention, forward and backward, is timed beside torch's FlashAttention and flex_attention; then a training
+step of every architecture at the size of GPT-2 small, with the kernels and with the tiles. What was found is written
+after each part, so that a run that is cut off keeps it.
 
 Rates count visible pairs only: 4 D operations a pair and head in the forward, 10 D in the backward; a relative term
 adds 2 D and 4 D. `--dry` tries the whole script on a CPU, in Triton's interpreter and tiny sizes.
@@ -31,7 +31,9 @@ if "--dry" in sys.argv and __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 
-from hf_gallery.models.attention import Position, attend
+from hf_gallery.models.attention import Position, attend, attend_naive, attend_parts
+from hf_gallery.models.attention_flash import attend_flash, lacks
+from hf_gallery.models.attention_problem import Problem
 from hf_gallery.models.spans import Spans
 
 from . import kernels
@@ -121,6 +123,12 @@ def correctness(settings: GpuSettings, clock: Callable[[], float], say: Say) -> 
             asked = {pool.submit(_case, name): name for name in names}
             for done in concurrent.futures.as_completed(asked):
                 found[asked[done]] = done.result()
+    reason = lacks(_device())
+    if reason is None:
+        found |= {name: _flash_case(name) for name in FLASH}
+        names = [*names, *FLASH]
+    else:
+        say(f"FlashAttention {reason}")
     right = {name: _within(name, errors) for name, errors in found.items()}
     for name in names:
         if not right[name]:
@@ -137,7 +145,63 @@ def _case(name: str) -> dict[str, Any]:
 
 
 def _within(name: str, errors: dict[str, Any]) -> bool:
-    return all(isinstance(x, float) and x < kernels.limit(name) for x in errors.values())
+    limit = kernels.LIMITS[torch.bfloat16] if name in FLASH else kernels.limit(name)
+    return all(isinstance(x, float) and x < limit for x in errors.values())
+
+
+# Of torch's FlashAttention: the whole interval of query p, and the parts that it is computed in. Two rows of 517, the
+# second of them 400 long; segments of 100, a memory of 60.
+FLASH: dict[str, tuple[Callable[..., Any], ...]] = {
+    "flash, causal": (lambda p: (0 * p, p),),
+    "flash, window": (lambda p: (p - 200, p),),
+    "flash, both sides": (lambda p: (p - 90, p + 90),),
+    "flash, before the query": (lambda p: (p - 200, p - 1),),
+    "flash, segments": (lambda p: (p - p % 100 - 60, p),),
+    "flash, segments in two parts": (
+        lambda p: (p - p % 100 - 60, p),
+        lambda p: (p - p % 100, p),
+        lambda p: (p - p % 100 - 60, p - p % 100 - 1),
+    ),
+}
+
+
+def _flash_case(name: str) -> dict[str, Any]:
+    """Errors of out and lse, of the gradients of out alone, and of those of lse too."""
+    lengths, device = torch.tensor([[517], [400]]), _device()
+    p = torch.arange(517).expand(2, -1)
+
+    def spans(ends: Callable[..., Any]) -> Spans:
+        lower, upper = ends(p)
+        lower, upper = lower.clamp(min=0), torch.minimum(upper, lengths - 1)
+        return Spans(lower, torch.where(p < lengths, upper, lower - 1))
+
+    try:
+        whole, *parts = map(spans, FLASH[name])
+        generator = torch.Generator().manual_seed(3)
+        x = [torch.randn(2, 4, 517, d, generator=generator).to(device, torch.bfloat16) for d in (80, 80, 64)]
+        exact = [y.double().requires_grad_() for y in x]
+        query, key, value = (y.requires_grad_() for y in x)
+        results = attend_flash(*(Problem(query, key, value, part, None, 80**-0.5) for part in parts or [whole]))
+        expected = attend_naive(exact[0], exact[1], exact[2], whole)[:2]
+        errors: dict[str, Any] = {}
+        grads: dict[str, list[Any]] = {}
+        for leaves, (out, lse) in ((x, results), (exact, expected)):
+            weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(5)).to(out)
+            seen = lse.masked_fill(lse == -math.inf, 0.0)
+            totals = {"out": (out * weight).double().sum()}
+            totals["both"] = totals["out"] + (seen * weight.double().sum(-1)).sum()
+            grads.setdefault("out", []).append([out, seen])
+            for way, total in totals.items():
+                found = torch.autograd.grad(total, leaves, retain_graph=True)
+                grads.setdefault(f"gradients of {way}", []).append(found)
+        for way, (got, right) in grads.items():
+            pairs = zip(got, right, strict=True)
+            errors[way] = max(((y.double() - z).norm() / z.norm()).item() for y, z in pairs)
+        if not torch.equal(results[1] == -math.inf, expected[1] == -math.inf):
+            errors["out"] = math.inf
+        return errors
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {error}"[-1500:]}
 
 
 # ----------------------------------------------------------------------------------------------------- attention
@@ -206,6 +270,15 @@ def forms(settings: GpuSettings, length: int) -> dict[str, Form]:
 
         return call
 
+    def by_flash(*parts: Spans) -> Callable[..., torch.Tensor]:
+        def call(q, k, v):
+            if len(parts) == 1:
+                return attend(q, k, v, parts[0], implementation="flash")
+            return attend_parts(q, [(k, v, part, None) for part in parts], implementation="flash")
+
+        return call
+
+    own, before = Spans((at - at % w)[None], at[None]), Spans(segment.lower, (at - at % w - 1)[None])
     found = {
         "flash, causal": Form(qkv, _flash_causal, causal),
         "flash, window": Form(qkv, _flash_window(length, b, w), pairs(window)),
@@ -214,6 +287,12 @@ def forms(settings: GpuSettings, length: int) -> dict[str, Form]:
         "ours, window and bias": Form(with_bias, ours(window, w - 1), pairs(window)),
         "ours, segment and relative term": Form(with_relative, ours(segment, 2 * w - 1), pairs(segment), True),
     }
+    if not settings.dry:
+        found |= {
+            "by flash, window": Form(qkv, by_flash(window), pairs(window)),
+            "by flash, segment": Form(qkv, by_flash(segment), pairs(segment)),
+            "by flash, segment in two parts": Form(qkv, by_flash(own, before), pairs(segment)),
+        }
     if settings.flex and not settings.dry and length == settings.lengths[0]:
         found |= {
             "flex, window": Form(qkv, _flex(length, w), pairs(window)),

@@ -6,7 +6,8 @@
 
 `attend_naive` is this definition, written plainly: read it first. `attend` computes the same in time O(T x span) and
 memory O(T), by whichever implementation suits the device: attention_tiles.py on CPUs, attention_triton.py on GPUs,
-attention_fused.py on request. `join` makes one softmax of two.
+attention_flash.py and attention_fused.py on request. `attend_parts` makes one softmax of several sets of keys,
+`join` of the results over two.
 
 Letters: see spans.py.
 """
@@ -14,14 +15,19 @@ Letters: see spans.py.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
 
+from .attention_flash import attend_flash
+from .attention_flash import why_not as why_not_flash
 from .attention_fused import attend_sdpa
 from .attention_problem import Position, Problem, compute_dtype, without_autocast
 from .attention_tiles import attend_tiles, attend_tiles_in_graph
-from .attention_triton import attend_triton, why_not
+from .attention_triton import attend_triton
+from .attention_triton import why_not as why_not_triton
 from .exporting import in_one_graph, is_exporting
 from .rings import attend_ring
 from .spans import Spans
@@ -107,9 +113,36 @@ def attend(
         return attend_sdpa(problem.check())
     if chosen == "triton":
         result: tuple[torch.Tensor, Any] = attend_triton(problem)
+    elif chosen == "flash":
+        result = attend_flash(problem)
     else:
         result = attend_tiles(problem.check(), needs_lse=return_lse)
     return result if return_lse else result[0]
+
+
+def attend_parts(
+    query: torch.Tensor,
+    parts: Sequence[tuple[torch.Tensor, torch.Tensor, Spans, Position | None]],
+    *,
+    scale: float | None = None,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """`attend` over the disjoint keys of all parts, one softmax for all: out (B, H, T, Dv).
+
+    parts: key, value, spans and position of each, at least two. Raises ValueError as `attend` does.
+    """
+    options: dict[str, Any] = dict(scale=scale, dropout=dropout)
+    if not is_exporting() and not any(part[2].of_ring for part in parts):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        problems = [Problem(query, *part, scale, dropout) for part in parts]
+        if all(choose(problem, implementation) == "flash" for problem in problems):
+            return attend_flash(*problems)[0]
+    results = [
+        attend(query, *pair, spans, position=position, implementation=implementation, return_lse=True, **options)
+        for *pair, spans, position in parts
+    ]
+    return joined(reduce(join, results[:-1]), results[-1])
 
 
 IMPLEMENTATIONS = {
@@ -117,6 +150,7 @@ IMPLEMENTATIONS = {
     "eager": "as auto: transformers' name for a model's own attention",
     "tiles": "in torch alone, on every device and in every type",
     "triton": "kernels for GPUs, in float32 and half types, heads of at most 256",
+    "flash": "torch's FlashAttention, in half types, where one window serves all queries, without a position term",
     "sdpa": "torch's fused kernels on the same intervals, without lse and without a position term of the query",
 }
 # Names of attn_implementation that every model takes, with what each is.
@@ -124,20 +158,24 @@ OWN_IMPLEMENTATIONS = {
     "eager": "their own kernels on a GPU, else their own tiles",
     "tiles": "their own tiles, on every device",
     "triton": "their own kernels, for GPUs",
+    "flash": "torch's FlashAttention, for GPUs, where every layer sees plain windows or segments, else refused",
 }
+_WHY_NOT = {"triton": why_not_triton, "flash": why_not_flash}
 
 
 def choose(problem: Problem, implementation: str) -> str:
-    """The implementation that `attend` runs: "tiles", "triton" or "sdpa". Decides by device, type and sizes, and reads
-    no tensor. Raises ValueError for an unknown name, or a problem that the named one cannot solve."""
+    """The implementation that `attend` runs: "tiles", "triton", "flash" or "sdpa". Decides by device, type and sizes,
+    for "flash" also by intervals on the CPU, and reads no tensor of a GPU. Raises ValueError for an unknown name, or a
+    problem that the named one cannot solve."""
     if implementation not in IMPLEMENTATIONS:
         known = "; ".join(f'"{name}": {what}' for name, what in IMPLEMENTATIONS.items())
         raise ValueError(f"implementation is {implementation!r}; attend has {known}")
     if implementation in ("auto", "eager"):
-        suits = problem.query.is_cuda and why_not(problem) is None
+        # Never "flash": these kernels are slower in a window's backward alone, and give the same bits each time.
+        suits = problem.query.is_cuda and why_not_triton(problem) is None
         return "triton" if suits else "tiles"
-    if implementation == "triton" and (reason := why_not(problem)) is not None:
-        raise ValueError(f'implementation="triton" {reason}; use implementation="auto"')
+    if implementation in _WHY_NOT and (reason := _WHY_NOT[implementation](problem)) is not None:
+        raise ValueError(f'implementation="{implementation}" {reason}; use implementation="auto"')
     return implementation
 
 

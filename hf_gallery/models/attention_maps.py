@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .attention import Position, attend, attend_naive, join, joined
+from .attention import Position, attend, attend_naive, attend_parts, join
 from .attention_problem import without_autocast
 from .context import ForwardContext
 from .spans import Spans
@@ -53,8 +53,7 @@ def attend_shown(
         options = dict(scale=scale, dropout=dropout, implementation=context.implementation)
         if len(parts) == 1:
             return parts[0].attend(query, **options), None
-        *first, last = [part.attend(query, return_lse=True, **options) for part in parts]
-        return joined(reduce(join, first), last), None
+        return attend_parts(query, [part[:4] for part in parts], **options), None
     columns = max(part.start + part.key.shape[2] for part in parts)
     with without_autocast(query):
         if len(parts) == 1 and not parts[0].start and not dropout and context.rows.index is None:  # the map as it is

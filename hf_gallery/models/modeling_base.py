@@ -64,6 +64,12 @@ class GalleryPreTrainedModel(PreTrainedModel):
             )
         return requested
 
+    def _check_and_adjust_attn_implementation(self, attn_implementation: str | None, *arguments, **options) -> str:
+        # For transformers a name with "flash" in it is a package of kernels, which it would import.
+        if attn_implementation in self.implementations:
+            return attn_implementation
+        return super()._check_and_adjust_attn_implementation(attn_implementation, *arguments, **options)
+
     def resize_token_embeddings(
         self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
     ):

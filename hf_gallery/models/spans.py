@@ -22,7 +22,7 @@ class Spans:
     sees nothing. The object is immutable, and remembers what was once worked out of it: a model makes it once for
     all of its layers.
 
-    within: intervals on the CPU that hold these, if these lie on a GPU and follow from a mask.
+    within: intervals on the CPU, if these lie on a GPU and follow from a mask: each of these is the same, or empty.
     """
 
     of_ring = False  # whether they are of positions in a ring: see RingSpans

@@ -592,8 +592,8 @@ def test_errors_name_what_disagrees():
         attend(query, key, value, spans, position=Position(table[:2], 5))
     with pytest.raises(ValueError, match=r"position.query.*\(2, 3, 3, 5\)"):
         attend(query, key, value, spans, position=Position(torch.zeros(3, 9, 5).double(), 5, query[:, :, :3]))
-    with pytest.raises(ValueError, match="implementation.*'flash'"):
-        attend(query, key, value, spans, implementation="flash")
+    with pytest.raises(ValueError, match="implementation.*'flex'"):
+        attend(query, key, value, spans, implementation="flex")
 
 
 def test_every_visible_distance_needs_a_row():

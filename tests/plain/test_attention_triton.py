@@ -139,8 +139,8 @@ def test_triton_refuses_types_and_sizes_that_it_cannot_do(monkeypatch):
 def test_an_unknown_implementation_is_refused_with_all_names():
     x = torch.zeros(1, 1, 3, 8)
     ends = torch.zeros(1, 3, dtype=torch.long)
-    with pytest.raises(ValueError, match="'flash'.*" + ".*".join(IMPLEMENTATIONS)):
-        attend(x, x, x, Spans(ends, ends), implementation="flash")
+    with pytest.raises(ValueError, match="'flex'.*" + ".*".join(IMPLEMENTATIONS)):
+        attend(x, x, x, Spans(ends, ends), implementation="flex")
 
 
 @over()
@@ -185,7 +185,12 @@ else:
 
 @needs_triton
 @pytest.mark.parametrize(
-    ("name", "made"), [("attention_triton", "_forward_operator"), ("attention_tiles", "_tiles_forward")]
+    ("name", "made"),
+    [
+        ("attention_triton", "_forward_operator"),
+        ("attention_tiles", "_tiles_forward"),
+        ("attention_flash", "_forward_operator"),
+    ],
 )
 def test_a_second_import_of_the_code_uses_the_operators_of_the_first(name, made, tmp_path, monkeypatch):
     """Remote code is imported once for each folder: the same code must not collide with itself, other code neither."""

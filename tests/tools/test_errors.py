@@ -464,7 +464,7 @@ def test_a_misspelt_argument_is_noticed(caplog):
 def test_unknown_attention(variant):
     """In transformers' words, and then what there is; when a model is built, and of one that stands."""
     kind, model = variant.heads["causal"].kind, variant.make("causal")
-    for implementation in ("flash_attention_2", "flash"):
+    for implementation in ("flash_attention_2", "flex"):
         message = f'Specified `attn_implementation="{implementation}"` is not supported.*{kind.__name__} has .eager'
         with pytest.raises(ValueError, match=message):
             kind._from_config(variant.make_config("causal"), attn_implementation=implementation)
