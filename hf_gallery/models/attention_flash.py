@@ -98,7 +98,8 @@ def attend_flash(*problems: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class Sequences(NamedTuple):
-    """Intervals cut into sequences, (n,) on the CPU each: a row, its queries from the first on, its keys likewise."""
+    """Intervals cut into sequences, (n,) on the CPU each: its row, its first query and their number, its first key and
+    their number."""
 
     row: torch.Tensor
     query: torch.Tensor

@@ -22,7 +22,7 @@ def visible(queries, keys, left, right, causal):
 
 
 def check(query, key, value, cu_seqlens_q, cu_seqlens_k, max_q, max_k, dropout_p):
-    """What the kernels refuse, or would read wrong."""
+    """Fails for tensors that the kernels refuse, or would read wrong."""
     tokens, heads, size = query.shape
     assert key.shape == value.shape == (len(key), heads, size) and size % 8 == 0 and size <= 256
     assert query.dtype == key.dtype == value.dtype

@@ -351,7 +351,7 @@ def test_half_types(dtype, kernels):
 
 @pytest.mark.parametrize("window", [None, 6])
 def test_rows_that_are_padded_by_a_mask_of_the_gpu(window, kernels, monkeypatch):
-    """What all rows see in common is cut on the host; that padding sees nothing stays on the device."""
+    """Intervals that all rows share are cut on the host; that padding sees nothing stays on the device."""
     ends, t = causal(rows(None, ragged()), window=window)
     spans = Spans(ends.lower, ends.upper, within=causal(Rows(B, t, None, None), window=window)[0])
     monkeypatch.setattr(attention_flash, "readable", lambda x: x is not spans.lower)
