@@ -364,7 +364,7 @@ def test_rows_that_are_padded_by_a_mask_of_the_gpu(window, kernels, monkeypatch)
 
 
 def test_within_is_the_same_or_empty():
-    """What `Spans.within` promises, of rows whose ends a GPU holds."""
+    """`Spans.within` holds what it promises, of rows whose ends a GPU holds."""
     found = Rows(2, 40, torch.ones(2, 40, dtype=torch.bool, device="meta"), None)
     p = found.positions
     spans = found.spans(p - 5, p, 3)
