@@ -112,7 +112,7 @@ class Sequences(NamedTuple):
 
 @outside_graphs
 def sequences_of(spans: Spans, columns: int) -> Sequences | str:
-    """The sequences that the intervals over this number of columns are, or in words why they are none. Queries that see
+    """The sequences that intervals over this number of columns are, or in words why they are none. Queries that see
     nothing are in none of them."""
     known = _known(spans)
     if known is None:
@@ -234,7 +234,7 @@ class _Side(NamedTuple):
 
 
 class _Plan(NamedTuple):
-    """What the kernels are told of a problem's intervals."""
+    """A problem's intervals as the kernels are told of them."""
 
     queries: _Side
     keys: _Side
