@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -36,18 +35,17 @@ def tried(preset: Preset) -> tuple[float, ...]:
 
 def plan(preset: Preset, names: list[str], corpus: str, device: torch.device) -> list[Cell]:
     """The cells: every contestant at every rate, at one seed."""
-    return list(_plan(preset, names, corpus, device))
-
-
-def _plan(preset: Preset, names: list[str], corpus: str, device: torch.device) -> Iterator[Cell]:
-    limit = min(preset.text.test_bytes, VALIDATION)
+    task, cells, whole = TASKS["text"], [], Job(preset, corpus, device)
     for name in names:
         for rate in tried(preset):
-            settings = dataclasses.replace(preset.text, learning_rate=rate, test_bytes=limit)
-            job = Job(dataclasses.replace(preset, text=settings, learning_rates={}), corpus, device)
-            about = TASKS["text"].settings(job) | {"split": "validation"}
+            settings = dataclasses.replace(
+                preset.text, learning_rate=rate, test_bytes=min(preset.text.test_bytes, VALIDATION)
+            )
+            job = dataclasses.replace(whole, preset=dataclasses.replace(preset, text=settings))  # of the same texts
+            about = task.settings(job) | {"split": "validation"}
             measure = functools.partial(_measure, KNOWN[name], job)
-            yield Cell(f"rate_{rate:g}", name, 0, about, text.units(settings), measure, TASKS["text"].code)
+            cells.append(Cell(f"rate_{rate:g}", name, 0, about, text.units(settings), measure, task.code))
+    return cells
 
 
 def _measure(contestant: Contestant, job: Job, tick: Tick) -> dict[str, Any]:
