@@ -16,8 +16,8 @@ from eval.contestants import CONTESTANTS
 from hf_gallery.variants import VARIANTS, markdown, register
 
 ROOT = Path(__file__).parents[2]
-# Claims of each paper, other implementations beside ours, learning rates as they were measured, and the roads of contexts
-# with more than plain intervals: of one architecture after the other.
+# Claims of each paper, other implementations beside ours, measured learning rates, and the roads of contexts with more
+# than plain intervals: of one architecture after the other.
 EACH = {"eval/claims.py", "eval/peers/comparison.py", "eval/peers/worker.py", "eval/presets.py", "hf_gallery/roads.py"}
 
 
