@@ -23,7 +23,7 @@ from .cells import Run
 from .contestants import CONTESTANTS
 from .machine import provenance
 from .outside import OUTSIDE
-from .presets import PRESETS
+from .presets import PRESETS, Preset
 from .processes import this_process
 from .workers import WorkerError, Workers, count
 
@@ -36,6 +36,7 @@ app = typer.Typer(
 console = Console(markup=False)  # what users typed stands in what is printed, and may hold square brackets
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder of all runs.")]
+ShareOption = Annotated[float, typer.Option(min=1e-3, max=1.0, help="Share of the preset's training steps.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 
 
@@ -46,6 +47,13 @@ def _command() -> str:
 def _refuse(error: Exception) -> typer.Exit:
     Console(stderr=True).print(Text.assemble(("error", "red"), f" {error}"))
     return typer.Exit(2)
+
+
+def _preset(name: str, share: float) -> Preset:
+    """A preset with that share of its training. Raises ValueError for a name that there is not."""
+    if name not in PRESETS:
+        raise ValueError(f"--preset is {name!r}; it must be one of {', '.join(PRESETS)}")
+    return PRESETS[name].shortened(share)
 
 
 def _folder(path: Path) -> Path:
@@ -81,7 +89,7 @@ def run(
         str | None, typer.Option(help=f"Comma-separated, of {', '.join(benchmark.TASKS)}; default: the preset's.")
     ] = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Seeds; default: the preset's.")] = None,
-    share: Annotated[float, typer.Option(min=1e-3, max=1.0, help="Share of the preset's training steps.")] = 1.0,
+    share: ShareOption = 1.0,
     corpus: Annotated[
         str, typer.Option(help="stdlib, a folder of text, pg19, wikitext-103, enwik8, or hf:NAME.")
     ] = "stdlib",
@@ -115,9 +123,7 @@ def run(
     process = this_process()
     shown = console if process.is_main else Console(quiet=True, markup=False)
     try:
-        if preset not in PRESETS:
-            raise ValueError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
-        chosen = PRESETS[preset].shortened(share)
+        chosen = _preset(preset, share)
         where = benchmark.choose_device(device)
         contestants = benchmark.choose_contestants(variants)
         wanted = list(chosen.tasks) if tasks is None else benchmark.choose(tasks, benchmark.TASKS, "--tasks")
@@ -157,7 +163,7 @@ def run(
 def rates_command(
     preset: Annotated[str, typer.Option(help=f"One of {', '.join(PRESETS)}.")] = "quick",
     variants: Annotated[str | None, typer.Option(help="Comma-separated; default: all of the gallery.")] = None,
-    share: Annotated[float, typer.Option(min=1e-3, max=1.0, help="Share of the preset's training steps.")] = 1.0,
+    share: ShareOption = 1.0,
     corpus: Annotated[str, typer.Option(help="As python -m eval takes it.")] = "stdlib",
     name: Annotated[str | None, typer.Option(help="Name of the run; default: rates_PRESET.")] = None,
     runs: RunsOption = Path("runs"),
@@ -172,10 +178,8 @@ def rates_command(
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        if preset not in PRESETS:
-            raise ValueError(f"--preset is {preset!r}; it must be one of {', '.join(PRESETS)}")
         where = benchmark.choose_device(device)
-        chosen = PRESETS[preset].shortened(share)
+        chosen = _preset(preset, share)
         asked = (chosen, [c.name for c in benchmark.choose_contestants(variants)], corpus, where)
         cells, folder = rates.plan(*asked), Run(_folder(runs / (name or f"rates_{preset}")))
         beside = None

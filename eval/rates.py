@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from datasets import DatasetDict
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from . import text
 from .benchmark import KNOWN, TASKS
 from .cells import Cell
 from .contestants import Contestant
 from .presets import Preset
+from .tables import terminal
 from .task import Job
 from .training import Tick
 
@@ -28,16 +29,16 @@ FACTORS = (0.5, 1.0, 2.0)  # of the preset's learning rate
 VALIDATION = 131_072  # bytes, of the first documents
 
 
-def tried(preset: Preset) -> tuple[float, ...]:
-    """The learning rates that every contestant trains at."""
-    return tuple(factor * preset.text.learning_rate for factor in FACTORS)
+def tried(learning_rate: float) -> list[float]:
+    """The learning rates that every contestant trains at, where a preset has this one."""
+    return [factor * learning_rate for factor in FACTORS]
 
 
 def plan(preset: Preset, names: list[str], corpus: str, device: torch.device) -> list[Cell]:
     """The cells: every contestant at every rate, at one seed."""
     task, cells, whole = TASKS["text"], [], Job(preset, corpus, device)
     for name in names:
-        for rate in tried(preset):
+        for rate in tried(preset.text.learning_rate):
             settings = dataclasses.replace(
                 preset.text, learning_rate=rate, test_bytes=min(preset.text.test_bytes, VALIDATION)
             )
@@ -59,11 +60,11 @@ def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
     bits: dict[str, list[float]] = {}
     for cell in cells:
         bits.setdefault(cell["contestant"], []).append(cell["result"]["bits_per_byte"])
-    rates = tried(preset)
+    rates = tried(preset.text.learning_rate)
     return {
         "preset": preset.name,
         "share": preset.share,
-        "rates": list(rates),
+        "rates": rates,
         "bits_per_byte": bits,
         "chosen": {name: rates[found.index(min(found))] for name, found in bits.items()},
         "cells": [cell | {"result": {"bits_per_byte": cell["result"]["bits_per_byte"]}} for cell in cells],
@@ -73,27 +74,27 @@ def collect(preset: Preset, cells: list[dict[str, Any]]) -> dict[str, Any]:
 def told(results: dict[str, Any]) -> str:
     """Tells in a sentence at which learning rates the contestants of a result were trained on text; empty where none
     was."""
-    found: dict[float, list[str]] = {}
-    for cell in results["cells"]:
-        if cell["task"] == "text" and cell["contestant"] in results["summary"]:
-            names = found.setdefault(cell["settings"]["learning_rate"], [])
-            if cell["contestant"] not in names:
-                names.append(cell["contestant"])
-    if not found:
+    summary, settings = results["summary"], results["settings"]
+    rate_of = {
+        cell["contestant"]: cell["settings"]["learning_rate"]
+        for cell in results["cells"]
+        if cell["task"] == "text" and cell["contestant"] in summary
+    }
+    if not rate_of:
         return ""
-    most = max(found, key=lambda rate: len(found[rate]))
-    others = [
-        f"{rate:g} for {', '.join(results['summary'][name]['label'] for name in names)}"
-        for rate, names in sorted(found.items())
-        if rate != most
-    ]
-    told = "; ".join([*others, f"{most:g} for all else" if others else f"{most:g}"])
-    own, trained = results["settings"].get("learning_rates", {}), {name for names in found.values() for name in names}
-    if not own.keys() & trained:
-        return told
-    best = ", ".join(f"{factor * results['settings']['text']['learning_rate']:g}" for factor in FACTORS)
-    rest = ", ".join(results["summary"][name]["label"] for name in results["summary"] if name in trained - own.keys())
-    return f"{told}; the best of {best} on validation text{f', but for {rest}' if rest else ''}"
+
+    def labels(names: Iterable[str]) -> str:
+        return ", ".join(summary[name]["label"] for name in names)
+
+    (most, _), *others = Counter(rate_of.values()).most_common()
+    parts = [f"{rate:g} for {labels(n for n in rate_of if rate_of[n] == rate)}" for rate, _ in sorted(others)]
+    sentence = "; ".join([*parts, f"{most:g} for all else" if parts else f"{most:g}"])
+    own = settings.get("learning_rates", {})
+    if not own.keys() & rate_of.keys():
+        return sentence
+    best = ", ".join(f"{rate:g}" for rate in tried(settings["text"]["learning_rate"]))
+    rest = labels(name for name in summary if name in rate_of.keys() - own.keys())
+    return f"{sentence}; the best of {best} on validation text{f', but for {rest}' if rest else ''}"
 
 
 def table(results: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
@@ -108,11 +109,4 @@ def table(results: dict[str, Any]) -> tuple[str, list[str], list[list[str]]]:
 
 def show(results: dict[str, Any], console: Console) -> None:
     """Prints the table."""
-    title, heads, rows = table(results)
-    shown = Table(title=Text(title), title_justify="left")
-    shown.add_column(heads[0], no_wrap=True)
-    for head in heads[1:]:
-        shown.add_column(head, justify="right")
-    for row in rows:
-        shown.add_row(*map(Text, row))
-    console.print(shown)
+    console.print(terminal(*table(results)))

@@ -6,15 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from hf_gallery.files import read_json, write_json, write_text
 
 from . import peers, rates
 from .code import told
 from .page import page
-from .tables import conclusions, parts, peers_title
+from .tables import conclusions, parts, peers_title, terminal
 
 RESULTS, PAGE = "results.json", "report.html"
 
@@ -88,15 +86,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         console.print(line)
     for tables, numbers in ((parts(results), True), (conclusions(results), False)):
         for title, heads, rows in tables:
-            shown = Table(title=Text(title), title_justify="left")
-            shown.add_column(heads[0])
-            for i, head in enumerate(heads[1:], start=1):
-                # Numbers stay whole: a name or a heading is broken where there is no room, and at blanks.
-                widest = max(map(len, [*head.split(), *(row[i] for row in rows)])) if numbers else None
-                shown.add_column(head, justify="right" if numbers else "left", min_width=widest)
-            for row in rows:
-                shown.add_row(*map(Text, row))
-            console.print(shown)
+            console.print(terminal(title, heads, rows, numbers))
     if results.get("peers"):
         console.print(peers.terminal(results["peers"], peers_title(results["peers"])))
 

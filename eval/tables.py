@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from rich import table
+from rich.text import Text
+
 from .benchmark import TASKS
 from .claims import NOT_REPRODUCED, REPRODUCED, UNDECIDED, verdicts
 from .seeds import outcomes_by_seed
@@ -68,3 +71,16 @@ def peers_title(result: dict[str, Any]) -> str:
     """The title of the table of peers."""
     s = result["settings"]
     return f"Speed-up over existing implementations: {s['layers']} layers, width {s['hidden']}, one machine, in turns"
+
+
+def terminal(title: str, heads: list[str], rows: list[list[str]], numbers: bool = True) -> table.Table:
+    """A table for a terminal. numbers: of every column but the first, which stay whole: a name or a heading is broken
+    where there is no room, and at blanks."""
+    shown = table.Table(title=Text(title), title_justify="left")
+    shown.add_column(heads[0])
+    for i, head in enumerate(heads[1:], start=1):
+        widest = max(map(len, [*head.split(), *(row[i] for row in rows)])) if numbers else None
+        shown.add_column(head, justify="right" if numbers else "left", min_width=widest)
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    return shown

@@ -616,6 +616,21 @@ def tolerance(x):
     return FLOAT64 if x.dtype == torch.float64 else FLOAT32
 
 
+def assert_trains_alike_in_one_graph(model, ids, mask):
+    """Loss and gradients, each parameter's, of a training step without dropout are those of the compiled model."""
+    torch.compiler.reset()
+    found = []
+    for step in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+        model.zero_grad()
+        loss = step(input_ids=ids, attention_mask=mask, labels=ids).loss
+        loss.backward()
+        found.append((loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters()}))
+    (loss, gradients), (compiled_loss, compiled_gradients) = found
+    assert_equal(compiled_loss, loss)
+    for name, gradient in gradients.items():
+        assert_equal(compiled_gradients[name], gradient, name)
+
+
 def assert_equal(got, expected, message=""):
     """Within the tolerance of the type."""
     torch.testing.assert_close(got, expected, **tolerance(expected), msg=lambda m: f"{message}: {m}" if message else m)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_attention import assert_same, leaf, problem, run, tensors
-from variants import VARIANTS, assert_equal, over, result_of, runner, words
+from variants import VARIANTS, assert_equal, assert_trains_alike_in_one_graph, over, result_of, runner, words
 from variants import causal as causal_variants
 
 from hf_gallery.models import attention_flash
@@ -516,19 +516,9 @@ def test_the_host_reads_nothing_in_training(variant, masked, monkeypatch):
 def test_a_training_step_is_one_graph(variant, kernels):
     """The operators ask the intervals when the graph runs, which holds them whole; rows are padded."""
     run = runner(variant, "causal", hidden_dropout=0.0, attention_dropout=0.0, attn_implementation="flash")
-    model, ids, mask = run.model.train(), words(2, 17), torch.ones(2, 17, dtype=torch.long)
+    mask = torch.ones(2, 17, dtype=torch.long)
     mask[0, 11:] = mask[1, :3] = 0
-    found = []
-    torch.compiler.reset()
-    for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
-        model.zero_grad()
-        loss = forward(input_ids=ids, attention_mask=mask, labels=ids).loss
-        loss.backward()
-        found.append((loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters()}))
-    (loss, gradients), (compiled_loss, compiled_gradients) = found
-    assert_equal(compiled_loss, loss)
-    for name, gradient in gradients.items():
-        assert_equal(compiled_gradients[name], gradient, name)
+    assert_trains_alike_in_one_graph(run.model.train(), words(2, 17), mask)
 
 
 @pytest.mark.slow

@@ -4,7 +4,17 @@ They give what the model gives without it, and refuse the same inputs."""
 import pytest
 import torch
 from renamed import checkpoint_activations
-from variants import COLUMNS, VARIANTS, assert_equal, causal, missing, result_of, runner, words
+from variants import (
+    COLUMNS,
+    VARIANTS,
+    assert_equal,
+    assert_trains_alike_in_one_graph,
+    causal,
+    missing,
+    result_of,
+    runner,
+    words,
+)
 
 
 def cases(condition=lambda variant, head: True):
@@ -51,19 +61,9 @@ def test_a_forward_is_one_graph(variant, head):
 @pytest.mark.works("torch.compile, one graph")
 @causal(others_slow=True)
 def test_a_training_step_is_one_graph(variant):
-    """Loss and gradients, each parameter's, of padded rows without dropout."""
+    """Rows are padded."""
     run = runner(variant, "causal", hidden_dropout=0.0, attention_dropout=0.0)
-    model, ids, mask = run.model.train(), words(2, 17), mask_of(2, 17)
-    found = []
-    for step in (model, whole(model)):
-        model.zero_grad()
-        loss = step(input_ids=ids, attention_mask=mask, labels=ids).loss
-        loss.backward()
-        found.append((loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters()}))
-    (loss, gradients), (compiled_loss, compiled_gradients) = found
-    assert_equal(compiled_loss, loss)
-    for name, gradient in gradients.items():
-        assert_equal(compiled_gradients[name], gradient, name)
+    assert_trains_alike_in_one_graph(run.model.train(), words(2, 17), mask_of(2, 17))
 
 
 @pytest.mark.slow
