@@ -22,8 +22,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hf_gallery.models import attention_decode, search_triton
 from hf_gallery.models import attention_triton as kernels
-from hf_gallery.models import search_triton
 
 FUNCTIONS = {
     "forward": kernels._forward,
@@ -31,10 +31,13 @@ FUNCTIONS = {
     "keys": kernels._backward_keys,
     "diagonals": kernels._backward_diagonals,
     "products": kernels._products,
+    "decode": attention_decode._decode,
+    "join": attention_decode._join,
     "numbers": search_triton._numbers,
     "found": search_triton._found,
 }
-TERMS = {"diagonals": ["bias"], "products": ["relative"], "numbers": ["none"], "found": ["none"]}  # else all three
+# Else all three.
+TERMS = {"diagonals": ["bias"], "products": ["relative"]} | {name: ["none"] for name in ("join", "numbers", "found")}
 KINDS = {"half": torch.bfloat16, "float": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that the launcher finds to be multiples of 16 where a model's sizes are: all strides of tensors.
@@ -44,15 +47,19 @@ STRIDE = re.compile(r"[qkvp]_[bhts]|d?term_[bh]|spans_b|table_h|[TS]")
 def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str) -> dict[str, Any]:
     """Resources that a kernel takes of a GPU of compute capability arch / 10, launched as `attend` would."""
     function = FUNCTIONS[kernel]
-    if kernel in ("numbers", "found"):
+    if kernel in ("decode", "join"):
+        tiles = kernels._Tiles(1, attention_decode.keys_of(head), attention_decode.WARPS, 3)
+    elif kernel in ("numbers", "found"):
         tiles = search_triton.tiles_for(kind, head) if kernel == "numbers" else search_triton.FOUND
     else:
         tiles = kernels.tiles_of(kernel, kind, head, 4096, arch >= 90)
     block = kernels._block(head)
     constants: dict[str, Any] = dict(
         D=head, DV=head, BLOCK_D=block, BLOCK_DV=block, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, TERM=term != "none",
-        DROPOUT=False, PRECISION="ieee", PUT_TERM=term == "relative",
+        DROPOUT=False, PRECISION="ieee", PUT_TERM=term == "relative", RING=True, SPLITS=attention_decode.MOST_SPLITS,
     )  # fmt: skip
+    if kernel == "decode":
+        constants["TERM"] = term
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: _type(name, kernel, NAMES[kind], term, constants) for name in function.arg_names}
     sheared = {"term_t", "term_base"} if term == "relative" else set()
@@ -89,12 +96,13 @@ def _type(name: str, kernel: str, kind: str, term: str, constants: dict[str, Any
     """The type of an argument in Triton's notation."""
     if name in constants:
         return "constexpr"
-    whole = ("lower", "upper", "seed_ptr", "best_ptr", "columns_ptr")
+    whole = ("lower", "upper", "seed_ptr", "newest_ptr", "best_ptr", "columns_ptr")
     if name in whole or (kernel, name) == ("numbers", "out_ptr"):
         return "*i64"
     if name == "plan":
         return "*i32"
-    if name in ("lse_ptr", "lse2_ptr", "offset_ptr", "sums_ptr", "scores_ptr") or (name == "term" and term == "bias"):
+    sums = ("lse_ptr", "lse2_ptr", "offset_ptr", "sums_ptr", "scores_ptr", "parts_ptr")
+    if name in sums or (name in ("term", "table") and term == "bias"):
         return "*fp32"
     if name.endswith("_ptr") or name in ("term", "table"):
         return f"*{kind}"

@@ -17,6 +17,7 @@ import torch
 from hf_gallery.models import attention_triton, memory, search_triton
 from hf_gallery.models.attention import Position, attend, attend_naive, join
 from hf_gallery.models.attention_triton import jit
+from hf_gallery.models.rings import RingSpans, StepRows, attend_ring
 from hf_gallery.models.spans import Spans
 
 try:
@@ -285,17 +286,94 @@ def search_errors(kind: torch.dtype, most: int = 2**22, width: int = 2**14) -> d
     return wrong
 
 
+class Decode(NamedTuple):
+    """One query a row. ring: slots of a ring, in place of the keys of `case`; seen: tokens that each row has behind
+    it, -1 - n where it has n and no token now. dilation: of a ring."""
+
+    case: Case
+    seen: tuple[int, ...] = ()
+    window: int = 0
+    dilation: int = 1
+
+
+def decode_errors(problem: Decode) -> dict[str, float]:
+    """One query a row over keys that are split, against the definition; over a ring, against torch's products."""
+    case, seen, window, dilation = problem
+    generator = torch.Generator().manual_seed(3)
+    spans = intervals(case, generator)
+    x, far = inputs_of(case, spans, generator)
+    if seen:
+        count = torch.tensor([n if n >= 0 else -1 - n for n in seen], device=DEVICE)
+        mask = torch.tensor([[n >= 0] for n in seen], device=DEVICE)
+        rows = StepRows(count, None if bool(mask.all()) else mask)
+        at = count[:, None]
+        spans = RingSpans((at - window * dilation + 1).clamp(min=0), at, rows, dilation)
+        far = window - 1
+        if "table" in x:
+            x["table"] = torch.randn(case.h, window, *x["table"].shape[2:], generator=generator).to(case.kind)
+    ours = {k: y.to(DEVICE) for k, y in x.items()}
+    exact = {k: y.double() for k, y in ours.items()}
+
+    def attended(function, x, **options):
+        position = Position(x["table"], far, x.get("asked")) if "table" in x else None
+        return function(x["query"], x["key"], x["value"], spans, position=position, **options)[:2]
+
+    got = attended(attend, ours, implementation="decode", return_lse=True)
+    expected = attended(attend_ring if seen else attend_naive, exact)
+    found = {}
+    for name, y, right in zip(("out", "lse"), got, expected, strict=True):
+        nothing = expected[1] == -math.inf
+        same = torch.equal(got[1] == -math.inf, nothing) and not bool(got[0][nothing].any())
+        y, right = (z.double().masked_fill(z == -math.inf, 0.0) for z in (y, right))
+        found[name] = ((y - right).norm() / right.norm().clamp(min=1e-30)).item() if same else math.inf
+    return found
+
+
+_STEP = Case(3, 2, 1, 70, 24, 8)
+DECODES = {
+    "decode": Decode(_STEP._replace(band=70, shared=True)),
+    "decode, a window": Decode(_STEP._replace(band=37, shared=True)),
+    "decode, any intervals": Decode(_STEP._replace(b=9)),
+    "decode, bias": Decode(_STEP._replace(b=7, term="bias")),
+    "decode, relative": Decode(_STEP._replace(b=7, term="relative", d=20)),
+    "decode, one key": Decode(Case(2, 1, 1, 1, 7, 5, "bias", band=1)),
+    "decode, bf16": Decode(_STEP._replace(band=50, shared=True, kind=torch.bfloat16)),
+    "decode, bf16, relative": Decode(_STEP._replace(band=50, shared=True, term="relative", kind=torch.bfloat16)),
+    "ring": Decode(_STEP._replace(b=5), (0, 3, 69, 70, 1000), 70),
+    "ring, a window": Decode(_STEP._replace(b=4), (5, 75, 139, 143), 33),
+    "ring, padded": Decode(_STEP._replace(b=4), (5, -76, 140, -1), 33),
+    "ring, bias": Decode(_STEP._replace(b=3, term="bias"), (5, 75, 140), 70),
+    "ring, relative": Decode(_STEP._replace(b=3, term="relative"), (5, 75, 140), 70),
+    "ring, dilated": Decode(_STEP._replace(b=3, term="bias"), (5, 75, 140), 23, 3),
+    "ring, fp16": Decode(_STEP._replace(b=3, term="relative", kind=torch.float16), (5, 75, 140), 70),
+}
+if DEVICE == "cuda":
+    _LONG = Case(2, 4, 1, 40_003, 64, 64)
+    DECODES |= {
+        f"large, {'ring' if seen else 'decode'}, {term}, heads of {d}, {str(kind).split('.')[1]}": Decode(
+            _LONG._replace(term=term, d=d, dv=d, kind=kind, s=40_003 if d < 256 else 4_001, band=4_000, shared=True),
+            seen,
+            4_000,
+        )
+        for term in ("none", "bias", "relative")
+        for d in (64, 80, 256)
+        for kind, seen in ((torch.float32, ()), (torch.bfloat16, (123_456, 77)))
+    }
+
+
 SEARCHES = {
     "search": functools.partial(search_errors, torch.float32),
     "search, many tiles": functools.partial(search_errors, torch.float32, 600, 30),
     "search, bf16": functools.partial(search_errors, torch.bfloat16),
 }
-EXTRA = SEARCHES | {"joined parts": join_errors, "one head at a time": groups_errors, "a whole graph": compiled_errors}
+DECODED = {name: functools.partial(decode_errors, problem) for name, problem in DECODES.items()}
+OTHERS = {"joined parts": join_errors, "one head at a time": groups_errors, "a whole graph": compiled_errors}
+EXTRA = SEARCHES | DECODED | OTHERS
 
 
 def limit(name: str) -> float:
     """The greatest relative error that is allowed."""
-    case = (CASES | LARGE).get(name)
+    case = DECODES[name].case if name in DECODES else (CASES | LARGE).get(name)
     return LIMITS[torch.float32 if case is None else case.kind]
 
 

@@ -5,9 +5,9 @@
     lse_t       = log sum_s exp(score(t, s))                  -inf where it is empty
 
 `attend_naive` is this definition, written plainly: read it first. `attend` computes the same in time O(T x span) and
-memory O(T), by whichever implementation suits the device: attention_tiles.py on CPUs, attention_triton.py on GPUs,
-attention_flash.py and attention_fused.py on request. `attend_parts` makes one softmax of several sets of keys,
-`join` of the results over two.
+memory O(T), by whichever implementation suits the device: attention_tiles.py on CPUs, attention_triton.py on GPUs and
+attention_decode.py there for one query a row, attention_flash.py and attention_fused.py on request. `attend_parts`
+makes one softmax of several sets of keys, `join` of the results over two.
 
 Letters: see spans.py.
 """
@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from .attention_decode import attend_decode
+from .attention_decode import why_not as why_not_decode
 from .attention_flash import attend_flash
 from .attention_flash import why_not as why_not_flash
 from .attention_fused import attend_sdpa
@@ -94,16 +96,16 @@ def attend(
     Raises ValueError if shapes do not fit, a visible distance has no entry in the table, or the implementation cannot
     do what is asked.
     """
-    if spans.of_ring:
-        of_ring = attend_ring(query, key, value, spans, position=position, scale=scale, dropout=dropout)
-        return of_ring if return_lse else of_ring[0]
     problem = Problem(query, key, value, spans, position, query.shape[-1] ** -0.5 if scale is None else scale, dropout)
-    if is_exporting():
+    if is_exporting() and not spans.of_ring:
         with without_autocast(query):
             out, lse, _ = attend_naive(query, key, value, spans, position=position, scale=scale)
         out = out.to(query.dtype)
         return (out, lse) if return_lse else out
-    chosen = choose(problem, implementation)
+    chosen = "tiles" if is_exporting() else choose(problem, implementation)
+    if spans.of_ring and chosen != "decode":
+        of_ring = attend_ring(query, key, value, spans, position=position, scale=scale, dropout=dropout)
+        return of_ring if return_lse else of_ring[0]
     if chosen == "tiles" and in_one_graph():
         out, lse = attend_tiles_in_graph(problem)
         return (out, lse) if return_lse else out
@@ -113,6 +115,8 @@ def attend(
         return attend_sdpa(problem.check())
     if chosen == "triton":
         result: tuple[torch.Tensor, Any] = attend_triton(problem)
+    elif chosen == "decode":
+        result = attend_decode(problem)
     elif chosen == "flash":
         result = attend_flash(problem)
     else:
@@ -149,7 +153,8 @@ IMPLEMENTATIONS = {
     "auto": "triton on a GPU, else tiles; see `choose`",
     "eager": "as auto: transformers' name for a model's own attention",
     "tiles": "in torch alone, on every device and in every type",
-    "triton": "kernels for GPUs, in float32 and half types, heads of at most 256",
+    "triton": "kernels for GPUs, in float32 and half types, heads of at most 256; decode where that serves",
+    "decode": "kernels for GPUs that split the keys of one query a row, for inference",
     "flash": "torch's FlashAttention, in half types, where one window serves all queries, without a position term",
     "sdpa": "torch's fused kernels on the same intervals, without lse and without a position term of the query",
 }
@@ -160,23 +165,26 @@ OWN_IMPLEMENTATIONS = {
     "triton": "their own kernels, for GPUs",
     "flash": "torch's FlashAttention, for GPUs, where every layer sees plain windows or segments, else refused",
 }
-_WHY_NOT = {"triton": why_not_triton, "flash": why_not_flash}
+_WHY_NOT = {"triton": why_not_triton, "decode": why_not_decode, "flash": why_not_flash}
 
 
 def choose(problem: Problem, implementation: str) -> str:
-    """The implementation that `attend` runs: "tiles", "triton", "flash" or "sdpa". Decides by device, type and sizes,
-    for "flash" also by intervals on the CPU, and reads no tensor of a GPU. Raises ValueError for an unknown name, or a
-    problem that the named one cannot solve."""
+    """The implementation that `attend` runs: "tiles", "triton", "decode", "flash" or "sdpa". Decides by device, type
+    and sizes, for "flash" also by intervals on the CPU, and reads no tensor of a GPU. Rings are read by
+    "decode" or in torch alone, "tiles". Raises ValueError for an unknown name, or a problem that the named one
+    cannot solve."""
     if implementation not in IMPLEMENTATIONS:
         known = "; ".join(f'"{name}": {what}' for name, what in IMPLEMENTATIONS.items())
         raise ValueError(f"implementation is {implementation!r}; attend has {known}")
+    if problem.spans.of_ring and implementation != "decode":
+        wanted = implementation == "triton" or (implementation != "tiles" and problem.query.is_cuda)
+        return "decode" if wanted and why_not_decode(problem) is None else "tiles"
     if implementation in ("auto", "eager"):
         # Never "flash": these kernels are slower in a window's backward alone, and give the same bits each time.
-        suits = problem.query.is_cuda and why_not_triton(problem) is None
-        return "triton" if suits else "tiles"
-    if implementation in _WHY_NOT and (reason := _WHY_NOT[implementation](problem)) is not None:
+        implementation = "triton" if problem.query.is_cuda and why_not_triton(problem) is None else "tiles"
+    elif implementation in _WHY_NOT and (reason := _WHY_NOT[implementation](problem)) is not None:
         raise ValueError(f'implementation="{implementation}" {reason}; use implementation="auto"')
-    return implementation
+    return "decode" if implementation == "triton" and why_not_decode(problem) is None else implementation
 
 
 def join(

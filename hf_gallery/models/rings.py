@@ -94,6 +94,12 @@ class RingSpans(Spans):
     def reach(self, offset: int) -> int:
         return offset
 
+    @property
+    def seen_upper(self) -> torch.Tensor:
+        """`upper`, -1 in rows without a token, which see nothing."""
+        mask = self.rows.mask
+        return self._once("seen", lambda: self.upper if mask is None else torch.where(mask, self.upper, -1))
+
     def ring(self, slots: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Distances from the query back to each of the slots, counted in dilations, and which of them it sees:
         (B, 1, N) both."""
