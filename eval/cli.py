@@ -287,7 +287,7 @@ def gpu_command(
     runs: RunsOption = Path("runs"),
     quick: Annotated[bool, typer.Option("--quick", help="Under four minutes on an H100.")] = False,
 ) -> None:
-    """Check every kernel on this machine's GPU, then time attention and training steps beside torch's own.
+    """Check every kernel on this machine's GPU, then time attention beside torch's own, training steps and decoding.
 
     Example: python -m eval gpu --quick
     """

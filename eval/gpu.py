@@ -2,8 +2,9 @@
 
 First every kernel is compared with the plain definition on the device, and torch's FlashAttention as the gallery calls
 it; then attention, forward and backward, is timed beside torch's FlashAttention and flex_attention; then a training
-step of every architecture at the size of GPT-2 small, with the kernels and with the tiles. What was found is written
-after each part, so that a run that is cut off keeps it.
+step of every architecture at the size of GPT-2 small, with the kernels and with the tiles; then reading a text of up
+to 262,144 tokens, and decoding behind it as one graph. What was found is written after each part, so that a run that
+is cut off keeps it.
 
 Rates count visible pairs only: 4 D operations a pair and head in the forward, 10 D in the backward; a relative term
 adds 2 D and 4 D. `--dry` tries the whole script on a CPU, in Triton's interpreter and tiny sizes.
@@ -44,8 +45,9 @@ Say = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class GpuSettings:
-    """lengths: of attention; tokens: of all rows of a length together. budget: seconds after which no further
-    measurement begins. workers: processes that compare kernels, most of whose time is compilation."""
+    """lengths: of attention; tokens: of all rows of a length together. contexts: tokens read before decode_tokens
+    are decoded. memory_size: of the kNN memory there. budget: seconds after which no further measurement begins.
+    workers: processes that compare kernels, most of whose time is compilation."""
 
     heads: int = 12
     head_dim: int = 64
@@ -60,15 +62,21 @@ class GpuSettings:
     train_length: int = 4096
     train_batch: int = 8
     train_steps: int = 5
+    contexts: tuple[int, ...] = (1024, 32768, 131072, 262144)
+    decode_tokens: int = 64
+    memory_size: int = 262144
     budget: float = 1500.0
     workers: int = 12
     dry: bool = False
 
 
-QUICK = GpuSettings(lengths=(4096, 16384), repeats=5, train_batch=4, train_steps=3, budget=200.0)
+QUICK = GpuSettings(
+    lengths=(4096, 16384), repeats=5, train_batch=4, train_steps=3, contexts=(1024, 131072), budget=200.0
+)
 DRY = GpuSettings(
     heads=1, head_dim=16, window=24, lengths=(48,), tokens=48, repeats=1, hidden=32, layers=2, vocabulary=300,
-    train_length=48, train_batch=1, train_steps=1, workers=1, dry=True,
+    train_length=48, train_batch=1, train_steps=1, contexts=(40,), decode_tokens=2, memory_size=64, workers=1,
+    dry=True,
 )  # fmt: skip
 
 
@@ -80,7 +88,8 @@ def run(settings: GpuSettings, say: Say = print, keep: Callable[[dict], None] = 
     def clock() -> float:
         return time.perf_counter() - start
 
-    for name, part in (("correctness", correctness), ("attention", attention), ("training", training)):
+    parts = dict(correctness=correctness, attention=attention, training=training, decoding=decoding)
+    for name, part in parts.items():
         say(f"[{clock():5.0f} s] {name}")
         try:
             found[name] = part(settings, clock, lambda text: say(f"[{clock():5.0f} s]   {text}"))
@@ -413,20 +422,10 @@ def _device() -> torch.device:
 def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> list[dict[str, Any]]:
     """Tokens/s, share of the card's peak and peak memory of a step of every architecture: forward, backward and
     AdamW, bfloat16 by autocast; with the kernels first, then with the tiles."""
-    from .contestants import CONTESTANTS, Sizes
-
-    size = settings.hidden
-    sizes = Sizes(
-        hidden=size, layers=settings.layers, heads=settings.heads, window=settings.window,
-        context=settings.train_length, intermediate=4 * size, memory_size=4 * settings.train_length, memory_topk=32,
-        memory_layers=(settings.layers - 1,), states=settings.window, recurrent_layers=(settings.layers - 1,),
-        vocabulary=settings.vocabulary,
-    )  # fmt: skip
+    sizes = _sizes(settings, settings.train_length, 4 * settings.train_length)
     found = []
     for implementation in ("triton", "tiles"):
-        for name, contestant in CONTESTANTS.items():
-            if name == "transformer" or contestant.smaller_of:
-                continue  # of two of one architecture the one that does more is the harder one
+        for name, contestant in _models().items():
             if clock() > settings.budget:
                 say(f"no time is left for {name} by {implementation}")
                 continue
@@ -447,6 +446,24 @@ def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> lis
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
     return found
+
+
+def _models() -> dict[str, Any]:
+    """Contestants to time: of two of one architecture the one that does more, which is the harder one."""
+    from .contestants import CONTESTANTS
+
+    return {name: x for name, x in CONTESTANTS.items() if name != "transformer" and not x.smaller_of}
+
+
+def _sizes(settings: GpuSettings, context: int, memory_size: int) -> Any:
+    from .contestants import Sizes
+
+    return Sizes(
+        hidden=settings.hidden, layers=settings.layers, heads=settings.heads, window=settings.window, context=context,
+        intermediate=4 * settings.hidden, memory_size=memory_size, memory_topk=32,
+        memory_layers=(settings.layers - 1,), states=settings.window, recurrent_layers=(settings.layers - 1,),
+        vocabulary=settings.vocabulary,
+    )  # fmt: skip
 
 
 def _step(model: Any, settings: GpuSettings) -> dict[str, Any]:
@@ -489,6 +506,70 @@ def _step(model: Any, settings: GpuSettings) -> dict[str, Any]:
         peak = next((x for name, x in PEAK.items() if name in torch.cuda.get_device_name()), math.inf)
         entry["mfu"] = round(operations / took / peak, 4)
     return entry
+
+
+# ------------------------------------------------------------------------------------------------------ decoding
+
+
+def decoding(settings: GpuSettings, clock: Callable[[], float], say: Say) -> list[dict[str, Any]]:
+    """Tokens/s of reading a text of each length, and of decoding one row behind it with a static cache, whose step is
+    one graph (torch.compile, mode="reduce-overhead"), in bfloat16."""
+    longest = max(settings.contexts)
+    sizes = _sizes(settings, longest + 2 * settings.decode_tokens, settings.memory_size)
+    found = []
+    for name, contestant in _models().items():
+        model = step = None
+        for context in settings.contexts:
+            if clock() > settings.budget:
+                say(f"no time is left for {name} behind {context:,} tokens")
+                continue
+            entry: dict[str, Any] = {"variant": name, "context": context}
+            try:
+                if model is None:
+                    torch.compiler.reset()
+                    torch.manual_seed(0)
+                    model = contestant.model._from_config(contestant.config(sizes)).to(_device()).eval()
+                    model = model if settings.dry else model.bfloat16()
+                    step = model if settings.dry else torch.compile(model, mode="reduce-overhead", fullgraph=True)
+                entry |= _decoded(model, step, context, settings)
+                say(
+                    f"{name:30s} behind {context:7,d}: reads {entry['prefill_tokens_per_second']:12,.0f} tokens/s, "
+                    f"decodes {entry['decode_tokens_per_second']:8,.1f}"
+                )
+            except Exception as error:
+                entry["error"] = f"{type(error).__name__}: {error}"[-1500:]
+                say(f"{name:30s} behind {context:7,d}: FAILED {entry['error'][-300:]}")
+            found.append(entry)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+    return found
+
+
+@torch.no_grad()
+def _decoded(model: Any, step: Any, context: int, settings: GpuSettings) -> dict[str, Any]:
+    from hf_gallery import GalleryStaticCache
+
+    device = _device()
+    ids = torch.randint(settings.vocabulary, (1, context), device=device)
+    cache = GalleryStaticCache(model.config, max(settings.contexts) + 2 * settings.decode_tokens)
+
+    def read() -> None:
+        cache.reset()
+        model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
+
+    reading = milliseconds(read, 1 if settings.dry else 2)
+    token = ids[:, :1].clone()
+
+    def decode() -> None:
+        token.copy_(step(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1))
+
+    times = milliseconds(decode, settings.decode_tokens)
+    return {
+        "prefill_tokens_per_second": round(1e3 * context / reading, 1),
+        "decode_ms": round(times, 4),
+        "decode_tokens_per_second": round(1e3 / times, 1),
+        "cache_bytes": sum(x.numel() * x.element_size() for state in cache.states for x in state.values()),
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- the command

@@ -109,7 +109,7 @@ def test_kernels_compile_for_gpus(arch):
 
 @needs_triton
 def test_a_kernel_compiles_for_hopper():
-    assert_fits(compiled("--arch", "90", "--heads", "64", "--kernels", "products", "--kinds", "half"))
+    assert_fits(compiled("--arch", "90", "--heads", "64", "--kernels", "products,decode,join", "--kinds", "half"))
 
 
 # ------------------------------------------------------------------------------------------------------------ choice
@@ -135,6 +135,32 @@ def test_the_device_and_type_choose_the_implementation():
 def test_triton_says_what_keeps_it(changes, message):
     with pytest.raises(ValueError, match=f'implementation="triton".*({message}).*auto'):
         choose(problem(**changes), "triton")
+
+
+@needs_triton
+def test_one_query_a_row_is_decoded_by_split_keys(monkeypatch):
+    """Where no gradient is asked for; and in a ring, which no other kernel reads."""
+    from hf_gallery.models import attention_triton
+    from hf_gallery.models.rings import RingSpans, StepRows
+
+    monkeypatch.setattr(attention_triton, "INTERPRETED", True)  # as if the CPU would do
+    x, end = torch.zeros(1, 1, 3, 8), torch.zeros(1, 1, dtype=torch.long)
+    step = Problem(x[:, :, :1], x, x, Spans(end, end), None, 1.0)
+    ring = step._replace(spans=RingSpans(end, end, StepRows(end[0], None)))
+    for one in (step, ring):
+        assert choose(one, "triton") == choose(one, "decode") == "decode"
+        assert choose(one, "tiles") == choose(one, "auto") == "tiles"
+        learns = one._replace(query=one.query.clone().requires_grad_())
+        assert choose(learns, "triton") == ("triton" if one is step else "tiles")
+        for changes, message in (({"query": x}, "one query a row, got 3"), ({"dropout": 0.1}, "has no dropout")):
+            with pytest.raises(ValueError, match=f'implementation="decode" .*{message}.*auto'):
+                choose(one._replace(**changes), "decode")
+        with pytest.raises(ValueError, match="records no gradients"):
+            choose(learns, "decode")
+        with pytest.raises(ValueError, match="'flex'"):
+            choose(one, "flex")
+    for name in ("sdpa", "flash"):
+        assert choose(ring, name) == "tiles"
 
 
 @needs_triton
@@ -203,6 +229,7 @@ else:
         ("attention_triton", "_forward_operator"),
         ("attention_tiles", "_tiles_forward"),
         ("attention_flash", "_forward_operator"),
+        ("attention_decode", "_operator"),
     ],
 )
 def test_a_second_import_of_the_code_uses_the_operators_of_the_first(name, made, tmp_path, monkeypatch):
