@@ -139,7 +139,7 @@ def test_triton_says_what_keeps_it(changes, message):
 
 @needs_triton
 def test_one_query_a_row_is_decoded_by_split_keys(monkeypatch):
-    """Where no gradient is asked for; and in a ring, which no other kernel reads."""
+    """For inference; and rings, which no other kernel reads."""
     from hf_gallery.models import attention_triton
     from hf_gallery.models.rings import RingSpans, StepRows
 
