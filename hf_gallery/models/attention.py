@@ -163,6 +163,7 @@ OWN_IMPLEMENTATIONS = {
     "eager": "their own kernels on a GPU, else their own tiles",
     "tiles": "their own tiles, on every device",
     "triton": "their own kernels, for GPUs",
+    "decode": "their own kernels for GPUs where every row asks with one token, else refused",
     "flash": "torch's FlashAttention, for GPUs, where every layer sees plain windows or segments, else refused",
 }
 _WHY_NOT = {"triton": why_not_triton, "decode": why_not_decode, "flash": why_not_flash}

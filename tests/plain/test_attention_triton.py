@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from variants import over, runner, words
+from variants import causal, over, runner, words
 
 from hf_gallery.models import attention
 from hf_gallery.models.attention import IMPLEMENTATIONS, attend, choose
@@ -161,6 +161,14 @@ def test_one_query_a_row_is_decoded_by_split_keys(monkeypatch):
             choose(one, "flex")
     for name in ("sdpa", "flash"):
         assert choose(ring, name) == "tiles"
+
+
+@needs_triton
+@causal()
+def test_a_model_is_asked_for_the_kernels_of_one_query(variant):
+    run = runner(variant, "causal", attn_implementation="decode")
+    with torch.no_grad(), pytest.raises(ValueError, match='implementation="decode" serves one query a row, got'):
+        run(words(2, 9))
 
 
 @needs_triton
