@@ -32,20 +32,21 @@ class Room:
 def append_columns(past: torch.Tensor | None, new: torch.Tensor, max_columns: int | None = None) -> torch.Tensor:
     """[past | new] over the columns of time, (..., C + T, D).
 
-    max_columns: columns that `next_columns` will keep. With it, spare columns are allocated, so that a decode step
-    writes in place, behind what `past` itself holds, instead of copying the past.
+    max_columns: columns that `next_columns` will keep, None for all. Spare columns are allocated, so that a decode
+    step writes in place, behind what `past` itself holds, instead of copying the past.
     """
     if past is None:
         return new
     past = past.to(new.dtype)  # of a model that was then in another precision
     columns, width = past.shape[-2:]
     end = columns + new.shape[-2]
-    if not max_columns or columns > max_columns or end > columns + _spare(max_columns) or not _may_share(past, new):
+    kept = columns if max_columns is None else max_columns
+    if kept == 0 or columns > kept or end > columns + _spare(kept) or not _may_share(past, new):
         return torch.cat([past, new], dim=-2)
     room = _room_of(past)
     start = 0 if room is None else past.storage_offset() // width % room.columns  # the room's column where past begins
     if room is None or start + end > room.columns or room.written != start + columns:
-        past, start = _with_room(past, max_columns), 0
+        past, start = _with_room(past, kept), 0
         room = _room_of(past)
     joined = past.as_strided((*past.shape[:-2], end, width), past.stride())
     joined[..., columns:, :] = new
@@ -78,7 +79,7 @@ def _in_room(x: torch.Tensor, max_columns: int) -> torch.Tensor:
 
 
 def _spare(max_columns: int) -> int:
-    """Spare columns behind `max_columns`: decode steps between two copies of the past. Few, since they cost memory."""
+    """Spare columns behind as many: decode steps between two copies of the past. Few, since they cost memory."""
     return max(2, max_columns // 8)
 
 

@@ -109,7 +109,10 @@ class GalleryMemorizingTransformerConfig(GalleryConfig):
         rings = super().ring_layout(layer, most)
         if layer in self.memory_layers:
             size, length = self.memory_size, self.segment_length
-            rings |= {f"memory_{name}": MemoryLayout(size + length, name, size, length) for name in list(rings)}
+            rings |= {
+                f"memory_{name}": MemoryLayout(size + length, columns=name, size=size, length=length)
+                for name in list(rings)
+            }
         return rings
 
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:

@@ -78,7 +78,7 @@ class GalleryRecurrentMemoryTransformerConfig(GalleryStackConfig):
         return 0
 
     def ring_layout(self, layer: int, most: int | None) -> dict[str, RingLayout]:
-        layout = SegmentLayout(self.num_memory_tokens + self.segment_length, self.num_memory_tokens)
+        layout = SegmentLayout(self.num_memory_tokens + self.segment_length, memory=self.num_memory_tokens)
         return {"keys": layout, "values": layout}
 
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:

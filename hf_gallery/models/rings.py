@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_problem import Position, compute_dtype, without_autocast
+from .exporting import in_one_graph
 from .rows import Rows
 from .spans import Spans
 from .states import Columns, Kept, NextState
@@ -65,16 +66,19 @@ class StepRows(Rows):
         return position_in(newest, torch.arange(columns, device=newest.device), columns)
 
     def append(self, ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        """The ring (B, H, N, D) with the column new (B, H, 1, D) in it; the given one stays as it is."""
+        """The ring (B, H, N, D) with the column new (B, H, 1, D) in it: the given one, outside of graphs."""
         return self.put(ring, new, self.seen % ring.shape[2])
 
     def put(self, ring: torch.Tensor, new: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
-        """The ring with the column new (B, H, 1, D) in the slot (B,), of the rows that have a token."""
+        """`append` in the slot (B,), of the rows that have a token."""
         rows, heads = (torch.arange(n, device=slot.device) for n in ring.shape[:2])
         at, column = (rows[:, None], heads[None], slot[:, None]), new[:, :, 0].to(ring.dtype)  # (B, H, D)
         if self.mask is not None:
             column = torch.where(self.mask[..., None], column, ring[at])
-        return ring.index_put(at, column)
+        if in_one_graph():
+            return ring.index_put(at, column)
+        # In place: a copy would read all of the past. Nobody sees again what stood there, should this forward fail.
+        return ring.index_put_(at, column)
 
 
 class RingSpans(Spans):
@@ -170,9 +174,11 @@ def _columns(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RingLayout:
-    """The way in which a static cache holds what a growing one has as columns of time. slots: of the ring."""
+    """The way in which a static cache holds what a growing one has as columns of time. slots: of the ring. kept: the
+    columns of it that are seen again, None for all: in the slot that is left the next token's column is written."""
 
     slots: int
+    kept: int | None = None
 
     def lay(self, name: str, state: NextState, seen: torch.Tensor) -> torch.Tensor:
         """The ring of a growing cache's state of that name; seen: (B,), tokens of each row."""
@@ -180,4 +186,4 @@ class RingLayout:
 
     def unlay(self, ring: torch.Tensor, seen: torch.Tensor) -> Kept | None:
         """The inverse of `lay`; None where a growing cache has nothing yet."""
-        return Columns(unlay(ring, seen, min(int(seen.max()), self.slots)))
+        return Columns(unlay(ring, seen, min(int(seen.max()), self.slots if self.kept is None else self.kept)))
