@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_gallery.models import attention_decode, search_triton
+from hf_gallery.models import attention_decode, search_triton, unit_triton
 from hf_gallery.models import attention_triton as kernels
 
 FUNCTIONS = {
@@ -33,11 +33,15 @@ FUNCTIONS = {
     "products": kernels._products,
     "decode": attention_decode._decode,
     "join": attention_decode._join,
+    "unit": unit_triton._unit,
+    "unit_backward": unit_triton._unit_backward,
     "numbers": search_triton._numbers,
     "found": search_triton._found,
 }
 # Else all three.
-TERMS = {"diagonals": ["bias"], "products": ["relative"]} | {name: ["none"] for name in ("join", "numbers", "found")}
+TERMS = {"diagonals": ["bias"], "products": ["relative"]} | dict.fromkeys(
+    ("join", "unit", "unit_backward", "numbers", "found"), ["none"]
+)
 KINDS = {"half": torch.bfloat16, "float": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that the launcher finds to be multiples of 16 where a model's sizes are: all strides of tensors.
@@ -47,7 +51,7 @@ STRIDE = re.compile(r"[qkvp]_[bhts]|d?term_[bh]|spans_b|table_h|[TS]")
 def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str) -> dict[str, Any]:
     """Resources that a kernel takes of a GPU of compute capability arch / 10, launched as `attend` would."""
     function = FUNCTIONS[kernel]
-    if kernel in ("decode", "join"):
+    if kernel in ("decode", "join", "unit", "unit_backward"):
         tiles = kernels._Tiles(1, attention_decode.keys_of(head), attention_decode.WARPS, 3)
     elif kernel in ("numbers", "found"):
         tiles = search_triton.tiles_for(kind, head) if kernel == "numbers" else search_triton.FOUND
@@ -57,6 +61,7 @@ def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str)
     constants: dict[str, Any] = dict(
         D=head, DV=head, BLOCK_D=block, BLOCK_DV=block, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, TERM=term != "none",
         DROPOUT=False, PRECISION="ieee", PUT_TERM=term == "relative", RING=True, SPLITS=attention_decode.MOST_SPLITS,
+        ROWS=unit_triton._ROWS, SIZED=True, EPS=unit_triton.EPSILON,
     )  # fmt: skip
     if kernel == "decode":
         constants["TERM"] = term
@@ -101,7 +106,7 @@ def _type(name: str, kernel: str, kind: str, term: str, constants: dict[str, Any
         return "*i64"
     if name == "plan":
         return "*i32"
-    sums = ("lse_ptr", "lse2_ptr", "offset_ptr", "sums_ptr", "scores_ptr", "parts_ptr")
+    sums = ("lse_ptr", "lse2_ptr", "offset_ptr", "sums_ptr", "scores_ptr", "parts_ptr", "size_ptr", "along_ptr")
     if name in sums or (name in ("term", "table") and term == "bias"):
         return "*fp32"
     if name.endswith("_ptr") or name in ("term", "table"):

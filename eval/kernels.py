@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_gallery.models import attention_triton, memory, search_triton
+from hf_gallery.models import attention_triton, blocks, memory, search_triton, unit_triton
 from hf_gallery.models.attention import Position, attend, attend_naive, join
 from hf_gallery.models.attention_triton import jit
 from hf_gallery.models.rings import RingSpans, StepRows, attend_ring
@@ -286,6 +286,29 @@ def search_errors(kind: torch.dtype, most: int = 2**22, width: int = 2**14) -> d
     return wrong
 
 
+def unit_errors(kind: torch.dtype) -> dict[str, float]:
+    """Vectors at a length and their gradients, against torch's operations in float64; of an empty vector too."""
+    wrong: dict[str, float] = {}
+    for b, t, h, d, sized in ((2, 37, 3, 20, True), (3, 1, 2, 7, True), (1, 16, 1, 64, False)):
+        generator = torch.Generator().manual_seed(8)
+        x, weight = (torch.randn(b, t, h, d, generator=generator).to(DEVICE, kind).transpose(1, 2) for _ in range(2))
+        x[0, 0, 0] = 0.0
+        size = torch.rand(h, generator=generator).to(DEVICE) + 0.5 if sized else None
+        ways = []
+        for y, function in ((x, unit_triton.unit_triton), (x.double(), _unit_definition)):
+            leaves = [z.clone().requires_grad_() for z in ((y, size.to(y)) if size is not None else (y,))]
+            out = function(leaves[0], leaves[1] if sized else None)
+            ways.append([out, *torch.autograd.grad((out * weight.to(out)).sum(), leaves)])
+        for name, got, right in zip(("out", "query", "size"), *ways, strict=False):
+            error = ((got.double() - right).norm() / right.norm()).item()
+            wrong[name] = max(wrong.get(name, 0.0), error)
+    return wrong
+
+
+def _unit_definition(x: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor:
+    return blocks.unit(x) if size is None else blocks.scaled_unit(x, size)
+
+
 class Decode(NamedTuple):
     """One query a row. ring: slots of a ring, in place of the keys of `case`; seen: tokens that each row has behind
     it, -1 - n where it has n and no token now. dilation: of a ring."""
@@ -366,13 +389,19 @@ SEARCHES = {
     "search, many tiles": functools.partial(search_errors, torch.float32, 600, 30),
     "search, bf16": functools.partial(search_errors, torch.bfloat16),
 }
+UNITS = {
+    f"unit, {name}": functools.partial(unit_errors, kind)
+    for name, kind in (("float32", torch.float32), ("bf16", torch.bfloat16))
+}
 DECODED = {name: functools.partial(decode_errors, problem) for name, problem in DECODES.items()}
 OTHERS = {"joined parts": join_errors, "one head at a time": groups_errors, "a whole graph": compiled_errors}
-EXTRA = SEARCHES | DECODED | OTHERS
+EXTRA = SEARCHES | DECODED | UNITS | OTHERS
 
 
 def limit(name: str) -> float:
     """The greatest relative error that is allowed."""
+    if name in UNITS:
+        return LIMITS[torch.float32 if name.endswith("float32") else torch.bfloat16]
     case = DECODES[name].case if name in DECODES else (CASES | LARGE).get(name)
     return LIMITS[torch.float32 if case is None else case.kind]
 

@@ -15,6 +15,7 @@ from .exporting import in_one_graph
 from .positions import t5_buckets
 from .spans import moved
 from .states import LayerOutput, State
+from .unit_triton import serves, unit_triton
 
 
 class ResidualLayer(GradientCheckpointingLayer):
@@ -175,7 +176,9 @@ class ScaledQueryKeyValue(QueryKeyValue):
 
 
 def unit(x: torch.Tensor) -> torch.Tensor:
-    """x (..., D) at length 1."""
+    """x (B, H, T, D) at length 1."""
+    if serves(x):
+        return unit_triton(x, None)
     d = x.shape[-1]
     y = x.to(compute_dtype(x))  # squares leave the range of float16
     # Length 1 is the root mean square 1 / sqrt(D), and a GPU has one kernel for that.
@@ -184,6 +187,8 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 def scaled_unit(query: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     """query (B, H, T, D) at the length size (H,)."""
+    if serves(query):
+        return unit_triton(query, size)
     return unit(query) * size[:, None, None].to(query.dtype)
 
 

@@ -23,7 +23,14 @@ needs_triton = pytest.mark.skipif(
 )
 ROOT = Path(__file__).parents[2]
 QUICK = ["window", "ragged, T < S, odd heads", "bias, any intervals", "relative, any intervals", "bf16, relative"]
-QUICK += ["search, many tiles", "decode, any intervals", "decode, relative", "ring, padded", "ring, dilated"]
+QUICK += [
+    "search, many tiles",
+    "decode, any intervals",
+    "decode, relative",
+    "ring, padded",
+    "ring, dilated",
+    "unit, float32",
+]
 
 
 def in_interpreter(*names):
@@ -38,10 +45,11 @@ def in_interpreter(*names):
 
 
 def assert_near(found):
-    from eval.kernels import DECODES, SEARCHES, limit
+    from eval.kernels import DECODES, SEARCHES, UNITS, limit
 
     for name, errors in found.items():
-        due = {"scores", "columns"} if name in SEARCHES else {"out", "lse"}
+        due = {"scores", "columns"} if name in SEARCHES else {"out"}
+        due |= set() if name in SEARCHES.keys() | UNITS else {"lse"}
         due |= set() if name in SEARCHES.keys() | DECODES else {"query"}
         assert set(errors) >= due, name
         for tensor, error in errors.items():
@@ -66,10 +74,12 @@ def test_all_kernels_equal_the_definition():
 
 
 @needs_triton
-@pytest.mark.parametrize("which", [pytest.param("test", marks=pytest.mark.slow), "transformer_xl-causal"])
-def test_decode_steps_of_models_equal_the_tiles(which):
+@pytest.mark.parametrize(
+    "which", [pytest.param("test", marks=pytest.mark.slow), "transformer_xl-causal or unit_length"]
+)
+def test_models_by_interpreted_kernels(which):
     found = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n0", "tests/plain/test_decode_steps.py", "-k", which],
+        [sys.executable, "-m", "pytest", "-q", "-n0", "tests/plain/test_interpreted_models.py", "-k", which],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         cwd=ROOT, capture_output=True, text=True, timeout=1800,
     )  # fmt: skip
@@ -109,7 +119,7 @@ def test_kernels_compile_for_gpus(arch):
 
 @needs_triton
 def test_a_kernel_compiles_for_hopper():
-    assert_fits(compiled("--arch", "90", "--heads", "64", "--kernels", "products,decode,join", "--kinds", "half"))
+    assert_fits(compiled("--arch", "90", "--heads", "64", "--kernels", "products,decode,join,unit", "--kinds", "half"))
 
 
 # ------------------------------------------------------------------------------------------------------------ choice

@@ -1,19 +1,19 @@
-"""Decode steps of models by the kernels that split keys, in Triton's interpreter: with TRITON_INTERPRET=1 only, since
-triton settles that when it is imported. test_attention_triton.py runs this file so."""
+"""Models by kernels in Triton's interpreter: with TRITON_INTERPRET=1 only, since triton settles that when it is
+imported. test_attention_triton.py runs this file so."""
 
 import pytest
 import torch
-from variants import assert_equal, runner, streams, words
+from variants import assert_equal, causal, runner, streams, words
 
 from hf_gallery import GalleryCache, GalleryStaticCache
-from hf_gallery.models import attention, attention_decode
+from hf_gallery.models import attention, attention_decode, blocks
 from hf_gallery.models.attention_triton import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1: see test_attention_triton.py")
 
 
 @streams()
-def test_steps_are_those_of_the_tiles(variant, head, monkeypatch):
+def test_decode_steps_are_those_of_the_tiles(variant, head, monkeypatch):
     """As on a GPU, where attend chooses the kernels for one query a row: over a growing cache and over rings, with
     padding among the steps."""
     run, served, kernels = runner(variant, head), [], False
@@ -38,3 +38,19 @@ def test_steps_are_those_of_the_tiles(variant, head, monkeypatch):
             found.append(torch.stack(steps))
         assert any(served)
         assert_equal(*found)
+
+
+@causal(lambda variant: variant.name in ("memorizing", "block_recurrent"))
+def test_queries_and_keys_of_unit_length_by_one_kernel(variant, monkeypatch):
+    """Loss and gradients of a padded batch, as with torch's operations."""
+    ids, mask = words(2, 19), torch.ones(2, 19, dtype=torch.long)
+    mask[1, :4] = 0
+    found = []
+    for kernel in (False, True):
+        monkeypatch.setattr(blocks, "serves", lambda x, kernel=kernel: kernel)
+        run = runner(variant, "causal", hidden_dropout=0.0, attention_dropout=0.0)
+        loss = run.model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False).loss
+        loss.backward()
+        found.append([loss.detach(), *(x.grad for x in run.model.parameters())])
+    for expected, got in zip(*found, strict=True):
+        assert_equal(got, expected)
