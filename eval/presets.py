@@ -271,17 +271,6 @@ PRESETS = {
                 contexts=(1024, 4096, 16384, 65536, 131072),
                 decode_tokens=32,
             ),
-            learning_rates={  # eval/results/rates_standard.json
-                "transformer_full": 6e-3,
-                "transformer": 6e-3,
-                "transformer_xl": 3e-3,
-                "longformer": 1.5e-3,
-                "longformer_xl": 1.5e-3,
-                "memorizing_transformer": 6e-3,
-                "block_recurrent_transformer": 6e-3,
-                "recurrent_memory_transformer": 3e-3,
-                "recurrent_memory_transformer_few": 6e-3,
-            },
         ),
         Preset(
             "full",
