@@ -165,7 +165,7 @@ def listops(window: int) -> Iterator[Level]:
     "reasoning",
     "variable_tracking",
     axis="chains + hops of each, in {length} tokens",
-    about="Assignments among noise, followed from variable to variable to a digit, while others distract. No hop "
+    about="Assignments among noise, followed from variable to variable to a digit, while other chains distract. No hop "
     "is plain recall.",
 )
 def variable_tracking(window: int) -> Iterator[Level]:
