@@ -251,7 +251,7 @@ PRESETS = {
                 steps=250,
                 lanes=8,
                 length=512,
-                learning_rate=3e-3,
+                learning_rate=2e-3,
                 test_bytes=786432,
                 document_bytes=262144,
             ),
