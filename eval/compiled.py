@@ -32,6 +32,7 @@ FUNCTIONS = {
     "diagonals": kernels._backward_diagonals,
     "products": kernels._products,
     "decode": attention_decode._decode,
+    "ring": attention_decode._decode,
     "join": attention_decode._join,
     "unit": unit_triton._unit,
     "unit_backward": unit_triton._unit_backward,
@@ -51,7 +52,7 @@ STRIDE = re.compile(r"[qkvp]_[bhts]|d?term_[bh]|spans_b|table_h|[TS]")
 def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str) -> dict[str, Any]:
     """Resources that a kernel takes of a GPU of compute capability arch / 10, launched as `attend` would."""
     function = FUNCTIONS[kernel]
-    if kernel in ("decode", "join", "unit", "unit_backward"):
+    if kernel in ("decode", "ring", "join", "unit", "unit_backward"):
         tiles = kernels._Tiles(1, attention_decode.keys_of(head), attention_decode.WARPS, 3)
     elif kernel in ("numbers", "found"):
         tiles = search_triton.tiles_for(kind, head) if kernel == "numbers" else search_triton.FOUND
@@ -60,10 +61,10 @@ def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str)
     block = kernels._block(head)
     constants: dict[str, Any] = dict(
         D=head, DV=head, BLOCK_D=block, BLOCK_DV=block, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, TERM=term != "none",
-        DROPOUT=False, PRECISION="ieee", PUT_TERM=term == "relative", RING=True, SPLITS=attention_decode.MOST_SPLITS,
-        ROWS=unit_triton._ROWS, SIZED=True, EPS=unit_triton.EPSILON,
+        DROPOUT=False, PRECISION="ieee", PUT_TERM=term == "relative", RING=kernel == "ring",
+        SPLITS=attention_decode.MOST_SPLITS, ROWS=unit_triton._ROWS, SIZED=True, EPS=unit_triton.EPSILON,
     )  # fmt: skip
-    if kernel == "decode":
+    if kernel in ("decode", "ring"):
         constants["TERM"] = term
     constants = {name: value for name, value in constants.items() if name in function.arg_names}
     signature = {name: _type(name, kernel, NAMES[kind], term, constants) for name in function.arg_names}

@@ -30,7 +30,8 @@ DEVICE = "cuda" if torch.cuda.is_available() and not attention_triton.INTERPRETE
 
 
 class Case(NamedTuple):
-    """One problem. band: keys that queries see, about, up to their own; None, any interval, empty ones too."""
+    """One problem. band: keys that queries see, about, up to their own; None, any interval, empty ones too; 0, ends of
+    any size."""
 
     b: int
     h: int
@@ -57,6 +58,7 @@ CASES = {
     "relative, any intervals": Case(2, 2, 35, 53, 20, 20, "relative"),
     "relative, a band": Case(2, 2, 50, 66, 16, 16, "relative", band=45, shared=True),
     "relative, frozen keys and values": Case(1, 2, 35, 35, 16, 16, "relative", band=30, frozen=("key", "value")),
+    "ends beyond 32 bits": Case(4, 1, 5, 21, 8, 8, band=0),
     "dropout": Case(1, 2, 40, 40, 16, 16, "none", band=30, dropout=0.3),
     "dropout, bias": Case(2, 1, 40, 40, 16, 16, "bias", band=30, dropout=0.3),
     "dropout, relative": Case(2, 1, 40, 40, 16, 16, "relative", band=30, dropout=0.3),
@@ -85,6 +87,10 @@ LIMITS = {torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 def intervals(case: Case, generator: torch.Generator) -> Spans:
     """Random intervals of a case, or its band."""
     rows = 1 if case.shared else case.b
+    if case.band == 0:  # ends far beyond the keys
+        far = torch.tensor([2**31 - 1, 2**31, 2**40, 2**33 + 5])
+        far = far[torch.arange(rows) % 4][:, None].expand(-1, case.t)
+        return Spans(torch.where(far % 2 == 1, 3, -far), far.clone())
     if case.band is None:  # ends stick out of the keys, and every third interval is empty
         ends = torch.randint(-3, case.s + 3, (2, rows, case.t), generator=generator)
         lower, upper = ends.amin(0), ends.amax(0)
@@ -234,6 +240,20 @@ def groups_errors() -> dict[str, float]:
         attention_triton.SCRATCH_BYTES = before
 
 
+def empty_errors() -> dict[str, float]:
+    """A batch of no rows: empty results, and empty gradients."""
+    right = True
+    for t, implementation in ((5, "triton"), (1, "decode")):
+        x = torch.zeros(0, 2, 5, 8, device=DEVICE)
+        query = x[:, :, :t].clone().requires_grad_(implementation == "triton")
+        ends = torch.zeros(1, t, dtype=torch.long)
+        out, lse = attend(query, x, x, Spans(ends, ends), implementation=implementation, return_lse=True)
+        right = right and (out.shape, lse.shape) == ((0, 2, t, 8), (0, 2, t))
+        if query.requires_grad:
+            right = right and torch.autograd.grad(out.sum() + lse.sum(), query)[0].shape == query.shape
+    return dict.fromkeys(("out", "lse", "query"), 0.0 if right else math.inf)
+
+
 def compiled_errors() -> dict[str, float]:
     """In one graph without a break: torch.compile(fullgraph=True), forward and backward."""
     case = CASES["relative, any intervals"]
@@ -311,17 +331,19 @@ def _unit_definition(x: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor
 
 class Decode(NamedTuple):
     """One query a row. ring: slots of a ring, in place of the keys of `case`; seen: tokens that each row has behind
-    it, -1 - n where it has n and no token now. dilation: of a ring."""
+    it, -1 - n where it has n and no token now. dilation: of a ring. short: entries that its table lacks, in place of
+    which the last one is read."""
 
     case: Case
     seen: tuple[int, ...] = ()
     window: int = 0
     dilation: int = 1
+    short: int = 0
 
 
 def decode_errors(problem: Decode) -> dict[str, float]:
     """One query a row over keys that are split, against the definition; over a ring, against torch's products."""
-    case, seen, window, dilation = problem
+    case, seen, window, dilation, short = problem
     generator = torch.Generator().manual_seed(3)
     spans = intervals(case, generator)
     x, far = inputs_of(case, spans, generator)
@@ -333,7 +355,7 @@ def decode_errors(problem: Decode) -> dict[str, float]:
         spans = RingSpans((at - window * dilation + 1).clamp(min=0), at, rows, dilation)
         far = window - 1
         if "table" in x:
-            x["table"] = torch.randn(case.h, window, *x["table"].shape[2:], generator=generator).to(case.kind)
+            x["table"] = torch.randn(case.h, window - short, *x["table"].shape[2:], generator=generator).to(case.kind)
     ours = {k: y.to(DEVICE) for k, y in x.items()}
     exact = {k: y.double() for k, y in ours.items()}
 
@@ -359,6 +381,7 @@ DECODES = {
     "decode, any intervals": Decode(_STEP._replace(b=9)),
     "decode, bias": Decode(_STEP._replace(b=7, term="bias")),
     "decode, relative": Decode(_STEP._replace(b=7, term="relative", d=20)),
+    "decode, ends beyond 32 bits": Decode(_STEP._replace(b=5, band=0)),
     "decode, one key": Decode(Case(2, 1, 1, 1, 7, 5, "bias", band=1)),
     "decode, bf16": Decode(_STEP._replace(band=50, shared=True, kind=torch.bfloat16)),
     "decode, bf16, relative": Decode(_STEP._replace(band=50, shared=True, term="relative", kind=torch.bfloat16)),
@@ -367,6 +390,7 @@ DECODES = {
     "ring, padded": Decode(_STEP._replace(b=4), (5, -76, 140, -1), 33),
     "ring, bias": Decode(_STEP._replace(b=3, term="bias"), (5, 75, 140), 70),
     "ring, relative": Decode(_STEP._replace(b=3, term="relative"), (5, 75, 140), 70),
+    "ring, a short table": Decode(_STEP._replace(b=3, term="bias"), (5, 75, 140), 70, short=9),
     "ring, dilated": Decode(_STEP._replace(b=3, term="bias"), (5, 75, 140), 23, 3),
     "ring, fp16": Decode(_STEP._replace(b=3, term="relative", kind=torch.float16), (5, 75, 140), 70),
 }
@@ -394,7 +418,12 @@ UNITS = {
     for name, kind in (("float32", torch.float32), ("bf16", torch.bfloat16))
 }
 DECODED = {name: functools.partial(decode_errors, problem) for name, problem in DECODES.items()}
-OTHERS = {"joined parts": join_errors, "one head at a time": groups_errors, "a whole graph": compiled_errors}
+OTHERS = {
+    "joined parts": join_errors,
+    "one head at a time": groups_errors,
+    "a whole graph": compiled_errors,
+    "no rows": empty_errors,
+}
 EXTRA = SEARCHES | DECODED | UNITS | OTHERS
 
 

@@ -225,6 +225,9 @@ PRESETS = {
                 "block_recurrent_transformer": 6e-3,
                 "recurrent_memory_transformer": 6e-3,
                 "recurrent_memory_transformer_few": 6e-3,
+                "llama": 1.5e-3,
+                "mistral": 1.5e-3,
+                "mamba2": 6e-3,
             },
         ),
         Preset(

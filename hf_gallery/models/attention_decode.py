@@ -79,7 +79,7 @@ def attend_decode(problem: Problem) -> tuple[torch.Tensor, torch.Tensor]:
 
 def splits_for(pairs: int, tiles: int, processors: int) -> int:
     """The number of programs that share the tiles of keys of a row and head, a power of 2; pairs: rows times heads."""
-    wanted = triton.cdiv(PROGRAMS * processors, pairs)
+    wanted = triton.cdiv(PROGRAMS * processors, max(pairs, 1))
     return min(triton.next_power_of_2(min(wanted, max(tiles, 1))), MOST_SPLITS)
 
 
@@ -97,23 +97,24 @@ def _vectors(base, at, stride, some, D: tl.constexpr, BLOCK_D: tl.constexpr):
 @jit
 def _decode(
     q_ptr, k_ptr, v_ptr, lower, upper, newest_ptr, p_ptr, table, parts_ptr, lse2_ptr,
-    q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, p_b, p_h, table_h, lower_b, upper_b, H, S, farthest, dilation, scale2,
+    q_b, q_h, k_b, k_h, k_s, v_b, v_h, v_s, p_b, p_h, table_h, lower_b, upper_b, H, S, R, farthest, dilation, scale2,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
     TERM: tl.constexpr, RING: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """A part (B, H, SPLITS, DV) of one query over one stretch of its keys, and its lse in base 2 (B, H, SPLITS)."""
-    pair = tl.program_id(1).to(tl.int64)
+    pair = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
     b, h = pair // H, pair % H
-    lo, up = tl.load(lower + b * lower_b).to(tl.int32), tl.load(upper + b * upper_b).to(tl.int32)
+    lo, up = tl.load(lower + b * lower_b), tl.load(upper + b * upper_b)  # of any size, as int64 holds them
     newest = S - 1
     first, stop = 0, S  # a ring is read from slot 0 on
     if RING:
         newest = tl.load(newest_ptr + b).to(tl.int32)
     else:
-        first = tl.minimum(tl.maximum(lo, 0), S)
-        stop = tl.minimum(up + 1, S)
+        first = tl.minimum(tl.maximum(lo, 0), S).to(tl.int32)
+        stop = (tl.maximum(tl.minimum(up, S - 1), -1) + 1).to(tl.int32)
     share = tl.cdiv(tl.cdiv(tl.maximum(stop - first, 0), SPLITS), BLOCK_N) * BLOCK_N
-    begin = first + tl.program_id(0) * share
+    begin = first + split * share
     end = tl.minimum(begin + share, stop)
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q = tl.load(q_ptr + b * q_b + h * q_h + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
@@ -137,10 +138,11 @@ def _decode(
             visible = visible & (distance % dilation == 0)
             distance = distance // dilation
         x = tl.sum(_vectors(k_ptr, s, k_s, visible, D, BLOCK_D) * q, 1)  # (BLOCK_N,)
+        entry = tl.minimum(tl.maximum(farthest - distance, 0), R - 1)  # never beyond the table
         if TERM == "bias":
-            x += tl.load(table + farthest - distance, mask=visible, other=0.0)
+            x += tl.load(table + entry, mask=visible, other=0.0)
         if TERM == "relative":
-            x += tl.sum(_vectors(table, farthest - distance, D, visible, D, BLOCK_D) * p, 1)
+            x += tl.sum(_vectors(table, entry, D, visible, D, BLOCK_D) * p, 1)
         x = tl.where(visible, x * scale2, float("-inf"))
         new_top = tl.maximum(top, tl.max(x, 0))
         safe = tl.where(new_top == float("-inf"), 0.0, new_top)  # no key seen yet
@@ -149,7 +151,7 @@ def _decode(
         total = total * shrink + tl.sum(probabilities, 0)
         acc = acc * shrink + tl.sum(_vectors(v_ptr, s, v_s, visible, DV, BLOCK_DV) * probabilities[:, None], 0)
         top = new_top
-    place = pair * SPLITS + tl.program_id(0)
+    place = pair * SPLITS + split
     nothing = total == 0.0
     total = tl.where(nothing, 1.0, total)
     tl.store(parts_ptr + place * DV + dv, acc / total, mask=dv < DV)
@@ -202,16 +204,19 @@ def _kernels(
     out = torch.empty(b, h, 1, dv, dtype=query.dtype, device=query.device)
     lse = torch.empty(b, h, 1, dtype=torch.float32, device=query.device)
     term = "none" if table is None else "bias" if asked is None else "relative"
+    entries = 1 if table is None else table.shape[1]
     table = query if table is None else table.contiguous()
     lines = query if asked is None else asked
+    if not out.numel():
+        return out, lse
     blocks: dict[str, Any] = dict(DV=dv, BLOCK_DV=_block(dv), SPLITS=splits, num_warps=WARPS)
     with torch.cuda.device_of(query):
-        _decode[splits, b * h](
+        _decode[b * h, splits](
             query, key, value, lower, upper, lower if newest is None else newest, lines, table, parts, lse2,
-            *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], *lines.stride()[:2],
-            table.stride(0), *(x.stride(0) if x.shape[0] > 1 else 0 for x in (lower, upper)), h, s,
-            farthest, dilation, scale * math.log2(math.e), D=d, BLOCK_D=_block(d), BLOCK_N=keys,
-            TERM=term, RING=newest is not None, **blocks,
+            *query.stride()[:2], *key.stride()[:3], *value.stride()[:3], *lines.stride()[:2], table.stride(0),
+            *(x.stride(0) if x.shape[0] > 1 else 0 for x in (lower, upper)), h, s, entries, farthest, dilation,
+            scale * math.log2(math.e), D=d, BLOCK_D=_block(d), BLOCK_N=keys, TERM=term, RING=newest is not None,
+            **blocks,
         )  # fmt: skip
         _join[(b * h,)](parts, lse2, out, lse, **blocks)
     return out, lse

@@ -263,8 +263,8 @@ def _store(base, x, at, stride, end, D: tl.constexpr, BLOCK_D: tl.constexpr):
 def _intervals(lower, upper, t, T, S):
     """The intervals of queries t, [S, -1] where empty; queries beyond the last repeat it."""
     at = tl.minimum(t, T - 1)
-    lo = tl.maximum(tl.load(lower + at).to(tl.int32), 0)
-    up = tl.minimum(tl.load(upper + at).to(tl.int32), S - 1)
+    lo = tl.minimum(tl.maximum(tl.load(lower + at), 0), S).to(tl.int32)
+    up = tl.maximum(tl.minimum(tl.load(upper + at), S - 1), -1).to(tl.int32)
     empty = up < lo
     return tl.where(empty, S, lo), tl.where(empty, -1, up)
 
@@ -760,6 +760,8 @@ def _run_forward(arguments: _Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     out = call.out(call.x.query, call.dv)
     lse = torch.empty(call.b, call.h, call.t, dtype=torch.float32, device=out.device)
     launch = call.launch("forward")
+    if not out.numel():
+        return out, lse
     for group in call.groups():
         term = call.term(group)
         grid = triton.cdiv(call.t, launch["BLOCK_M"]), len(group)
@@ -777,6 +779,9 @@ def _run_backward(
     wants: list[bool],
 ) -> list[torch.Tensor]:
     """Gradients of query, key, value, asked and table, an empty tensor for each that is not wanted."""
+    if not results[0].numel():
+        leaves = zip(arguments[:5], wants, strict=True)
+        return [torch.zeros_like(y) if y is not None and wanted else results[0].new_empty(0) for y, wanted in leaves]
     call = _Call(arguments)
     x, (out, lse), (grad_out, grad_lse) = call.x, results, grads
     nothing = out.new_empty(0)  # never among the results: no two of an operator may be one tensor

@@ -26,6 +26,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from .cache_file import read_cache_file, write_cache_file
+from .columns import alone
 from .rows import Rows
 from .states import Columns, Derived, Kept, NextState, Places, State, follow, taken_back, tensors_of
 from .weights import Version, WeightSample, sample_weights
@@ -531,7 +532,8 @@ class GalleryCache(Cache):
 
     def __getstate__(self) -> dict:
         """For pickle: what belongs to the model in this process stays here."""
-        content = replace(self._content.without_derived(), maker=_nobody, sample=self._sample())
+        content = self._content.without_derived().map_rows(alone)
+        content = replace(content, maker=_nobody, sample=self._sample())
         return self.__dict__ | {"_content": content, "_waiting": None}
 
     def copy(self) -> GalleryCache:

@@ -116,6 +116,11 @@ def _may_share(past: torch.Tensor, new: torch.Tensor) -> bool:
     return past.dtype == new.dtype and past.is_inference() == torch.is_inference_mode_enabled()
 
 
+def alone(x: torch.Tensor) -> torch.Tensor:
+    """x in memory that holds nothing else: what pickle writes is all of it, spare columns too."""
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone(memory_format=torch.contiguous_format)
+
+
 def last_columns(x: torch.Tensor, count: int | None) -> torch.Tensor:
     """The last `count` columns of x (..., C, D) in memory of their own; x itself if it has no more."""
     if count is None or x.shape[-2] <= count:

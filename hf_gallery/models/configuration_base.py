@@ -141,8 +141,7 @@ class GalleryConfig(PreTrainedConfig):
             )
         # One more than are seen again: the new token's own column stands in the ring too.
         slots = most if kept is None else kept + 1 if most is None else min(most, kept + 1)
-        wraps = kept is not None and slots == kept + 1
-        return {name: RingLayout(slots, kept if wraps else None) for name in ("keys", "values")}
+        return {name: RingLayout(slots) for name in ("keys", "values")}
 
     def cache_layout(self, layer: int) -> list[dict[str, tuple]]:
         """The states that a layer may leave: names, and shapes behind the rows, in which None is any number."""

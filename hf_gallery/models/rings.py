@@ -174,11 +174,9 @@ def _columns(x: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class RingLayout:
-    """The way in which a static cache holds what a growing one has as columns of time. slots: of the ring. kept: the
-    columns of it that are seen again, None for all: in the slot that is left the next token's column is written."""
+    """The way in which a static cache holds what a growing one has as columns of time. slots: of the ring."""
 
     slots: int
-    kept: int | None = None
 
     def lay(self, name: str, state: NextState, seen: torch.Tensor) -> torch.Tensor:
         """The ring of a growing cache's state of that name; seen: (B,), tokens of each row."""
@@ -186,4 +184,4 @@ class RingLayout:
 
     def unlay(self, ring: torch.Tensor, seen: torch.Tensor) -> Kept | None:
         """The inverse of `lay`; None where a growing cache has nothing yet."""
-        return Columns(unlay(ring, seen, min(int(seen.max()), self.slots if self.kept is None else self.kept)))
+        return Columns(unlay(ring, seen, min(int(seen.max()), self.slots)))

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import pickle
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_law_2_batch_anyhow import padded, scatter
 from transformers import Cache
-from variants import VARIANTS, assert_equal, causal, over, runner, streams, words
+from variants import COLUMNS, VARIANTS, assert_equal, causal, over, runner, streams, words
 
 from hf_gallery import GalleryCache
 
@@ -371,3 +372,19 @@ def test_a_source_that_was_read_is_not_read_again(variant, head):
     assert not calls
     assert_equal(alone, expected[:, 5:])
     assert_equal(besides, expected[:, 5:])
+
+
+@streams(lambda variant: variant.name in COLUMNS)
+def test_what_is_pickled_is_what_the_cache_holds(variant, head):
+    """And not the spare columns of its memory, which nobody has written."""
+    run = runner(variant, head)
+    cache = GalleryCache(run.model.config)
+    with torch.no_grad():
+        for count in (40, 1, 1):
+            run(words(2, count), None, cache)
+    opened = pickle.loads(pickle.dumps(cache))
+    for state, expected in zip(opened.states, cache.states, strict=True):
+        for name, x in state.items():
+            assert torch.equal(x, expected[name]) and x.untyped_storage().nbytes() == x.nbytes, name
+    with torch.no_grad():
+        assert_equal(run(words(2, 3), None, opened)[0], run(words(2, 3), None, cache)[0])
