@@ -24,6 +24,8 @@ needs_triton = pytest.mark.skipif(
 ROOT = Path(__file__).parents[2]
 QUICK = ["window", "ragged, T < S, odd heads", "bias, any intervals", "relative, any intervals", "bf16, relative"]
 QUICK += [
+    "no rows",
+    "ends beyond 32 bits",
     "search, many tiles",
     "decode, any intervals",
     "decode, relative",
