@@ -196,6 +196,9 @@ _RATES = {
     "block_recurrent_transformer": 6e-3,
     "recurrent_memory_transformer": 6e-3,
     "recurrent_memory_transformer_few": 6e-3,
+    "llama": 1.5e-3,
+    "mistral": 1.5e-3,
+    "mamba2": 6e-3,
 }
 
 PRESETS = {
