@@ -49,7 +49,7 @@ def test_every_number_has_its_origin(path):
         assert {"torch", "transformers", "python"} <= origin["versions"].keys() and origin["machine"]["processor"]
 
 
-@pytest.mark.parametrize("name", ["quick", "seeds", "torch_2.13", "standard", "books"])
+@pytest.mark.parametrize("name", ["quick", "seeds", "outside", "torch_2.13", "standard", "books"])
 def test_runs_are_of_this_code(name):
     """Of the settings that the preset has now, so that the same command would measure the same."""
     results = load(name)
