@@ -56,9 +56,10 @@ def _unit(
     x_ptr, size_ptr, out_ptr, x_b, x_h, x_t, H, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SIZED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    pair = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(T, ROWS)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = pair // H, pair % H
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D)
     length = 1.0 / tl.sqrt(tl.sum(x * x, 1) + EPS)
     if SIZED:
@@ -72,9 +73,10 @@ def _unit_backward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SIZED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x; and along (B, H, T), the part of grad_out along the unit vector, whose sums are size's."""
-    pair = tl.program_id(1).to(tl.int64)
+    tiles = tl.cdiv(T, ROWS)
+    pair = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = pair // H, pair % H
-    t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
     x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D)
     g = _load(g_ptr + b * g_b + h * g_h, t, g_t, T, D, BLOCK_D)
     inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) + EPS)
@@ -92,16 +94,18 @@ def _like(x: torch.Tensor) -> torch.Tensor:
     return x.new_empty(b, t, h, d).transpose(1, 2)
 
 
-def _launch(x: torch.Tensor, size: torch.Tensor | None) -> tuple[tuple[int, int], dict[str, Any]]:
+def _launch(x: torch.Tensor, size: torch.Tensor | None) -> tuple[tuple[int], dict[str, Any]]:
     b, h, t, d = x.shape
     options = dict(D=d, BLOCK_D=_block(d), ROWS=_ROWS, SIZED=size is not None, EPS=EPSILON, num_warps=4)
-    return (triton.cdiv(t, _ROWS), b * h), options
+    return (b * h * triton.cdiv(t, _ROWS),), options
 
 
 def _kernel(x: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor:
     x = x if x.stride(-1) == 1 else x.contiguous()
     out = _like(x)
     grid, options = _launch(x, size)
+    if not x.numel():
+        return out
     with torch.cuda.device_of(x):
         _unit[grid](x, x if size is None else size, out, *x.stride()[:3], *x.shape[1:3], **options)
     return out
@@ -113,6 +117,8 @@ def _kernel_backward(
     x, grad = (y if y.stride(-1) == 1 else y.contiguous() for y in (x, grad))
     dx, along = _like(x), torch.empty(x.shape[:3], device=x.device)
     grid, options = _launch(x, size)
+    if not x.numel():
+        return dx, along
     with torch.cuda.device_of(x):
         _unit_backward[grid](
             x, x if size is None else size, grad, dx, along, *x.stride()[:3], *grad.stride()[:3], *x.shape[1:3],
