@@ -179,7 +179,7 @@ def _join(parts_ptr, lse2_ptr, out_ptr, lse_ptr, DV: tl.constexpr, BLOCK_DV: tl.
 # -------------------------------------------------------------------------------------------------------- the operator
 
 
-def _kernels(
+def _decode_kernels(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -232,4 +232,4 @@ def _shapes(query, key, value, *rest):
 
 
 if triton is not None:
-    _operator = operator(__file__, "decode_attention", _kernels, _shapes)
+    _operator = operator(__file__, "decode_attention", _decode_kernels, _shapes)

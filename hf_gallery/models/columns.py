@@ -41,7 +41,7 @@ def append_columns(past: torch.Tensor | None, new: torch.Tensor, max_columns: in
     columns, width = past.shape[-2:]
     end = columns + new.shape[-2]
     kept = columns if max_columns is None else max_columns
-    if kept == 0 or columns > kept or end > columns + _spare(kept) or not _may_share(past, new):
+    if not _may_share(past, new) or kept == 0 or columns > kept or end > columns + _spare(kept):
         return torch.cat([past, new], dim=-2)
     room = _room_of(past)
     start = 0 if room is None else past.storage_offset() // width % room.columns  # the room's column where past begins

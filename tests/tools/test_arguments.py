@@ -11,7 +11,7 @@ FOLDER = Path(hf_gallery.__file__).parent
 MOST = 6
 # torch reads an operator's schema from flat parameters, see operators.py.
 OPERATORS = {
-    *("_forward_kernels", "_backward_kernels", "_backward_shapes"),
+    *("_forward_kernels", "_backward_kernels", "_backward_shapes", "_decode_kernels"),
     *("_operator_forward", "_operator_backward", "_retrieve_from_columns"),
 }
 
