@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import math
 import multiprocessing
@@ -429,23 +430,41 @@ def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> lis
             if clock() > settings.budget:
                 say(f"no time is left for {name} by {implementation}")
                 continue
-            entry = {"variant": name, "implementation": implementation}
-            try:
-                config = contestant.config(sizes)
+
+            def step(contestant=contestant, implementation=implementation) -> dict[str, Any]:
                 with _device():
-                    model = contestant.model._from_config(config, attn_implementation=implementation)
-                entry |= _step(model, settings)
-                say(
-                    f"{name:30s} {implementation:7s} {entry['tokens_per_second']:12,.0f} tokens/s, "
-                    f"{100 * entry.get('mfu', 0.0):5.1f} % of peak, {entry['peak_gib']:6.1f} GiB"
-                )
-            except Exception as error:
-                entry["error"] = f"{type(error).__name__}: {error}"[-1500:]
-                say(f"{name:30s} {implementation:7s} FAILED {entry['error'][-300:]}")
-            found.append(entry)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+                    model = contestant.model._from_config(contestant.config(sizes), attn_implementation=implementation)
+                return _step(model, settings)
+
+            about = {"variant": name, "implementation": implementation}
+            found.append(_measured(about, f"{name:30s} {implementation:7s}", step, _trained, say))
     return found
+
+
+def _trained(entry: dict[str, Any]) -> str:
+    return (
+        f"{entry['tokens_per_second']:12,.0f} tokens/s, {100 * entry.get('mfu', 0.0):5.1f} % of peak, "
+        f"{entry['peak_gib']:6.1f} GiB"
+    )
+
+
+def _measured(
+    about: dict[str, Any],
+    label: str,
+    measure: Callable[[], dict[str, Any]],
+    words: Callable[[dict[str, Any]], str],
+    say: Say,
+) -> dict[str, Any]:
+    """`about` with what was measured, or with the error that came instead; says which."""
+    try:
+        entry = about | measure()
+        say(f"{label} {words(entry)}")
+    except Exception as error:
+        entry = about | {"error": f"{type(error).__name__}: {error}"[-1500:]}
+        say(f"{label} FAILED {entry['error'][-300:]}")
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return entry
 
 
 def _models() -> dict[str, Any]:
@@ -518,31 +537,35 @@ def decoding(settings: GpuSettings, clock: Callable[[], float], say: Say) -> lis
     sizes = _sizes(settings, longest + 2 * settings.decode_tokens, settings.memory_size)
     found = []
     for name, contestant in _models().items():
-        model = step = None
+        made = functools.cache(functools.partial(_decoder, contestant, sizes, settings))
         for context in settings.contexts:
             if clock() > settings.budget:
                 say(f"no time is left for {name} behind {context:,} tokens")
                 continue
-            entry: dict[str, Any] = {"variant": name, "context": context}
-            try:
-                if model is None:
-                    torch.compiler.reset()
-                    torch.manual_seed(0)
-                    model = contestant.model._from_config(contestant.config(sizes)).to(_device()).eval()
-                    model = model if settings.dry else model.bfloat16()
-                    step = model if settings.dry else torch.compile(model, mode="reduce-overhead", fullgraph=True)
-                entry |= _decoded(model, step, context, settings)
-                say(
-                    f"{name:30s} behind {context:7,d}: reads {entry['prefill_tokens_per_second']:12,.0f} tokens/s, "
-                    f"decodes {entry['decode_tokens_per_second']:8,.1f}"
-                )
-            except Exception as error:
-                entry["error"] = f"{type(error).__name__}: {error}"[-1500:]
-                say(f"{name:30s} behind {context:7,d}: FAILED {entry['error'][-300:]}")
-            found.append(entry)
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+
+            def decode(made=made, context=context) -> dict[str, Any]:
+                model, step = made()
+                return _decoded(model, step, context, settings)
+
+            about = {"variant": name, "context": context}
+            found.append(_measured(about, f"{name:30s} behind {context:7,d}:", decode, _told, say))
     return found
+
+
+def _told(entry: dict[str, Any]) -> str:
+    read, decoded = entry["prefill_tokens_per_second"], entry["decode_tokens_per_second"]
+    return f"reads {read:12,.0f} tokens/s, decodes {decoded:8,.1f}"
+
+
+def _decoder(contestant: Any, sizes: Any, settings: GpuSettings) -> tuple[Any, Any]:
+    """A model, and its step as one graph."""
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    model = contestant.model._from_config(contestant.config(sizes)).to(_device()).eval()
+    if settings.dry:
+        return model, model
+    model = model.bfloat16()
+    return model, torch.compile(model, mode="reduce-overhead", fullgraph=True)
 
 
 @torch.no_grad()
@@ -568,7 +591,7 @@ def _decoded(model: Any, step: Any, context: int, settings: GpuSettings) -> dict
         "prefill_tokens_per_second": round(1e3 * context / reading, 1),
         "decode_ms": round(times, 4),
         "decode_tokens_per_second": round(1e3 / times, 1),
-        "cache_bytes": sum(x.numel() * x.element_size() for state in cache.states for x in state.values()),
+        "cache_bytes": cache.nbytes,
     }
 
 

@@ -330,9 +330,9 @@ def _unit_definition(x: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor
 
 
 class Decode(NamedTuple):
-    """One query a row. ring: slots of a ring, in place of the keys of `case`; seen: tokens that each row has behind
-    it, -1 - n where it has n and no token now. dilation: of a ring. short: entries that its table lacks, in place of
-    which the last one is read."""
+    """One query a row. seen: tokens that each row has behind it, -1 - n if it has n and no token now; with it the keys
+    of `case` are a ring. window, dilation: of that ring. short: entries that its table lacks, in place of which the
+    last one is read."""
 
     case: Case
     seen: tuple[int, ...] = ()

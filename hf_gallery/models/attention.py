@@ -97,12 +97,13 @@ def attend(
     do what is asked.
     """
     problem = Problem(query, key, value, spans, position, query.shape[-1] ** -0.5 if scale is None else scale, dropout)
-    if is_exporting() and not spans.of_ring:
+    exporting = is_exporting()
+    if exporting and not spans.of_ring:
         with without_autocast(query):
             out, lse, _ = attend_naive(query, key, value, spans, position=position, scale=scale)
         out = out.to(query.dtype)
         return (out, lse) if return_lse else out
-    chosen = "tiles" if is_exporting() else choose(problem, implementation)
+    chosen = "tiles" if exporting else choose(problem, implementation)
     if spans.of_ring and chosen != "decode":
         of_ring = attend_ring(query, key, value, spans, position=position, scale=scale, dropout=dropout)
         return of_ring if return_lse else of_ring[0]

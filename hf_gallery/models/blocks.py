@@ -15,7 +15,7 @@ from .exporting import in_one_graph
 from .positions import t5_buckets
 from .spans import moved
 from .states import LayerOutput, State
-from .unit_triton import serves, unit_triton
+from .unit_triton import EPSILON, serves, unit_triton
 
 
 class ResidualLayer(GradientCheckpointingLayer):
@@ -182,7 +182,7 @@ def unit(x: torch.Tensor) -> torch.Tensor:
     d = x.shape[-1]
     y = x.to(compute_dtype(x))  # squares leave the range of float16
     # Length 1 is the root mean square 1 / sqrt(D), and a GPU has one kernel for that.
-    return (F.rms_norm(y, (d,), eps=1e-6 / d) * d**-0.5).to(x.dtype)
+    return (F.rms_norm(y, (d,), eps=EPSILON / d) * d**-0.5).to(x.dtype)
 
 
 def scaled_unit(query: torch.Tensor, size: torch.Tensor) -> torch.Tensor:

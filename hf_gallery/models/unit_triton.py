@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .attention_triton import _block, jit
+from .attention_triton import _block, _load, _store, jit
 from .operators import operator
 
 try:
@@ -38,20 +38,6 @@ def unit_triton(x: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor:
 
 
 @jit
-def _load(base, t, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    where = base + t.to(tl.int64)[:, None] * stride + d[None, :]
-    return tl.load(where, mask=(t < T)[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
-
-
-@jit
-def _store(base, x, t, stride, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)
-    where = base + t.to(tl.int64)[:, None] * stride + d[None, :]
-    tl.store(where, x.to(base.dtype.element_ty), mask=(t < T)[:, None] & (d < D)[None, :])
-
-
-@jit
 def _unit(
     x_ptr, size_ptr, out_ptr, x_b, x_h, x_t, H, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SIZED: tl.constexpr, EPS: tl.constexpr,
@@ -60,7 +46,7 @@ def _unit(
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = pair // H, pair % H
     t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D)
+    x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D, False).to(tl.float32)
     length = 1.0 / tl.sqrt(tl.sum(x * x, 1) + EPS)
     if SIZED:
         length *= tl.load(size_ptr + h)
@@ -77,8 +63,8 @@ def _unit_backward(
     pair = (tl.program_id(0) // tiles).to(tl.int64)
     b, h = pair // H, pair % H
     t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
-    x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D)
-    g = _load(g_ptr + b * g_b + h * g_h, t, g_t, T, D, BLOCK_D)
+    x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D, False).to(tl.float32)
+    g = _load(g_ptr + b * g_b + h * g_h, t, g_t, T, D, BLOCK_D, False).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) + EPS)
     u = x * inverse[:, None]
     along = tl.sum(g * u, 1)
