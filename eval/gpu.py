@@ -33,7 +33,7 @@ if "--dry" in sys.argv and __name__ == "__main__":
 import torch
 import torch.nn.functional as F
 
-from hf_gallery.models.attention import Position, attend, attend_naive, attend_parts
+from hf_gallery.models.attention import Position, attend, attend_naive, attend_parts, flash_is_right
 from hf_gallery.models.attention_flash import attend_flash, lacks
 from hf_gallery.models.attention_problem import Problem
 from hf_gallery.models.spans import Spans
@@ -137,6 +137,7 @@ def correctness(settings: GpuSettings, clock: Callable[[], float], say: Say) -> 
     if reason is None:
         found |= {name: _flash_case(name) for name in FLASH}
         names = [*names, *FLASH]
+        say(f"FlashAttention is {'chosen' if flash_is_right(_device()) else 'not chosen'} where it serves")
     else:
         say(f"FlashAttention {reason}")
     right = {name: _within(name, errors) for name, errors in found.items()}

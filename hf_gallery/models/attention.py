@@ -5,18 +5,19 @@
     lse_t       = log sum_s exp(score(t, s))                  -inf where it is empty
 
 `attend_naive` is this definition, written plainly: read it first. `attend` computes the same in time O(T x span) and
-memory O(T), by whichever implementation suits the device: attention_tiles.py on CPUs, attention_triton.py on GPUs and
-attention_decode.py there for one query a row, attention_flash.py and attention_fused.py on request. `attend_parts`
-makes one softmax of several sets of keys, `join` of the results over two.
+memory O(T), by whichever implementation suits the device: attention_tiles.py on CPUs; on GPUs attention_decode.py for
+one query a row, attention_flash.py for plain windows in half types, attention_triton.py for all else; and on request
+attention_fused.py. `attend_parts` makes one softmax of several sets of keys, `join` of the results over two.
 
 Letters: see spans.py.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from functools import reduce
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -138,20 +139,24 @@ def attend_parts(
     parts: key, value, spans and position of each, at least two. Raises ValueError as `attend` does.
     """
     options: dict[str, Any] = dict(scale=scale, dropout=dropout)
+    names = [implementation] * len(parts)
     if not is_exporting() and not any(part[2].of_ring for part in parts):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         problems = [Problem(query, *part, scale, dropout) for part in parts]
-        if all(choose(problem, implementation) == "flash" for problem in problems):
+        chosen = [choose(problem, implementation) for problem in problems]
+        if all(name == "flash" for name in chosen):
             return attend_flash(*problems)[0]
+        if implementation in _BEST:  # by flash alone, lse would need a gradient
+            names = ["triton" if name == "flash" else name for name in chosen]
     results = [
-        attend(query, *pair, spans, position=position, implementation=implementation, return_lse=True, **options)
-        for *pair, spans, position in parts
+        attend(query, *pair, spans, position=position, implementation=name, return_lse=True, **options)
+        for (*pair, spans, position), name in zip(parts, names, strict=True)
     ]
-    return joined(reduce(join, results[:-1]), results[-1])
+    return joined(functools.reduce(join, results[:-1]), results[-1])
 
 
 IMPLEMENTATIONS = {
-    "auto": "triton on a GPU, else tiles; see `choose`",
+    "auto": "on a GPU decode, flash or triton, the first that serves, else tiles; see `choose`",
     "eager": "as auto: transformers' name for a model's own attention",
     "tiles": "in torch alone, on every device and in every type",
     "triton": "kernels for GPUs, in float32 and half types, heads of at most 256; decode where that serves",
@@ -161,32 +166,80 @@ IMPLEMENTATIONS = {
 }
 # Names of attn_implementation that every model takes, with what each is.
 OWN_IMPLEMENTATIONS = {
-    "eager": "their own kernels on a GPU, else their own tiles",
+    "eager": "on a GPU their own kernels, or torch's FlashAttention where it serves, else their own tiles",
     "tiles": "their own tiles, on every device",
     "triton": "their own kernels, for GPUs",
     "decode": "their own kernels for GPUs where every row asks with one token, else refused",
     "flash": "torch's FlashAttention, for GPUs, where every layer sees plain windows or segments, else refused",
 }
 _WHY_NOT = {"triton": why_not_triton, "decode": why_not_decode, "flash": why_not_flash}
+_BEST = ("auto", "eager")
 
 
 def choose(problem: Problem, implementation: str) -> str:
     """The implementation that `attend` runs: "tiles", "triton", "decode", "flash" or "sdpa". Decides by device, type
-    and sizes, for "flash" also by intervals on the CPU, and reads no tensor of a GPU. Rings are read by
-    "decode" or in torch alone, "tiles". Raises ValueError for an unknown name, or a problem that the named one
-    cannot solve."""
+    and sizes, for "flash" also by intervals on the CPU, and reads no tensor of a GPU. Rings are read by "decode" or in
+    torch alone, "tiles".
+
+    "auto" takes "flash" where it serves and `flash_is_right`, but not where torch is asked for deterministic
+    algorithms, nor in graphs of torch.compile, which would read its intervals on the host. Raises ValueError for an
+    unknown name, or a problem that the named one cannot solve."""
     if implementation not in IMPLEMENTATIONS:
         known = "; ".join(f'"{name}": {what}' for name, what in IMPLEMENTATIONS.items())
         raise ValueError(f"implementation is {implementation!r}; attend has {known}")
     if problem.spans.of_ring and implementation != "decode":
         wanted = implementation == "triton" or (implementation != "tiles" and problem.query.is_cuda)
         return "decode" if wanted and why_not_decode(problem) is None else "tiles"
-    if implementation in ("auto", "eager"):
-        # Never "flash": these kernels are slower in a window's backward alone, and give the same bits each time.
-        implementation = "triton" if problem.query.is_cuda and why_not_triton(problem) is None else "tiles"
+    if implementation in _BEST:
+        implementation = _best(problem)
     elif implementation in _WHY_NOT and (reason := _WHY_NOT[implementation](problem)) is not None:
         raise ValueError(f'implementation="{implementation}" {reason}; use implementation="auto"')
     return "decode" if implementation == "triton" and why_not_decode(problem) is None else implementation
+
+
+def _best(problem: Problem) -> str:
+    if not _on_gpu(problem) or why_not_triton(problem) is not None:
+        return "tiles"
+    bound = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
+    plain = all(type(x) is torch.Tensor and x.dtype == problem.query.dtype for x in problem[:3])
+    if bound or not plain or why_not_decode(problem) is None or why_not_flash(problem) is not None:
+        return "triton"
+    return "flash" if flash_is_right(problem.query.device) else "triton"
+
+
+def _on_gpu(problem: Problem) -> bool:
+    return problem.query.is_cuda
+
+
+@functools.cache
+def flash_is_right(device: torch.device) -> bool:
+    """Tells whether torch's FlashAttention gives on a device what its definition gives, by one small problem, tried
+    once: its operators are not part of torch's public interface, and may change. Warns if it does not."""
+    at, generator = torch.arange(40, device="cpu")[None], torch.Generator("cpu").manual_seed(0)
+    spans, scale = Spans((at - 7).clamp(min=0), at), 0.25
+
+    def results(x: torch.Tensor, of: Callable[[Problem], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
+        query, key, value, weight = x.requires_grad_().unbind()
+        out, lse = of(Problem(query, key, value, spans, None, scale))[:2]
+        (grad,) = torch.autograd.grad((out * weight).sum() + lse.square().sum(), x)
+        return [y.detach().to("cpu", torch.float64) for y in (out, lse, *grad[:3])]
+
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            x = torch.randn(4, 2, 2, 40, 16, generator=generator, device="cpu").bfloat16()
+            found = results(x.to(device, copy=True), attend_flash)
+            exact = results(x.double(), lambda problem: attend_naive(*problem[:4], scale=scale))
+        errors = [float((y - z).norm() / z.norm()) for y, z in zip(found, exact, strict=True)]
+        wrong = [error for error in errors if not error < 0.02]
+        reason = f"its relative error is {wrong[0]:.1g}" if wrong else None
+    except Exception as failure:
+        message, *_ = str(failure).partition("\n")
+        reason = f"{type(failure).__name__}: {message}"
+    if reason is not None:
+        warnings.warn(
+            f"torch's FlashAttention is not used on {device}, as a trial of it failed: {reason}", stacklevel=2
+        )
+    return reason is None
 
 
 def join(

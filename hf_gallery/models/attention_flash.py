@@ -374,13 +374,15 @@ class _FlashAttention(torch.autograd.Function):
     """The kernels over one query and the keys and values of several parts."""
 
     @staticmethod
-    def forward(ctx: Any, spans: list[Spans], scale: float, query: torch.Tensor, *pairs: torch.Tensor):
+    def forward(spans: list[Spans], scale: float, query: torch.Tensor, *pairs: torch.Tensor):
         """pairs: the keys of all parts, then their values."""
-        ctx.spans, ctx.scale = spans, scale
-        out, lse = _forward(_problems(query, *_halves(pairs), spans, scale))
-        ctx.save_for_backward(out, lse, query, *pairs)
+        return _forward(_problems(query, *_halves(pairs), spans, scale))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]):
+        ctx.spans, ctx.scale, *tensors = inputs
+        ctx.save_for_backward(*output, *tensors)
         ctx.set_materialize_grads(False)
-        return out, lse
 
     @staticmethod
     @torch.autograd.function.once_differentiable

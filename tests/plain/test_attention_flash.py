@@ -11,10 +11,11 @@ from test_attention import assert_same, leaf, problem, run, tensors
 from variants import VARIANTS, assert_equal, assert_trains_alike_in_one_graph, over, result_of, runner, words
 from variants import causal as causal_variants
 
-from hf_gallery.models import attention_flash
-from hf_gallery.models.attention import Position, attend, attend_naive, attend_parts, choose
+from hf_gallery.models import attention, attention_flash
+from hf_gallery.models.attention import Position, attend, attend_naive, attend_parts, choose, flash_is_right
 from hf_gallery.models.attention_flash import Sequences, sequences_of
 from hf_gallery.models.attention_problem import Problem
+from hf_gallery.models.attention_tiles import attend_tiles
 from hf_gallery.models.documents import find_documents
 from hf_gallery.models.exporting import compile_whole
 from hf_gallery.models.folding import Folding
@@ -34,6 +35,20 @@ def kernels(monkeypatch):
         calls.clear()
     yield flash.CALLS
     library._destroy()
+
+
+@pytest.fixture
+def gpu(kernels, monkeypatch):
+    """The rule of a GPU, where the tiles do what is chosen for the gallery's own kernels."""
+    monkeypatch.setattr(attention, "_on_gpu", lambda problem: True)
+    monkeypatch.setattr(attention, "why_not_triton", lambda problem: None)
+    monkeypatch.setattr(attention, "why_not_decode", lambda problem: "is not tried here")
+    monkeypatch.setattr(attention, "_WHY_NOT", {"triton": lambda problem: None, "flash": attention_flash.why_not})
+    monkeypatch.setattr(attention, "attend_triton", lambda problem: attend_tiles(problem.check()))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)  # the tests ask for them
+    flash_is_right.cache_clear()
+    yield kernels
+    flash_is_right.cache_clear()
 
 
 def flashed(*arguments, **options):
@@ -424,6 +439,114 @@ def test_the_rule_reads_no_gpu(monkeypatch):
     spans = found.spans(torch.zeros_like(found.positions), found.positions, 0)
     assert choose(given._replace(spans=spans), "flash") == "flash"
     attention_flash.attend_flash(given._replace(spans=spans))[0].sum().backward()
+
+
+# -------------------------------------------------------------------------------------------------------- by itself
+
+
+def test_it_is_chosen_where_it_serves(gpu, monkeypatch):
+    """In half types, plain windows, eager forwards, unless torch is asked for the same bits each time."""
+    monkeypatch.setattr(attention_flash, "KINDS", (torch.bfloat16, torch.float16))
+    with torch.inference_mode():  # where it is tried first, gradients and all
+        assert choose(small(), "auto") == "flash" and choose(small(dtype=torch.float16), "eager") == "flash"
+    inputs, spans = problem(b=2, h=1, t=40, s=50, d=1, dv=1, dtype=torch.bfloat16)
+    others = [
+        small(dtype=torch.float32), small(d=249), small(position=Position(torch.zeros(1, 3), 2)), small(dropout=0.1),
+        small()._replace(key=small(dtype=torch.float32).key), Problem(*tensors(inputs).values(), spans, None, 1.0),
+    ]  # fmt: skip
+    assert [choose(x, "auto") for x in others] == ["triton"] * len(others)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+        assert choose(small(), "auto") == "triton" and choose(small(), "flash") == "flash"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert choose(small(), "auto") == "triton"
+    with monkeypatch.context() as patch:
+        patch.setattr(attention, "why_not_decode", lambda problem: None)
+        assert choose(small(), "auto") == "decode"
+
+
+def wrong_window(monkeypatch):
+    monkeypatch.setattr(flash, "visible", lambda q, k, left, *rest: torch.ones(q, k).tril(k - q).bool())
+
+
+def no_lse(monkeypatch):
+    real = torch.ops.aten._flash_attention_forward
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_forward", lambda *x, **more: (real(*x, **more)[0],))
+
+
+def other_parameters(monkeypatch):
+    def changed(query, key, value, scale):
+        raise AssertionError
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", changed)
+
+
+def no_gradient(monkeypatch):
+    real = torch.ops.aten._flash_attention_backward
+
+    def changed(*x, **more):
+        grads = real(*x, **more)
+        return *grads[:2], torch.full_like(grads[2], math.nan)
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", changed)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (wrong_window, r"its relative error is 0\.\d"),
+        (no_gradient, "its relative error is nan"),
+        (no_lse, "ValueError: "),
+        (other_parameters, "TypeError: "),
+    ],
+)
+def test_it_is_tried_before_it_is_chosen(change, reason, gpu, monkeypatch):
+    """Once, and it is said why another is chosen."""
+    change(monkeypatch)
+    with pytest.warns(UserWarning, match=f"FlashAttention is not used on cpu, as a trial of it failed: {reason}"):
+        assert choose(small(), "auto") == "triton"
+    calls = len(gpu["forward"])
+    assert choose(small(), "auto") == "triton" and len(gpu["forward"]) == calls
+
+
+def test_parts_of_which_it_serves_one(gpu):
+    """One softmax: where another part has a term, it takes no share, since lse would need a gradient."""
+    p = torch.arange(12)[None]
+    own, before = Spans(p - p % 4, p), Spans((p - p % 4 - 4).clamp(min=0), p - p % 4 - 1)
+    inputs = inputs_over(own, 12)
+    assert flash_is_right(torch.device("cpu"))
+    gpu["forward"].clear()
+    for table, times in ((None, 2), (torch.randn(3, 12, dtype=torch.float64), 0)):
+        query, key, value = tensors(inputs).values()
+        position = None if table is None else Position(table, 11)
+        found = attend_parts(query, [(key, value, own, None), (key, value, before, position)])
+        assert len(gpu["forward"]) == times
+        gpu["forward"].clear()
+        parts = [
+            attend(query, key, value, spans, position=term, return_lse=True, implementation="tiles")
+            for spans, term in ((own, None), (before, position))
+        ]
+        assert_equal(found, attention.joined(*parts))
+
+
+@over()
+def test_models_run_by_what_is_best(variant, head, gpu):
+    """Layers that it serves by it, all others by the gallery's own."""
+    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0, dtype=torch.float64)
+    run.model.config.use_cache = False
+    ids, mask = words(3, 23), torch.ones(3, 23, dtype=torch.long)
+    mask[1, :6] = mask[2, 9:17] = mask[2, 20:] = 0
+    expected, expected_grads = step(run, ids, mask, "tiles")
+    assert flash_is_right(torch.device("cpu"))
+    gpu["forward"].clear()
+    result, grads = step(run, ids, mask, "eager")
+    assert gpu["forward"] or because(variant, head) is not None
+    assert_equal(result, expected)
+    for name, grad in expected_grads.items():
+        assert (grads[name] is None) == (grad is None)
+        if grad is not None:
+            assert_equal(grads[name], grad, name)
 
 
 # ------------------------------------------------------------------------------------------------------------ models
