@@ -328,8 +328,9 @@ def _backward(
 ) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
     """Gradients of the query, of all keys and of all values, from the joint out and lse."""
     query = problems[0].query
-    # No probability is left of queries that see nothing: exp(score - inf) = 0, where -inf would give NaN.
-    lse = lse.masked_fill(lse == -math.inf, math.inf)
+    if any(_unseeing(problem) is not None for problem in problems):
+        # No probability is left of queries that see nothing: exp(score - inf) = 0, where -inf would give NaN.
+        lse = lse.masked_fill(lse == -math.inf, math.inf)
     found = [_backward_of(problem, out, lse, grad_out, grad_lse) for problem in problems]
     grad_query = found[0][0]
     if len(found) > 1:

@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from variants import COLUMNS, assert_equal, causal, over, result_of, runner, words
 
 from hf_gallery import GalleryStaticCache
-from hf_gallery.models import attention, attention_decode, blocks, memory
+from hf_gallery.models import attention, attention_decode, attention_flash, blocks, memory
 from hf_gallery.models.rows import Rows
 
 # They launch nothing: views, and memory that nobody fills.
@@ -66,11 +66,11 @@ class Fused(TorchFunctionMode):
 class Model:
     """A causal model on the device, and what was asked of it: shapes of `reads`, launches of its `layers`."""
 
-    def __init__(self, variant, monkeypatch, train):
+    def __init__(self, variant, monkeypatch, train, **overrides):
         monkeypatch.setattr(attention_decode, "why_no_kernel", lambda problem: None)
         monkeypatch.setattr(blocks, "serves", lambda x: True)
         monkeypatch.setattr(attention, "_WHY_NOT", {"triton": lambda problem: None})
-        model = variant.make("causal", attn_implementation="triton")
+        model = variant.make("causal", **{"attn_implementation": "triton"} | overrides)
         self.model, self.reads, self.layers = model.train(train).to("meta"), [], []
         real = torch.Tensor.cpu
 
@@ -167,19 +167,39 @@ def test_a_table_is_no_longer_for_a_mask_on_a_gpu():
     assert spans.lower.is_meta and spans.reach(0) == 5
 
 
-@causal(lambda variant: variant.name in COLUMNS)
-def test_a_layer_is_few_launches(variant, monkeypatch):
-    """Each layer's in a forward of two blocks or segments and in decode steps; and of a backward its share."""
-    most = MOST | LARGER.get(variant.name, {})
-    model = Model(variant, monkeypatch, train=True)
+def trained(model):
+    """A step of two blocks or segments, or of 40 tokens: its tokens, where its launches are within what is allowed."""
     config = model.model.config
     tokens = 2 * (getattr(config, "segment_length", None) or getattr(config, "block_length", 20))
     loss = model(tokens).loss
     count = len(model.layers)  # the Recurrent Memory Transformer's are called for each segment
-    assert max(model.layers) <= most["forward"]
+    assert max(model.layers) <= MOST["forward"]
     with Launches() as backward:
         loss.backward()
-    assert backward.count <= most["backward"] * count
+    assert backward.count <= MOST["backward"] * count
+    return tokens
+
+
+@causal(lambda variant: variant.name in COLUMNS)
+def test_a_layer_is_few_launches_by_what_is_best(variant, monkeypatch):
+    """In training in half types, where FlashAttention serves some layers: heads of 8, which it needs not pad."""
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    for name, value in dict(_on_gpu=True, why_not_triton=None, flash_is_right=True).items():
+        monkeypatch.setattr(attention, name, lambda x, value=value: value)
+    monkeypatch.setattr(attention_flash, "lacks", lambda device: None)
+    monkeypatch.setattr(attention_flash, "KINDS", (torch.float32,))
+    served, real = [], attention.attend_flash
+    monkeypatch.setattr(attention, "attend_flash", lambda *problems: served.append(1) or real(*problems))
+    more = dict(attn_implementation="eager", head_dim=8, hidden_dropout=0.0, attention_dropout=0.0)
+    trained(Model(variant, monkeypatch, train=True, **more))
+    assert served or variant.name not in ("transformer", "longformer", "memorizing_gpt2", "recurrent_memory_gpt2")
+
+
+@causal(lambda variant: variant.name in COLUMNS)
+def test_a_layer_is_few_launches(variant, monkeypatch):
+    """Each layer's in a forward of two blocks or segments and in decode steps; and of a backward its share."""
+    most = MOST | LARGER.get(variant.name, {})
+    tokens = trained(Model(variant, monkeypatch, train=True))
     model = Model(variant, monkeypatch, train=False)
     with torch.no_grad():
         for way, cache in {"decode": None, "static": GalleryStaticCache(model.model.config, 64)}.items():
