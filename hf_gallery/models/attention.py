@@ -200,11 +200,11 @@ def choose(problem: Problem, implementation: str) -> str:
 def _best(problem: Problem) -> str:
     if not _on_gpu(problem) or why_not_triton(problem) is not None:
         return "tiles"
-    bound = torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled()
-    plain = all(type(x) is torch.Tensor and x.dtype == problem.query.dtype for x in problem[:3])
-    if bound or not plain or why_not_decode(problem) is None or why_not_flash(problem) is not None:
+    if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
         return "triton"
-    return "flash" if flash_is_right(problem.query.device) else "triton"
+    plain = all(type(x) is torch.Tensor and x.dtype == problem.query.dtype for x in problem[:3])
+    serves = plain and why_not_decode(problem) is not None and why_not_flash(problem) is None
+    return "flash" if serves and flash_is_right(problem.query.device) else "triton"
 
 
 def _on_gpu(problem: Problem) -> bool:
