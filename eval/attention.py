@@ -8,6 +8,7 @@ One layer's attention over a band: query p sees the keys in [p - span, p], span 
   blocks of keys that it can reach and a mask of the band, so no T x T matrix either; all blocks folded into the batch
   of one call, or a call for each. The fastest of these is the yardstick.
 - dense: attend_naive, the definition, with T x T scores
+- eager and sdpa in bfloat16, too
 
 All are checked equal, values and gradients, before anything is timed. Times are forward + backward, in turns,
 medians. Memory is counted by `measure.LiveBytes`: tensors alive at the worst moment beyond inputs.
@@ -131,10 +132,12 @@ def _output(out: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tens
 class _Case:
     """Random inputs of one length, and forward + backward of a form over them."""
 
-    def __init__(self, settings: AttentionSettings, length: int, device: torch.device):
+    def __init__(
+        self, settings: AttentionSettings, length: int, device: torch.device, dtype: torch.dtype = torch.float32
+    ):
         generator = torch.Generator().manual_seed(settings.seed)
         shape = (settings.batch, settings.heads, length, settings.head_dim)
-        *inputs, self.grad = (torch.randn(shape, generator=generator).to(device) for _ in range(4))
+        *inputs, self.grad = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(4))
         self.inputs = [x.requires_grad_() for x in inputs]
         self.spans = band(length, settings.span)
 
@@ -162,16 +165,34 @@ def check_equal(case: _Case, candidates: dict[str, Callable[..., torch.Tensor]])
     return worst
 
 
+def check_half(case: _Case, half: _Case, candidates: dict[str, Callable[..., torch.Tensor]]) -> float:
+    """The largest relative error of an output or gradient in bfloat16, in norms, beside the dense form in float32.
+
+    Raises AssertionError, naming the form, if one is 2 % or more.
+    """
+    worst, expected = 0.0, case.both_ways(candidates[DENSE])
+    for name in (EAGER, SDPA):
+        found = half.both_ways(candidates[name])
+        for what, got, right in zip(("output", "query", "key", "value"), found, expected, strict=True):
+            error = float((got.float() - right).norm() / right.norm())
+            assert error < 0.02, f"{name} in bfloat16, {what}: its relative error is {error:.1g}"
+            worst = max(worst, error)
+    return worst
+
+
 def run(
     settings: AttentionSettings, device: torch.device, tick: Callable[[str], None] = lambda what: None
 ) -> dict[str, Any]:
     """Checks, times and weighs all forms; returns a JSON-able dictionary. Raises AssertionError if forms differ."""
     candidates = forms(settings)
-    case = _Case(settings, settings.length, device)
+    case, half = (_Case(settings, settings.length, device, dtype) for dtype in (torch.float32, torch.bfloat16))
     tick("comparing values and gradients")
     worst = check_equal(case, candidates)
+    worst_half = check_half(case, half, candidates)
     tick("timing")
-    calls = {name: lambda form=form: case.both_ways(form) for name, form in candidates.items()}
+    calls = {name: functools.partial(case.both_ways, form) for name, form in candidates.items()}
+    for name in (EAGER, SDPA):
+        calls[f"{name}, bfloat16"] = functools.partial(half.both_ways, candidates[name])
     dense = {DENSE: calls.pop(DENSE)}  # after the others: what it allocates and frees would slow the one next to it
     times = interleaved(calls, settings.repeats, device) | interleaved(dense, settings.dense_repeats, device)
     seconds = {name: median(values) for name, values in times.items()}
@@ -187,6 +208,7 @@ def run(
     return {
         "settings": dataclasses.asdict(settings),
         "largest_difference": worst,
+        "largest_error_in_bfloat16": worst_half,
         "best_fused": best,
         "milliseconds": {name: 1e3 * value for name, value in seconds.items()},
         "all_milliseconds": {name: [1e3 * x for x in values] for name, values in times.items()},
@@ -207,7 +229,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     s = result["settings"]
     times = Table(
         title=f"Forward + backward, {s['length']:,} tokens, each query sees the {s['span']} before it and itself, "
-        f"{s['heads']} heads of {s['head_dim']}, batch {s['batch']}, float32",
+        f"{s['heads']} heads of {s['head_dim']}, batch {s['batch']}, float32 unless it says otherwise",
         caption=f"medians of {s['repeats']} repeats in turns; values and gradients equal first "
         f"(largest difference {result['largest_difference']:.1e})",
     )

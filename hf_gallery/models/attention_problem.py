@@ -5,6 +5,7 @@ Letters: see spans.py.
 
 from __future__ import annotations
 
+import functools
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
@@ -108,3 +109,17 @@ def autocasts(device: str) -> bool:
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The type that scores are computed in: float32 at least."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def factor_dtype(x: torch.Tensor) -> torch.dtype:
+    """The type that probabilities, and gradients of scores, are rounded to before they are factors of a product: x's,
+    as FlashAttention has it, if that is bfloat16 and a CPU with instructions for it, else that of the scores."""
+    fast = x.dtype == torch.bfloat16 and x.device.type == "cpu" and multiplies_bfloat16()
+    return x.dtype if fast else compute_dtype(x)
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Tells whether this CPU has instructions for products of bfloat16: AVX-512 BF16 or AMX."""
+    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(supported is not None and supported() for supported in asked)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from measure import cost_of
 from torch.utils.checkpoint import checkpoint
 
+from hf_gallery.models import attention_problem
 from hf_gallery.models.attention import Position, attend, attend_naive
 from hf_gallery.models.spans import Spans
 
@@ -347,9 +348,11 @@ HALF = [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 2**-7, 2**-7), (torch.floa
 
 
 @positions
+@pytest.mark.parametrize("fast", [False, True], ids=["plain", "multiplies bfloat16"])
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), HALF, ids=["float32", "bfloat16", "float16"])
-def test_lower_precision(dtype, rtol, atol, position):
-    """Against float64 on the same (rounded) inputs: scores and sums are float32, whatever the input."""
+def test_lower_precision(dtype, rtol, atol, fast, position, monkeypatch):
+    """Against float64 on the same (rounded) inputs: scores and sums are float32, whatever the input and the CPU."""
+    monkeypatch.setattr(attention_problem, "multiplies_bfloat16", lambda: fast)
     inputs, spans = problem(b=2, h=3, t=90, s=150, d=10, dv=6, position=position, dtype=dtype)
     exact = {k: leaf(x.double()) for k, x in inputs.items() if k != "position"}
     if position != "none":
