@@ -111,11 +111,12 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def factor_dtype(x: torch.Tensor) -> torch.dtype:
-    """The type that probabilities, and gradients of scores, are rounded to before they are factors of a product: x's,
-    as FlashAttention has it, if that is bfloat16 and a CPU with instructions for it, else that of the scores."""
-    fast = x.dtype == torch.bfloat16 and x.device.type == "cpu" and multiplies_bfloat16()
-    return x.dtype if fast else compute_dtype(x)
+def factor_dtype(problem: Problem) -> torch.dtype:
+    """The type that probabilities, and gradients of scores, are rounded to before they are factors of a product:
+    bfloat16, as FlashAttention has it, if query, key and value have it and the CPU instructions for it, else the
+    scores' own."""
+    half = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in problem[:3])
+    return torch.bfloat16 if half and multiplies_bfloat16() else compute_dtype(problem.query)
 
 
 @functools.cache

@@ -119,7 +119,7 @@ def _forward(problem: Problem, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         for group in tiling.groups:
             scorer = _Scorer(problem, group, tiling)
             drop = _Dropout(problem.dropout, seed, group.start)
-            group_value = _pack(value, group, factor_dtype(query))  # (H * rows, S, Dv)
+            group_value = _pack(value, group, factor_dtype(problem))  # (H * rows, S, Dv)
             for tile in tiling.query_tiles(group):
                 tile_out, tile_lse = _forward_tile(scorer, group_value, tile, drop)
                 out[group, :, tile.queries] = _unpack(tile_out, h)
@@ -138,7 +138,7 @@ def _backward(
     whether each tensor wants its own; keys from before a border want none, which saves two products."""
     query, key, value, asked, table = problem.tensors
     (out, lse), (grad_out, grad_lse) = results, given
-    dtype, narrow, h, scale = lse.dtype, factor_dtype(query), query.shape[1], problem.scale
+    dtype, narrow, h, scale = lse.dtype, factor_dtype(problem), query.shape[1], problem.scale
     totals = _Gradients(
         *(
             torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None

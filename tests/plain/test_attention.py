@@ -368,6 +368,17 @@ def test_lower_precision(dtype, rtol, atol, fast, position, monkeypatch):
         assert error < 4 * rtol, (name, error)
 
 
+@torch.no_grad()
+def test_only_bfloat16_is_rounded_to_it(monkeypatch):
+    """Values in float32, as a cache of that type has them, are factors as they are."""
+    monkeypatch.setattr(attention_problem, "multiplies_bfloat16", lambda: True)
+    inputs, spans = problem(**SHAPES["chunk"], dtype=torch.bfloat16)
+    value = inputs["value"].float() + 1e-3
+    got = attend(inputs["query"], inputs["key"], value, spans, implementation="tiles")
+    monkeypatch.setattr(attention_problem, "multiplies_bfloat16", lambda: False)
+    assert torch.equal(got, attend(inputs["query"], inputs["key"], value, spans, implementation="tiles"))
+
+
 def test_autocast_leaves_the_softmax_in_float32():
     inputs, spans = problem(**SHAPES["chunk"], dtype=torch.float32)
     expected = run(tiled, inputs, spans)
