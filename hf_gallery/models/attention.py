@@ -18,6 +18,7 @@ import functools
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -200,23 +201,44 @@ def choose(problem: Problem, implementation: str) -> str:
 def _best(problem: Problem) -> str:
     if not _on_gpu(problem) or why_not_triton(problem) is not None:
         return "tiles"
-    if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled():
+    if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled() or _captures():
         return "triton"
-    plain = all(type(x) is torch.Tensor and x.dtype == problem.query.dtype for x in problem[:3])
+    plain = all(_is_plain(x) and x.dtype == problem.query.dtype for x in problem[:3])
     serves = plain and why_not_decode(problem) is not None and why_not_flash(problem) is None
     return "flash" if serves and flash_is_right(problem.query.device) else "triton"
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Tells whether a kernel can be given x: of no subclass of tensors, and not inside a transform of torch.func."""
+    return type(x) is torch.Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _on_gpu(problem: Problem) -> bool:
     return problem.query.is_cuda
 
 
+def _captures() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def flash_is_right(device: torch.device) -> bool:
     """Tells whether torch's FlashAttention gives on a device what its definition gives, by one small problem, tried
     once: its operators are not part of torch's public interface, and may change. Warns if it does not."""
-    at, generator = torch.arange(40, device="cpu")[None], torch.Generator("cpu").manual_seed(0)
+    # In a thread of its own, since checkpoints, autocast and torch.func would follow it in this one.
+    with ThreadPoolExecutor(1) as threads:
+        reason = threads.submit(_trial_of_flash, device).result()
+    if reason is not None:
+        why = f"as a trial of it failed: {reason}"
+        warnings.warn(f"torch's FlashAttention is not used on {device}, {why}", stacklevel=2)
+    return reason is None
+
+
+def _trial_of_flash(device: torch.device) -> str | None:
+    """What is wrong with torch's FlashAttention on a device, None if nothing is."""
+    at, generator = torch.arange(40)[None], torch.Generator().manual_seed(0)
     spans, scale = Spans((at - 7).clamp(min=0), at), 0.25
+    x = torch.randn(4, 2, 2, 40, 16, generator=generator).bfloat16()
 
     def results(x: torch.Tensor, of: Callable[[Problem], tuple[torch.Tensor, ...]]) -> list[torch.Tensor]:
         query, key, value, weight = x.requires_grad_().unbind()
@@ -225,21 +247,16 @@ def flash_is_right(device: torch.device) -> bool:
         return [y.detach().to("cpu", torch.float64) for y in (out, lse, *grad[:3])]
 
     try:
-        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            x = torch.randn(4, 2, 2, 40, 16, generator=generator, device="cpu").bfloat16()
-            found = results(x.to(device, copy=True), attend_flash)
-            exact = results(x.double(), lambda problem: attend_naive(*problem[:4], scale=scale))
-        errors = [float((y - z).norm() / z.norm()) for y, z in zip(found, exact, strict=True)]
-        wrong = [error for error in errors if not error < 0.02]
-        reason = f"its relative error is {wrong[0]:.1g}" if wrong else None
+        found = results(x.to(device, copy=True), attend_flash)
+        exact = results(x.double(), lambda problem: attend_naive(*problem[:4], scale=scale))
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernels
     except Exception as failure:
         message, *_ = str(failure).partition("\n")
-        reason = f"{type(failure).__name__}: {message}"
-    if reason is not None:
-        warnings.warn(
-            f"torch's FlashAttention is not used on {device}, as a trial of it failed: {reason}", stacklevel=2
-        )
-    return reason is None
+        return f"{type(failure).__name__}: {message}"
+    errors = [float((y - z).norm() / z.norm()) for y, z in zip(found, exact, strict=True)]
+    wrong = [error for error in errors if not error < 0.02]
+    return f"its relative error is {wrong[0]:.1g}" if wrong else None
 
 
 def join(

@@ -250,7 +250,7 @@ class _Plan(NamedTuple):
 
 
 def _plan(problem: Problem) -> _Plan | None:
-    """The plan of a problem, worked out once for all layers; None where nobody sees anything.
+    """The plan of a problem, worked out once for all layers; None where nobody sees anything, or there is nobody.
 
     Raises ValueError if its intervals are no sequences.
     """
@@ -262,7 +262,7 @@ def _plan(problem: Problem) -> _Plan | None:
 
     def work():
         row, query, queries, key, keys, left, right = sequences
-        if not len(row):
+        if not len(row) or not b:
             return None
         if known.lower.shape[0] == 1:
             row = torch.arange(b).repeat_interleave(len(row))

@@ -111,14 +111,6 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def factor_dtype(problem: Problem) -> torch.dtype:
-    """The type that probabilities, and gradients of scores, are rounded to before they are factors of a product:
-    bfloat16, as FlashAttention has it, if query, key and value have it and the CPU instructions for it, else the
-    scores' own."""
-    half = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in problem[:3])
-    return torch.bfloat16 if half and multiplies_bfloat16() else compute_dtype(problem.query)
-
-
 @functools.cache
 def multiplies_bfloat16() -> bool:
     """Tells whether this CPU has instructions for products of bfloat16: AVX-512 BF16 or AMX."""

@@ -4,8 +4,8 @@ An online softmax over tiles of keys (Milakov and Gimelshein 2018; Dao et al. 20
 backward of its own that recomputes the scores of a tile from the saved log-sum-exp. Tiles that no interval touches are
 skipped, so time is O(T x span) and memory O(T).
 
-Scores, softmax and sums over tiles are float32 at least. The other five products of forward and backward may have
-factors in bfloat16, see `factor_dtype`.
+Scores, their gradients, softmax and sums over tiles are float32 at least. On CPUs with instructions for it, factors of
+the other four products of bfloat16 tensors are rounded to it, as FlashAttention does on GPUs.
 
 Letters: see spans.py.
 """
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 
-from .attention_problem import Position, Problem, compute_dtype, factor_dtype, without_autocast
+from .attention_problem import Position, Problem, compute_dtype, multiplies_bfloat16, without_autocast
 from .exporting import outside_graphs
 from .operators import attention_gradient, operator
 from .spans import Spans
@@ -119,7 +119,7 @@ def _forward(problem: Problem, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
         for group in tiling.groups:
             scorer = _Scorer(problem, group, tiling)
             drop = _Dropout(problem.dropout, seed, group.start)
-            group_value = _pack(value, group, factor_dtype(problem))  # (H * rows, S, Dv)
+            group_value = _pack(value, group, lse.dtype)  # (H * rows, S, Dv)
             for tile in tiling.query_tiles(group):
                 tile_out, tile_lse = _forward_tile(scorer, group_value, tile, drop)
                 out[group, :, tile.queries] = _unpack(tile_out, h)
@@ -138,7 +138,7 @@ def _backward(
     whether each tensor wants its own; keys from before a border want none, which saves two products."""
     query, key, value, asked, table = problem.tensors
     (out, lse), (grad_out, grad_lse) = results, given
-    dtype, narrow, h, scale = lse.dtype, factor_dtype(problem), query.shape[1], problem.scale
+    dtype, h, scale = lse.dtype, query.shape[1], problem.scale
     totals = _Gradients(
         *(
             torch.empty_like(x, memory_format=torch.contiguous_format) if x is not None and wanted else None
@@ -155,7 +155,7 @@ def _backward(
         for group in tiling.groups:
             scorer = _Scorer(problem, group, tiling)
             drop = _Dropout(problem.dropout, seed, group.start)
-            group_grad = _pack(torch.zeros_like(out) if grad_out is None else grad_out, group, narrow)
+            group_grad = _pack(torch.zeros_like(out) if grad_out is None else grad_out, group, dtype)
             # The softmax's derivative subtracts sum_s p_s dp_s from dp; it equals grad_out . out, and the gradient of
             # lse, whose derivative is p itself, is one more constant of the row.
             offset = (group_grad * _pack(out, group, dtype)).sum(-1)  # (H * rows, T)
@@ -163,15 +163,11 @@ def _backward(
                 offset = offset - _pack(grad_lse, group, dtype)
             group_lse = _pack(lse, group, dtype) * _LOG2_E
             group_lse = group_lse.masked_fill(group_lse == -math.inf, _NEVER)  # exp2(score - _NEVER) is 0
-            group_value = _pack(value, group, narrow)
+            of_group = _Given(_pack(value, group, dtype), group_grad, group_lse, offset)
             buffers = (
-                torch.zeros_like(x, dtype=dtype) if x is not None and wanted else None
-                for x, wanted in zip((scorer.query, scorer.key, group_value, scorer.asked), wants, strict=False)
+                torch.zeros_like(x) if x is not None and wanted else None
+                for x, wanted in zip((scorer.query, scorer.key, of_group.value, scorer.asked), wants, strict=False)
             )
-            q, k = scorer.query.to(narrow), scorer.key.to(narrow)
-            of_group = _Given(q, k, group_value, group_grad, group_lse, offset)
-            if scorer.asked is not None:
-                of_group = of_group._replace(asked=scorer.asked.to(narrow), table=scorer.table.to(narrow))
             grads = _Gradients(*buffers)._replace(table=grad_table)
             for tile in tiling.query_tiles(group):
                 _backward_tile(scorer, of_group, tile, drop, grads)
@@ -192,16 +188,12 @@ class _Gradients(NamedTuple):
 
 
 class _Given(NamedTuple):
-    """Input of the backward of a batch group, heads-major. All but lse and offset are factors of products alone."""
+    """Input of the backward of a batch group, heads-major."""
 
-    query: torch.Tensor  # (H * rows, T, D), the scorer's
-    key: torch.Tensor  # (H * rows, S, D)
     value: torch.Tensor  # (H * rows, S, Dv)
     grad_out: torch.Tensor  # (H * rows, T, Dv)
     lse: torch.Tensor  # (H * rows, T), in base 2
     offset: torch.Tensor  # (H * rows, T)
-    asked: torch.Tensor | None = None  # (H * rows, T, D)
-    table: torch.Tensor | None = None  # (H, R + 2 pad[, D])
 
 
 class _Dropout(NamedTuple):
@@ -222,7 +214,7 @@ def _forward_tile(scorer: _Scorer, value: torch.Tensor, tile: _Tile, drop: _Drop
     """Output (n, t, Dv) and log-sum-exp (n, t) of one tile of queries: an online softmax over its key tiles."""
     n, t = value.shape[0], tile.queries.stop - tile.queries.start
     if not tile.keys:
-        return scorer.query.new_zeros(n, t, value.shape[-1]), scorer.query.new_full((n, t), -math.inf)
+        return value.new_zeros(n, t, value.shape[-1]), value.new_full((n, t), -math.inf)
     top = total = out = None
     for keys, cut in tile.keys:
         scores = scorer.scores(tile.queries, keys, cut)  # (n, t, s)
@@ -232,9 +224,9 @@ def _forward_tile(scorer: _Scorer, value: torch.Tensor, tile: _Tile, drop: _Drop
         tile_total = probabilities.sum(-1, keepdim=True)
         if drop.share > 0.0:
             probabilities.mul_(drop.mask(probabilities, tile.queries, keys))
-        weights = probabilities.to(value.dtype)
+        weights = scorer.factor(probabilities)
         if out is None:
-            out, total = torch.bmm(weights, value[:, keys]).to(scores.dtype), tile_total
+            out, total = torch.bmm(weights, value[:, keys].to(weights.dtype)).to(value.dtype), tile_total
         else:
             shrink = top.sub_(new_top).exp2_()
             out = _add_product(out.mul_(shrink), weights, value[:, keys])
@@ -252,42 +244,32 @@ def _forward_tile(scorer: _Scorer, value: torch.Tensor, tile: _Tile, drop: _Drop
 def _backward_tile(scorer: _Scorer, given: _Given, tile: _Tile, drop: _Dropout, grads: _Gradients):
     """Adds the gradients that one tile of queries gives; all buffers are heads-major."""
     queries = tile.queries
-    q, g = given.query[:, queries], given.grad_out[:, queries]  # (n, t, D), (n, t, Dv)
+    q, g = scorer.query[:, queries], given.grad_out[:, queries]  # (n, t, D), (n, t, Dv)
     offset = given.offset[:, queries, None]  # (n, t, 1)
     for keys, cut in tile.keys:
         probabilities = scorer.scores(queries, keys, cut, given.lse).exp2_()  # (n, t, s)
         if drop.share > 0.0:
             mask = drop.mask(probabilities, queries, keys)
-            grad = torch.bmm(g, given.value[:, keys].mT).to(offset.dtype).mul_(mask).sub_(offset)
+            grad = torch.bmm(g, given.value[:, keys].mT).mul_(mask).sub_(offset)
             kept = mask.mul_(probabilities)
         else:
-            grad = _with_product(-offset, g, given.value[:, keys].mT)
+            grad = torch.baddbmm(-offset, g, given.value[:, keys].mT)
             kept = probabilities
         if grads.value is not None:
-            _add_product(grads.value[:, keys], kept.to(g.dtype).mT, g)
+            _add_product(grads.value[:, keys], scorer.factor(kept).mT, g)
         grad.mul_(probabilities)  # of the scores
-        factor = grad.to(q.dtype)
+        factor = scorer.factor(grad)
         if grads.query is not None:
-            _add_product(grads.query[:, queries], factor, given.key[:, keys])
+            _add_product(grads.query[:, queries], factor, scorer.key[:, keys])
         if grads.key is not None:
             _add_product(grads.key[:, keys], factor.mT, q)
         if grads.table is not None:
-            entries = scorer.table_entries(queries, keys)
-            if given.asked is None or given.table is None:
-                grads.table.add(grad, entries)
-            else:
-                grad_asked = None if grads.asked is None else grads.asked[:, queries]
-                grads.table.add_asked(factor, entries, given.asked[:, queries], given.table[:, entries], grad_asked)
-
-
-def _with_product(start: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """start + x @ y in the type of start, (n, t, any); start may have one column for all."""
-    return torch.baddbmm(start, x, y) if x.dtype == start.dtype else start + torch.bmm(x, y)
+            grads.table.add(scorer, grad, queries, keys, grads.asked)
 
 
 def _add_product(total: torch.Tensor, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """total + x @ y, written over total."""
-    return total.baddbmm_(x, y) if x.dtype == total.dtype else total.add_(torch.bmm(x, y))
+    """total + x @ y, written over total; y is rounded to the type of x."""
+    return total.baddbmm_(x, y) if x.dtype == total.dtype else total.add_(torch.bmm(x, y.to(x.dtype)))
 
 
 class _Tile(NamedTuple):
@@ -348,7 +330,9 @@ class _Scorer:
         query, key, _, spans, position, scale, _ = problem
         dtype = compute_dtype(query)
         scale = scale * _LOG2_E
-        self.num_heads = query.shape[1]
+        self.num_heads, self.query_size = query.shape[1], tiling.query_size
+        self.rounds = all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in problem[:3])
+        self.rounds = self.rounds and multiplies_bfloat16()
         self.query = _pack(query, group, dtype) * scale  # (H * rows, T, D)
         self.key = _pack(key, group, dtype)  # (H * rows, S, D)
         self.offset = tiling.offset
@@ -391,6 +375,12 @@ class _Scorer:
         # One term alone may be kept for other tiles.
         start = start.clone(memory_format=torch.contiguous_format) if len(terms) == 1 else start.contiguous()
         return start.view(n, t, s).baddbmm_(q, k)
+
+    def factor(self, x: torch.Tensor) -> torch.Tensor:
+        """Probabilities or gradients of a tile, (n, t, s), as the factor of a product. They are rounded in tiles of
+        even sizes alone: torch compiles, and keeps, code for every size of a product in bfloat16."""
+        even = x.shape[1] == self.query_size and self.query_size % 64 == 0 and x.shape[2] % 64 == 0
+        return x.to(torch.bfloat16) if self.rounds and even else x
 
     def _mask(self, queries, keys):
         column = torch.arange(keys.start, keys.stop, device=self.query.device)
@@ -453,24 +443,24 @@ class _TableGradient:
         self.total = _pad_table(torch.zeros_like(table, dtype=dtype), self.pad).contiguous()  # (H, R + 2 pad[, D])
         self.entries = self.waiting = None  # a bias: the gradient (H, t, s) of the last tiles, all with these entries
 
-    def add(self, grad, entries):
-        """grad (n, t, s): of the scores of a tile that reads these entries of a bias."""
-        (n, t, s), h = grad.shape, len(self.total)
-        grad = grad if n == h else grad.view(h, -1, t, s).sum(1)  # (H, t, s)
-        if entries == self.entries and grad.shape == self.waiting.shape:
-            self.waiting += grad
-        else:
-            self._add_waiting()
-            self.entries, self.waiting = entries, grad
-
-    def add_asked(self, grad, entries, asked, table, grad_asked):
-        """The same of queries asked (n, t, D) that meet entries table (H, t + s - 1, D), as factors of products.
-        grad_asked: where their own gradient is added, None for nowhere."""
-        (n, t, s), h = grad.shape, len(self.total)
-        skew = _skew(grad).view(h, -1, t + s - 1)  # (H, rows * t, t + s - 1)
-        _add_product(self.total[:, entries], skew.mT, asked.reshape(h, -1, asked.shape[-1]))
-        if grad_asked is not None:
-            grad_asked += torch.bmm(skew, table).view(n, t, -1)
+    def add(self, scorer, grad, queries, keys, grad_position):
+        """grad (n, t, s): of the tile's scores."""
+        n, t, s = grad.shape
+        entries = scorer.table_entries(queries, keys)
+        if scorer.asked is None:
+            grad = grad if n == scorer.num_heads else grad.view(scorer.num_heads, -1, t, s).sum(1)  # (H, t, s)
+            if entries == self.entries and grad.shape == self.waiting.shape:
+                self.waiting += grad
+            else:
+                self._add_waiting()
+                self.entries, self.waiting = entries, grad
+            return
+        skew = _skew(grad)
+        skew = skew.view(scorer.num_heads, -1, t + s - 1)  # (H, rows * t, t + s - 1)
+        q = scorer.asked[:, queries]
+        self.total[:, entries].baddbmm_(skew.mT, q.reshape(scorer.num_heads, -1, q.shape[-1]))
+        if grad_position is not None:
+            grad_position[:, queries] += torch.bmm(skew, scorer.table[:, entries]).view(n, t, -1)
 
     def _add_waiting(self):
         if self.waiting is not None:

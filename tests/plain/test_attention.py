@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from measure import cost_of
 from torch.utils.checkpoint import checkpoint
 
-from hf_gallery.models import attention_problem
+from hf_gallery.models import attention_tiles
 from hf_gallery.models.attention import Position, attend, attend_naive
 from hf_gallery.models.spans import Spans
 
@@ -348,12 +348,10 @@ HALF = [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 2**-7, 2**-7), (torch.floa
 
 
 @positions
-@pytest.mark.parametrize("fast", [False, True], ids=["plain", "multiplies bfloat16"])
 @pytest.mark.parametrize(("dtype", "rtol", "atol"), HALF, ids=["float32", "bfloat16", "float16"])
-def test_lower_precision(dtype, rtol, atol, fast, position, monkeypatch):
+def test_lower_precision(dtype, rtol, atol, factors, position):
     """Against float64 on the same (rounded) inputs: scores and sums are float32, whatever the input and the CPU."""
-    monkeypatch.setattr(attention_problem, "multiplies_bfloat16", lambda: fast)
-    inputs, spans = problem(b=2, h=3, t=90, s=150, d=10, dv=6, position=position, dtype=dtype)
+    inputs, spans = problem(b=2, h=3, t=130, s=192, d=10, dv=6, position=position, dtype=dtype)
     exact = {k: leaf(x.double()) for k, x in inputs.items() if k != "position"}
     if position != "none":
         table, far, query = inputs["position"]
@@ -368,15 +366,45 @@ def test_lower_precision(dtype, rtol, atol, fast, position, monkeypatch):
         assert error < 4 * rtol, (name, error)
 
 
-@torch.no_grad()
-def test_only_bfloat16_is_rounded_to_it(monkeypatch):
-    """Values in float32, as a cache of that type has them, are factors as they are."""
-    monkeypatch.setattr(attention_problem, "multiplies_bfloat16", lambda: True)
-    inputs, spans = problem(**SHAPES["chunk"], dtype=torch.bfloat16)
-    value = inputs["value"].float() + 1e-3
-    got = attend(inputs["query"], inputs["key"], value, spans, implementation="tiles")
-    monkeypatch.setattr(attention_problem, "multiplies_bfloat16", lambda: False)
-    assert torch.equal(got, attend(inputs["query"], inputs["key"], value, spans, implementation="tiles"))
+@pytest.fixture
+def factors(monkeypatch):
+    """On a CPU that multiplies bfloat16: the types of the factors of products."""
+    monkeypatch.setattr(attention_tiles, "multiplies_bfloat16", lambda: True)
+    kinds, real = set(), attention_tiles._Scorer.factor
+
+    def factor(self, x):
+        found = real(self, x)
+        kinds.add(found.dtype)
+        return found
+
+    monkeypatch.setattr(attention_tiles._Scorer, "factor", factor)
+    return kinds
+
+
+@positions
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_factors_are_rounded_in_even_tiles(factors, dropout, position, monkeypatch):
+    """The results are those of factors in float32, but for roundings."""
+    inputs, spans = problem(b=2, h=3, t=130, s=192, d=10, dv=6, position=position, dtype=torch.bfloat16)
+    found = []
+    for rounds in (True, False):
+        monkeypatch.setattr(attention_tiles, "multiplies_bfloat16", lambda rounds=rounds: rounds)
+        torch.manual_seed(0)
+        found.append(run(tiled, inputs, spans, dropout=dropout))
+        assert factors == {torch.bfloat16, torch.float32} if rounds else {torch.float32}
+        factors.clear()
+    for name, exact in found[1].items():
+        exact = exact.float()
+        error = (found[0][name].float() - exact).nan_to_num(0.0).norm() / exact.nan_to_num(0.0).norm()
+        assert error < 2**-6, (name, error)
+
+
+def test_only_bfloat16_is_rounded_to_it(factors):
+    """Not values in float32, as a cache of that type has them, nor what is in float16."""
+    inputs, spans = problem(b=2, h=3, t=130, s=192, d=10, dv=6, dtype=torch.bfloat16)
+    run(tiled, inputs | {"value": leaf(inputs["value"].float())}, spans)
+    run(tiled, {name: leaf(x.half()) for name, x in inputs.items()}, spans)
+    assert factors == {torch.float32}
 
 
 def test_autocast_leaves_the_softmax_in_float32():

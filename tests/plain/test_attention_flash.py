@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from renamed import checkpoint_activations
 from test_attention import assert_same, leaf, problem, run, tensors
 from variants import VARIANTS, assert_equal, assert_trains_alike_in_one_graph, over, result_of, runner, words
 from variants import causal as causal_variants
@@ -508,6 +509,36 @@ def test_it_is_tried_before_it_is_chosen(change, reason, gpu, monkeypatch):
         assert choose(small(), "auto") == "triton"
     calls = len(gpu["forward"])
     assert choose(small(), "auto") == "triton" and len(gpu["forward"]) == calls
+
+
+def first_of(variant, **settings):
+    return runner(variant, "causal", hidden_dropout=0.0, attention_dropout=0.0, **settings).model.train()
+
+
+TRANSFORMER = next(v for v in VARIANTS if v.name == "transformer")
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_first_forward_under_checkpoints(reentrant, gpu):
+    """A checkpoint, which counts what a forward saves, sees nothing of the trial."""
+    model, ids = first_of(TRANSFORMER), words(2, 17)
+    checkpoint_activations(model, {"use_reentrant": reentrant})
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert gpu["backward"] and flash_is_right(torch.device("cpu"))
+
+
+def test_transforms_of_functions_are_not_for_it():
+    seen = []
+    torch.func.vmap(lambda x: seen.append(attention._is_plain(x)) or x)(torch.randn(2, 3))
+    torch.func.grad(lambda x: seen.append(attention._is_plain(x)) or x.sum())(torch.randn(3))
+    assert seen == [False, False]
+
+
+def test_no_rows(gpu):
+    x = torch.zeros(0, 2, 5, 8, dtype=torch.bfloat16)
+    p = torch.arange(5)[None]
+    out, lse = flashed(x, x, x, Spans(0 * p, p))
+    assert out.shape == x.shape and lse.shape == (0, 2, 5)
 
 
 def test_parts_of_which_it_serves_one(gpu):
