@@ -1,8 +1,9 @@
 """The gallery on a GPU: `python -m eval gpu`, or `python -m eval.gpu` where torch, triton and transformers alone are.
 
 First every kernel is compared with the plain definition on the device, and torch's FlashAttention as the gallery calls
-it; then attention, forward and backward, is timed beside torch's FlashAttention and flex_attention; then a training
-step of every architecture at the size of GPT-2 small, with the kernels and with the tiles; then reading a text of up
+it; then attention, forward and backward, is timed beside torch's FlashAttention and flex_attention, and the windows of
+flash-linear-attention if that is installed; then a training step of every architecture at the size of GPT-2 small, by
+what is chosen for it, by the gallery's own kernels, and by the tiles; then reading a text of up
 to 262,144 tokens, and decoding behind it as one graph. What was found is written after each part, so that a run that
 is cut off keeps it.
 
@@ -16,6 +17,7 @@ import argparse
 import concurrent.futures
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 import multiprocessing
@@ -53,7 +55,7 @@ class GpuSettings:
     heads: int = 12
     head_dim: int = 64
     window: int = 512
-    lengths: tuple[int, ...] = (2048, 4096, 16384, 65536)
+    lengths: tuple[int, ...] = (2048, 4096, 16384, 65536, 131072)
     tokens: int = 32768
     repeats: int = 10
     flex: bool = True
@@ -309,6 +311,8 @@ def forms(settings: GpuSettings, length: int) -> dict[str, Form]:
             "flex, window": Form(qkv, _flex(length, w), pairs(window)),
             "flex, window and bias": Form(with_bias, _flex(length, w), pairs(window)),
         }
+    if importlib.util.find_spec("fla") is not None and not settings.dry:
+        found["fla, window"] = Form(qkv, _fla(w), pairs(window))
     return found
 
 
@@ -351,6 +355,17 @@ def _flex(length: int, window: int) -> Callable[..., torch.Tensor]:
                 return s + table[h, (window - 1 - i + j).clamp(0, window - 1)]
 
         return made[0](q, k, v, score_mod=score, block_mask=made[1])
+
+    return call
+
+
+def _fla(window: int) -> Callable[..., torch.Tensor]:
+    """The window of flash-linear-attention, a query's own key among its `window`."""
+
+    def call(q, k, v):
+        from fla.ops.attn.parallel import parallel_attn
+
+        return parallel_attn(*(x.transpose(1, 2) for x in (q, k, v)), window_size=window).transpose(1, 2)
 
     return call
 
@@ -423,10 +438,10 @@ def _device() -> torch.device:
 
 def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> list[dict[str, Any]]:
     """Tokens/s, share of the card's peak and peak memory of a step of every architecture: forward, backward and
-    AdamW, bfloat16 by autocast; with the kernels first, then with the tiles."""
+    AdamW, bfloat16 by autocast."""
     sizes = _sizes(settings, settings.train_length, 4 * settings.train_length)
     found = []
-    for implementation in ("triton", "tiles"):
+    for implementation in ("eager", "triton", "tiles"):
         for name, contestant in _models().items():
             if clock() > settings.budget:
                 say(f"no time is left for {name} by {implementation}")

@@ -24,6 +24,6 @@ def test_the_whole_script_runs(tmp_path):
     found = json.loads(path.read_text())
     assert found["correctness"]["all_right"]
     assert {e["form"] for e in found["attention"] if "error" in e} == {"flash, window"}
-    assert [(e["variant"], "error" in e) for e in found["training"]] == [(name, False) for name in _models()] * 2
+    assert [(e["variant"], "error" in e) for e in found["training"]] == [(name, False) for name in _models()] * 3
     decoded = [(e["variant"], e["context"]) for e in found["decoding"] if e["decode_tokens_per_second"] > 0]
     assert decoded == [(name, context) for name in _models() for context in DRY.contexts]
