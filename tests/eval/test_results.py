@@ -1,5 +1,6 @@
 """The measured results in git: what the project says of itself holds in them, and each says where it comes from."""
 
+import dataclasses
 import datetime
 import json
 from pathlib import Path
@@ -15,7 +16,7 @@ from eval.significance import SURE, two_proportions, wilson
 from eval.task import plain
 
 FOLDER = Path(__file__).parents[2] / "eval" / "results"
-LATER = ("longformer_xl", "recurrent_memory_transformer", "recurrent_memory_transformer_few")  # in quick.json only
+LATER = ("longformer_xl", "recurrent_memory_transformer", "recurrent_memory_transformer_few")  # not in long.json
 BOUNDED = [c.name for c in CONTESTANTS.values() if c.carries in ("keys", "state") and c.name not in LATER]
 
 
@@ -54,6 +55,9 @@ def test_runs_are_of_this_code(name):
     """Of the settings that the preset has now, so that the same command would measure the same."""
     results = load(name)
     preset = PRESETS[results["preset"]].shortened(results["share"])
+    if name == "books":  # measured at one learning rate for all
+        text = dataclasses.replace(preset.text, learning_rate=2e-3)
+        preset = dataclasses.replace(preset, learning_rates={}, text=text)
     collected = benchmark.collect(preset, results["cells"])
     assert collected == {key: value for key, value in results.items() if key != "peers"}  # peers are measured apart
     assert report.parts(results) and report.markdown(results)
@@ -120,6 +124,16 @@ def test_what_is_said_of_recall_holds_with_every_seed():
     of_recall = {verdict.claim for verdict in claims.verdicts(results) if " right " in verdict.evidence}
     by_seed = outcomes_by_seed(results)
     assert len(of_recall) == 8 and all(by_seed[claim] == {"reproduced": 4} for claim in of_recall)
+
+
+def test_the_standard_run_has_seeds_of_one_version():
+    """Recall and text of every contestant; abilities and costs are older, as the page of results says."""
+    cells = [cell for cell in load("standard")["cells"] if cell["task"] in ("recall", "text")]
+    made = {(cell["task"], cell["contestant"], cell["seed"]) for cell in cells}
+    expected = {(task, name, seed) for task in ("recall", "text") for name in CONTESTANTS for seed in range(3)}
+    assert made - expected == {("text", "order0", 0)} and expected <= made
+    assert told(cells).endswith("by one version of the code that decides them")
+    assert cells[0]["provenance"]["commit"][:7] in (FOLDER / "README.md").read_text()
 
 
 @pytest.mark.parametrize(
