@@ -235,7 +235,7 @@ def flash_is_right(device: torch.device) -> bool:
 
 
 def _trial_of_flash(device: torch.device) -> str | None:
-    """What is wrong with torch's FlashAttention on a device, None if nothing is."""
+    """The fault of torch's FlashAttention on a device, in words; None if it has none."""
     at, generator = torch.arange(40)[None], torch.Generator().manual_seed(0)
     spans, scale = Spans((at - 7).clamp(min=0), at), 0.25
     x = torch.randn(4, 2, 2, 40, 16, generator=generator).bfloat16()

@@ -161,6 +161,7 @@ def test_all_that_is_imported_is_required(setup, folder, extra):
     if folder == "eval":  # peers are installed into environments of their own
         required |= set(requirements([line for peer in PEERS.values() for line in peer.requires]))
     extras = {"hf_gallery/harness.py": set(requirements(setup["extras_require"]["eval"]))}  # it says so in its errors
+    extras["eval/gpu.py"] = {"fla"}  # timed where it is installed
     distributions = packages_distributions()
     for path in (p for p in SOURCES if called(p).startswith(folder + "/")):
         for name in third_party(path):
