@@ -263,6 +263,8 @@ def test_a_report_says_what_was_counted(results):
     for entry in results["summary"].values():
         for name in ("by_document", "by_document_of_memory_size"):
             entry.pop(name, None)
+        for score in entry["recall"].values():
+            score.pop("by_unit")
     before = counted(results)
     assert before == "text by stretch, so its p is too small; recall by question, so its p is too small"
     title, _, rows = report.conclusions(results)[0]
@@ -286,6 +288,7 @@ def test_runs_are_compared_by_document(results):
     first, second = copy.deepcopy(results), copy.deepcopy(results)
     for run in (first, second):
         run["summary"]["transformer_xl"].pop("by_document")
+        del run["summary"]["transformer_xl"]["bits_per_byte"][1:]
     first["summary"]["longformer"] |= entry_of([2.0, 2.1, 2.2])
     second["summary"]["longformer"] |= entry_of([2.1, 2.2, 2.31])
     found = [d for d in compare.differences(first, second) if d.what == "bits per byte"]

@@ -96,7 +96,8 @@ def test_the_text_says_the_measured_numbers(name):
     entry = results["summary"][name]
     row = next(line for line in text.splitlines() if line.startswith(f"| {entry['label']} | {entry['parameters']:,} "))
     assert f"{sum(entry['bits_per_byte']) / len(entry['bits_per_byte']):.3f}" in row
-    assert f"{entry['cost']['training_tokens_per_second']:,.0f}" in row
+    if "cost" in entry:
+        assert f"{entry['cost']['training_tokens_per_second']:,.0f}" in row
     for score in entry["recall"].values():
         assert f"{score['correct'] / score['asked']:.1%}" in text
     cells = [cell for cell in results["cells"] if cell["contestant"] == name]
@@ -130,7 +131,7 @@ def test_cards_are_written_whole(tmp_path):
 
 
 def test_cards_are_written_all_or_none(tmp_path, results):
-    del results["summary"]["longformer"]
+    del results["summary"]["longformer"], results["summary"]["longformer_xl"]
     (tmp_path / "results.json").write_text(json.dumps(results))
     with pytest.raises(ValueError, match="no numbers of longformer or longformer_xl; run .* longformer,longformer_xl"):
         write_cards(tmp_path / "cards", tmp_path / "results.json")
