@@ -192,8 +192,8 @@ def choose(problem: Problem, implementation: str) -> str:
         wanted = implementation == "triton" or (implementation != "tiles" and problem.query.is_cuda)
         return "decode" if wanted and why_not_decode(problem) is None else "tiles"
     if implementation in _BEST:
-        implementation = _best(problem)
-    elif implementation in _WHY_NOT and (reason := _WHY_NOT[implementation](problem)) is not None:
+        return _best(problem)
+    if implementation in _WHY_NOT and (reason := _WHY_NOT[implementation](problem)) is not None:
         raise ValueError(f'implementation="{implementation}" {reason}; use implementation="auto"')
     return "decode" if implementation == "triton" and why_not_decode(problem) is None else implementation
 
@@ -201,10 +201,12 @@ def choose(problem: Problem, implementation: str) -> str:
 def _best(problem: Problem) -> str:
     if not _on_gpu(problem) or why_not_triton(problem) is not None:
         return "tiles"
+    if why_not_decode(problem) is None:
+        return "decode"
     if torch.compiler.is_compiling() or torch.are_deterministic_algorithms_enabled() or _captures():
         return "triton"
     plain = all(_is_plain(x) and x.dtype == problem.query.dtype for x in problem[:3])
-    serves = plain and why_not_decode(problem) is not None and why_not_flash(problem) is None
+    serves = plain and why_not_flash(problem) is None
     return "flash" if serves and flash_is_right(problem.query.device) else "triton"
 
 

@@ -511,17 +511,11 @@ def test_it_is_tried_before_it_is_chosen(change, reason, gpu, monkeypatch):
     assert choose(small(), "auto") == "triton" and len(gpu["forward"]) == calls
 
 
-def first_of(variant, **settings):
-    return runner(variant, "causal", hidden_dropout=0.0, attention_dropout=0.0, **settings).model.train()
-
-
-TRANSFORMER = next(v for v in VARIANTS if v.name == "transformer")
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_a_first_forward_under_checkpoints(reentrant, gpu):
     """A checkpoint, which counts what a forward saves, sees nothing of the trial."""
-    model, ids = first_of(TRANSFORMER), words(2, 17)
+    variant = next(v for v in VARIANTS if v.name == "transformer")
+    model, ids = runner(variant, "causal", attention_dropout=0.0).model.train(), words(2, 17)
     checkpoint_activations(model, {"use_reentrant": reentrant})
     model(input_ids=ids, labels=ids).loss.backward()
     assert gpu["backward"] and flash_is_right(torch.device("cpu"))
@@ -564,20 +558,13 @@ def test_parts_of_which_it_serves_one(gpu):
 @over()
 def test_models_run_by_what_is_best(variant, head, gpu):
     """Layers that it serves by it, all others by the gallery's own."""
-    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0, dtype=torch.float64)
-    run.model.config.use_cache = False
-    ids, mask = words(3, 23), torch.ones(3, 23, dtype=torch.long)
-    mask[1, :6] = mask[2, 9:17] = mask[2, 20:] = 0
-    expected, expected_grads = step(run, ids, mask, "tiles")
+    run, ids, mask = padded(variant, head)
+    expected = step(run, ids, mask, "tiles")
     assert flash_is_right(torch.device("cpu"))
     gpu["forward"].clear()
-    result, grads = step(run, ids, mask, "eager")
+    found = step(run, ids, mask, "eager")
     assert gpu["forward"] or because(variant, head) is not None
-    assert_equal(result, expected)
-    for name, grad in expected_grads.items():
-        assert (grads[name] is None) == (grad is None)
-        if grad is not None:
-            assert_equal(grads[name], grad, name)
+    assert_same_step(found, expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -606,25 +593,37 @@ def step(run, ids, mask, implementation):
     return result.detach(), {name: x.grad for name, x in run.model.named_parameters()}
 
 
-@over()
-def test_models_run_by_it_or_say_why_not(variant, head, kernels):
-    """Padded rows and gradients: as the tiles do, or refused in words, and never something else."""
+def padded(variant, head):
+    """A model, and ids and mask of rows with padding before, behind and in their midst."""
     run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0, dtype=torch.float64)
     run.model.config.use_cache = False
     ids, mask = words(3, 23), torch.ones(3, 23, dtype=torch.long)
     mask[1, :6] = mask[2, 9:17] = mask[2, 20:] = 0
-    expected, expected_grads = step(run, ids, mask, "tiles")
-    if (reason := because(variant, head)) is not None:
-        with pytest.raises(ValueError, match=f'^implementation="flash" {reason}.*; use implementation="auto"$'):
-            step(run, ids, mask, "flash")
-        return
-    result, grads = step(run, ids, mask, "flash")
-    assert kernels["forward"] and kernels["backward"]
-    assert_equal(result, expected)
+    return run, ids, mask
+
+
+def assert_same_step(found, expected):
+    """Equal results and gradients of two forwards in training, see `step`."""
+    (result, grads), (expected_result, expected_grads) = found, expected
+    assert_equal(result, expected_result)
     for name, grad in expected_grads.items():
         assert (grads[name] is None) == (grad is None)
         if grad is not None:
             assert_equal(grads[name], grad, name)
+
+
+@over()
+def test_models_run_by_it_or_say_why_not(variant, head, kernels):
+    """Padded rows and gradients: as the tiles do, or refused in words, and never something else."""
+    run, ids, mask = padded(variant, head)
+    expected = step(run, ids, mask, "tiles")
+    if (reason := because(variant, head)) is not None:
+        with pytest.raises(ValueError, match=f'^implementation="flash" {reason}.*; use implementation="auto"$'):
+            step(run, ids, mask, "flash")
+        return
+    found = step(run, ids, mask, "flash")
+    assert kernels["forward"] and kernels["backward"]
+    assert_same_step(found, expected)
 
 
 def served(**options):
