@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import gzip
 import io
 import json
 import re
@@ -63,7 +65,7 @@ def page(results: dict[str, Any]) -> str:
         commit_heads=COMMITS,
         cell_heads=CELLS,
         settings=json.dumps(results["settings"], indent=1),
-        results=results,
+        packed=_packed(results),
         data={
             "name": f"hf-gallery-{results['preset']}",
             "csv": csv_of(results),
@@ -86,6 +88,12 @@ def _soft(text: str) -> str:
 
 
 _PAGES.filters |= {"tight": _tight, "soft": _soft}
+
+
+def _packed(results: dict[str, Any]) -> str:
+    """The results as JSON, compressed: a fifth of the page that they would be."""
+    text = json.dumps(results, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), mtime=0)).decode()
 
 
 def csv_of(results: dict[str, Any]) -> str:

@@ -194,11 +194,16 @@ mark();
 
 // ---- downloads, from what the page holds
 
-const files = { csv: ["text/csv", () => data.csv], json: ["application/json", () => document.getElementById("results").textContent] };
-for (const button of all("[data-save]")) button.addEventListener("click", () => {
+function unpacked() {
+  const bytes = Uint8Array.from(atob(document.getElementById("results").textContent), x => x.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
+}
+
+const files = { csv: ["text/csv", async () => data.csv], json: ["application/json", unpacked] };
+for (const button of all("[data-save]")) button.addEventListener("click", async () => {
   const [type, text] = files[button.dataset.save];
   const link = make("a", { download: `${data.name}.${button.dataset.save}` });
-  link.href = URL.createObjectURL(new Blob([text()], { type }));
+  link.href = URL.createObjectURL(new Blob([await text()], { type }));
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 });
