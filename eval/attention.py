@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -152,16 +152,10 @@ def check_equal(case: _Case, candidates: dict[str, Callable[..., torch.Tensor]])
 
     Raises AssertionError, naming the form, if one is not equal within rtol 1e-4 and atol 1e-5.
     """
-    worst = 0.0
-    expected = case.both_ways(candidates[DENSE])
-    for name, form in candidates.items():
-        if name == DENSE:
-            continue
-        for what, got, right in zip(("output", "query", "key", "value"), case.both_ways(form), expected, strict=True):
-            torch.testing.assert_close(
-                got, right, rtol=1e-4, atol=1e-5, msg=lambda text, n=name, w=what: f"{n}, {w}: {text}"
-            )
-            worst = max(worst, float((got - right).abs().max()))
+    worst, expected = 0.0, case.both_ways(candidates[DENSE])
+    for what, got, right in _found(case, {n: form for n, form in candidates.items() if n != DENSE}, expected):
+        torch.testing.assert_close(got, right, rtol=1e-4, atol=1e-5, msg=lambda text, w=what: f"{w}: {text}")
+        worst = max(worst, float((got - right).abs().max()))
     return worst
 
 
@@ -171,13 +165,20 @@ def check_half(case: _Case, half: _Case, candidates: dict[str, Callable[..., tor
     Raises AssertionError, naming the form, if one is 2 % or more.
     """
     worst, expected = 0.0, case.both_ways(candidates[DENSE])
-    for name in (EAGER, SDPA):
-        found = half.both_ways(candidates[name])
-        for what, got, right in zip(("output", "query", "key", "value"), found, expected, strict=True):
-            error = float((got.float() - right).norm() / right.norm())
-            assert error < 0.02, f"{name} in bfloat16, {what}: its relative error is {error:.1g}"
-            worst = max(worst, error)
+    for what, got, right in _found(half, {n: candidates[n] for n in (EAGER, SDPA)}, expected):
+        error = float((got.float() - right).norm() / right.norm())
+        assert error < 0.02, f"{what}, in bfloat16: its relative error is {error:.1g}"
+        worst = max(worst, error)
     return worst
+
+
+def _found(
+    case: _Case, candidates: dict[str, Callable[..., torch.Tensor]], expected: tuple[torch.Tensor, ...]
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The output and the gradients of each form, beside the expected ones: their name and both."""
+    for name, form in candidates.items():
+        for what, got, right in zip(("output", "query", "key", "value"), case.both_ways(form), expected, strict=True):
+            yield f"{name}, {what}", got, right
 
 
 def run(

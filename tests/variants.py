@@ -624,11 +624,35 @@ def assert_trains_alike_in_one_graph(model, ids, mask):
         model.zero_grad()
         loss = step(input_ids=ids, attention_mask=mask, labels=ids).loss
         loss.backward()
-        found.append((loss.detach(), {name: x.grad.clone() for name, x in model.named_parameters()}))
-    (loss, gradients), (compiled_loss, compiled_gradients) = found
-    assert_equal(compiled_loss, loss)
-    for name, gradient in gradients.items():
-        assert_equal(compiled_gradients[name], gradient, name)
+        found.append((loss.detach(), {name: x.grad for name, x in model.named_parameters()}))
+    assert_same_step(found[1], found[0])
+
+
+def padded(variant, head, **more):
+    """A model, and ids and mask of rows with padding before, behind and in their midst."""
+    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0, **more)
+    run.model.config.use_cache = False  # decoders under a classifier keep one by themselves
+    ids, mask = words(3, 23), torch.ones(3, 23, dtype=torch.long)
+    mask[1, :6] = mask[2, 9:17] = mask[2, 20:] = 0
+    return run, ids, mask
+
+
+def training_step(run, ids, mask):
+    """The result of a forward in training, and its gradients by the names of parameters."""
+    run.model.zero_grad()
+    result = result_of(run.model(**run.inputs(ids, mask)))
+    result.square().mean().backward()
+    return result.detach(), {name: x.grad for name, x in run.model.named_parameters()}
+
+
+def assert_same_step(found, expected):
+    """Equal results and gradients of two steps, each (result, gradients by name)."""
+    (result, grads), (expected_result, expected_grads) = found, expected
+    assert_equal(result, expected_result)
+    for name, grad in expected_grads.items():
+        assert (grads[name] is None) == (grad is None), name
+        if grad is not None:
+            assert_equal(grads[name], grad, name)
 
 
 def assert_equal(got, expected, message=""):

@@ -9,7 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from renamed import checkpoint_activations
 from test_attention import assert_same, leaf, problem, run, tensors
-from variants import VARIANTS, assert_equal, assert_trains_alike_in_one_graph, over, result_of, runner, words
+from variants import (
+    VARIANTS,
+    assert_equal,
+    assert_same_step,
+    assert_trains_alike_in_one_graph,
+    over,
+    padded,
+    runner,
+    training_step,
+    words,
+)
 from variants import causal as causal_variants
 
 from hf_gallery.models import attention, attention_flash
@@ -558,7 +568,7 @@ def test_parts_of_which_it_serves_one(gpu):
 @over()
 def test_models_run_by_what_is_best(variant, head, gpu):
     """Layers that it serves by it, all others by the gallery's own."""
-    run, ids, mask = padded(variant, head)
+    run, ids, mask = padded(variant, head, dtype=torch.float64)
     expected = step(run, ids, mask, "tiles")
     assert flash_is_right(torch.device("cpu"))
     gpu["forward"].clear()
@@ -587,35 +597,13 @@ def because(variant, head):
 def step(run, ids, mask, implementation):
     """The result of a forward in training, and its gradients."""
     run.model.set_attn_implementation(implementation)
-    run.model.zero_grad()
-    result = result_of(run.model(**run.inputs(ids, mask)))
-    result.square().mean().backward()
-    return result.detach(), {name: x.grad for name, x in run.model.named_parameters()}
-
-
-def padded(variant, head):
-    """A model, and ids and mask of rows with padding before, behind and in their midst."""
-    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0, dtype=torch.float64)
-    run.model.config.use_cache = False
-    ids, mask = words(3, 23), torch.ones(3, 23, dtype=torch.long)
-    mask[1, :6] = mask[2, 9:17] = mask[2, 20:] = 0
-    return run, ids, mask
-
-
-def assert_same_step(found, expected):
-    """Equal results and gradients of two forwards in training, see `step`."""
-    (result, grads), (expected_result, expected_grads) = found, expected
-    assert_equal(result, expected_result)
-    for name, grad in expected_grads.items():
-        assert (grads[name] is None) == (grad is None)
-        if grad is not None:
-            assert_equal(grads[name], grad, name)
+    return training_step(run, ids, mask)
 
 
 @over()
 def test_models_run_by_it_or_say_why_not(variant, head, kernels):
     """Padded rows and gradients: as the tiles do, or refused in words, and never something else."""
-    run, ids, mask = padded(variant, head)
+    run, ids, mask = padded(variant, head, dtype=torch.float64)
     expected = step(run, ids, mask, "tiles")
     if (reason := because(variant, head)) is not None:
         with pytest.raises(ValueError, match=f'^implementation="flash" {reason}.*; use implementation="auto"$'):

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
-from variants import COLUMNS, assert_equal, causal, over, result_of, runner, words
+from variants import COLUMNS, assert_same_step, causal, over, padded, training_step
 
 from hf_gallery import GalleryStaticCache
 from hf_gallery.models import attention, attention_decode, attention_flash, blocks, memory
@@ -127,26 +127,12 @@ def test_the_host_reads_nothing(variant, masked, monkeypatch):
 @over(lambda variant, head: head != "choice")
 def test_what_asks_nothing_gives_the_same(variant, head, monkeypatch):
     """A padded forward, as it runs where no tensor can be asked what it holds, and its gradients."""
-    run = runner(variant, head, hidden_dropout=0.0, attention_dropout=0.0)
-    run.model.config.use_cache = False  # decoders under a classifier keep one by themselves
-    ids, mask = words(3, 23), torch.ones(3, 23, dtype=torch.long)
-    mask[1, :6] = mask[2, 9:17] = mask[2, 20:] = 0
-    found = []
-    for asks in (True, False):
-        if not asks:
-            for name, module in list(sys.modules.items()):
-                if name.startswith("hf_gallery.models.") and hasattr(module, "readable"):
-                    monkeypatch.setattr(module, "readable", lambda x: False)
-        run.model.zero_grad()
-        result = result_of(run.model(**run.inputs(ids, mask)))
-        result.square().mean().backward()
-        found.append((result.detach(), {name: x.grad for name, x in run.model.named_parameters()}))
-    (expected, expected_grads), (result, grads) = found
-    assert_equal(result, expected)
-    for name, grad in expected_grads.items():
-        assert (grads[name] is None) == (grad is None)
-        if grad is not None:
-            assert_equal(grads[name], grad, name)
+    run, ids, mask = padded(variant, head)
+    expected = training_step(run, ids, mask)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("hf_gallery.models.") and hasattr(module, "readable"):
+            monkeypatch.setattr(module, "readable", lambda x: False)
+    assert_same_step(training_step(run, ids, mask), expected)
 
 
 def test_a_graph_searches_the_memory_as_eager_does(monkeypatch):
