@@ -226,7 +226,7 @@ class RecurrentState(nn.Module):
             return pair
         query, keys, values = tokens
         if rows.steps:
-            return self._step((query, keys, values), vectors, pair, context)
+            return self._step((query, keys, values), vectors, named, pair, context)
         # A text that ends within a block moves no state that is read; one that goes on starts from no initial state.
         query = with_gradients_for(query, self)
         blocks = context.blocks(keys.shape[2] - query.shape[2])
@@ -260,17 +260,20 @@ class RecurrentState(nn.Module):
         spans = context.token_spans(blocks, vectors.shape[1])
         return attend(query, key, value, spans, scale=1.0, implementation=context.implementation), new
 
-    def _step(self, tokens, vectors, pair, context: Context):
+    def _step(self, tokens, vectors, named, pair, context: Context):
         """`forward` of one token behind a static cache, whose rings (B, H, N, D) hold the last two blocks."""
         query, *rings = tokens
         rows = context.rows
-        count = rows.seen + rows.lengths
-        done = (count % self.block_length == 0) & (rows.lengths > 0)  # (B,)
+        count = rows.seen + rows.lengths  # (B,)
+        done = count % self.block_length == 0  # (B,)
+        done = done if rows.mask is None else done & rows.mask[:, 0]
         read, after = read_state(query, pair[0], pair[1], context), pair
         if possibly(done):
-            p = rows.positions
-            spans = rows.spans(torch.zeros_like(p), p, 0)
-            ahead = self._advance(vectors, self._attend(self._named(vectors), pair, rings, spans, context))
+            # When a block ends the state sees all that a ring holds, and attention does not ask for an order.
+            last = (count.clamp(max=rings[0].shape[2]) - 1)[:, None].expand(-1, vectors.shape[1])  # (B, Z)
+            spans = Spans(torch.zeros_like(last), last)
+            named = self._named(vectors) if named is None else named
+            ahead = self._advance(vectors, self._attend(named, pair, rings, spans, context))
             vectors = torch.where(done[:, None, None], ahead, vectors)
             after = self.project.keys_values(self._named(vectors))
         new = {"state": Folded(vectors), "state_keys": Derived(after[0]), "state_values": Derived(after[1])}

@@ -198,7 +198,8 @@ class MemoryInRing:
         position = context.rows.positions  # (B, 1)
         segment = position - position % context.segment_length
         oldest = (segment - context.memory_size).clamp(min=0)
-        self.ring = oldest % slots, oldest % slots + segment - oldest
+        lower = oldest % slots
+        self.ring = lower, lower + (segment - oldest)
         self.newest, self.slots = context.rows.last, slots
 
     def positions(self, columns: torch.Tensor) -> torch.Tensor:

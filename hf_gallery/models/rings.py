@@ -58,6 +58,14 @@ class StepRows(Rows):
             index, lengths = torch.arange(batch, device=seen.device)[:, None], mask.sum(1)
         self._lay(index, lengths, seen, 1, None)
 
+    @property
+    def positions(self) -> torch.Tensor:
+        return self.first  # of one column
+
+    @property
+    def last(self) -> torch.Tensor:
+        return self.first if self.mask is None else super().last
+
     def spans(self, lower: torch.Tensor, upper: torch.Tensor, cached: int, least: int = 0) -> RingSpans:
         return RingSpans(lower.clamp(min=least), upper, self)
 
@@ -71,14 +79,13 @@ class StepRows(Rows):
 
     def put(self, ring: torch.Tensor, new: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """`append` in the slot (B,), of the rows that have a token."""
-        rows, heads = (torch.arange(n, device=slot.device) for n in ring.shape[:2])
-        at, column = (rows[:, None], heads[None], slot[:, None]), new[:, :, 0].to(ring.dtype)  # (B, H, D)
+        at, column = slot[:, None, None, None].expand_as(new), new.to(ring.dtype)  # (B, H, 1, D)
         if self.mask is not None:
-            column = torch.where(self.mask[..., None], column, ring[at])
+            column = torch.where(self.mask[:, None, None], column, ring.gather(2, at))
         if in_one_graph():
-            return ring.index_put(at, column)
+            return ring.scatter(2, at, column)
         # In place: a copy would read all of the past. Nobody sees again what stood there, should this forward fail.
-        return ring.index_put_(at, column)
+        return ring.scatter_(2, at, column)
 
 
 class RingSpans(Spans):
