@@ -6,7 +6,8 @@ import torch
 from variants import assert_equal, causal, runner, streams, words
 
 from hf_gallery import GalleryCache, GalleryStaticCache
-from hf_gallery.models import attention, attention_decode, blocks
+from hf_gallery.models import attention, attention_decode, blocks, memory
+from hf_gallery.models import modeling_memorizing_transformer as modeling
 from hf_gallery.models.attention_triton import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1: see test_attention_triton.py")
@@ -38,6 +39,22 @@ def test_decode_steps_are_those_of_the_tiles(variant, head, monkeypatch):
             found.append(torch.stack(steps))
         assert any(served)
         assert_equal(*found)
+
+
+@causal(lambda variant: variant.name == "memorizing")
+@torch.no_grad()
+def test_a_memory_is_searched_by_kernels(variant, monkeypatch):
+    """As on a GPU, and in tiles in which nothing is found: a text and a longer one behind its cache, rows apart."""
+    run = runner(variant, "causal")
+    monkeypatch.setattr(modeling, "query_tile", lambda *sizes: 5)
+    ids, mask, found = words(2, 60), torch.ones(2, 13, dtype=torch.long), []
+    mask[1, :6] = 0
+    for search in (memory.search_exact, memory.search_numbered):
+        monkeypatch.setitem(memory.BACKENDS, "exact", search)
+        first = run.model(ids[:, :13], attention_mask=mask, use_cache=True)
+        found.append((first.logits, run.model(ids[:, 13:], past_key_values=first.past_key_values).logits))
+    for expected, got in zip(*found, strict=True):
+        assert_equal(got, expected)
 
 
 @causal(lambda variant: variant.name in ("memorizing", "block_recurrent"))

@@ -296,6 +296,23 @@ def test_a_key_of_nan_is_found_first_and_harms_no_other_row(search, topk):
     assert torch.equal(got[others], scores[others]) and torch.equal(at[others], columns[others])
 
 
+@pytest.mark.parametrize("tile", [1, 3, 50])
+@pytest.mark.parametrize("lengths", [(8, 11, 2), (15, 8, 13)], ids=str)
+@SEARCHES
+@torch.no_grad()
+def test_tiles_of_queries_that_find_nothing(search, lengths, tile, monkeypatch):
+    """Rows whose segments end at other tokens, and a forward that is longer than the memory behind it: in one tile some
+    queries find pairs of the ring, and others have none left there."""
+    monkeypatch.setattr(modeling, "query_tile", lambda *sizes: tile)
+    monkeypatch.setitem(memory.BACKENDS, "exact", search)
+    model, ids, width = make(segment_length=4, memory_size=16, memory_layers=[0, 2]), words(3, 60), max(lengths)
+    mask = torch.arange(width) >= width - torch.tensor(lengths)[:, None]
+    cache = model(ids[:, :width], attention_mask=mask.long(), use_cache=True).past_key_values
+    got = model(ids[:, width:], past_key_values=cache).logits
+    for row, length in enumerate(lengths):
+        assert_equal(got[row], twin.logits(model, ids[row, width - length :])[length:])
+
+
 def test_of_equal_scores_a_later_source_comes_first():
     """The ring first, then what this forward has read: positions rise from source to source."""
     query, keys = (torch.randint(-1, 2, (2, 3, size, 4), generator=torch.Generator().manual_seed(size)).float()
