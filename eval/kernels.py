@@ -294,6 +294,8 @@ def search_errors(kind: torch.dtype, most: int = 2**22, width: int = 2**14) -> d
             lower = torch.randint(0, n, (2, t), generator=generator).to(DEVICE)
             upper = lower + torch.randint(0, n + 1, (2, t), generator=generator).to(DEVICE)
             upper[0, 0], upper[1, -1] = lower[0, 0], lower[1, -1] + n  # nothing, and all
+            if t > 1:  # nothing, where no column is
+                lower[0, 1], upper[0, 1], lower[1, 0], upper[1, 0] = -n, -n, 5 * n, 4 * n
             assert search_triton.serves(query)
             scores, columns = memory.search_numbered(query, keys, lower, upper, topk)
             exact, places = memory.search_naive(query.double(), keys.double(), lower, upper, topk)

@@ -36,8 +36,8 @@ class SearchBackend(Protocol):
         self, query: torch.Tensor, keys: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, topk: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """For query (B, H, T, D) the topk columns of keys (B, H, N, D) with the largest dot product, among
-        [lower, upper) (B, T) modulo N: an interval of the ring, from the oldest pair to the most recent one. lower is
-        at least 0 and at most N, upper at least lower and at most lower + N.
+        [lower, upper) (B, T) modulo N: an interval of the ring, from the oldest pair to the most recent one. upper is
+        at most lower + N. An interval of nothing, whose upper is no more than its lower, may lie anywhere.
 
         Returns scores (B, H, T, topk), largest first, -inf where fewer are there, and columns (B, H, T, topk). Nothing
         is differentiated.
@@ -47,6 +47,7 @@ class SearchBackend(Protocol):
 def allowed(lower: torch.Tensor, upper: torch.Tensor, first: int, last: int, n: int) -> torch.Tensor:
     """The columns [first, last) of n that are in the ring interval [lower, upper): (B, T, last - first)."""
     column = torch.arange(first, last, device=lower.device)
+    upper = upper.masked_fill(upper <= lower, 0)  # else one behind all columns would go round the ring
     lower, upper = lower[..., None], upper[..., None]
     return ((column >= lower) & (column < upper)) | (column < upper - n)
 
@@ -388,9 +389,7 @@ def retrieve(
             keys, values, lower, upper, _ = source
             first, last = source.reach()
             some = keys[:, :, first:last]
-            if last - first < keys.shape[2]:
-                # One that holds nothing may lie elsewhere: shifted, it would be taken for one that goes round the ring.
-                lower, upper = ((x - first).clamp(0, last - first) for x in (lower, upper))
+            lower, upper = (lower - first, upper - first) if first else (lower, upper)
             scores, at = search(query.detach(), some, lower, upper, topk)
             start = first + ends[-1]
             results.append((scores, at + start if start else at))

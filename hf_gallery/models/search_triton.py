@@ -57,7 +57,9 @@ def _numbers(
     q = _load(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
     k = _load(k_ptr + b * k_b + h * k_h, s, k_s, S, D, BLOCK_D, False)
     at = b * ends_b + tl.minimum(t, T - 1)
-    first, end = tl.load(lower + at).to(tl.int32), tl.load(upper + at).to(tl.int32)
+    first, end = tl.load(lower + at), tl.load(upper + at)
+    some = first < end  # an interval of nothing lies anywhere
+    first, end = tl.where(some, first, 0).to(tl.int32), tl.where(some, end, 0).to(tl.int32)
     score = _dot(q, tl.trans(k), None, PRECISION)
     turn = (start + s)[None, :] - end[:, None]  # end is below 2 N
     turn += tl.where(turn < 0, N, 0)
@@ -79,7 +81,7 @@ def _found(best_ptr, upper, scores_ptr, columns_ptr, ends_b, H, T, N, K, TOPK, B
     t, i = place // TOPK, place % TOPK
     some = (t < T) & (i < K)
     number = tl.load(best_ptr + (pair * T + t) * K + i, mask=some, other=0)
-    end = tl.load(upper + pair // H * ends_b + tl.minimum(t, T - 1)).to(tl.int64)
+    end = tl.maximum(tl.load(upper + pair // H * ends_b + tl.minimum(t, T - 1)).to(tl.int64), 0)
     bits = (number >> 32).to(tl.int32)
     bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     score = tl.where(some, bits.to(tl.float32, bitcast=True), float("-inf"))

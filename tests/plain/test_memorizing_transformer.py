@@ -208,6 +208,8 @@ INTERVALS = {
     "some": lambda t, n: (n // 3, n // 2),
     "fewer than k": lambda t, n: (4, 7),
     "none": lambda t, n: (9, 9),
+    "none, before all": lambda t, n: (-n, -n),
+    "none, behind all": lambda t, n: (3 * n, 2 * n),
     "one": lambda t, n: (n - 1, n),
     "round the ring": lambda t, n: (n - n // 4, n + n // 5),
     "all, round the ring": lambda t, n: (n // 3, n + n // 3),
@@ -301,8 +303,8 @@ def test_a_key_of_nan_is_found_first_and_harms_no_other_row(search, topk):
 @SEARCHES
 @torch.no_grad()
 def test_tiles_of_queries_that_find_nothing(search, lengths, tile, monkeypatch):
-    """Rows whose segments end at other tokens, and a forward that is longer than the memory behind it: in one tile some
-    queries find pairs of the ring, and others have none left there."""
+    """Rows whose segments end at other tokens, and a forward that is longer than the memory behind it: in one tile
+    some queries find pairs of the ring, and others have none left there."""
     monkeypatch.setattr(modeling, "query_tile", lambda *sizes: tile)
     monkeypatch.setitem(memory.BACKENDS, "exact", search)
     model, ids, width = make(segment_length=4, memory_size=16, memory_layers=[0, 2]), words(3, 60), max(lengths)
