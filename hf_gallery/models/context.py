@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 
 from .columns import append_columns, next_columns
-from .exporting import in_one_graph
+from .exporting import once
 from .rings import RingColumns
 from .rows import Rows
 from .spans import Spans
@@ -52,11 +52,7 @@ class ForwardContext:
 
     def once(self, key: Hashable, work: Callable[[], Any]) -> Any:
         """Returns what several layers need alike, worked out by the first that asks for it."""
-        if in_one_graph():  # it finds by itself what is worked out twice, and checkpoints in it keep nothing
-            return work()
-        if key not in self.memo:
-            self.memo[key] = work()
-        return self.memo[key]
+        return once(self.memo, key, work)
 
     def table(self, layer: int, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A layer's table, which follows from weights alone: the cache's, while the weights stay as they are."""

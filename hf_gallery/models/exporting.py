@@ -13,7 +13,7 @@ leaves out what asks, and makes several graphs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +21,7 @@ import torch
 from .operators import operator
 
 Call = TypeVar("Call", bound=Callable)
+Result = TypeVar("Result")
 
 
 def is_exporting() -> bool:
@@ -43,6 +44,15 @@ def compile_whole(forward: Callable[[], Any]) -> Any:
 def in_one_graph() -> bool:
     """Tells whether this forward is followed as one graph: no tensor may be asked what it holds."""
     return torch.compiler.is_compiling() and (_compiled_whole[0] or is_exporting())
+
+
+def once(memo: dict, key: Hashable, work: Callable[[], Result]) -> Result:
+    """Returns what the work gives, which the memo keeps under the key."""
+    if in_one_graph():  # it finds by itself what is worked out twice, and checkpoints in it keep nothing
+        return work()
+    if key not in memo:
+        memo[key] = work()
+    return memo[key]
 
 
 def outside_graphs(function: Call) -> Call:

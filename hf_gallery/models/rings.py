@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from .attention_problem import Position, compute_dtype, without_autocast
-from .exporting import in_one_graph
+from .exporting import in_one_graph, once
 from .rows import Rows
 from .spans import Spans
 from .states import Columns, Kept, NextState
@@ -57,6 +57,7 @@ class StepRows(Rows):
         else:
             index, lengths = torch.arange(batch, device=seen.device)[:, None], mask.sum(1)
         self._lay(index, lengths, seen, 1, None)
+        self._memo: dict = {}
 
     @property
     def positions(self) -> torch.Tensor:
@@ -75,17 +76,19 @@ class StepRows(Rows):
 
     def append(self, ring: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
         """The ring (B, H, N, D) with the column new (B, H, 1, D) in it: the given one, outside of graphs."""
-        return self.put(ring, new, self.seen % ring.shape[2])
+        slots = ring.shape[2]
+        return self.put(ring, new, once(self._memo, ("slot", slots), lambda: self.seen % slots))
 
     def put(self, ring: torch.Tensor, new: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """`append` in the slot (B,), of the rows that have a token."""
-        at, column = slot[:, None, None, None].expand_as(new), new.to(ring.dtype)  # (B, H, 1, D)
+        rows, heads = (once(self._memo, n, lambda n=n: torch.arange(n, device=slot.device)) for n in ring.shape[:2])
+        at, column = (rows[:, None], heads[None], slot[:, None]), new[:, :, 0].to(ring.dtype)  # (B, H, D)
         if self.mask is not None:
-            column = torch.where(self.mask[:, None, None], column, ring.gather(2, at))
+            column = torch.where(self.mask[..., None], column, ring[at])
         if in_one_graph():
-            return ring.scatter(2, at, column)
+            return ring.index_put(at, column)  # which a compiler does in place, unlike scatter
         # In place: a copy would read all of the past. Nobody sees again what stood there, should this forward fail.
-        return ring.scatter_(2, at, column)
+        return ring.index_put_(at, column)
 
 
 class RingSpans(Spans):

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from .exporting import in_one_graph, readable
+from .exporting import once, readable
 
 
 class Spans:
@@ -39,11 +39,7 @@ class Spans:
         self._memo: dict = {}
 
     def _once(self, key, work):
-        if in_one_graph():  # see ForwardContext.once
-            return work()
-        if key not in self._memo:
-            self._memo[key] = work()
-        return self._memo[key]
+        return once(self._memo, key, work)
 
     @property
     def _one(self) -> tuple[int, int] | None:
