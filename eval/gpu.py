@@ -18,7 +18,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
-import json
 import math
 import multiprocessing
 import os
@@ -34,23 +33,28 @@ if "--dry" in sys.argv and __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from hf_gallery.files import write_json
 from hf_gallery.models.attention import Position, attend, attend_naive, attend_parts, flash_is_right
 from hf_gallery.models.attention_flash import attend_flash, lacks
 from hf_gallery.models.attention_problem import Problem
 from hf_gallery.models.spans import Spans
+from hf_gallery.variants import memory_tokens
 
 from . import kernels
 
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}  # dense products of half types, by the makers
+# Dense products of half types, operations per second by the makers; of two names that fit the first.
+PEAK = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12}
+ATTENDED, TRAINED = 0.4, 0.7  # of the budget: no further attention, no further training step begins
 Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class GpuSettings:
     """lengths: of attention; tokens: of all rows of a length together. contexts: tokens read before decode_tokens
-    are decoded. memory_size: of the kNN memory there. budget: seconds after which no further measurement begins.
-    workers: processes that compare kernels, most of whose time is compilation."""
+    are decoded. memory_size: of the kNN memory there. implementations: of training steps. budget: seconds after which
+    no further measurement begins. workers: processes that compare kernels, most of whose time is compilation."""
 
     heads: int = 12
     head_dim: int = 64
@@ -68,14 +72,16 @@ class GpuSettings:
     contexts: tuple[int, ...] = (1024, 32768, 131072, 262144)
     decode_tokens: int = 64
     memory_size: int = 262144
+    implementations: tuple[str, ...] = ("eager", "triton", "tiles")
     budget: float = 1500.0
     workers: int = 12
     dry: bool = False
 
 
 QUICK = GpuSettings(
-    lengths=(4096, 16384), repeats=5, train_batch=4, train_steps=3, contexts=(1024, 131072), budget=200.0
-)
+    lengths=(4096, 16384), repeats=5, train_batch=4, train_steps=3, contexts=(1024, 131072),
+    implementations=("eager", "triton"), budget=200.0,
+)  # fmt: skip
 DRY = GpuSettings(
     heads=1, head_dim=16, window=24, lengths=(48,), tokens=48, repeats=1, hidden=32, layers=2, vocabulary=300,
     train_length=48, train_batch=1, train_steps=1, contexts=(40,), decode_tokens=2, memory_size=64, workers=1,
@@ -147,7 +153,8 @@ def correctness(settings: GpuSettings, clock: Callable[[], float], say: Say) -> 
         if not right[name]:
             say(f"WRONG {name}: {found[name]}")
     say(f"{sum(right.values())} of {len(right)} cases are right")
-    return {"all_right": all(right.values()), "wrong": [n for n in names if not right[n]], "errors": found}
+    said = {name: {of: x if _is_finite(x) else str(x) for of, x in errors.items()} for name, errors in found.items()}
+    return {"all_right": all(right.values()), "wrong": [n for n in names if not right[n]], "errors": said}
 
 
 def _case(name: str) -> dict[str, Any]:
@@ -157,9 +164,13 @@ def _case(name: str) -> dict[str, Any]:
         return {"error": f"{type(error).__name__}: {error}"[-1500:]}
 
 
+def _is_finite(x: Any) -> bool:
+    return isinstance(x, float) and math.isfinite(x)
+
+
 def _within(name: str, errors: dict[str, Any]) -> bool:
     limit = kernels.LIMITS[torch.bfloat16] if name in FLASH else kernels.limit(name)
-    return all(isinstance(x, float) and x < limit for x in errors.values())
+    return all(_is_finite(x) and x < limit for x in errors.values())
 
 
 # Of torch's FlashAttention: the whole interval of query p, and the parts that it is computed in. Two rows of 517, the
@@ -225,7 +236,7 @@ def attention(settings: GpuSettings, clock: Callable[[], float], say: Say) -> li
     found: list[dict[str, Any]] = []
     for length in settings.lengths:
         for name, form in forms(settings, length).items():
-            if clock() > settings.budget * (0.75 if settings.train_steps else 1.0):
+            if clock() > ATTENDED * settings.budget:
                 say(f"no time is left for {name} at {length:,}")
                 continue
             entry = {"length": length, "rows": _rows(settings, length), "form": name} | _timed(settings, length, form)
@@ -317,7 +328,8 @@ def forms(settings: GpuSettings, length: int) -> dict[str, Form]:
 
 
 def _flash_causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):  # on some cards torch prefers cuDNN's
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def _flash_window(length: int, rows: int, window: int) -> Callable[..., torch.Tensor]:
@@ -374,9 +386,9 @@ def _timed(settings: GpuSettings, length: int, form: Form) -> dict[str, Any]:
     try:
         x = [y.detach().requires_grad_() for y in form.leaves()]
         with torch.no_grad():
-            forward = milliseconds(lambda: form.call(*x), settings.repeats)
+            forward = milliseconds(lambda: form.call(*x), settings.repeats, of_device=True)
         grad = torch.randn_like(form.call(*x))
-        both = milliseconds(lambda: torch.autograd.grad(form.call(*x), x, grad), settings.repeats)
+        both = milliseconds(lambda: torch.autograd.grad(form.call(*x), x, grad), settings.repeats, of_device=True)
         peak = 0.0
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -405,14 +417,17 @@ def _words(entry: dict[str, Any]) -> str:
     )
 
 
-def milliseconds(function: Callable[[], object], repeats: int) -> float:
-    """The median of a few calls, by events on the device; by the clock where there is none."""
+def milliseconds(function: Callable[[], object], repeats: int, of_device: bool = False) -> float:
+    """The median of a few calls, by events on the device; by the clock where there is none. of_device: without the
+    time that the host takes to launch, for which the device is kept busy first."""
     for _ in range(min(2, repeats)):
         function()
     times = []
     for _ in range(repeats):
         if torch.cuda.is_available():
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if of_device:
+                torch.cuda._sleep(BUSY)
             before.record()
             function()
             after.record()
@@ -423,6 +438,9 @@ def milliseconds(function: Callable[[], object], repeats: int) -> float:
             function()
             times.append(1e3 * (time.perf_counter() - start))
     return statistics.median(times)
+
+
+BUSY = 10**7  # cycles of a device, some milliseconds
 
 
 def _rows(settings: GpuSettings, length: int) -> int:
@@ -441,16 +459,16 @@ def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> lis
     AdamW, bfloat16 by autocast."""
     sizes = _sizes(settings, settings.train_length, 4 * settings.train_length)
     found = []
-    for implementation in ("eager", "triton", "tiles"):
+    for implementation in settings.implementations:
         for name, contestant in _models().items():
-            if clock() > settings.budget:
+            if clock() > TRAINED * settings.budget:
                 say(f"no time is left for {name} by {implementation}")
                 continue
 
-            def step(contestant=contestant, implementation=implementation) -> dict[str, Any]:
+            def step(name=name, contestant=contestant, implementation=implementation) -> dict[str, Any]:
                 with _device():
                     model = contestant.model._from_config(contestant.config(sizes), attn_implementation=implementation)
-                return _step(model, settings)
+                return _step(model, settings, _keys_seen(name, settings))
 
             about = {"variant": name, "implementation": implementation}
             found.append(_measured(about, f"{name:30s} {implementation:7s}", step, _trained, say))
@@ -501,7 +519,25 @@ def _sizes(settings: GpuSettings, context: int, memory_size: int) -> Any:
     )  # fmt: skip
 
 
-def _step(model: Any, settings: GpuSettings) -> dict[str, Any]:
+def _keys_seen(name: str, settings: GpuSettings) -> float:
+    """Keys that a query of a contestant attends to, on average over a training text: of tokens, and those of memory
+    tokens. What a few layers see besides is left out: retrieved pairs, a state."""
+    w, p = settings.window, torch.arange(settings.train_length)
+    own = p % w + 1  # of the segment
+    seen = {
+        "transformer_full": p + 1,
+        "transformer_xl": own + (p + 1 - own).clamp(max=2 * w),
+        "longformer": p.clamp(max=w) + 1,
+        "longformer_xl": p.clamp(max=2 * w) + 1,
+        "memorizing_transformer": own + (p + 1 - own).clamp(max=w),
+        "block_recurrent_transformer": p.clamp(max=w),
+        "recurrent_memory_transformer": own + memory_tokens(_sizes(settings, 1, 1)),
+    }
+    return float(seen[name].float().mean())
+
+
+def _step(model: Any, settings: GpuSettings, keys: float) -> dict[str, Any]:
+    """keys: that a query attends to."""
     device, b, t = _device(), settings.train_batch, settings.train_length
     torch.manual_seed(0)
     model = model.to(device).train()
@@ -525,10 +561,7 @@ def _step(model: Any, settings: GpuSettings) -> dict[str, Any]:
     # The tiles take seconds a step: one more tells enough.
     took = milliseconds(step, 1 if first > 5.0 else settings.train_steps) / 1e3
     parameters = sum(x.numel() for x in model.parameters())
-    span: float = min(t, 2 * settings.window)  # about what a query sees, of the architectures with a window
-    if "GalleryTransformerForCausalLM" in type(model).__name__:
-        span = t / 2
-    operations = b * t * (6 * parameters + 12 * settings.layers * settings.hidden * span)
+    operations = b * t * (6 * parameters + 12 * settings.layers * settings.hidden * keys)
     entry: dict[str, Any] = {
         "parameters": parameters,
         "tokens_per_second": round(b * t / took, 1),
@@ -597,7 +630,7 @@ def _decoded(model: Any, step: Any, context: int, settings: GpuSettings) -> dict
         model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
 
     reading = milliseconds(read, 1 if settings.dry else 2)
-    token = ids[:, :1].clone()
+    token = ids[:, :1].clone(memory_format=torch.contiguous_format)  # of strides that are the same in every context
 
     def decode() -> None:
         token.copy_(step(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1))
@@ -614,12 +647,6 @@ def _decoded(model: Any, step: Any, context: int, settings: GpuSettings) -> dict
 # ---------------------------------------------------------------------------------------------------- the command
 
 
-def write(found: dict[str, Any], path: Path) -> None:
-    """Writes the results as JSON."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(found, indent=1) + "\n")
-
-
 def main() -> None:
     """Runs the measurement where torch, triton and transformers alone are installed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -630,7 +657,7 @@ def main() -> None:
     if not chosen.dry and not torch.cuda.is_available():
         parser.error("there is no GPU here; --dry tries the script on a CPU")
     settings = DRY if chosen.dry else QUICK if chosen.quick else GpuSettings()
-    found = run(settings, lambda text: print(text, flush=True), lambda found: write(found, chosen.out))
+    found = run(settings, lambda text: print(text, flush=True), lambda found: write_json(chosen.out, found))
     print(f"results {chosen.out}; {found['seconds']} s")
 
 

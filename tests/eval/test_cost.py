@@ -41,6 +41,20 @@ def test_operations_by_hand():
     assert cost.flops(cost._training_step(model, ids)) == 3 * dense + 7 * product
 
 
+def test_operations_are_counted_by_tiles():
+    """Whatever a GPU computes attention by, and it goes on by that; models from outside are left as they are."""
+    model = contestants.build(contestants.CONTESTANTS["transformer"], TINY_SIZES).train()
+    step = cost._training_step(model, torch.zeros(1, 40, dtype=torch.long))
+    expected = cost.flops(step)
+    model.set_attn_implementation("sdpa")
+    assert cost.flops(step) != expected
+    with cost._by_tiles(model):
+        assert cost.flops(step) == expected
+    assert model.config._attn_implementation == "sdpa"
+    with cost._by_tiles(torch.nn.Linear(1, 1)):
+        pass
+
+
 def test_steps_in_mixed_precision():
     """The same operations, of which the maps' are in bf16; weights and their gradients stay in float32."""
     model = contestants.build(contestants.CONTESTANTS["transformer_xl"], TINY_SIZES).train()

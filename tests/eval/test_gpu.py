@@ -2,13 +2,26 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from eval import gpu
 from eval.gpu import DRY, _models
+from hf_gallery.files import write_json
+
+
+def test_what_is_wrong_is_written(tmp_path, monkeypatch):
+    """Errors that are no numbers, which no JSON file holds, as words."""
+    monkeypatch.setattr(gpu, "_case", lambda name: {"out": math.inf, "query": 1e-9})
+    said = []
+    found = gpu.correctness(DRY, lambda: 0.0, said.append)
+    write_json(tmp_path / "results.json", found)
+    assert not found["all_right"] and found["wrong"] == list(found["errors"])
+    assert found["errors"]["window"] == {"out": "inf", "query": 1e-9} and any("WRONG window" in x for x in said)
 
 
 @pytest.mark.slow
