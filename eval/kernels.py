@@ -284,8 +284,8 @@ def search_errors(kind: torch.dtype, most: int = 2**22, width: int = 2**14) -> d
     Keys are small whole numbers, whose scores are exact in every type and mostly alike. most, width: scores and keys
     of a tile.
     """
-    before = memory._SCORES, memory._WIDTH
-    memory._SCORES, memory._WIDTH = most, width
+    before = memory._SCORES, memory._SCORES_ON_GPU, memory._WIDTH
+    memory._SCORES, memory._SCORES_ON_GPU, memory._WIDTH = most, most, width
     generator, wrong = torch.Generator().manual_seed(4), {"scores": 0.0, "columns": 0.0}
     try:
         for t, n, d, topk in ((5, 90, 24, 6), (1, 61, 7, 32), (19, 33, 16, 33), (3, 7, 80, 9)):
@@ -304,7 +304,7 @@ def search_errors(kind: torch.dtype, most: int = 2**22, width: int = 2**14) -> d
             same = torch.equal(columns[exact > -math.inf], places[exact > -math.inf])
             wrong["columns"] = wrong["columns"] if same else math.inf
     finally:
-        memory._SCORES, memory._WIDTH = before
+        memory._SCORES, memory._SCORES_ON_GPU, memory._WIDTH = before
     return wrong
 
 

@@ -64,7 +64,7 @@ def why_not(problem: Problem) -> str | None:
         return "needs the package triton"
     if query.device.type != "cuda" and not INTERPRETED:
         return f"runs on CUDA; query is on {query.device}"
-    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] < 8:
+    if query.device.type == "cuda" and not is_ampere(query.device):
         return "needs a GPU of compute capability 8.0 or later"
     if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"computes in float32; query has type {query.dtype}"
@@ -209,6 +209,11 @@ def tiles_of(kernel: str, kind: torch.dtype, widest: int, queries: int, hopper: 
     return tiles
 
 
+def is_ampere(device: torch.device) -> bool:
+    """Tells whether the device is a GPU of compute capability 8.0 or later, for which the kernels are made."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
+
+
 def is_hopper(device: torch.device) -> bool:
     """Tells whether the device has matrix instructions and shared memory of compute capability 9.0 or later."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
@@ -224,6 +229,14 @@ def _precision() -> str:
 
 
 # ------------------------------------------------------------------------------------------- pieces of the kernels
+
+
+@jit
+def _program(tiles):
+    """The member of its group, or the row and head, that a program works on, and the tile. The grid has one dimension:
+    the others of a GPU end at 65,535."""
+    place = tl.program_id(0)
+    return place // tiles, place % tiles
 
 
 @jit
@@ -377,10 +390,10 @@ def _forward(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A tile of queries: the online softmax over its keys."""
-    member = tl.program_id(1)
+    member, tile = _program(tl.cdiv(T, BLOCK_M))
     b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
     pair = b * H + h
-    t0 = tl.program_id(0) * BLOCK_M
+    t0 = tile * BLOCK_M
     t = t0 + tl.arange(0, BLOCK_M)
     lo, up = _intervals(lower + b * spans_b, upper + b * spans_b, t, T, S)
     q = _load(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
@@ -436,9 +449,10 @@ def _offsets(
 ):  # fmt: skip
     """Terms subtracted in the backward: from scores lse in base 2, +inf for an empty interval whose probabilities are
     so 0; from the probabilities' gradients offset = grad_out . out - grad_lse."""
-    pair = tl.program_id(1).to(tl.int64)
+    pair, tile = _program(tl.cdiv(T, BLOCK_M))
+    pair = pair.to(tl.int64)
     b, h = pair // H, pair % H
-    t = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     base = b * T * H * DV + h * DV
     out = _load(out_ptr + base, t, H * DV, T, DV, BLOCK_DV, False).to(tl.float32)
     g = _load(g_ptr + base, t, H * DV, T, DV, BLOCK_DV, False).to(tl.float32)
@@ -461,10 +475,10 @@ def _backward_queries(
     PUT_TERM: tl.constexpr,
 ):  # fmt: skip
     """The gradient of a tile of queries; with PUT_TERM also that of the term, written where dterm has (t, s)."""
-    member = tl.program_id(1)
+    member, tile = _program(tl.cdiv(T, BLOCK_M))
     b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
     pair = b * H + h
-    t0 = tl.program_id(0) * BLOCK_M
+    t0 = tile * BLOCK_M
     t = t0 + tl.arange(0, BLOCK_M)
     lo, up = _intervals(lower + b * spans_b, upper + b * spans_b, t, T, S)
     q = _load(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
@@ -512,10 +526,10 @@ def _backward_keys(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TERM: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The gradients of a tile of keys and of their values; scores are (BLOCK_N, BLOCK_M) here. plan: see key_plan."""
-    member = tl.program_id(1)
+    member, tile = _program(tl.cdiv(S, BLOCK_N))
     b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
     pair = b * H + h
-    s = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    s = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = _load(k_ptr + b * k_b + h * k_h, s, k_s, S, D, BLOCK_D, False)
     v = _load(v_ptr + b * v_b + h * v_h, s, v_s, S, DV, BLOCK_DV, False)
     q_ptr += b * q_b + h * q_h
@@ -525,7 +539,7 @@ def _backward_keys(
     lower += b * spans_b
     upper += b * spans_b
     term += (member // GROUP).to(tl.int64) * term_b + (member % GROUP).to(tl.int64) * term_h + term_base
-    plan += b * plan_b + tl.program_id(0) * 4
+    plan += b * plan_b + tile * 4
     first, end, whole, whole_end = tl.load(plan), tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3)
     some = whole_end > whole
     whole = tl.where(some, whole, first)
@@ -612,10 +626,11 @@ def _products(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """term[t, r] = p_t . table_r for a tile; queries lie term_step apart."""
-    member = tl.program_id(2)
+    across = tl.cdiv(R, BLOCK_N)
+    member, tile = _program(tl.cdiv(T, BLOCK_M) * across)
     b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
-    t = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tile // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
     p = _load(p_ptr + b * p_b + h * p_h, t, p_t, T, D, BLOCK_D, False)
     entries = _load(table + h * table_h, r, D, R, D, BLOCK_D, False)
     x = _dot(p, tl.trans(entries), None, PRECISION)
@@ -733,8 +748,8 @@ class _Call:
         table = table.contiguous()
         shapes = {name: self.shapes[name] for name in ("D", "BLOCK_D", "PRECISION")}
         launch = self.launch("products", shapes)
-        grid = triton.cdiv(self.r, launch["BLOCK_N"]), triton.cdiv(self.t, launch["BLOCK_M"]), len(group)
-        _products[grid](
+        tiles = triton.cdiv(self.r, launch["BLOCK_N"]) * triton.cdiv(self.t, launch["BLOCK_M"])
+        _products[(tiles * len(group),)](
             p_ptr=asked, table=table, term=term[:, :, base - start :], p_b=asked.stride(0), p_h=asked.stride(1),
             p_t=asked.stride(2), table_h=table.stride(0), **strides, term_step=width + 1, **group.numbers, T=self.t,
             R=self.r, **launch,
@@ -764,8 +779,7 @@ def _run_forward(arguments: _Arguments) -> tuple[torch.Tensor, torch.Tensor]:
         return out, lse
     for group in call.groups():
         term = call.term(group)
-        grid = triton.cdiv(call.t, launch["BLOCK_M"]), len(group)
-        _forward[grid](
+        _forward[(triton.cdiv(call.t, launch["BLOCK_M"]) * len(group),)](
             **call.tensors, term=term.matrix, out_ptr=out, lse_ptr=lse, **call.numbers, **term.strides,
             **group.numbers, **launch,
         )  # fmt: skip
@@ -787,7 +801,7 @@ def _run_backward(
     nothing = out.new_empty(0)  # never among the results: no two of an operator may be one tensor
     grad_out = grad_out.to(out.dtype).transpose(1, 2).contiguous()  # (B, T, H, Dv)
     lse2, offset = torch.empty_like(lse), torch.empty_like(lse)
-    _offsets[triton.cdiv(call.t, 32), call.b * call.h](
+    _offsets[(triton.cdiv(call.t, 32) * call.b * call.h,)](
         out, grad_out, lse, lse if grad_lse is None else grad_lse.contiguous(), lse2, offset, call.h, call.t,
         DV=call.dv, BLOCK_DV=call.shapes["BLOCK_DV"], BLOCK_M=32, HAS_LSE=grad_lse is not None,
     )  # fmt: skip
@@ -805,14 +819,14 @@ def _run_backward(
             dterm, steps = _term_gradient(call, group) if put_term else (nothing, (0, 0, 0, 0))
             strides = dict(zip(("dterm_b", "dterm_h", "dterm_t", "dterm_base"), steps, strict=True))
             launch = call.launch("queries")
-            _backward_queries[triton.cdiv(call.t, launch["BLOCK_M"]), len(group)](
+            _backward_queries[(triton.cdiv(call.t, launch["BLOCK_M"]) * len(group),)](
                 **common, dq_ptr=dq, dterm_ptr=dterm, **strides, PUT_TERM=put_term, **launch
             )
             if put_term:
                 _add_term_gradient(call, group, dterm, grad_asked, grad_table)
         if want_key or want_value:
             launch = call.launch("keys")
-            _backward_keys[triton.cdiv(call.s, launch["BLOCK_N"]), len(group)](
+            _backward_keys[(triton.cdiv(call.s, launch["BLOCK_N"]) * len(group),)](
                 **common, plan=x.plan, plan_b=x.plan.stride(0) if x.plan.shape[0] > 1 else 0, dk_ptr=dk, dv_ptr=dv,
                 **launch,
             )  # fmt: skip

@@ -84,8 +84,9 @@ def search_exact(query, keys, lower, upper, topk):
 def score_tiles(query: torch.Tensor, keys: torch.Tensor) -> list[list[slice]]:
     """The queries, and the keys, whose scores are held at a time."""
     (b, h, t, _), n = query.shape, keys.shape[2]
-    width = min(n, _WIDTH)
-    height = max(1, _SCORES // (b * h * width))
+    # A GPU is fast where a launch is large, and has memory for that; each of the numbers there takes 8 bytes.
+    scores, width = (_SCORES_ON_GPU, n) if query.is_cuda else (_SCORES, min(n, _WIDTH))
+    height = max(1, scores // (b * h * width))
     return [[slice(i, min(i + size, most)) for i in range(0, most, size)] for size, most in ((height, t), (width, n))]
 
 
@@ -166,6 +167,8 @@ def search_naive(query, keys, lower, upper, topk):
 
 
 _SCORES, _WIDTH = 2**22, 2**14  # scores of a tile: they stay near the processor; keys of a tile
+_PICKED = 2**24  # numbers of the keys that are picked at a time
+_SCORES_ON_GPU, _PICKED_ON_GPU = 2**25, 2**26
 _BLOCK = 16
 
 
@@ -324,10 +327,13 @@ def require_backend(name: str):
         )
 
 
-def query_tile(batch: int, num_heads: int, width: int, topk: int, size: int) -> int:
-    """Number of queries to serve at once. Each gets k pairs of its own, so all of a long input's would not fit; and as
-    the memory moves on within it, few at a time keep what they search together not much longer than `size`."""
-    return max(16, min(max(64, size), 2**24 // (batch * num_heads * width * topk)))
+def query_tile(query: torch.Tensor, topk: int, size: int) -> int:
+    """Number of queries (B, H, T, D) to serve at once. Each gets k pairs of its own, so all of a long input's would
+    not fit; and as the memory moves on within it, few at a time keep what they search together not much longer than
+    `size`."""
+    b, h, _, d = query.shape
+    most = _PICKED_ON_GPU if query.is_cuda else _PICKED
+    return max(16, min(max(64, size), most // (b * h * d * topk)))
 
 
 class Source(NamedTuple):
@@ -425,8 +431,7 @@ def _retrieve_from_columns(
     upper: torch.Tensor,
     topk: int,
 ) -> list[torch.Tensor]:
-    b, h, t, d = query.shape
-    tile = query_tile(b, h, d, topk, keys.shape[2])
+    t, tile = query.shape[2], query_tile(query, topk, keys.shape[2])
     source, results = Source(keys, values, lower, upper), []
     for start in range(0, t, tile):
         part = slice(start, start + tile)

@@ -286,11 +286,10 @@ class GalleryMemorizingTransformerAttention(nn.Module):
 
     def _search(self, query: torch.Tensor, sources: list[Source], size: int) -> Found:
         """The k pairs of all sources that suit each query best, and its attention over them; queries in tiles."""
-        b, h, t, d = query.shape
         parts, results = [slice(None)], []
         if not in_one_graph():  # the operator in it has tiles of its own
-            tile = query_tile(b, h, d, self.topk, size)
-            parts = [slice(start, start + tile) for start in range(0, t, tile)]
+            tile = query_tile(query, self.topk, size)
+            parts = [slice(start, start + tile) for start in range(0, query.shape[2], tile)]
         for part in parts:
             keys, values, is_found, columns = retrieve(
                 self.backend, query[:, :, part], [x.of_queries(part) for x in sources], self.topk

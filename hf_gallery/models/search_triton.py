@@ -13,7 +13,18 @@ from __future__ import annotations
 
 import torch
 
-from .attention_triton import INTERPRETED, LARGEST_HEAD, _block, _dot, _load, _precision, _Tiles, jit
+from .attention_triton import (
+    INTERPRETED,
+    LARGEST_HEAD,
+    _block,
+    _dot,
+    _load,
+    _precision,
+    _program,
+    _Tiles,
+    is_ampere,
+    jit,
+)
 
 try:
     import triton
@@ -33,7 +44,7 @@ def serves(query: torch.Tensor) -> bool:
         return False
     if query.shape[-1] > LARGEST_HEAD:
         return False
-    return INTERPRETED or (query.is_cuda and torch.cuda.get_device_capability(query.device)[0] >= 8)
+    return INTERPRETED or is_ampere(query.device)
 
 
 def tiles_for(kind: torch.dtype, head: int) -> _Tiles:
@@ -50,10 +61,12 @@ def _numbers(
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The numbers (B, H, T, S) of a tile of queries and one of keys, the columns [start, start + S) of N."""
-    pair = tl.program_id(2).to(tl.int64)
+    across = tl.cdiv(S, BLOCK_N)
+    pair, tile = _program(tl.cdiv(T, BLOCK_M) * across)
+    pair = pair.to(tl.int64)
     b, h = pair // H, pair % H
-    t = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    s = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    t = tile // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    s = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
     q = _load(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
     k = _load(k_ptr + b * k_b + h * k_h, s, k_s, S, D, BLOCK_D, False)
     at = b * ends_b + tl.minimum(t, T - 1)
@@ -76,8 +89,9 @@ def _numbers(
 @jit
 def _found(best_ptr, upper, scores_ptr, columns_ptr, ends_b, H, T, N, K, TOPK, BLOCK_M: tl.constexpr):
     """Scores and columns (B, H, T, TOPK) of the numbers found, -inf and 0 behind them."""
-    pair = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    pair, tile = _program(tl.cdiv(T * TOPK, BLOCK_M))
+    pair = pair.to(tl.int64)
+    place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t, i = place // TOPK, place % TOPK
     some = (t < T) & (i < K)
     number = tl.load(best_ptr + (pair * T + t) * K + i, mask=some, other=0)
@@ -100,8 +114,7 @@ def make_numbers(
     lower, upper = lower.contiguous(), upper.contiguous()
     out = torch.empty(b, h, t, s, dtype=torch.int64, device=query.device)
     tiles = tiles_for(query.dtype, d)
-    grid = triton.cdiv(s, tiles.keys), triton.cdiv(t, tiles.queries), b * h
-    _numbers[grid](
+    _numbers[(triton.cdiv(s, tiles.keys) * triton.cdiv(t, tiles.queries) * b * h,)](
         query, keys, lower, upper, out, *query.stride()[:3], *keys.stride()[:3], _stride(lower), start, h, t, s, n,
         D=d, BLOCK_D=_block(d), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, PRECISION=_precision(),
         num_warps=tiles.warps, num_stages=tiles.stages,
@@ -115,8 +128,9 @@ def read_numbers(best: torch.Tensor, upper: torch.Tensor, n: int, topk: int) -> 
     scores = torch.empty(b, h, t, topk, dtype=torch.float32, device=best.device)
     columns = torch.empty(b, h, t, topk, dtype=torch.int64, device=best.device)
     upper = upper.contiguous()
-    grid = triton.cdiv(t * topk, FOUND.queries), b * h
-    _found[grid](best, upper, scores, columns, _stride(upper), h, t, n, k, topk, BLOCK_M=FOUND.queries)
+    _found[(triton.cdiv(t * topk, FOUND.queries) * b * h,)](
+        best, upper, scores, columns, _stride(upper), h, t, n, k, topk, BLOCK_M=FOUND.queries
+    )
     return scores, columns
 
 

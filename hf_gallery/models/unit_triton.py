@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .attention_triton import _block, _load, _store, jit
+from .attention_triton import _block, _load, _program, _store, is_ampere, jit
 from .operators import operator
 
 try:
@@ -29,7 +29,7 @@ def serves(x: torch.Tensor) -> bool:
     so it is not given one."""
     if triton is None or torch.compiler.is_compiling() or x.dim() != 4 or x.shape[-1] > 1024:
         return False
-    return x.is_cuda and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return is_ampere(x.device) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def unit_triton(x: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor:
@@ -42,10 +42,10 @@ def _unit(
     x_ptr, size_ptr, out_ptr, x_b, x_h, x_t, H, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SIZED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(T, ROWS)
-    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    pair, tile = _program(tl.cdiv(T, ROWS))
+    pair = pair.to(tl.int64)
     b, h = pair // H, pair % H
-    t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    t = tile * ROWS + tl.arange(0, ROWS)
     x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D, False).to(tl.float32)
     length = 1.0 / tl.sqrt(tl.sum(x * x, 1) + EPS)
     if SIZED:
@@ -59,10 +59,10 @@ def _unit_backward(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SIZED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """The gradient of x; and along (B, H, T), the part of grad_out along the unit vector, whose sums are size's."""
-    tiles = tl.cdiv(T, ROWS)
-    pair = (tl.program_id(0) // tiles).to(tl.int64)
+    pair, tile = _program(tl.cdiv(T, ROWS))
+    pair = pair.to(tl.int64)
     b, h = pair // H, pair % H
-    t = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    t = tile * ROWS + tl.arange(0, ROWS)
     x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D, False).to(tl.float32)
     g = _load(g_ptr + b * g_b + h * g_h, t, g_t, T, D, BLOCK_D, False).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) + EPS)
