@@ -43,13 +43,15 @@ FUNCTIONS = {
 TERMS = {"diagonals": ["bias"], "products": ["relative"]} | dict.fromkeys(
     ("join", "unit", "unit_backward", "numbers", "found"), ["none"]
 )
-KINDS = {"half": torch.bfloat16, "float": torch.float32}
+KINDS = {"half": torch.bfloat16, "float": torch.float32, "tf32": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that the launcher finds to be multiples of 16 where a model's sizes are: all strides of tensors.
 STRIDE = re.compile(r"[qkvp]_[bhts]|d?term_[bh]|spans_b|table_h|[TS]")
 
 
-def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str) -> dict[str, Any]:
+def compile_for(
+    arch: int, kernel: str, kind: torch.dtype, head: int, term: str, precision: str = "ieee"
+) -> dict[str, Any]:
     """Resources that a kernel takes of a GPU of compute capability arch / 10, launched as `attend` would."""
     function = FUNCTIONS[kernel]
     if kernel in ("decode", "ring", "join", "unit", "unit_backward"):
@@ -61,7 +63,7 @@ def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str)
     block = kernels._block(head)
     constants: dict[str, Any] = dict(
         D=head, DV=head, BLOCK_D=block, BLOCK_DV=block, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, TERM=term != "none",
-        DROPOUT=False, PRECISION="ieee", PUT_TERM=term == "relative", RING=kernel == "ring",
+        DROPOUT=False, PRECISION=precision, PUT_TERM=term == "relative", RING=kernel == "ring",
         SPLITS=attention_decode.MOST_SPLITS, ROWS=unit_triton._ROWS, SIZED=True, EPS=unit_triton.EPSILON,
     )  # fmt: skip
     if kernel in ("decode", "ring"):
@@ -87,7 +89,7 @@ def compile_for(arch: int, kernel: str, kind: torch.dtype, head: int, term: str)
     return {
         "arch": arch,
         "kernel": kernel,
-        "kind": NAMES[kind],
+        "kind": "tf32x3" if precision == "tf32x3" else NAMES[kind],
         "head": head,
         "term": term,
         "tiles": tuple(tiles),
@@ -137,8 +139,12 @@ def main():
     for kind in chosen.kinds.split(","):
         for head in map(int, chosen.heads.split(",")):
             for kernel in chosen.kernels.split(","):
+                if kind == "tf32" and head > kernels.TF32.get(kernel, 0):
+                    continue
                 for term in TERMS.get(kernel, ["none", "bias", "relative"]):
-                    print(json.dumps(compile_for(chosen.arch, kernel, KINDS[kind], head, term)), flush=True)
+                    precision = "tf32x3" if kind == "tf32" else "ieee"
+                    made = compile_for(chosen.arch, kernel, KINDS[kind], head, term, precision)
+                    print(json.dumps(made), flush=True)
 
 
 if __name__ == "__main__":

@@ -219,13 +219,17 @@ def is_hopper(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
-def _precision() -> str:
-    """Precision of float32 products, by torch's setting for its own."""
+# Sizes of heads up to which a kernel's products of float32 can be three of TF32: more would not fit into registers.
+TF32 = {"forward": 128, "queries": 128, "keys": 128, "diagonals": 0, "products": 64, "numbers": 64}
+
+
+def precision_of(kernel: str, widest: int) -> str:
+    """Precision of a kernel's float32 products for heads of `widest`, by torch's setting for its own."""
     try:
         tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     except AttributeError:  # before torch 2.9
         tf32 = torch.backends.cuda.matmul.allow_tf32
-    return "tf32x3" if tf32 else "ieee"
+    return "tf32x3" if tf32 and widest <= TF32[kernel] else "ieee"
 
 
 # ------------------------------------------------------------------------------------------- pieces of the kernels
@@ -696,10 +700,9 @@ class _Call:
         self.s, self.dv = x.key.shape[2], x.value.shape[3]
         self.offset = self.s - self.t  # the column at which query 0 stands
         self.r = 0 if x.table is None else x.table.shape[1]
-        self.precision = _precision()
         self.shapes = dict(
             D=self.d, DV=self.dv, BLOCK_D=_block(self.d), BLOCK_DV=_block(self.dv), TERM=x.table is not None,
-            DROPOUT=x.dropout > 0.0, PRECISION=self.precision,
+            DROPOUT=x.dropout > 0.0,
         )  # fmt: skip
         self.tensors = dict(
             q_ptr=x.query, k_ptr=x.key, v_ptr=x.value, lower=x.lower, upper=x.upper,
@@ -713,10 +716,10 @@ class _Call:
         )  # fmt: skip
 
     def launch(self, kernel: str, shapes: dict | None = None) -> dict:
-        """BLOCK_M, BLOCK_N and options of a kernel, and the given shapes, by default all."""
-        query = self.x.query
-        tiles = tiles_of(kernel, query.dtype, max(self.d, self.dv), self.t, is_hopper(query.device))
-        options = dict(num_warps=tiles.warps, num_stages=tiles.stages)
+        """BLOCK_M, BLOCK_N, PRECISION and options of a kernel, and the given shapes, by default all."""
+        query, widest = self.x.query, max(self.d, self.dv)
+        tiles = tiles_of(kernel, query.dtype, widest, self.t, is_hopper(query.device))
+        options = dict(PRECISION=precision_of(kernel, widest), num_warps=tiles.warps, num_stages=tiles.stages)
         return (self.shapes if shapes is None else shapes) | dict(BLOCK_M=tiles.queries, BLOCK_N=tiles.keys) | options
 
     def groups(self) -> Iterator[_Group]:
@@ -746,7 +749,7 @@ class _Call:
         term = asked.new_empty(len(group.rows), len(group.heads), size)
         strides = dict(term_b=len(group.heads) * size, term_h=size)
         table = table.contiguous()
-        shapes = {name: self.shapes[name] for name in ("D", "BLOCK_D", "PRECISION")}
+        shapes = {name: self.shapes[name] for name in ("D", "BLOCK_D")}
         launch = self.launch("products", shapes)
         tiles = triton.cdiv(self.r, launch["BLOCK_N"]) * triton.cdiv(self.t, launch["BLOCK_M"])
         _products[(tiles * len(group),)](

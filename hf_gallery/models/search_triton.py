@@ -19,11 +19,11 @@ from .attention_triton import (
     _block,
     _dot,
     _load,
-    _precision,
     _program,
     _Tiles,
     is_ampere,
     jit,
+    precision_of,
 )
 
 try:
@@ -116,7 +116,7 @@ def make_numbers(
     tiles = tiles_for(query.dtype, d)
     _numbers[(triton.cdiv(s, tiles.keys) * triton.cdiv(t, tiles.queries) * b * h,)](
         query, keys, lower, upper, out, *query.stride()[:3], *keys.stride()[:3], _stride(lower), start, h, t, s, n,
-        D=d, BLOCK_D=_block(d), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, PRECISION=_precision(),
+        D=d, BLOCK_D=_block(d), BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, PRECISION=precision_of("numbers", d),
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
     return out
