@@ -40,7 +40,6 @@ from hf_gallery.models.attention import Position, attend, attend_naive, attend_p
 from hf_gallery.models.attention_flash import attend_flash, lacks
 from hf_gallery.models.attention_problem import Problem
 from hf_gallery.models.spans import Spans
-from hf_gallery.variants import memory_tokens
 
 from . import kernels
 
@@ -465,10 +464,10 @@ def training(settings: GpuSettings, clock: Callable[[], float], say: Say) -> lis
                 say(f"no time is left for {name} by {implementation}")
                 continue
 
-            def step(name=name, contestant=contestant, implementation=implementation) -> dict[str, Any]:
+            def step(contestant=contestant, implementation=implementation) -> dict[str, Any]:
                 with _device():
                     model = contestant.model._from_config(contestant.config(sizes), attn_implementation=implementation)
-                return _step(model, settings, _keys_seen(name, settings))
+                return _step(model, settings)
 
             about = {"variant": name, "implementation": implementation}
             found.append(_measured(about, f"{name:30s} {implementation:7s}", step, _trained, say))
@@ -519,25 +518,18 @@ def _sizes(settings: GpuSettings, context: int, memory_size: int) -> Any:
     )  # fmt: skip
 
 
-def _keys_seen(name: str, settings: GpuSettings) -> float:
-    """Keys that a query of a contestant attends to, on average over a training text: of tokens, and those of memory
-    tokens. What a few layers see besides is left out: retrieved pairs, a state."""
-    w, p = settings.window, torch.arange(settings.train_length)
-    own = p % w + 1  # of the segment
-    seen = {
-        "transformer_full": p + 1,
-        "transformer_xl": own + (p + 1 - own).clamp(max=2 * w),
-        "longformer": p.clamp(max=w) + 1,
-        "longformer_xl": p.clamp(max=2 * w) + 1,
-        "memorizing_transformer": own + (p + 1 - own).clamp(max=w),
-        "block_recurrent_transformer": p.clamp(max=w),
-        "recurrent_memory_transformer": own + memory_tokens(_sizes(settings, 1, 1)),
-    }
-    return float(seen[name].float().mean())
+def _keys_seen(config: Any, length: int) -> float:
+    """Keys that a query of a model attends to, on average over a text: of its window or segment, and those carried on.
+    What a few layers see besides is left out: retrieved pairs, a state."""
+    own = torch.arange(1, length + 1)  # tokens up to each
+    if (window := getattr(config, "attention_window", None) or getattr(config, "block_length", None)) is not None:
+        return float(own.clamp(max=window).float().mean())
+    segment = own - (own - 1) // config.segment_length * config.segment_length
+    before = (own - segment).clamp(max=getattr(config, "mem_len", 0))
+    return float((segment + before).float().mean()) + getattr(config, "num_memory_tokens", 0)
 
 
-def _step(model: Any, settings: GpuSettings, keys: float) -> dict[str, Any]:
-    """keys: that a query attends to."""
+def _step(model: Any, settings: GpuSettings) -> dict[str, Any]:
     device, b, t = _device(), settings.train_batch, settings.train_length
     torch.manual_seed(0)
     model = model.to(device).train()
@@ -561,6 +553,7 @@ def _step(model: Any, settings: GpuSettings, keys: float) -> dict[str, Any]:
     # The tiles take seconds a step: one more tells enough.
     took = milliseconds(step, 1 if first > 5.0 else settings.train_steps) / 1e3
     parameters = sum(x.numel() for x in model.parameters())
+    keys = _keys_seen(model.config, t)
     operations = b * t * (6 * parameters + 12 * settings.layers * settings.hidden * keys)
     entry: dict[str, Any] = {
         "parameters": parameters,

@@ -114,8 +114,8 @@ def assert_fits(found):
 @pytest.mark.parametrize("arch", ["80", "90"])
 def test_kernels_compile_for_gpus(arch):
     """In half types and by TF32, for heads of 64: few spilled bytes, and shared memory that the GPU has (sm_89's 99 KB
-    for those before Hopper). `python -m eval.compiled` without arguments compiles float32 and heads of 128 and 256 too, for half
-    an hour."""
+    for those before Hopper). `python -m eval.compiled` without arguments compiles float32 and heads of 128 and 256
+    too, for half an hour."""
     assert_fits(compiled("--arch", arch, "--heads", "64", "--kinds", "half,tf32"))
 
 
