@@ -154,8 +154,8 @@ def selective_copy(window: int) -> Iterator[Level]:
     about="Nested maxima, minima, medians and sums modulo 10, by the rules of Long Range Arena.",
 )
 def listops(window: int) -> Iterator[Level]:
-    """Expressions whose length doubles, from one window on."""
-    for length in (window * 2**i for i in range(5)):
+    """Expressions whose length doubles, from three quarters of a window on."""
+    for length in (window * 3 * 2**i // 4 for i in range(5)):
         if length >= 11:
             yield Level(str(length), {"length": length, "max_args": 5}, trained=length <= 8 * window)
 
@@ -164,30 +164,31 @@ def listops(window: int) -> Iterator[Level]:
     "Variable tracking",
     "reasoning",
     "variable_tracking",
-    axis="hops, in {length} tokens",
-    about="Assignments among noise, followed from variable to variable to a digit. No hop is plain recall.",
+    axis="chains + hops of each, in {length} tokens",
+    about="Assignments among noise, followed from variable to variable to a digit, while others distract. No hop "
+    "is plain recall.",
 )
 def variable_tracking(window: int) -> Iterator[Level]:
-    """Chains of none to four hops."""
-    length = max(4 * window, 68)  # room for three chains of five and two questions
-    for hops in range(5):
-        given = {"length": length, "hops": hops, "num_chains": 3, "num_questions": 2}
-        yield Level(str(hops), given, trained=hops <= 3)
+    """One to three chains of none to four hops."""
+    length = max(4 * window, 64)  # room for three chains of five and a question
+    for chains, hops in ((1, 0), (1, 2), (2, 0), (2, 1), (3, 1), (3, 2), (3, 4)):
+        given = {"length": length, "hops": hops, "num_chains": chains}
+        yield Level(f"{chains}+{hops}", given, trained=hops <= 2)
 
 
 @_ability(
     "State tracking",
     "reasoning",
     "state_tracking",
-    axis="facts that an answer needs, in {length} bytes",
+    axis="events told / facts that an answer needs, in {length} bytes and more",
     about="Short stories of people, things and rooms among other sentences, in bAbI's manner. Right means the room.",
 )
 def state_tracking(window: int) -> Iterator[Level]:
-    """Answers that need one to three facts."""
-    events = 12
-    length = max(16 * window, 26 * events + 49)
-    for facts in (1, 2, 3):
-        yield Level(str(facts), {"length": length, "facts": facts, "events": events})
+    """Stories of one to four people, and answers that need one to three facts."""
+    for events, people, facts in ((3, 1, 1), (6, 2, 1), (12, 4, 1), (12, 4, 2), (12, 4, 3)):
+        length = max(8 * window, 26 * events + 49)
+        given = {"length": length, "facts": facts, "events": events, "num_people": people}
+        yield Level(f"{events}/{facts}", given)
 
 
 @_ability(
@@ -198,8 +199,8 @@ def state_tracking(window: int) -> Iterator[Level]:
     about="Five things swap places step by step; where is one of them in the end? Attention alone has no shortcut.",
 )
 def permutations(window: int) -> Iterator[Level]:
-    """Sequences whose length doubles, from a quarter of a window on."""
-    for length in (window * 2**i // 4 for i in range(6)):
+    """Sequences whose length doubles, from three eighths of a window on."""
+    for length in (window * 3 * 2**i // 8 for i in range(6)):
         if length >= 6:
             given = {"length": length, "num_questions": max(1, length // 6)}
             yield Level(str(length), given, trained=length <= 4 * window)

@@ -194,16 +194,15 @@ mark();
 
 // ---- downloads, from what the page holds
 
-function unpacked() {
-  const bytes = Uint8Array.from(atob(document.getElementById("results").textContent), x => x.charCodeAt(0));
+function unpacked(kind) {
+  const bytes = Uint8Array.from(atob(document.getElementById(kind).textContent), x => x.charCodeAt(0));
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
 }
 
-const files = { csv: ["text/csv", async () => data.csv], json: ["application/json", unpacked] };
+const types = { csv: "text/csv", json: "application/json" };
 for (const button of all("[data-save]")) button.addEventListener("click", async () => {
-  const [type, text] = files[button.dataset.save];
-  const link = make("a", { download: `${data.name}.${button.dataset.save}` });
-  link.href = URL.createObjectURL(new Blob([await text()], { type }));
+  const kind = button.dataset.save, link = make("a", { download: `${data.name}.${kind}` });
+  link.href = URL.createObjectURL(new Blob([await unpacked(kind)], { type: types[kind] }));
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 });

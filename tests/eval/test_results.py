@@ -11,6 +11,7 @@ from eval import benchmark, claims, peers, rates, report
 from eval.code import told
 from eval.contestants import CONTESTANTS
 from eval.presets import PRESETS
+from eval.published import PAPERS
 from eval.seeds import outcomes_by_seed
 from eval.significance import SURE, two_proportions, wilson
 from eval.task import plain
@@ -64,6 +65,8 @@ def test_runs_are_of_this_code(name):
     tasks = {"recall": "recall", "text": "text", "cost": "cost"}
     for cell in results["cells"]:
         settings = plain(preset.of(cell["contestant"]))[tasks.get(cell["task"], "abilities")]
+        if cell["task"] in PAPERS:
+            settings = {"trials": [plain(trial) for trial in PAPERS[cell["task"]].trials(preset)]}
         assert settings.items() <= cell["settings"].items(), cell["task"]
     for task in {cell["task"] for cell in results["cells"]} - {"cost"}:
         found = [cell["result"] for cell in results["cells"] if cell["task"] == task]
@@ -127,11 +130,14 @@ def test_what_is_said_of_recall_holds_with_every_seed():
 
 
 def test_the_standard_run_has_seeds_of_one_version():
-    """Recall and text of every contestant; abilities and costs are older, as the page of results says."""
-    cells = [cell for cell in load("standard")["cells"] if cell["task"] in ("recall", "text")]
+    """Three of recall and text, one of some abilities, and the costs: of every contestant."""
+    results = load("standard")
+    cells = results["cells"]
     made = {(cell["task"], cell["contestant"], cell["seed"]) for cell in cells}
     expected = {(task, name, seed) for task in ("recall", "text") for name in CONTESTANTS for seed in range(3)}
-    assert made - expected == {("text", "order0", 0)} and expected <= made
+    expected |= {(ability, name, 0) for ability in results["abilities"] for name in CONTESTANTS}
+    assert made == expected | {("text", "order0", 0), ("cost", "all", 0)}
+    assert all("cost" in results["summary"][name] for name in CONTESTANTS)
     assert told(cells).endswith("by one version of the code that decides them")
     assert cells[0]["provenance"]["commit"][:7] in (FOLDER / "README.md").read_text()
 
