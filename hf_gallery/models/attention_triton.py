@@ -237,10 +237,10 @@ def precision_of(kernel: str, widest: int) -> str:
 
 @jit
 def _program(tiles):
-    """The member of its group, or the row and head, that a program works on, and the tile. The grid has one dimension:
-    the others of a GPU end at 65,535."""
+    """The member of its group, or the row and head, that a program works on, in 64 bits for what is reached by it; and
+    the tile. The grid has one dimension: the others of a GPU end at 65,535."""
     place = tl.program_id(0)
-    return place // tiles, place % tiles
+    return (place // tiles).to(tl.int64), place % tiles
 
 
 @jit
@@ -395,7 +395,7 @@ def _forward(
 ):  # fmt: skip
     """A tile of queries: the online softmax over its keys."""
     member, tile = _program(tl.cdiv(T, BLOCK_M))
-    b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
+    b, h = first_row + member // GROUP, first_head + member % GROUP
     pair = b * H + h
     t0 = tile * BLOCK_M
     t = t0 + tl.arange(0, BLOCK_M)
@@ -403,7 +403,7 @@ def _forward(
     q = _load(q_ptr + b * q_b + h * q_h, t, q_t, T, D, BLOCK_D, False)
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    term += (member // GROUP).to(tl.int64) * term_b + (member % GROUP).to(tl.int64) * term_h + term_base
+    term += member // GROUP * term_b + member % GROUP * term_h + term_base
     seed = tl.load(seed_ptr) if DROPOUT else 0
     top = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -454,7 +454,6 @@ def _offsets(
     """Terms subtracted in the backward: from scores lse in base 2, +inf for an empty interval whose probabilities are
     so 0; from the probabilities' gradients offset = grad_out . out - grad_lse."""
     pair, tile = _program(tl.cdiv(T, BLOCK_M))
-    pair = pair.to(tl.int64)
     b, h = pair // H, pair % H
     t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     base = b * T * H * DV + h * DV
@@ -480,7 +479,7 @@ def _backward_queries(
 ):  # fmt: skip
     """The gradient of a tile of queries; with PUT_TERM also that of the term, written where dterm has (t, s)."""
     member, tile = _program(tl.cdiv(T, BLOCK_M))
-    b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
+    b, h = first_row + member // GROUP, first_head + member % GROUP
     pair = b * H + h
     t0 = tile * BLOCK_M
     t = t0 + tl.arange(0, BLOCK_M)
@@ -491,8 +490,8 @@ def _backward_queries(
     offset = tl.load(offset_ptr + pair * T + t, mask=t < T, other=0.0)
     k_ptr += b * k_b + h * k_h
     v_ptr += b * v_b + h * v_h
-    term += (member // GROUP).to(tl.int64) * term_b + (member % GROUP).to(tl.int64) * term_h + term_base
-    dterm_ptr += (member // GROUP).to(tl.int64) * dterm_b + (member % GROUP).to(tl.int64) * dterm_h + dterm_base
+    term += member // GROUP * term_b + member % GROUP * term_h + term_base
+    dterm_ptr += member // GROUP * dterm_b + member % GROUP * dterm_h + dterm_base
     seed = tl.load(seed_ptr) if DROPOUT else 0
     dq = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     start, stop, whole, whole_stop = _bounds(lo, up, BLOCK_N)
@@ -531,7 +530,7 @@ def _backward_keys(
 ):  # fmt: skip
     """The gradients of a tile of keys and of their values; scores are (BLOCK_N, BLOCK_M) here. plan: see key_plan."""
     member, tile = _program(tl.cdiv(S, BLOCK_N))
-    b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
+    b, h = first_row + member // GROUP, first_head + member % GROUP
     pair = b * H + h
     s = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k = _load(k_ptr + b * k_b + h * k_h, s, k_s, S, D, BLOCK_D, False)
@@ -542,7 +541,7 @@ def _backward_keys(
     offset_ptr += pair * T
     lower += b * spans_b
     upper += b * spans_b
-    term += (member // GROUP).to(tl.int64) * term_b + (member % GROUP).to(tl.int64) * term_h + term_base
+    term += member // GROUP * term_b + member % GROUP * term_h + term_base
     plan += b * plan_b + tile * 4
     first, end, whole, whole_end = tl.load(plan), tl.load(plan + 1), tl.load(plan + 2), tl.load(plan + 3)
     some = whole_end > whole
@@ -632,13 +631,13 @@ def _products(
     """term[t, r] = p_t . table_r for a tile; queries lie term_step apart."""
     across = tl.cdiv(R, BLOCK_N)
     member, tile = _program(tl.cdiv(T, BLOCK_M) * across)
-    b, h = (first_row + member // GROUP).to(tl.int64), (first_head + member % GROUP).to(tl.int64)
+    b, h = first_row + member // GROUP, first_head + member % GROUP
     t = tile // across * BLOCK_M + tl.arange(0, BLOCK_M)
     r = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
     p = _load(p_ptr + b * p_b + h * p_h, t, p_t, T, D, BLOCK_D, False)
     entries = _load(table + h * table_h, r, D, R, D, BLOCK_D, False)
     x = _dot(p, tl.trans(entries), None, PRECISION)
-    term += (member // GROUP).to(tl.int64) * term_b + (member % GROUP).to(tl.int64) * term_h
+    term += member // GROUP * term_b + member % GROUP * term_h
     where = term + t.to(tl.int64)[:, None] * term_step + r[None, :]
     tl.store(where, x.to(term.dtype.element_ty), mask=(t < T)[:, None] & (r < R)[None, :])
 

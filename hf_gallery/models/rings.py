@@ -65,6 +65,7 @@ class StepRows(Rows):
 
     @property
     def last(self) -> torch.Tensor:
+        # Not super().last, which torch.compile cannot follow.
         return self.first if self.mask is None else (self.seen + self.lengths)[:, None] - 1
 
     def spans(self, lower: torch.Tensor, upper: torch.Tensor, cached: int, least: int = 0) -> RingSpans:

@@ -63,7 +63,6 @@ def _numbers(
     """The numbers (B, H, T, S) of a tile of queries and one of keys, the columns [start, start + S) of N."""
     across = tl.cdiv(S, BLOCK_N)
     pair, tile = _program(tl.cdiv(T, BLOCK_M) * across)
-    pair = pair.to(tl.int64)
     b, h = pair // H, pair % H
     t = tile // across * BLOCK_M + tl.arange(0, BLOCK_M)
     s = tile % across * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -90,7 +89,6 @@ def _numbers(
 def _found(best_ptr, upper, scores_ptr, columns_ptr, ends_b, H, T, N, K, TOPK, BLOCK_M: tl.constexpr):
     """Scores and columns (B, H, T, TOPK) of the numbers found, -inf and 0 behind them."""
     pair, tile = _program(tl.cdiv(T * TOPK, BLOCK_M))
-    pair = pair.to(tl.int64)
     place = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     t, i = place // TOPK, place % TOPK
     some = (t < T) & (i < K)

@@ -43,7 +43,6 @@ def _unit(
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SIZED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     pair, tile = _program(tl.cdiv(T, ROWS))
-    pair = pair.to(tl.int64)
     b, h = pair // H, pair % H
     t = tile * ROWS + tl.arange(0, ROWS)
     x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D, False).to(tl.float32)
@@ -60,7 +59,6 @@ def _unit_backward(
 ):  # fmt: skip
     """The gradient of x; and along (B, H, T), the part of grad_out along the unit vector, whose sums are size's."""
     pair, tile = _program(tl.cdiv(T, ROWS))
-    pair = pair.to(tl.int64)
     b, h = pair // H, pair % H
     t = tile * ROWS + tl.arange(0, ROWS)
     x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D, False).to(tl.float32)
