@@ -22,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hf_gallery.models import attention_decode, search_triton, unit_triton
+from hf_gallery.models import attention_decode, gate_triton, search_triton, unit_triton
 from hf_gallery.models import attention_triton as kernels
 
 FUNCTIONS = {
@@ -38,11 +38,14 @@ FUNCTIONS = {
     "unit_backward": unit_triton._unit_backward,
     "numbers": search_triton._numbers,
     "found": search_triton._found,
+    "attend_found": search_triton._attend,
+    "gate": gate_triton._gate,
 }
 # Else all three.
 TERMS = {"diagonals": ["bias"], "products": ["relative"]} | dict.fromkeys(
-    ("join", "unit", "unit_backward", "numbers", "found"), ["none"]
+    ("join", "unit", "unit_backward", "numbers", "found", "attend_found", "gate"), ["none"]
 )
+ROWS = {"found": search_triton.FOUND, "attend_found": search_triton.PICKED, "gate": gate_triton.NUMBERS}
 KINDS = {"half": torch.bfloat16, "float": torch.float32, "tf32": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that the launcher finds to be multiples of 16 where a model's sizes are: all strides of tensors.
@@ -56,8 +59,10 @@ def compile_for(
     function = FUNCTIONS[kernel]
     if kernel in ("decode", "ring", "join", "unit", "unit_backward"):
         tiles = kernels._Tiles(1, attention_decode.keys_of(head), attention_decode.WARPS, 3)
-    elif kernel in ("numbers", "found"):
-        tiles = search_triton.tiles_for(kind, head) if kernel == "numbers" else search_triton.FOUND
+    elif kernel == "numbers":
+        tiles = search_triton.tiles_for(kind, head)
+    elif kernel in ROWS:
+        tiles = ROWS[kernel]
     else:
         tiles = kernels.tiles_of(kernel, kind, head, 4096, arch >= 90)
     block = kernels._block(head)
@@ -65,6 +70,7 @@ def compile_for(
         D=head, DV=head, BLOCK_D=block, BLOCK_DV=block, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, TERM=term != "none",
         DROPOUT=False, PRECISION=precision, PUT_TERM=term == "relative", RING=kernel == "ring",
         SPLITS=attention_decode.MOST_SPLITS, ROWS=unit_triton._ROWS, SIZED=True, EPS=unit_triton.EPSILON,
+        BLOCK_K=32, LSTM=True, ASKED=True,
     )  # fmt: skip
     if kernel in ("decode", "ring"):
         constants["TERM"] = term
@@ -109,6 +115,10 @@ def _type(name: str, kernel: str, kind: str, term: str, constants: dict[str, Any
         return "*i64"
     if name == "plan":
         return "*i32"
+    if name == "done_ptr":
+        return "*i1"
+    if name == "weights_ptr":
+        return "*fp32"
     sums = ("lse_ptr", "lse2_ptr", "offset_ptr", "sums_ptr", "scores_ptr", "parts_ptr", "size_ptr", "along_ptr")
     if name in sums or (name in ("term", "table") and term == "bias"):
         return "*fp32"

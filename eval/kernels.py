@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 
-from hf_gallery.models import attention_triton, blocks, memory, search_triton, unit_triton
+from hf_gallery.models import attention_triton, blocks, gate_triton, memory, search_triton, unit_triton
 from hf_gallery.models.attention import Position, attend, attend_naive, join
 from hf_gallery.models.attention_triton import jit
 from hf_gallery.models.rings import RingSpans, StepRows, attend_ring
@@ -308,6 +308,44 @@ def search_errors(kind: torch.dtype, most: int = 2**22, width: int = 2**14) -> d
     return wrong
 
 
+def found_errors(kind: torch.dtype) -> dict[str, float]:
+    """Attention over pairs that were found, where some or all are missing, against torch's operations in float64."""
+    generator, wrong = torch.Generator().manual_seed(6), {"out": 0.0, "weights": 0.0}
+    for b, h, t, k, n, d in ((2, 3, 1, 32, 90, 24), (1, 2, 5, 9, 9, 7), (2, 1, 3, 1, 40, 64)):
+        values = torch.randn(b, n, h, d, generator=generator).to(DEVICE, kind).transpose(1, 2)
+        scores = torch.randn(b, h, t, k, generator=generator).sort(dim=-1, descending=True).values
+        count = torch.randint(0, k + 1, (b, h, t, 1), generator=generator)
+        count[0, 0, 0] = 0  # nothing was found
+        scores = scores.masked_fill(torch.arange(k) >= count, -math.inf).to(DEVICE)
+        columns = torch.randint(0, n, (b, h, t, k), generator=generator).to(DEVICE)
+        columns[scores == -math.inf] = 2**40
+        at = columns.clamp(max=n - 1)
+        picked = values.double().gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, d)).unflatten(2, (t, k))
+        weights = scores.double().softmax(-1).nan_to_num(0.0)
+        right = {"out": (weights[..., None] * picked).sum(-2), "weights": weights}
+        for name, got in zip(right, search_triton.attend_found(scores, columns, values), strict=True):
+            error = ((got.double() - right[name]).norm() / right[name].norm().clamp(min=1e-30)).item()
+            wrong[name] = max(wrong[name], error)
+    return wrong
+
+
+def gate_errors(kind: torch.dtype) -> dict[str, float]:
+    """Both gates of state vectors, of all rows and of some, against their formulas in float64."""
+    generator, wrong = torch.Generator().manual_seed(7), 0.0
+    for b, z, e in ((3, 5, 24), (2, 64, 40), (1, 1, 7)):
+        old, new, forget, enter = (torch.randn(b, z, e, generator=generator).to(DEVICE, kind) for _ in range(4))
+        bias, done = torch.randn(e, generator=generator).to(DEVICE, kind), (torch.arange(b) % 2 == 0).to(DEVICE)
+        s, x, f, i, g = (y.double() for y in (old, new, forget, enter, bias))
+        g = torch.sigmoid(g)
+        fixed, lstm = s * g + x * (1 - g), s * torch.sigmoid(f + 1) + x * torch.sigmoid(i - 1)
+        for maps, right in (((bias,), fixed), ((forget, enter), lstm)):
+            for rows in (None, done):
+                got = gate_triton.gate_triton(old, new, maps, rows).double()
+                due = right if rows is None else torch.where(rows[:, None, None], right, s)
+                wrong = max(wrong, ((got - due).norm() / due.norm()).item())
+    return {"out": wrong}
+
+
 def unit_errors(kind: torch.dtype) -> dict[str, float]:
     """Vectors at a length and their gradients, against torch's operations in float64; of an empty vector too."""
     wrong: dict[str, float] = {}
@@ -316,6 +354,8 @@ def unit_errors(kind: torch.dtype) -> dict[str, float]:
         x, weight = (torch.randn(b, t, h, d, generator=generator).to(DEVICE, kind).transpose(1, 2) for _ in range(2))
         x[0, 0, 0] = 0.0
         size = torch.rand(h, generator=generator).to(DEVICE) + 0.5 if sized else None
+        if size is not None:
+            size[0] *= -1  # a scale that has changed its sign
         ways = []
         for y, function in ((x, unit_triton.unit_triton), (x.double(), _unit_definition)):
             leaves = [z.clone().requires_grad_() for z in ((y, size.to(y)) if size is not None else (y,))]
@@ -415,8 +455,10 @@ SEARCHES = {
     "search, many tiles": functools.partial(search_errors, torch.float32, 600, 30),
     "search, bf16": functools.partial(search_errors, torch.bfloat16),
 }
-UNITS = {
-    f"unit, {name}": functools.partial(unit_errors, kind)
+# What stands around attention, each in two types.
+PARTS = {
+    f"{part}, {name}": functools.partial(function, kind)
+    for part, function in (("unit", unit_errors), ("found", found_errors), ("gate", gate_errors))
     for name, kind in (("float32", torch.float32), ("bf16", torch.bfloat16))
 }
 DECODED = {name: functools.partial(decode_errors, problem) for name, problem in DECODES.items()}
@@ -426,12 +468,12 @@ OTHERS = {
     "a whole graph": compiled_errors,
     "no rows": empty_errors,
 }
-EXTRA = SEARCHES | DECODED | UNITS | OTHERS
+EXTRA = SEARCHES | DECODED | PARTS | OTHERS
 
 
 def limit(name: str) -> float:
     """The greatest relative error that is allowed."""
-    if name in UNITS:
+    if name in PARTS:
         return LIMITS[torch.float32 if name.endswith("float32") else torch.bfloat16]
     case = DECODES[name].case if name in DECODES else (CASES | LARGE).get(name)
     return LIMITS[torch.float32 if case is None else case.kind]

@@ -9,7 +9,7 @@ from torch import nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .attention_problem import Position, compute_dtype
+from .attention_problem import compute_dtype
 from .context import ForwardContext
 from .exporting import in_one_graph
 from .positions import t5_buckets
@@ -147,10 +147,10 @@ class MultiHeadAttention(MultiHead):
 class QueryKeyValue(MultiHead):
     """MultiHead's maps as a module of their own, whose queries carry the scale, 1 / sqrt(D) (section 3.2.1)."""
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, T, E) to the query (B, H, T, D), and the scale in each head's (H,)."""
+    def forward(self, x: torch.Tensor, with_scale: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(B, T, E) to the query (B, H, T, D), and the scale in each head's (H,), None without it."""
         query = self.query(x)
-        scale = query.new_full((self.num_heads,), query.shape[-1] ** -0.5)
+        scale = query.new_full((self.num_heads,), query.shape[-1] ** -0.5) if with_scale else None
         return query * query.shape[-1] ** -0.5, scale
 
 
@@ -166,9 +166,9 @@ class ScaledQueryKeyValue(QueryKeyValue):
         super().__init__(config, bias)
         self.scale = nn.Parameter(torch.ones(self.num_heads))
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        size = self.scale.abs()
-        return scaled_unit(self.query(x), size), size
+    def forward(self, x: torch.Tensor, with_scale: bool = True) -> tuple[torch.Tensor, torch.Tensor | None]:
+        # A copy, since the parameter itself is no longer there behind this forward where it is sharded.
+        return scaled_unit(self.query(x), self.scale), self.scale.abs() if with_scale else None
 
     def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         key, value = super().keys_values(x)
@@ -186,10 +186,10 @@ def unit(x: torch.Tensor) -> torch.Tensor:
 
 
 def scaled_unit(query: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
-    """query (B, H, T, D) at the length size (H,)."""
+    """query (B, H, T, D) at the length |size|, size (H,)."""
     if serves(query):
         return unit_triton(query, size)
-    return unit(query) * size[:, None, None].to(query.dtype)
+    return unit(query) * size.abs()[:, None, None].to(query.dtype)
 
 
 class T5Bias(nn.Module):
@@ -200,12 +200,12 @@ class T5Bias(nn.Module):
         self.table = nn.Embedding(32, num_heads)
         self.table.deviation = 32**-0.5  # flax's default for a table (H, 32), see init_scaled
 
-    def forward(self, farthest: int, scale: torch.Tensor) -> Position:
-        """The term for distances farthest, ..., 0, times the heads' scales (H,)."""
+    def forward(self, farthest: int, scale: torch.Tensor) -> torch.Tensor:
+        """The table (H, R) of distances farthest, ..., 0, times the heads' scales (H,): see Position."""
         # Worked out on the CPU they cost a GPU one copy; a graph that is to be captured holds no copy.
         distance = torch.arange(farthest, -1, -1, device=scale.device if in_one_graph() else None)
         buckets = moved(t5_buckets(distance), scale.device)
-        return Position(self.table(buckets).T * scale[:, None], farthest)
+        return self.table(buckets).T * scale[:, None]
 
 
 def init_scaled(module: nn.Module, std: float, scale: float):

@@ -54,6 +54,10 @@ class ForwardContext:
         """Returns what several layers need alike, worked out by the first that asks for it."""
         return once(self.memo, key, work)
 
+    def has_table(self, layer: int) -> bool:
+        """Tells whether the cache holds the layer's table."""
+        return self.tables is not None and layer in self.tables
+
     def table(self, layer: int, work: Callable[[], torch.Tensor]) -> torch.Tensor:
         """A layer's table, which follows from weights alone: the cache's, while the weights stay as they are."""
         if self.tables is None:

@@ -18,7 +18,7 @@ from .attention_problem import compute_dtype, without_autocast
 from .exporting import in_one_graph, is_exporting, readable
 from .operators import operator
 from .rings import RingLayout, lay, position_in
-from .search_triton import make_numbers, read_numbers, serves
+from .search_triton import attend_found, attends, make_numbers, read_numbers, serves
 from .spans import moved
 from .states import Folded, Kept, Record
 
@@ -486,6 +486,24 @@ def _pick_pairs(pair, at):
     first = torch.arange(0, b * h * n, n, device=at.device).view(b, h, 1, 1)
     at = at + first
     return [x.reshape(b * h * n, -1).index_select(0, at.flatten()).unflatten(0, at.shape) for x in pair]
+
+
+def attend_memory(
+    backend: str, query: torch.Tensor, sources: list[Source], topk: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Attention of query (B, H, T, D), its scale in it, over the pairs that `retrieve` finds for it: out (B, H, T, D),
+    the weights, and found and columns as `retrieve` has them, (B, H, T, topk) each."""
+    keys, values, lower, upper, _ = sources[0]
+    infers = not torch.is_grad_enabled() and not is_exporting()
+    if infers and len(sources) == 1 and backend == "exact" and attends(query, values, topk):
+        # The scores by which pairs are found are those of attention, and values are read where they lie.
+        first, last = sources[0].reach()
+        lower, upper = (lower - first, upper - first) if first else (lower, upper)
+        scores, at = BACKENDS[backend](query, keys[:, :, first:last], lower, upper, topk)
+        out, weights = attend_found(scores, at, values[:, :, first:last])
+        return out.to(query.dtype), weights, scores > -math.inf, at + first if first else at
+    keys, values, found, columns = retrieve(backend, query, sources, topk)
+    return *attend_retrieved(query, keys, values, found), found, columns
 
 
 def attend_retrieved(

@@ -46,7 +46,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from .attention import OWN_IMPLEMENTATIONS, attend
+from .attention import OWN_IMPLEMENTATIONS, Position, attend
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import (
@@ -64,6 +64,7 @@ from .blocks import (
 from .configuration_block_recurrent_transformer import GalleryBlockRecurrentTransformerConfig
 from .context import ForwardContext
 from .exporting import fixed_length, is_exporting, possibly, readable, surely
+from .gate_triton import gate_triton, serves
 from .gradients import with_gradients_for
 from .heads import CausalLMHead, SequenceClassificationHead
 from .modeling_base import GalleryPreTrainedModel
@@ -89,6 +90,24 @@ class Context(ForwardContext):
         place, ends = ("everything", queries, columns), (0, columns - 1)
         device = self.rows.seen.device
         return self.once(place, lambda: Spans(*(torch.full((1, queries), end, device=device) for end in ends)))
+
+    def ending(self, vectors: int, slots: int) -> tuple[torch.Tensor, Spans]:
+        """The rows (B,) whose block ends with the token of this step, and the slots of a ring that Z vectors see then:
+        all that are filled, since attention does not ask for an order."""
+
+        def work():
+            rows = self.rows
+            count = rows.seen + rows.lengths  # (B,)
+            done = count % self.block_length == 0
+            done = done if rows.mask is None else done & rows.mask[:, 0]
+            last = (count.clamp(max=slots) - 1)[:, None].expand(-1, vectors).contiguous()  # (B, Z)
+            return done, Spans(torch.zeros_like(last), last)
+
+        return self.once(("ending", vectors, slots), work)
+
+    def fresh(self) -> torch.Tensor:
+        """Rows (B,) whose first block is not over when this forward begins."""
+        return self.once("fresh", lambda: self.rows.seen < self.block_length)
 
     def blocks(self, cached: int) -> Blocks:
         return self.once(("blocks", cached), lambda: Blocks(self.rows, cached, self.block_length))
@@ -173,13 +192,18 @@ class StateGate(nn.Module):
         else:
             self.gate_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, vectors, content, hidden):
-        """vectors, content (B, Z, E), hidden (B, Z, any) to the next vectors (B, Z, E)."""
+    def forward(self, vectors, content, hidden, done=None):
+        """vectors, content (B, Z, E), hidden (B, Z, any) to the next vectors (B, Z, E); done: (B,), the rows that go
+        on to them, None for all."""
+        maps = (self.forget_gate(hidden), self.input_gate(hidden)) if self.lstm else (self.gate_bias,)
+        if serves(vectors):
+            return gate_triton(vectors, content, maps, done)
         if self.lstm:
-            forget = torch.sigmoid(self.forget_gate(hidden) + 1.0)
-            return vectors * forget + content * torch.sigmoid(self.input_gate(hidden) - 1.0)
-        gate = torch.sigmoid(self.gate_bias).to(vectors.dtype)
-        return torch.lerp(content.to(vectors.dtype), vectors, gate)  # under autocast content comes in a half type
+            ahead = vectors * torch.sigmoid(maps[0] + 1.0) + content * torch.sigmoid(maps[1] - 1.0)
+        else:
+            gate = torch.sigmoid(self.gate_bias).to(vectors.dtype)
+            ahead = torch.lerp(content.to(vectors.dtype), vectors, gate)  # under autocast content is of a half type
+        return ahead if done is None else torch.where(done[:, None, None], ahead, vectors)
 
 
 class RecurrentState(nn.Module):
@@ -215,7 +239,7 @@ class RecurrentState(nn.Module):
         which are queries (B, H, T, D), and keys and values (B, H, C + T, D): what the queries read (B, H, T, D), and
         the layer's next state. The only loop over blocks is here."""
         rows = context.rows
-        vectors = self._entering(state, rows)  # (B, Z, E)
+        vectors = self._entering(state, context)  # (B, Z, E)
         pair, named = None if tokens is None else context.fed, None
         if pair is None and "state_keys" in state:  # while the state and the weights stay as they were
             pair = state["state_keys"], state["state_values"]
@@ -245,8 +269,8 @@ class RecurrentState(nn.Module):
                     spans = blocks.window_spans(j, vectors.shape[1])
                 else:
                     spans = context.everything(vectors.shape[1], seen[0].shape[2])
-                ahead = self._advance(vectors, self._attend(named, pair, seen, spans, context))
-                vectors = ahead if surely(done) else torch.where(done.to(ahead.device)[:, None, None], ahead, vectors)
+                moves = None if surely(done) else done.to(vectors.device)
+                vectors = self._advance(vectors, self._attend(named, pair, seen, spans, context), moves)
                 if j + 1 < blocks.count or context.no_grad:
                     named = self._named(vectors)
                     pair = self.project.keys_values(named)
@@ -263,28 +287,21 @@ class RecurrentState(nn.Module):
     def _step(self, tokens, vectors, named, pair, context: Context):
         """`forward` of one token behind a static cache, whose rings (B, H, N, D) hold the last two blocks."""
         query, *rings = tokens
-        rows = context.rows
-        count = rows.seen + rows.lengths  # (B,)
-        done = count % self.block_length == 0  # (B,)
-        done = done if rows.mask is None else done & rows.mask[:, 0]
         read, after = read_state(query, pair[0], pair[1], context), pair
+        done, spans = context.ending(vectors.shape[1], rings[0].shape[2])
         if possibly(done):
-            # When a block ends the state sees all that a ring holds, and attention does not ask for an order.
-            last = (count.clamp(max=rings[0].shape[2]) - 1)[:, None].expand(-1, vectors.shape[1])  # (B, Z)
-            spans = Spans(torch.zeros_like(last), last)
             named = self._named(vectors) if named is None else named
-            ahead = self._advance(vectors, self._attend(named, pair, rings, spans, context))
-            vectors = torch.where(done[:, None, None], ahead, vectors)
+            vectors = self._advance(vectors, self._attend(named, pair, rings, spans, context), done)
             after = self.project.keys_values(self._named(vectors))
         new = {"state": Folded(vectors), "state_keys": Derived(after[0]), "state_values": Derived(after[1])}
         return read, new
 
-    def _entering(self, state, rows) -> torch.Tensor:
+    def _entering(self, state, context) -> torch.Tensor:
         """The vectors (B, Z, E) that the next token's block enters with: learned until a row's first block is over."""
-        initial = self.initial.expand(rows.seen.shape[0], -1, -1)
+        initial = self.initial.expand(context.rows.seen.shape[0], -1, -1)
         if "state" not in state:
             return initial
-        fresh = rows.seen < self.block_length
+        fresh = context.fresh()
         if not possibly(fresh):
             return state["state"].to(initial.dtype)
         return torch.where(fresh.to(initial.device)[:, None, None], initial, state["state"].to(initial.dtype))
@@ -296,22 +313,23 @@ class RecurrentState(nn.Module):
     def _attend(self, named, pair, tokens, spans, context):
         """Attention of the vectors, (B, Z, 2 H D). pair: their own keys and values (B, H, Z, D); tokens: those of
         tokens, of which spans says what they see."""
-        query, _ = self.project(named)  # (B, H, Z, D)
-        cross_query = scaled_unit(split_heads(self.cross_q_proj(named), self.num_heads), self.cross_scale.abs())
+        query, _ = self.project(named, with_scale=False)  # (B, H, Z, D)
+        cross_query = scaled_unit(split_heads(self.cross_q_proj(named), self.num_heads), self.cross_scale)
         own = read_state(query, pair[0], pair[1], context)
         cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
         return torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)
 
-    def _advance(self, vectors, attended):
-        """The state vectors (B, Z, E) after a block. attended (B, Z, 2 H D): what they have seen."""
+    def _advance(self, vectors, attended, done):
+        """The state vectors (B, Z, E) after a block, in the rows that are done (B,), None for all. attended
+        (B, Z, 2 H D): what they have seen."""
         if self.kind == "single":
             hidden, content = self._feed_forward(attended)
-            return self.feed_forward_gate(vectors, torch.tanh(content), hidden)
-        vectors = self.gate(vectors, self.o_proj(attended), attended)
+            return self.feed_forward_gate(vectors, torch.tanh(content), hidden, done)
+        ahead = self.gate(vectors, self.o_proj(attended), attended, done)
         if self.kind == "dual":
-            hidden, content = self._feed_forward(self.feed_forward_norm(vectors))
-            vectors = self.feed_forward_gate(vectors, content, hidden)
-        return vectors
+            hidden, content = self._feed_forward(self.feed_forward_norm(ahead))
+            ahead = self.feed_forward_gate(ahead, content, hidden, done)
+        return ahead
 
     def _feed_forward(self, x):
         """Makes of x (B, Z, any) the hidden layer, which the gate reads, and the new content (B, Z, E)."""
@@ -331,7 +349,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
 
     def __init__(self, config: GalleryBlockRecurrentTransformerConfig, layer: int):
         super().__init__()
-        self.num_heads, self.block_length = config.num_attention_heads, config.block_length
+        self.layer, self.num_heads, self.block_length = layer, config.num_attention_heads, config.block_length
         inner = self.num_heads * config.head_dim
         self.project = ScaledQueryKeyValue(config)
         self.relative_bias = T5Bias(self.num_heads)
@@ -347,19 +365,22 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
         """x (B, T, E). Returns (B, T, E), the next state, and probabilities (B, H, T, C + T) or None."""
-        query, scale = self.project(x)  # (B, H, T, D), (H,)
+        query, scale = self.project(x, with_scale=not context.has_table(self.layer))  # (B, H, T, D), (H,)
         key, value = self.project.keys_values(x)  # (B, H, T, D)
         max_columns = None if self.recurrent else self.block_length
         keys, values, new = context.extend(state, max_columns, keys=key, values=value)  # (B, H, C + T, D)
         cached = keys.shape[2] - key.shape[2]
         spans = context.window(cached)
-        # One distance only where the window is still empty: a table needs an entry all the same.
-        position = self.relative_bias(max(1, spans.reach(cached)), scale)
+        farthest = self.block_length  # where the table serves all forwards to come
+        if context.tables is None:
+            # One distance only where the window is still empty: a table needs an entry all the same.
+            farthest = max(1, spans.reach(cached))
+        position = Position(context.table(self.layer, lambda: self.relative_bias(farthest, scale)), farthest)
         options = dict(scale=1.0, dropout=self.dropout.rate)
         out, probabilities = attend_shown(context, query, Keys(keys, values, spans, position), **options)
         out = merge_heads(out)
         if self.reads_state:
-            cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.num_heads), self.cross_scale.abs())
+            cross_query = scaled_unit(split_heads(self.cross_q_proj(x), self.num_heads), self.cross_scale)
             if self.recurrent:
                 cross, new_state = self.recurrence(state, context, (cross_query, keys, values))
                 new |= new_state
@@ -433,8 +454,9 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
         self.post_init()
 
     def tables_follow(self):
-        layers = [self.layers[i].self_attn for i in self.config.recurrent_layers]
-        return [layer.recurrence for layer in layers]  # the state's keys and values do
+        layers = [layer.self_attn for layer in self.layers]
+        biases = [part for layer in layers for part in (layer.relative_bias, layer.project)]
+        return biases + [layer.recurrence for layer in layers if layer.recurrent]  # the state's keys and values do
 
     def plan(self, common, past, **inputs) -> Context:
         if is_exporting():

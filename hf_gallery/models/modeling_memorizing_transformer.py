@@ -63,7 +63,7 @@ from .configuration_memorizing_transformer import GalleryMemorizingTransformerCo
 from .context import IntervalContext
 from .exporting import in_one_graph, outside_graphs, possibly
 from .heads import CausalLMHead, SequenceClassificationHead
-from .memory import Appended, Source, attend_retrieved, query_tile, require_backend, retrieve
+from .memory import Appended, Source, attend_memory, query_tile, require_backend
 from .modeling_base import GalleryPreTrainedModel
 from .rings import position_in
 from .segments import Pair, Parts, attend_segments, segment_spans
@@ -80,7 +80,7 @@ class Retrieval(NamedTuple):
 
 class Found(NamedTuple):
     """Attention of queries over the pairs found for them: out (B, H, T, D), its weights (B, H, T, k), which of the k
-    there are, and their columns, see `retrieve`."""
+    there are, and their columns, see `attend_memory`."""
 
     out: torch.Tensor
     weights: torch.Tensor
@@ -227,10 +227,14 @@ class GalleryMemorizingTransformerAttention(nn.Module):
 
     def forward(self, x: torch.Tensor, context: Context, state: State) -> LayerOutput:
         """x (B, T, E). Returns (B, T, E), the next state, and local probabilities (B, H, T, C + T) or None."""
-        query, scale = self.project(x)  # (B, H, T, D), (H,)
+        biased = hasattr(self, "relative_bias")
+        query, scale = self.project(x, with_scale=biased and not context.has_table(self.layer))  # (B, H, T, D), (H,)
         key, value = self.project.keys_values(x)  # (B, H, T, D)
         keys, values, new = extended(context, state, key, value)  # (B, H, C + T, D)
-        position = self.relative_bias(context.farthest, scale) if hasattr(self, "relative_bias") else None
+        position = None
+        if biased:
+            farthest = context.farthest
+            position = Position(context.table(self.layer, lambda: self.relative_bias(farthest, scale)), farthest)
         out, probabilities = self._local(query, (key, value), (keys, values), position, context, state)
         if self.remembers:
             if context.rows.steps:
@@ -291,11 +295,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             tile = query_tile(query, self.topk, size)
             parts = [slice(start, start + tile) for start in range(0, query.shape[2], tile)]
         for part in parts:
-            keys, values, is_found, columns = retrieve(
-                self.backend, query[:, :, part], [x.of_queries(part) for x in sources], self.topk
-            )
-            out, weights = attend_retrieved(query[:, :, part], keys, values, is_found)
-            results.append((out, weights, is_found, columns))
+            some = [x.of_queries(part) for x in sources]
+            results.append(attend_memory(self.backend, query[:, :, part], some, self.topk))
         return Found(*(results[0] if len(results) == 1 else (torch.cat(x, dim=2) for x in zip(*results, strict=True))))
 
     def _retrieval(self, query: torch.Tensor, found: Found | None, positions: Callable) -> Retrieval:
@@ -413,6 +414,12 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
     def finish(self, x):
         return self.dropout(self.norm(x))
 
+    def tables_follow(self):
+        if self.config.num_positions is not None:
+            return []
+        layers = [layer.self_attn for layer in self.layers]
+        return [part for layer in layers for part in (layer.relative_bias, layer.project)]
+
     def check_packed(self, attends, inputs):
         super().check_packed(attends, inputs)
         if inputs.get("output_retrievals"):
@@ -430,7 +437,8 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
             Context,
             spans=spans,
             parts=parts,
-            farthest=spans.reach(cached),
+            # One table for all forwards to come.
+            farthest=spans.reach(cached) if common.tables is None else config.cache_capacity,
             segment_length=length,
             memory_size=config.memory_size,
             retrievals={} if output_retrievals else None,

@@ -1,4 +1,5 @@
-"""The products of an exact search, as kernels for GPUs in Triton: between them stands torch's topk.
+"""The products of an exact search, as kernels for GPUs in Triton: between them stands torch's topk. And the attention
+over what was found, where nobody wants its gradient.
 
     number(t, s) = [score(t, s), turn(t, s)]     score = q_t . k_s, in float32; -inf outside of the ring interval
     turn         = (s - upper_t) mod N           how recent a pair is: N - 1 at the newest that the query may find
@@ -25,6 +26,7 @@ from .attention_triton import (
     jit,
     precision_of,
 )
+from .operators import operator
 
 try:
     import triton
@@ -32,19 +34,28 @@ try:
 except ImportError:  # machines without a GPU, where torch's own operations serve
     triton = tl = None
 
+_KINDS = torch.float32, torch.bfloat16, torch.float16
 # Settings of the launch for heads up to a size, for half types and float32: see eval/compiled.py.
 HALF = {64: _Tiles(64, 64, 4, 1), 128: _Tiles(64, 64, 4, 1), 256: _Tiles(32, 64, 4, 1)}
 FLOAT = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 8, 1), 256: _Tiles(16, 32, 8, 1)}
 FOUND = _Tiles(256, 1, 4, 1)
+PICKED = _Tiles(1, 16, 4, 1)  # values that a program reads at a time
+MOST_FOUND = 1024  # whose weights a program holds at once
 
 
 def serves(query: torch.Tensor) -> bool:
     """Tells whether the kernels serve a query; reads no tensor."""
-    if triton is None or query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if triton is None or query.dtype not in _KINDS:
         return False
     if query.shape[-1] > LARGEST_HEAD:
         return False
     return INTERPRETED or is_ampere(query.device)
+
+
+def attends(query: torch.Tensor, values: torch.Tensor, topk: int) -> bool:
+    """Tells whether `attend_found` serves what such a query has found; reads no tensor."""
+    head = values.shape[-1]
+    return serves(query) and values.dtype in _KINDS and head <= LARGEST_HEAD and topk <= MOST_FOUND
 
 
 def tiles_for(kind: torch.dtype, head: int) -> _Tiles:
@@ -102,6 +113,39 @@ def _found(best_ptr, upper, scores_ptr, columns_ptr, ends_b, H, T, N, K, TOPK, B
     tl.store(columns_ptr + pair * T * TOPK + place, column, mask=t < T)
 
 
+@jit
+def _attend(
+    scores_ptr, columns_ptr, v_ptr, out_ptr, weights_ptr, v_b, v_h, v_s, H, T, K,
+    DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Weights (B, H, T, K) of the pairs that a query has found, zeros where there are none, and their sum of values
+    (B, H, T, DV)."""
+    place = tl.program_id(0).to(tl.int64)
+    pair = place // T
+    i, dv = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_DV)
+    scores_ptr += place * K
+    columns_ptr += place * K
+    v_ptr += pair // H * v_b + pair % H * v_h
+    scores = tl.load(scores_ptr + i, mask=i < K, other=float("-inf"))
+    top = tl.max(scores, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)  # nothing was found
+    weights = tl.exp(scores - top)
+    total = tl.sum(weights, 0)
+    total = tl.where(total == 0.0, 1.0, total)
+    tl.store(weights_ptr + place * K + i, weights / total, mask=i < K)
+    acc = tl.zeros((BLOCK_DV,), tl.float32)
+    for k0 in range(0, K, BLOCK_N):
+        k = k0 + tl.arange(0, BLOCK_N)
+        score = tl.load(scores_ptr + k, mask=k < K, other=float("-inf"))
+        weight = tl.exp(score - top) / total
+        some = ~(score == float("-inf"))  # what is not found lies anywhere, and NaN is found
+        at = tl.load(columns_ptr + k, mask=k < K, other=0)
+        where = v_ptr + at[:, None] * v_s + dv[None, :]
+        value = tl.load(where, mask=some[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
+        acc += tl.sum(value * weight[:, None], 0)
+    tl.store(out_ptr + place * DV + dv, acc.to(out_ptr.dtype.element_ty), mask=dv < DV)
+
+
 def make_numbers(
     query: torch.Tensor, keys: torch.Tensor, lower: torch.Tensor, upper: torch.Tensor, start: int, n: int
 ) -> torch.Tensor:
@@ -130,6 +174,40 @@ def read_numbers(best: torch.Tensor, upper: torch.Tensor, n: int, topk: int) -> 
         best, upper, scores, columns, _stride(upper), h, t, n, k, topk, BLOCK_M=FOUND.queries
     )
     return scores, columns
+
+
+def attend_found(
+    scores: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over pairs that were found, by their scores (B, H, T, k), -inf where there are none, which are scaled
+    already, and their columns of values (B, H, N, D): out (B, H, T, D), and the weights (B, H, T, k) in float32."""
+    return _attend_operator(scores, columns, values)
+
+
+def _attend_kernel(
+    scores: torch.Tensor, columns: torch.Tensor, values: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    scores, columns = scores.contiguous(), columns.contiguous()
+    values = values if values.stride(-1) == 1 else values.contiguous()
+    (b, h, t, k), dv = scores.shape, values.shape[3]
+    out = torch.empty(b, h, t, dv, dtype=values.dtype, device=values.device)
+    weights = torch.empty_like(scores)
+    if not scores.numel():
+        return out, weights
+    with torch.cuda.device_of(values):
+        _attend[(b * h * t,)](
+            scores, columns, values, out, weights, *values.stride()[:3], h, t, k, DV=dv, BLOCK_DV=_block(dv),
+            BLOCK_K=triton.next_power_of_2(k), BLOCK_N=PICKED.keys, num_warps=PICKED.warps,
+        )  # fmt: skip
+    return out, weights
+
+
+def _attend_shapes(scores, columns, values):
+    return values.new_empty(*scores.shape[:3], values.shape[-1]), torch.empty_like(scores)
+
+
+if triton is not None:
+    _attend_operator = operator(__file__, "attend_found", _attend_kernel, _attend_shapes)
 
 
 def _stride(x: torch.Tensor) -> int:

@@ -1,6 +1,6 @@
 """Vectors at a given length, as one kernel for GPUs in Triton, where torch takes four operations; and its gradient.
 
-    out = size_h x / sqrt(|x|^2 + 1e-6)        in float32, whatever the type of x
+    out = |size_h| x / sqrt(|x|^2 + 1e-6)      in float32, whatever the type of x
 
 Letters: see spans.py.
 """
@@ -33,7 +33,7 @@ def serves(x: torch.Tensor) -> bool:
 
 
 def unit_triton(x: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor:
-    """x (B, H, T, D) at length 1, or at the length size (H,)."""
+    """x (B, H, T, D) at length 1, or at the length |size|, size (H,)."""
     return _forward(x, None if size is None else size.float())
 
 
@@ -48,7 +48,7 @@ def _unit(
     x = _load(x_ptr + b * x_b + h * x_h, t, x_t, T, D, BLOCK_D, False).to(tl.float32)
     length = 1.0 / tl.sqrt(tl.sum(x * x, 1) + EPS)
     if SIZED:
-        length *= tl.load(size_ptr + h)
+        length *= tl.abs(tl.load(size_ptr + h))
     _store(out_ptr + (b * T * H + h) * D, x * length[:, None], t, H * D, T, D, BLOCK_D)
 
 
@@ -57,7 +57,7 @@ def _unit_backward(
     x_ptr, size_ptr, g_ptr, dx_ptr, along_ptr, x_b, x_h, x_t, g_b, g_h, g_t, H, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr, SIZED: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x; and along (B, H, T), the part of grad_out along the unit vector, whose sums are size's."""
+    """The gradient of x; and along (B, H, T), the part of grad_out along the unit vector, whose sums are |size|'s."""
     pair, tile = _program(tl.cdiv(T, ROWS))
     b, h = pair // H, pair % H
     t = tile * ROWS + tl.arange(0, ROWS)
@@ -68,7 +68,7 @@ def _unit_backward(
     along = tl.sum(g * u, 1)
     tl.store(along_ptr + pair * T + t, along, mask=t < T)
     if SIZED:
-        inverse *= tl.load(size_ptr + h)
+        inverse *= tl.abs(tl.load(size_ptr + h))
     _store(dx_ptr + (b * T * H + h) * D, (g - u * along[:, None]) * inverse[:, None], t, H * D, T, D, BLOCK_D)
 
 
@@ -118,7 +118,7 @@ def _keep(ctx, inputs, output):
 def _differentiate(ctx, grad):
     x, size = ctx.saved_tensors
     dx, along = _backward(grad.to(x.dtype), x, size)
-    return dx, along.sum((0, 2)) if ctx.needs_input_grad[1] else None
+    return dx, along.sum((0, 2)) * size.sign() if ctx.needs_input_grad[1] else None
 
 
 if triton is not None:

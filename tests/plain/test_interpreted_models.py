@@ -6,7 +6,7 @@ import torch
 from variants import assert_equal, causal, runner, streams, words
 
 from hf_gallery import GalleryCache, GalleryStaticCache
-from hf_gallery.models import attention, attention_decode, blocks, memory
+from hf_gallery.models import attention, attention_decode, blocks, memory, modeling_block_recurrent_transformer
 from hf_gallery.models import modeling_memorizing_transformer as modeling
 from hf_gallery.models.attention_triton import INTERPRETED
 
@@ -15,15 +15,19 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERP
 
 @streams()
 def test_decode_steps_are_those_of_the_tiles(variant, head, monkeypatch):
-    """As on a GPU, where attend chooses the kernels for one query a row: over a growing cache and over rings, with
-    padding among the steps."""
+    """As on a GPU, where attend chooses the kernels for one query a row, and what stands around attention has kernels
+    too: over a growing cache and over rings, with padding among the steps."""
     run, served, kernels = runner(variant, head), [], False
+    attends = memory.attends
 
     def choose(problem, implementation):
         served.append(kernels and attention_decode.why_not(problem) is None)
         return "decode" if served[-1] else "tiles"
 
     monkeypatch.setattr(attention, "choose", choose)
+    monkeypatch.setattr(memory, "attends", lambda *found: kernels and attends(*found))
+    monkeypatch.setattr(blocks, "serves", lambda x: kernels)
+    monkeypatch.setattr(modeling_block_recurrent_transformer, "serves", lambda x: kernels)
     texts, padded = words(2, 28), torch.tensor([[1], [0]])
     makers = [lambda: GalleryCache(run.model.config)]
     if run.model.config.why_no_static_cache is None:
@@ -44,15 +48,20 @@ def test_decode_steps_are_those_of_the_tiles(variant, head, monkeypatch):
 @causal(lambda variant: variant.name == "memorizing")
 @torch.no_grad()
 def test_a_memory_is_searched_by_kernels(variant, monkeypatch):
-    """As on a GPU, and in tiles in which nothing is found: a text and a longer one behind its cache, rows apart."""
+    """As on a GPU, attention over what was found too, and in tiles in which nothing is found: a text and a longer one
+    behind its cache, rows apart."""
     run = runner(variant, "causal")
     monkeypatch.setattr(modeling, "query_tile", lambda *sizes: 5)
     ids, mask, found = words(2, 60), torch.ones(2, 13, dtype=torch.long), []
     mask[1, :6] = 0
-    for search in (memory.search_exact, memory.search_numbered):
-        monkeypatch.setitem(memory.BACKENDS, "exact", search)
+    attends, served = memory.attends, []
+    for kernels in (False, True):
+        serves = lambda *x, kernels=kernels: served.append(kernels and attends(*x)) or served[-1]  # noqa: E731
+        monkeypatch.setattr(memory, "attends", serves)
+        monkeypatch.setitem(memory.BACKENDS, "exact", memory.search_numbered if kernels else memory.search_exact)
         first = run.model(ids[:, :13], attention_mask=mask, use_cache=True)
         found.append((first.logits, run.model(ids[:, 13:], past_key_values=first.past_key_values).logits))
+    assert any(served)
     for expected, got in zip(*found, strict=True):
         assert_equal(got, expected)
 
