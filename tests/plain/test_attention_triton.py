@@ -53,8 +53,8 @@ def assert_near(found):
 
     for name, errors in found.items():
         due = {"scores", "columns"} if name in SEARCHES else {"out"}
-        due |= set() if name in SEARCHES.keys() | PARTS else {"lse"}
-        due |= {"query"} if name.startswith("unit") or name not in SEARCHES.keys() | DECODES | PARTS else set()
+        due |= set() if name in SEARCHES | PARTS else {"lse"}
+        due |= {"query"} if name.startswith("unit") or name not in SEARCHES | PARTS | DECODES else set()
         assert set(errors) >= due, name
         for tensor, error in errors.items():
             assert error < limit(name), (name, tensor, error)

@@ -3,10 +3,13 @@
 Also caches of both kinds as pytrees, which torch.export takes."""
 
 import io
+import re
+import shutil
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._inductor.utils import run_and_get_code
 from torch.utils import _pytree as pytree
 from variants import COLUMNS, VARIANTS, assert_equal, causal, runner, streams, words
 
@@ -108,6 +111,26 @@ def test_a_padded_decode_step_is_one_graph(variant):
             expected, _ = run(ids, mask, growing)
             assert_equal(step(input_ids=ids, attention_mask=mask, past_key_values=static).logits, expected, f"{i}")
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler, which torch's inductor needs on a CPU")
+@causal(lambda variant: plain(variant) and variant.name != "recurrent_memory")  # which joins a segment's columns
+def test_a_compiled_step_copies_no_ring(variant):
+    """Inductor writes a token's column where the ring lies: its code makes no buffer of a ring's shape."""
+    run = small(variant)
+    growing, static = caches(run)
+    torch.compiler.reset()
+    with torch.no_grad():
+        run(words(2, 20), None, growing), run(words(2, 20), None, static)
+        expected, _ = run(words(2, 1, seed=1), None, growing)
+        step = torch.compile(run.model, fullgraph=True)
+        found, code = run_and_get_code(step, input_ids=words(2, 1, seed=1), past_key_values=static)
+    assert_equal(found.logits, expected)
+    rings = {tuple(x.tensor.shape) for state in static._content.states for x in state.values() if x.kind == "ring"}
+    shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code[0])
+    made = {tuple(map(int, re.findall(r"\d+", shape))) for shape in shapes}
+    assert len(code) == 1 and made and rings and not rings & made
 
 
 @pytest.mark.works("generate with a static cache")
