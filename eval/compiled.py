@@ -39,13 +39,21 @@ FUNCTIONS = {
     "numbers": search_triton._numbers,
     "found": search_triton._found,
     "attend_found": search_triton._attend,
+    "attend_many": search_triton._attend,
     "gate": gate_triton._gate,
+    "gate_lstm": gate_triton._gate,
 }
 # Else all three.
 TERMS = {"diagonals": ["bias"], "products": ["relative"]} | dict.fromkeys(
-    ("join", "unit", "unit_backward", "numbers", "found", "attend_found", "gate"), ["none"]
+    ("join", "unit", "unit_backward", "numbers", "found", "attend_found", "attend_many", "gate", "gate_lstm"), ["none"]
 )
-ROWS = {"found": search_triton.FOUND, "attend_found": search_triton.PICKED, "gate": gate_triton.NUMBERS}
+LAUNCHED = {
+    "found": search_triton.FOUND,
+    "attend_found": search_triton.PICKED,
+    "attend_many": search_triton.PICKED,
+    "gate": gate_triton.NUMBERS,
+    "gate_lstm": gate_triton.NUMBERS,
+}
 KINDS = {"half": torch.bfloat16, "float": torch.float32, "tf32": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that the launcher finds to be multiples of 16 where a model's sizes are: all strides of tensors.
@@ -61,8 +69,8 @@ def compile_for(
         tiles = kernels._Tiles(1, attention_decode.keys_of(head), attention_decode.WARPS, 3)
     elif kernel == "numbers":
         tiles = search_triton.tiles_for(kind, head)
-    elif kernel in ROWS:
-        tiles = ROWS[kernel]
+    elif kernel in LAUNCHED:
+        tiles = LAUNCHED[kernel]
     else:
         tiles = kernels.tiles_of(kernel, kind, head, 4096, arch >= 90)
     block = kernels._block(head)
@@ -70,7 +78,7 @@ def compile_for(
         D=head, DV=head, BLOCK_D=block, BLOCK_DV=block, BLOCK_M=tiles.queries, BLOCK_N=tiles.keys, TERM=term != "none",
         DROPOUT=False, PRECISION=precision, PUT_TERM=term == "relative", RING=kernel == "ring",
         SPLITS=attention_decode.MOST_SPLITS, ROWS=unit_triton._ROWS, SIZED=True, EPS=unit_triton.EPSILON,
-        BLOCK_K=32, LSTM=True, ASKED=True,
+        BLOCK_K=search_triton.MOST_FOUND if kernel == "attend_many" else 32, LSTM=kernel == "gate_lstm", ASKED=True,
     )  # fmt: skip
     if kernel in ("decode", "ring"):
         constants["TERM"] = term

@@ -317,11 +317,12 @@ def found_errors(kind: torch.dtype) -> dict[str, float]:
         count = torch.randint(0, k + 1, (b, h, t, 1), generator=generator)
         count[0, 0, 0] = 0  # nothing was found
         scores = scores.masked_fill(torch.arange(k) >= count, -math.inf).to(DEVICE)
+        scores[-1, -1, -1, 0] = torch.nan  # of a training that has diverged: it does not count as found
         columns = torch.randint(0, n, (b, h, t, k), generator=generator).to(DEVICE)
-        columns[scores == -math.inf] = 2**40
+        columns[~(scores > -math.inf)] = 2**40
         at = columns.clamp(max=n - 1)
         picked = values.double().gather(2, at.flatten(2)[..., None].expand(-1, -1, -1, d)).unflatten(2, (t, k))
-        weights = scores.double().softmax(-1).nan_to_num(0.0)
+        weights = scores.double().nan_to_num(-math.inf, neginf=-math.inf).softmax(-1).nan_to_num(0.0)
         right = {"out": (weights[..., None] * picked).sum(-2), "weights": weights}
         for name, got in zip(right, search_triton.attend_found(scores, columns, values), strict=True):
             error = ((got.double() - right[name]).norm() / right[name].norm().clamp(min=1e-30)).item()
@@ -335,6 +336,7 @@ def gate_errors(kind: torch.dtype) -> dict[str, float]:
     for b, z, e in ((3, 5, 24), (2, 64, 40), (1, 1, 7)):
         old, new, forget, enter = (torch.randn(b, z, e, generator=generator).to(DEVICE, kind) for _ in range(4))
         bias, done = torch.randn(e, generator=generator).to(DEVICE, kind), (torch.arange(b) % 2 == 0).to(DEVICE)
+        old = old[:1].expand(b, -1, -1)  # as the initial state
         s, x, f, i, g = (y.double() for y in (old, new, forget, enter, bias))
         g = torch.sigmoid(g)
         fixed, lstm = s * g + x * (1 - g), s * torch.sigmoid(f + 1) + x * torch.sigmoid(i - 1)
@@ -356,6 +358,7 @@ def unit_errors(kind: torch.dtype) -> dict[str, float]:
         size = torch.rand(h, generator=generator).to(DEVICE) + 0.5 if sized else None
         if size is not None:
             size[0] *= -1  # a scale that has changed its sign
+            size = torch.stack([size, size.new_full((h,), torch.nan)], -1)[:, 0]  # a view
         ways = []
         for y, function in ((x, unit_triton.unit_triton), (x.double(), _unit_definition)):
             leaves = [z.clone().requires_grad_() for z in ((y, size.to(y)) if size is not None else (y,))]

@@ -88,8 +88,8 @@ class Backbone(GalleryPreTrainedModel):
         with."""
         raise NotImplementedError
 
-    def tables_follow(self) -> list[nn.Module]:
-        """The modules whose weights decide what a cache keeps besides the past: tables, and `Derived` state."""
+    def tables_follow(self) -> list[nn.Module | nn.Parameter]:
+        """The modules and weights that decide what a cache keeps besides the past: tables, and `Derived` state."""
         return []
 
     def layer_inputs(self, context: ForwardContext) -> tuple:
@@ -339,8 +339,7 @@ class Backbone(GalleryPreTrainedModel):
             own = replace(
                 context,
                 rows=rows,
-                cached=0,  # and tables, maps: of the whole text
-                tables=None,
+                cached=0,  # and maps: of the whole text
                 output_attentions=False,
                 keeps_state=True,
                 max_columns=None if context.records else self.config.cache_capacity,

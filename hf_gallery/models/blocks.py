@@ -192,6 +192,9 @@ def scaled_unit(query: torch.Tensor, size: torch.Tensor) -> torch.Tensor:
     return unit(query) * size.abs()[:, None, None].to(query.dtype)
 
 
+LARGEST_TABLE = 2**14  # distances of a table that a cache keeps, else a forward makes what it needs
+
+
 class T5Bias(nn.Module):
     """A learned bias for each head and bucket of distances, added to the score before the head's scale."""
 
@@ -205,7 +208,8 @@ class T5Bias(nn.Module):
         # Worked out on the CPU they cost a GPU one copy; a graph that is to be captured holds no copy.
         distance = torch.arange(farthest, -1, -1, device=scale.device if in_one_graph() else None)
         buckets = moved(t5_buckets(distance), scale.device)
-        return self.table(buckets).T * scale[:, None]
+        table = self.table(buckets).T * scale[:, None]
+        return table.to(compute_dtype(table))  # that of scores
 
 
 def init_scaled(module: nn.Module, std: float, scale: float):

@@ -520,8 +520,7 @@ class GalleryCache(Cache):
         """Moves the states to a device. Returns the cache."""
         content = self._content
         states = tuple({n: kept.map(lambda x: x.to(device)) for n, kept in state.items()} for state in content.states)
-        tables = {layer: x.to(device) for layer, x in content.tables.items()}
-        self._content = replace(content, states=states, tables=tables)
+        self._content = replace(content, states=states, tables={})  # made anew where each layer is
         return self
 
     def __copy__(self) -> GalleryCache:

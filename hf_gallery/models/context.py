@@ -63,7 +63,7 @@ class ForwardContext:
         if self.tables is None:
             return work()
         if layer not in self.tables:
-            self.tables[layer] = work()
+            self.tables[layer] = work().contiguous()  # as a kernel wants it, at every token
         return self.tables[layer]
 
     def extend(self, state: State, max_columns: int | None = None, **new: torch.Tensor):

@@ -1,5 +1,5 @@
 """The gate of a Block-Recurrent Transformer's state as one kernel for GPUs in Triton, where torch takes three to six
-operations; for what wants no gradient.
+operations; without a gradient.
 
     fixed    next = z + sigmoid(b) (s - z)
     lstm     next = s sigmoid(f + 1) + z sigmoid(i - 1)
@@ -27,9 +27,9 @@ _KINDS = torch.float32, torch.bfloat16, torch.float16
 
 
 def serves(vectors: torch.Tensor) -> bool:
-    """Tells whether the kernel serves vectors (B, Z, E); reads no tensor. A compiler fuses torch's operations with
-    their neighbours, so it is not given one."""
-    if triton is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+    """Tells whether the kernel serves vectors (B, Z, E) that want no gradient; reads no tensor. A compiler fuses
+    torch's operations with their neighbours, so it is not given one."""
+    if triton is None or torch.compiler.is_compiling():
         return False
     return is_ampere(vectors.device) and vectors.dtype in _KINDS
 
@@ -88,6 +88,7 @@ def _kernel(
         _gate[(triton.cdiv(n, NUMBERS.keys),)](
             vectors, content, forget, enter, done.contiguous() if asked else forget, out, n, z, e,
             LSTM=forget.dim() == 3, ASKED=asked, BLOCK_N=NUMBERS.keys, num_warps=NUMBERS.warps,
+            num_stages=NUMBERS.stages,
         )  # fmt: skip
     return out
 

@@ -50,6 +50,7 @@ from .attention import OWN_IMPLEMENTATIONS, Position, attend
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import (
+    LARGEST_TABLE,
     AttentionDropout,
     FeedForward,
     PreNormLayer,
@@ -192,14 +193,15 @@ class StateGate(nn.Module):
         else:
             self.gate_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, vectors, content, hidden, done=None):
-        """vectors, content (B, Z, E), hidden (B, Z, any) to the next vectors (B, Z, E); done: (B,), the rows that go
-        on to them, None for all."""
+    def forward(self, vectors, content, hidden, done, infers):
+        """vectors, content (B, Z, E), hidden (B, Z, any) to the next vectors (B, Z, E). done: (B,), the rows that go
+        on to them, None for all. infers: nobody wants gradients."""
         maps = (self.forget_gate(hidden), self.input_gate(hidden)) if self.lstm else (self.gate_bias,)
-        if serves(vectors):
+        if infers and serves(vectors):
             return gate_triton(vectors, content, maps, done)
         if self.lstm:
             ahead = vectors * torch.sigmoid(maps[0] + 1.0) + content * torch.sigmoid(maps[1] - 1.0)
+            ahead = ahead.to(vectors.dtype)
         else:
             gate = torch.sigmoid(self.gate_bias).to(vectors.dtype)
             ahead = torch.lerp(content.to(vectors.dtype), vectors, gate)  # under autocast content is of a half type
@@ -270,7 +272,8 @@ class RecurrentState(nn.Module):
                 else:
                     spans = context.everything(vectors.shape[1], seen[0].shape[2])
                 moves = None if surely(done) else done.to(vectors.device)
-                vectors = self._advance(vectors, self._attend(named, pair, seen, spans, context), moves)
+                attended = self._attend(named, pair, seen, spans, context)
+                vectors = self._advance(vectors, attended, moves, context.no_grad)
                 if j + 1 < blocks.count or context.no_grad:
                     named = self._named(vectors)
                     pair = self.project.keys_values(named)
@@ -291,7 +294,8 @@ class RecurrentState(nn.Module):
         done, spans = context.ending(vectors.shape[1], rings[0].shape[2])
         if possibly(done):
             named = self._named(vectors) if named is None else named
-            vectors = self._advance(vectors, self._attend(named, pair, rings, spans, context), done)
+            attended = self._attend(named, pair, rings, spans, context)
+            vectors = self._advance(vectors, attended, done, context.no_grad)
             after = self.project.keys_values(self._named(vectors))
         new = {"state": Folded(vectors), "state_keys": Derived(after[0]), "state_values": Derived(after[1])}
         return read, new
@@ -319,16 +323,16 @@ class RecurrentState(nn.Module):
         cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
         return torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)
 
-    def _advance(self, vectors, attended, done):
-        """The state vectors (B, Z, E) after a block, in the rows that are done (B,), None for all. attended
-        (B, Z, 2 H D): what they have seen."""
+    def _advance(self, vectors, attended, done, infers):
+        """The state vectors (B, Z, E) after a block. attended (B, Z, 2 H D): what they have seen. done, infers: as
+        StateGate's."""
         if self.kind == "single":
             hidden, content = self._feed_forward(attended)
-            return self.feed_forward_gate(vectors, torch.tanh(content), hidden, done)
-        ahead = self.gate(vectors, self.o_proj(attended), attended, done)
+            return self.feed_forward_gate(vectors, torch.tanh(content), hidden, done, infers)
+        ahead = self.gate(vectors, self.o_proj(attended), attended, done, infers)
         if self.kind == "dual":
             hidden, content = self._feed_forward(self.feed_forward_norm(ahead))
-            ahead = self.feed_forward_gate(ahead, content, hidden, done)
+            ahead = self.feed_forward_gate(ahead, content, hidden, done, infers)
         return ahead
 
     def _feed_forward(self, x):
@@ -371,7 +375,7 @@ class GalleryBlockRecurrentTransformerAttention(nn.Module):
         keys, values, new = context.extend(state, max_columns, keys=key, values=value)  # (B, H, C + T, D)
         cached = keys.shape[2] - key.shape[2]
         spans = context.window(cached)
-        farthest = self.block_length  # where the table serves all forwards to come
+        farthest = self.block_length  # where a table serves all forwards to come
         if context.tables is None:
             # One distance only where the window is still empty: a table needs an entry all the same.
             farthest = max(1, spans.reach(cached))
@@ -455,13 +459,14 @@ class GalleryBlockRecurrentTransformerModel(Backbone, GalleryBlockRecurrentTrans
 
     def tables_follow(self):
         layers = [layer.self_attn for layer in self.layers]
-        biases = [part for layer in layers for part in (layer.relative_bias, layer.project)]
+        biases = [part for layer in layers for part in (layer.relative_bias, layer.project.scale)]
         return biases + [layer.recurrence for layer in layers if layer.recurrent]  # the state's keys and values do
 
     def plan(self, common, past, **inputs) -> Context:
         if is_exporting():
             fixed_length(common.rows.width)
-        return common.widened(Context, block_length=self.config.block_length)
+        length = self.config.block_length
+        return common.widened(Context, block_length=length, tables=common.tables if length <= LARGEST_TABLE else None)
 
     def finish(self, x):
         return self.dropout(self.norm(x))

@@ -50,6 +50,7 @@ from .attention import OWN_IMPLEMENTATIONS, Position
 from .attention_maps import Keys, attend_shown
 from .backbone import Backbone
 from .blocks import (
+    LARGEST_TABLE,
     AttentionDropout,
     PreNormLayer,
     QueryKeyValue,
@@ -264,7 +265,7 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         where = context.memory_intervals()
         ring = (state["memory_keys"], state["memory_values"]) if "memory_keys" in state else None
         sources = where.sources(ring, joined)
-        found = self._search(query, sources, where.size) if sources else None
+        found = self._search(query, sources, where.size, context.no_grad) if sources else None
         if context.retrievals is not None:
             slots = 0 if ring is None else ring[0].shape[2]
             context.retrievals[self.layer] = self._retrieval(query, found, lambda x: where.positions(x, slots))
@@ -283,20 +284,21 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         keys, values = (context.append(state[name], x, None) for name, x in zip(names, own, strict=True))
         where = context.memory_in_ring(keys.shape[2])
         lower, upper = where.ring
-        found = self._search(query, [Source(keys, values, lower, upper)], where.slots)
+        found = self._search(query, [Source(keys, values, lower, upper)], where.slots, context.no_grad)
         if context.retrievals is not None:
             context.retrievals[self.layer] = self._retrieval(query, found, where.positions)
         return found.out, context.columns(None, memory_keys=keys, memory_values=values)
 
-    def _search(self, query: torch.Tensor, sources: list[Source], size: int) -> Found:
-        """The k pairs of all sources that suit each query best, and its attention over them; queries in tiles."""
+    def _search(self, query: torch.Tensor, sources: list[Source], size: int, infers: bool) -> Found:
+        """The k pairs of all sources that suit each query best, and its attention over them; queries in tiles. infers:
+        nobody wants its gradient."""
         parts, results = [slice(None)], []
         if not in_one_graph():  # the operator in it has tiles of its own
             tile = query_tile(query, self.topk, size)
             parts = [slice(start, start + tile) for start in range(0, query.shape[2], tile)]
         for part in parts:
             some = [x.of_queries(part) for x in sources]
-            results.append(attend_memory(self.backend, query[:, :, part], some, self.topk))
+            results.append(attend_memory(self.backend, query[:, :, part], some, self.topk, infers))
         return Found(*(results[0] if len(results) == 1 else (torch.cat(x, dim=2) for x in zip(*results, strict=True))))
 
     def _retrieval(self, query: torch.Tensor, found: Found | None, positions: Callable) -> Retrieval:
@@ -304,7 +306,8 @@ class GalleryMemorizingTransformerAttention(nn.Module):
         if found is None:
             shape = (*query.shape[:3], self.topk)
             return Retrieval(torch.full(shape, -1, device=query.device), query.new_zeros(shape))
-        return Retrieval(positions(found.columns).masked_fill(~found.is_found, -1), found.weights)
+        weights = found.weights.to(query.dtype)
+        return Retrieval(positions(found.columns).masked_fill(~found.is_found, -1), weights)
 
 
 @outside_graphs  # torch 2.13 fails on a compiled part that returns views and the same views detached
@@ -418,7 +421,8 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
         if self.config.num_positions is not None:
             return []
         layers = [layer.self_attn for layer in self.layers]
-        return [part for layer in layers for part in (layer.relative_bias, layer.project)]
+        scales = [layer.project.scale for layer in layers] if self.config.normalize_qk else []
+        return [*(layer.relative_bias for layer in layers), *scales]
 
     def check_packed(self, attends, inputs):
         super().check_packed(attends, inputs)
@@ -433,12 +437,17 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
         length, period = config.segment_length, config.position_period
         sizes = dict(segment_length=length, mem_len=config.mem_len, period=period)
         spans, parts = segment_spans(common.rows, cached, **sizes, carries=common.carries)
+        farthest, tables = spans.reach(cached), common.tables
+        if config.cache_capacity > LARGEST_TABLE:
+            tables = None
+        if tables is not None:
+            farthest = config.cache_capacity  # one table for all forwards to come
         return common.widened(
             Context,
             spans=spans,
             parts=parts,
-            # One table for all forwards to come.
-            farthest=spans.reach(cached) if common.tables is None else config.cache_capacity,
+            farthest=farthest,
+            tables=tables,
             segment_length=length,
             memory_size=config.memory_size,
             retrievals={} if output_retrievals else None,

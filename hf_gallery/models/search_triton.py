@@ -127,6 +127,7 @@ def _attend(
     columns_ptr += place * K
     v_ptr += pair // H * v_b + pair % H * v_h
     scores = tl.load(scores_ptr + i, mask=i < K, other=float("-inf"))
+    scores = tl.where(scores > float("-inf"), scores, float("-inf"))  # NaN is as if it were not found
     top = tl.max(scores, 0)
     top = tl.where(top == float("-inf"), 0.0, top)  # nothing was found
     weights = tl.exp(scores - top)
@@ -137,8 +138,8 @@ def _attend(
     for k0 in range(0, K, BLOCK_N):
         k = k0 + tl.arange(0, BLOCK_N)
         score = tl.load(scores_ptr + k, mask=k < K, other=float("-inf"))
-        weight = tl.exp(score - top) / total
-        some = ~(score == float("-inf"))  # what is not found lies anywhere, and NaN is found
+        some = score > float("-inf")  # what is not found lies anywhere
+        weight = tl.where(some, tl.exp(score - top) / total, 0.0)
         at = tl.load(columns_ptr + k, mask=k < K, other=0)
         where = v_ptr + at[:, None] * v_s + dv[None, :]
         value = tl.load(where, mask=some[:, None] & (dv < DV)[None, :], other=0.0).to(tl.float32)
@@ -197,13 +198,13 @@ def _attend_kernel(
     with torch.cuda.device_of(values):
         _attend[(b * h * t,)](
             scores, columns, values, out, weights, *values.stride()[:3], h, t, k, DV=dv, BLOCK_DV=_block(dv),
-            BLOCK_K=triton.next_power_of_2(k), BLOCK_N=PICKED.keys, num_warps=PICKED.warps,
+            BLOCK_K=triton.next_power_of_2(k), BLOCK_N=PICKED.keys, num_warps=PICKED.warps, num_stages=PICKED.stages,
         )  # fmt: skip
     return out, weights
 
 
 def _attend_shapes(scores, columns, values):
-    return values.new_empty(*scores.shape[:3], values.shape[-1]), torch.empty_like(scores)
+    return values.new_empty(*scores.shape[:3], values.shape[-1]), scores.new_empty(scores.shape)
 
 
 if triton is not None:

@@ -34,7 +34,7 @@ def serves(x: torch.Tensor) -> bool:
 
 def unit_triton(x: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor:
     """x (B, H, T, D) at length 1, or at the length |size|, size (H,)."""
-    return _forward(x, None if size is None else size.float())
+    return _forward(x, None if size is None else size.float().contiguous())
 
 
 @jit

@@ -34,29 +34,35 @@ class Version:
 
 
 @outside_graphs
-def version_of(modules: Iterable[nn.Module]) -> Version | None:
-    """A value that stays equal while the modules compute the same; None where that cannot be told.
+def version_of(parts: Iterable[nn.Module | nn.Parameter]) -> Version | None:
+    """A value that stays equal while modules compute the same, and parameters are the same; None where that cannot be
+    told.
 
     It covers parameters and buffers (which they are, where they lie, torch's count of writes to them), the steps of
     all optimisers, since fused ones write without being counted, and what else the modules hold: an adapter's scale or
     switch, hooks, a replaced forward. Unknown are weights that torch does not count (made in inference mode), that are
-    somewhere else (offloaded), or that are tensors of a kind of their own (quantized, sharded). What is not seen is a
-    write through `.data` by hand: after one, reset the rows or take a new cache.
+    somewhere else (offloaded, or gathered for a forward and given back), or that are tensors of a kind of their own
+    (quantized, sharded). What is not seen is a write through `.data` by hand: after one, reset the rows or take a new
+    cache.
     """
     tensors: list[weakref.ref] = []
     facts: list[Any] = [(torch.is_autocast_enabled(x), torch.get_autocast_dtype(x)) for x in ("cpu", "cuda")]
     facts.append(_steps[0])
-    waiting = list(modules)
+    waiting = list(parts)
     while waiting:
         module = waiting.pop()
-        waiting.extend(module._modules.values())
-        for x in (*module._parameters.values(), *module._buffers.values()):
+        alone = isinstance(module, torch.Tensor)
+        weights = (module,) if alone else (*module._parameters.values(), *module._buffers.values())
+        for x in weights:
             if x is None:
                 continue
-            if type(x) not in (nn.Parameter, torch.Tensor) or x.is_meta or x.is_inference():
+            if type(x) not in (nn.Parameter, torch.Tensor) or x.is_meta or x.is_inference() or not x.numel():
                 return None
             tensors.append(weakref.ref(x))
             facts.append((x.data_ptr(), x._version))
+        if alone:
+            continue
+        waiting.extend(module._modules.values())
         facts.append(type(module))
         if not _is_plain(module):
             facts.append(_comparable({name: x for name, x in vars(module).items() if name not in _COUNTED}, tensors))

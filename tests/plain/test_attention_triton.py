@@ -123,7 +123,7 @@ def test_kernels_compile_for_gpus(arch):
 
 @needs_triton
 def test_a_kernel_compiles_for_hopper():
-    kernels = "products,decode,ring,join,unit,gate,attend_found"
+    kernels = "products,decode,ring,join,unit,gate,gate_lstm,attend_found,attend_many"
     assert_fits(compiled("--arch", "90", "--heads", "64", "--kernels", kernels, "--kinds", "half"))
 
 

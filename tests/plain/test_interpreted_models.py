@@ -13,6 +13,9 @@ from hf_gallery.models.attention_triton import INTERPRETED
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="runs with TRITON_INTERPRET=1: see test_attention_triton.py")
 
 
+PARTS = {"memorizing": {"unit", "memory"}, "block_recurrent": {"unit", "gate"}}  # that have kernels of their own
+
+
 @streams()
 def test_decode_steps_are_those_of_the_tiles(variant, head, monkeypatch):
     """As on a GPU, where attend chooses the kernels for one query a row, and what stands around attention has kernels
@@ -25,9 +28,10 @@ def test_decode_steps_are_those_of_the_tiles(variant, head, monkeypatch):
         return "decode" if served[-1] else "tiles"
 
     monkeypatch.setattr(attention, "choose", choose)
-    monkeypatch.setattr(memory, "attends", lambda *found: kernels and attends(*found))
-    monkeypatch.setattr(blocks, "serves", lambda x: kernels)
-    monkeypatch.setattr(modeling_block_recurrent_transformer, "serves", lambda x: kernels)
+    parts = set()
+    monkeypatch.setattr(memory, "attends", lambda *found: kernels and attends(*found) and not parts.add("memory"))
+    for module, part in ((blocks, "unit"), (modeling_block_recurrent_transformer, "gate")):
+        monkeypatch.setattr(module, "serves", lambda x, part=part: kernels and not parts.add(part))
     texts, padded = words(2, 28), torch.tensor([[1], [0]])
     makers = [lambda: GalleryCache(run.model.config)]
     if run.model.config.why_no_static_cache is None:
@@ -43,6 +47,7 @@ def test_decode_steps_are_those_of_the_tiles(variant, head, monkeypatch):
             found.append(torch.stack(steps))
         assert any(served)
         assert_equal(*found)
+    assert parts >= PARTS.get(variant.name, set())
 
 
 @causal(lambda variant: variant.name == "memorizing")

@@ -7,11 +7,12 @@ import sys
 
 import pytest
 import torch
+from renamed import checkpoint_activations
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.modeling_layers import GradientCheckpointingLayer
-from variants import COLUMNS, assert_same_step, causal, over, padded, training_step
+from variants import COLUMNS, assert_same_step, causal, over, padded, training_step, words
 
 from hf_gallery import GalleryStaticCache
 from hf_gallery.models import (
@@ -85,7 +86,7 @@ class Model:
     def __init__(self, variant, monkeypatch, train, **overrides):
         monkeypatch.setattr(attention_decode, "why_no_kernel", lambda problem: None)
         monkeypatch.setattr(blocks, "serves", lambda x: True)
-        monkeypatch.setattr(block_recurrent, "serves", lambda x: not torch.is_grad_enabled())
+        monkeypatch.setattr(block_recurrent, "serves", lambda x: True)
         monkeypatch.setattr(memory, "attends", lambda query, values, topk: True)
         monkeypatch.setattr(backbone, "version_of", lambda modules: "the weights")  # "meta" is taken for offloaded
         monkeypatch.setattr(attention, "_WHY_NOT", {"triton": lambda problem: None})
@@ -178,6 +179,24 @@ def test_a_graph_searches_the_memory_as_eager_does(monkeypatch):
     assert launches.count == 1 and [x.shape[3] for x in found] == [4] * 4
 
 
+@causal(lambda variant: variant.name in ("memorizing", "block_recurrent"))
+def test_a_reentrant_checkpoint_computes_what_training_does(variant, monkeypatch):
+    """Its first pass records no gradients, and yet takes no kernel that has none: the second would find other bits."""
+
+    def refuse(*arguments):
+        raise AssertionError("a kernel without a gradient")
+
+    monkeypatch.setattr(memory, "attends", lambda query, values, topk: True)
+    monkeypatch.setattr(block_recurrent, "serves", lambda x: True)
+    monkeypatch.setattr(memory, "attend_found", refuse)
+    monkeypatch.setattr(block_recurrent, "gate_triton", refuse)
+    model = variant.make("causal").train()
+    checkpoint_activations(model, {"use_reentrant": True})
+    model(input_ids=words(2, 40), labels=words(2, 40), use_cache=False).loss.backward()
+    with torch.no_grad(), pytest.raises(AssertionError, match="without a gradient"):
+        model(input_ids=words(2, 40), use_cache=False)
+
+
 def test_a_table_is_no_longer_for_a_mask_on_a_gpu():
     """The keys that all rows see in common are known on the CPU, though where each ends is not."""
     rows = Rows(2, 40, torch.ones(2, 40, dtype=torch.bool, device="meta"), None)
@@ -192,7 +211,7 @@ def trained(model):
     tokens = 2 * (getattr(config, "segment_length", None) or getattr(config, "block_length", 20))
     loss = model(tokens).loss
     count = len(model.layers)  # the Recurrent Memory Transformer's are called for each segment
-    assert max(model.layers) <= MOST["forward"]
+    assert max(model.layers) <= MOST["forward"] and model.shared <= SHARED * count
     with Launches() as backward:
         loss.backward()
     assert backward.count <= MOST["backward"] * count
