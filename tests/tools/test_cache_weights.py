@@ -10,9 +10,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from variants import assert_equal, runner, streams, words
+from variants import assert_equal, causal, runner, streams, words
 
 from hf_gallery import GalleryCache
+from hf_gallery.models import modeling_block_recurrent_transformer, modeling_memorizing_transformer
 from hf_gallery.models.weights import sample_weights
 
 causal_models = streams(of_head=lambda head: head.auto == "AutoModelForCausalLM")
@@ -155,6 +156,20 @@ def test_tables_are_made_once(variant, head):
     keeps = any(name.endswith(("r_proj", "relative_bias")) for name, _ in run.model.named_modules())
     assert count == keeps * run.model.config.num_hidden_layers and not calls
     assert {i: x.data_ptr() for i, x in cache._content.tables.items()} == held
+
+
+@causal(lambda variant: variant.name in ("memorizing", "block_recurrent"))
+def test_a_table_of_very_many_distances_is_not_kept(variant, monkeypatch):
+    """A forward makes what it reaches, however long segments or blocks may be."""
+    run = runner(variant, "causal")
+    expected = run(words(2, 12))[0]
+    for module in (modeling_memorizing_transformer, modeling_block_recurrent_transformer):
+        monkeypatch.setattr(module, "LARGEST_TABLE", 1)
+    with torch.no_grad():
+        first, cache = run(words(2, 12)[:, :9])
+        second, cache = run(words(2, 12)[:, 9:], cache=cache)
+    assert_equal(torch.cat([first, second], 1), expected)
+    assert not cache._content.tables
 
 
 # ---- files

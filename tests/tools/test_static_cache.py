@@ -131,9 +131,7 @@ def test_a_compiled_step_copies_no_ring(variant):
     shapes = re.findall(r"empty_strided_cpu\(\(([\d, ]+)\)", code[0])
     made = {tuple(map(int, re.findall(r"\d+", shape))) for shape in shapes}
     assert len(code) == 1 and made and rings and not rings & made
-    assert not re.search(
-        r"torch\.ops\.aten\.(clone|index_put|scatter)", code[0]
-    )  # left to torch
+    assert not re.search(r"torch\.ops\.aten\.(clone|index_put|scatter)", code[0])  # left to torch
 
 
 @pytest.mark.works("generate with a static cache")
