@@ -95,18 +95,18 @@ def _reduced(settings: AbilitySettings, label: str, vocab_size: int, length: int
 
 
 def _pairs(settings: AbilitySettings) -> Iterator[Trial]:
-    for pairs in (1, 2, 4, 8):
-        yield _reduced(settings, str(pairs), 40, 32, num_kv_pairs=pairs, random_non_queries=False)
+    for pairs, length, vocab_size in ((2, 32, 40), (4, 32, 40), (8, 32, 40), (16, 64, 80)):
+        yield _reduced(settings, str(pairs), vocab_size, length, num_kv_pairs=pairs, random_non_queries=False)
 
 
 def _vocabularies(settings: AbilitySettings) -> Iterator[Trial]:
-    for vocab_size in (8, 16, 32, 64):
-        yield _reduced(settings, str(vocab_size), vocab_size, 64)
+    for vocab_size, length in ((16, 64), (32, 64), (64, 64), (128, 128)):
+        yield _reduced(settings, str(vocab_size), vocab_size, length)
 
 
 def _noise(settings: AbilitySettings) -> Iterator[Trial]:
     for share in (0.2, 0.4, 0.6, 0.8):
-        yield _reduced(settings, f"{share:.0%}", 12, 32, noise_vocab_size=4, frac_noise=share)
+        yield _reduced(settings, f"{share:.0%}", 36, 64, noise_vocab_size=4, frac_noise=share)
 
 
 def _motifs(settings: AbilitySettings) -> Iterator[Trial]:
@@ -120,13 +120,14 @@ def _lengths(settings: AbilitySettings) -> Iterator[Trial]:
 
 
 def _facts(settings: AbilitySettings) -> Iterator[Trial]:
-    for vocab_size in (32, 64, 128, 256):
-        yield _reduced(settings, str((vocab_size - 1) // 2), vocab_size, 33)
+    for vocab_size in (32, 256, 1024, 4096):
+        trial = _reduced(settings, str((vocab_size - 1) // 2), vocab_size, 33)
+        yield dataclasses.replace(trial, rows=256)  # MAD's, in which a seventh of 2,047 facts does not occur
 
 
 def _copies(settings: AbilitySettings) -> Iterator[Trial]:
-    for number in (2, 4, 8, 16):
-        yield _reduced(settings, str(number), 16, 65, num_tokens_to_copy=number)
+    for number, length in ((4, 65), (16, 65), (32, 129), (64, 257)):
+        yield _reduced(settings, str(number), 16, length, num_tokens_to_copy=number)
 
 
 # -------------------------------------------------------------------------------------------------- the published form
