@@ -489,15 +489,15 @@ def _pick_pairs(pair, at):
 
 
 def attend_memory(
-    backend: str, query: torch.Tensor, sources: list[Source], topk: int, infers: bool
+    backend: str, query: torch.Tensor, sources: list[Source], topk: int, no_grad: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attention of query (B, H, T, D), its scale in it, over the pairs that `retrieve` finds for it: out (B, H, T, D),
     the weights, and found and columns as `retrieve` has them, (B, H, T, topk) each.
 
-    infers: nobody wants its gradient. The first pass of a reentrant checkpoint is none, though it records nothing: the
-    second must find the same."""
+    no_grad: nobody wants its gradient. The first pass of a reentrant checkpoint is not so, though it records nothing:
+    the second must find the same."""
     keys, values, lower, upper, _ = sources[0]
-    if infers and not is_exporting() and len(sources) == 1 and backend == "exact" and attends(query, values, topk):
+    if no_grad and not is_exporting() and len(sources) == 1 and backend == "exact" and attends(query, values, topk):
         # The scores by which pairs are found are those of attention, and values are read where they lie.
         first, last = sources[0].reach()
         lower, upper = (lower - first, upper - first) if first else (lower, upper)

@@ -193,11 +193,11 @@ class StateGate(nn.Module):
         else:
             self.gate_bias = nn.Parameter(torch.zeros(config.hidden_size))
 
-    def forward(self, vectors, content, hidden, done, infers):
+    def forward(self, vectors, content, hidden, done, no_grad):
         """vectors, content (B, Z, E), hidden (B, Z, any) to the next vectors (B, Z, E). done: (B,), the rows that go
-        on to them, None for all. infers: nobody wants gradients."""
+        on to them, None for all. no_grad: nobody wants gradients."""
         maps = (self.forget_gate(hidden), self.input_gate(hidden)) if self.lstm else (self.gate_bias,)
-        if infers and serves(vectors):
+        if no_grad and serves(vectors):
             return gate_triton(vectors, content, maps, done)
         if self.lstm:
             ahead = vectors * torch.sigmoid(maps[0] + 1.0) + content * torch.sigmoid(maps[1] - 1.0)
@@ -323,16 +323,16 @@ class RecurrentState(nn.Module):
         cross = attend(cross_query, *tokens, spans, scale=1.0, implementation=context.implementation)
         return torch.cat([merge_heads(own), merge_heads(cross)], dim=-1)
 
-    def _advance(self, vectors, attended, done, infers):
-        """The state vectors (B, Z, E) after a block. attended (B, Z, 2 H D): what they have seen. done, infers: as
+    def _advance(self, vectors, attended, done, no_grad):
+        """The state vectors (B, Z, E) after a block. attended (B, Z, 2 H D): what they have seen. done, no_grad: as
         StateGate's."""
         if self.kind == "single":
             hidden, content = self._feed_forward(attended)
-            return self.feed_forward_gate(vectors, torch.tanh(content), hidden, done, infers)
-        ahead = self.gate(vectors, self.o_proj(attended), attended, done, infers)
+            return self.feed_forward_gate(vectors, torch.tanh(content), hidden, done, no_grad)
+        ahead = self.gate(vectors, self.o_proj(attended), attended, done, no_grad)
         if self.kind == "dual":
             hidden, content = self._feed_forward(self.feed_forward_norm(ahead))
-            ahead = self.feed_forward_gate(ahead, content, hidden, done, infers)
+            ahead = self.feed_forward_gate(ahead, content, hidden, done, no_grad)
         return ahead
 
     def _feed_forward(self, x):

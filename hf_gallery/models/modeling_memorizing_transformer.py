@@ -289,16 +289,16 @@ class GalleryMemorizingTransformerAttention(nn.Module):
             context.retrievals[self.layer] = self._retrieval(query, found, where.positions)
         return found.out, context.columns(None, memory_keys=keys, memory_values=values)
 
-    def _search(self, query: torch.Tensor, sources: list[Source], size: int, infers: bool) -> Found:
-        """The k pairs of all sources that suit each query best, and its attention over them; queries in tiles. infers:
-        nobody wants its gradient."""
+    def _search(self, query: torch.Tensor, sources: list[Source], size: int, no_grad: bool) -> Found:
+        """The k pairs of all sources that suit each query best, and its attention over them; queries in tiles.
+        no_grad: nobody wants its gradient."""
         parts, results = [slice(None)], []
         if not in_one_graph():  # the operator in it has tiles of its own
             tile = query_tile(query, self.topk, size)
             parts = [slice(start, start + tile) for start in range(0, query.shape[2], tile)]
         for part in parts:
             some = [x.of_queries(part) for x in sources]
-            results.append(attend_memory(self.backend, query[:, :, part], some, self.topk, infers))
+            results.append(attend_memory(self.backend, query[:, :, part], some, self.topk, no_grad))
         return Found(*(results[0] if len(results) == 1 else (torch.cat(x, dim=2) for x in zip(*results, strict=True))))
 
     def _retrieval(self, query: torch.Tensor, found: Found | None, positions: Callable) -> Retrieval:

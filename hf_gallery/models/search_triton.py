@@ -118,7 +118,7 @@ def _attend(
     scores_ptr, columns_ptr, v_ptr, out_ptr, weights_ptr, v_b, v_h, v_s, H, T, K,
     DV: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Weights (B, H, T, K) of the pairs that a query has found, zeros where there are none, and their sum of values
+    """Weights (B, H, T, k) of the pairs that a query has found, zeros where there are none, and their sum of values
     (B, H, T, DV)."""
     place = tl.program_id(0).to(tl.int64)
     pair = place // T
