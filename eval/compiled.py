@@ -43,10 +43,6 @@ FUNCTIONS = {
     "gate": gate_triton._gate,
     "gate_lstm": gate_triton._gate,
 }
-# Else all three.
-TERMS = {"diagonals": ["bias"], "products": ["relative"]} | dict.fromkeys(
-    ("join", "unit", "unit_backward", "numbers", "found", "attend_found", "attend_many", "gate", "gate_lstm"), ["none"]
-)
 LAUNCHED = {
     "found": search_triton.FOUND,
     "attend_found": search_triton.PICKED,
@@ -54,6 +50,10 @@ LAUNCHED = {
     "gate": gate_triton.NUMBERS,
     "gate_lstm": gate_triton.NUMBERS,
 }
+# Else all three.
+TERMS = {"diagonals": ["bias"], "products": ["relative"]} | dict.fromkeys(
+    ("join", "unit", "unit_backward", "numbers", *LAUNCHED), ["none"]
+)
 KINDS = {"half": torch.bfloat16, "float": torch.float32, "tf32": torch.float32}
 NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 # Integers that the launcher finds to be multiples of 16 where a model's sizes are: all strides of tensors.
@@ -125,10 +125,8 @@ def _type(name: str, kernel: str, kind: str, term: str, constants: dict[str, Any
         return "*i32"
     if name == "done_ptr":
         return "*i1"
-    if name == "weights_ptr":
-        return "*fp32"
     sums = ("lse_ptr", "lse2_ptr", "offset_ptr", "sums_ptr", "scores_ptr", "parts_ptr", "size_ptr", "along_ptr")
-    if name in sums or (name in ("term", "table") and term == "bias"):
+    if name in (*sums, "weights_ptr") or (name in ("term", "table") and term == "bias"):
         return "*fp32"
     if name.endswith("_ptr") or name in ("term", "table"):
         return f"*{kind}"

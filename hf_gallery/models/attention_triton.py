@@ -47,6 +47,7 @@ except ImportError:  # machines without a GPU, where the tiles serve
 
 
 INTERPRETED = triton is not None and os.environ.get("TRITON_INTERPRET") == "1"
+KINDS = torch.float32, torch.bfloat16, torch.float16  # of tensors that kernels read
 LARGEST_HEAD = 256
 # Transformer-XL's products are held for as many rows and heads at a time as fit, at least for one.
 SCRATCH_BYTES = 2**30
@@ -66,7 +67,7 @@ def why_not(problem: Problem) -> str | None:
         return f"runs on CUDA; query is on {query.device}"
     if query.device.type == "cuda" and not is_ampere(query.device):
         return "needs a GPU of compute capability 8.0 or later"
-    if query.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if query.dtype not in KINDS:
         return f"computes in float32; query has type {query.dtype}"
     widest = max(query.shape[-1], problem.value.shape[-1])
     if widest > LARGEST_HEAD:

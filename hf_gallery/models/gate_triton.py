@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import torch
 
-from .attention_triton import _Tiles, is_ampere, jit
+from .attention_triton import KINDS, _Tiles, is_ampere, jit
 from .operators import operator
 
 try:
@@ -23,7 +23,6 @@ except ImportError:  # machines without a GPU, where torch's own operations serv
     triton = tl = None
 
 NUMBERS = _Tiles(1, 1024, 4, 1)  # that a program computes
-_KINDS = torch.float32, torch.bfloat16, torch.float16
 
 
 def serves(vectors: torch.Tensor) -> bool:
@@ -31,7 +30,7 @@ def serves(vectors: torch.Tensor) -> bool:
     torch's operations with their neighbours, so it is not given one."""
     if triton is None or torch.compiler.is_compiling():
         return False
-    return is_ampere(vectors.device) and vectors.dtype in _KINDS
+    return is_ampere(vectors.device) and vectors.dtype in KINDS
 
 
 def gate_triton(

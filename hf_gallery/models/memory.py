@@ -392,17 +392,13 @@ def retrieve(
     with torch.no_grad(), without_autocast(query):
         results, ends, parts = [], [0], []
         for source in sources:
-            keys, values, lower, upper, _ = source
-            first, last = source.reach()
-            some = keys[:, :, first:last]
-            lower, upper = (lower - first, upper - first) if first else (lower, upper)
-            scores, at = search(query.detach(), some, lower, upper, topk)
-            start = first + ends[-1]
-            results.append((scores, at + start if start else at))
+            keys, values = source[:2]
+            scores, at, (first, last) = _search_source(search, query.detach(), source, topk)
+            results.append((scores, at + ends[-1] if ends[-1] else at))
             if keys.is_contiguous() and values.is_contiguous():  # a ring, whose pairs are picked where they lie
                 parts.append((keys, values, ends[-1]))
             else:  # only what these queries reach: tiles that each copied all of a long input would be quadratic
-                parts.append((some, values[:, :, first:last], ends[-1] + first))
+                parts.append((keys[:, :, first:last], values[:, :, first:last], ends[-1] + first))
             ends.append(ends[-1] + keys.shape[2])
         scores, columns = results[0]
         if len(results) > 1:
@@ -413,6 +409,15 @@ def retrieve(
         found = scores > -math.inf
         picked_keys, picked_values = _pick(parts, columns)
     return picked_keys, picked_values, found, columns
+
+
+def _search_source(search, query, source, topk):
+    """Scores and columns (B, H, T, topk) that a search finds in a source, and the [first, last) that it looked at."""
+    keys, _, lower, upper, _ = source
+    first, last = source.reach()
+    lower, upper = (lower - first, upper - first) if first else (lower, upper)
+    scores, at = search(query, keys[:, :, first:last], lower, upper, topk)
+    return scores, at + first if first else at, (first, last)
 
 
 def _retrieve_in_graph(backend, query, sources, topk):
@@ -496,14 +501,12 @@ def attend_memory(
 
     no_grad: nobody wants its gradient. The first pass of a reentrant checkpoint is not so, though it records nothing:
     the second must find the same."""
-    keys, values, lower, upper, _ = sources[0]
+    values = sources[0].values
     if no_grad and not is_exporting() and len(sources) == 1 and backend == "exact" and attends(query, values, topk):
         # The scores by which pairs are found are those of attention, and values are read where they lie.
-        first, last = sources[0].reach()
-        lower, upper = (lower - first, upper - first) if first else (lower, upper)
-        scores, at = BACKENDS[backend](query, keys[:, :, first:last], lower, upper, topk)
-        out, weights = attend_found(scores, at, values[:, :, first:last])
-        return out.to(query.dtype), weights, scores > -math.inf, at + first if first else at
+        scores, at, _ = _search_source(BACKENDS[backend], query, sources[0], topk)
+        out, weights = attend_found(scores, at, values)
+        return out.to(query.dtype), weights, scores > -math.inf, at
     keys, values, found, columns = retrieve(backend, query, sources, topk)
     return *attend_retrieved(query, keys, values, found), found, columns
 

@@ -437,11 +437,9 @@ class GalleryMemorizingTransformerModel(Backbone, GalleryMemorizingTransformerPr
         length, period = config.segment_length, config.position_period
         sizes = dict(segment_length=length, mem_len=config.mem_len, period=period)
         spans, parts = segment_spans(common.rows, cached, **sizes, carries=common.carries)
-        farthest, tables = spans.reach(cached), common.tables
-        if config.cache_capacity > LARGEST_TABLE:
-            tables = None
-        if tables is not None:
-            farthest = config.cache_capacity  # one table for all forwards to come
+        tables = common.tables if config.cache_capacity <= LARGEST_TABLE else None
+        # A table that is kept serves all forwards to come.
+        farthest = spans.reach(cached) if tables is None else config.cache_capacity
         return common.widened(
             Context,
             spans=spans,

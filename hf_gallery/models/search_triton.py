@@ -16,6 +16,7 @@ import torch
 
 from .attention_triton import (
     INTERPRETED,
+    KINDS,
     LARGEST_HEAD,
     _block,
     _dot,
@@ -34,7 +35,6 @@ try:
 except ImportError:  # machines without a GPU, where torch's own operations serve
     triton = tl = None
 
-_KINDS = torch.float32, torch.bfloat16, torch.float16
 # Settings of the launch for heads up to a size, for half types and float32: see eval/compiled.py.
 HALF = {64: _Tiles(64, 64, 4, 1), 128: _Tiles(64, 64, 4, 1), 256: _Tiles(32, 64, 4, 1)}
 FLOAT = {64: _Tiles(32, 32, 4, 1), 128: _Tiles(32, 32, 8, 1), 256: _Tiles(16, 32, 8, 1)}
@@ -45,7 +45,7 @@ MOST_FOUND = 1024  # whose weights a program holds at once
 
 def serves(query: torch.Tensor) -> bool:
     """Tells whether the kernels serve a query; reads no tensor."""
-    if triton is None or query.dtype not in _KINDS:
+    if triton is None or query.dtype not in KINDS:
         return False
     if query.shape[-1] > LARGEST_HEAD:
         return False
@@ -55,7 +55,7 @@ def serves(query: torch.Tensor) -> bool:
 def attends(query: torch.Tensor, values: torch.Tensor, topk: int) -> bool:
     """Tells whether `attend_found` serves what such a query has found; reads no tensor."""
     head = values.shape[-1]
-    return serves(query) and values.dtype in _KINDS and head <= LARGEST_HEAD and topk <= MOST_FOUND
+    return serves(query) and values.dtype in KINDS and head <= LARGEST_HEAD and topk <= MOST_FOUND
 
 
 def tiles_for(kind: torch.dtype, head: int) -> _Tiles:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .attention_triton import _block, _load, _program, _store, is_ampere, jit
+from .attention_triton import KINDS, _block, _load, _program, _store, is_ampere, jit
 from .operators import operator
 
 try:
@@ -29,7 +29,7 @@ def serves(x: torch.Tensor) -> bool:
     so it is not given one."""
     if triton is None or torch.compiler.is_compiling() or x.dim() != 4 or x.shape[-1] > 1024:
         return False
-    return is_ampere(x.device) and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return is_ampere(x.device) and x.dtype in KINDS
 
 
 def unit_triton(x: torch.Tensor, size: torch.Tensor | None) -> torch.Tensor:

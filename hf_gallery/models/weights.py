@@ -48,24 +48,24 @@ def version_of(parts: Iterable[nn.Module | nn.Parameter]) -> Version | None:
     tensors: list[weakref.ref] = []
     facts: list[Any] = [(torch.is_autocast_enabled(x), torch.get_autocast_dtype(x)) for x in ("cpu", "cuda")]
     facts.append(_steps[0])
-    waiting = list(parts)
+    waiting: list[Any] = []
+    weights: list[Any] = []
+    for part in parts:
+        (waiting if isinstance(part, nn.Module) else weights).append(part)
     while waiting:
         module = waiting.pop()
-        alone = isinstance(module, torch.Tensor)
-        weights = (module,) if alone else (*module._parameters.values(), *module._buffers.values())
-        for x in weights:
-            if x is None:
-                continue
-            if type(x) not in (nn.Parameter, torch.Tensor) or x.is_meta or x.is_inference() or not x.numel():
-                return None
-            tensors.append(weakref.ref(x))
-            facts.append((x.data_ptr(), x._version))
-        if alone:
-            continue
         waiting.extend(module._modules.values())
+        weights += (*module._parameters.values(), *module._buffers.values())
         facts.append(type(module))
         if not _is_plain(module):
             facts.append(_comparable({name: x for name, x in vars(module).items() if name not in _COUNTED}, tensors))
+    for x in weights:
+        if x is None:
+            continue
+        if type(x) not in (nn.Parameter, torch.Tensor) or x.is_meta or x.is_inference() or not x.numel():
+            return None
+        tensors.append(weakref.ref(x))
+        facts.append((x.data_ptr(), x._version))
     return Version(tuple(tensors), tuple(facts))
 
 

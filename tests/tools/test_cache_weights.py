@@ -49,24 +49,21 @@ def point_elsewhere(model):
         p.data = p.data + 0.1 * torch.randn_like(p)
 
 
-def change_biases(model):
-    """T5's biases and the scales that they are multiplied by, or whatever stands in their place, and nothing else."""
-    for name, x in model.named_parameters():
-        if name.endswith(("relative_bias.table.weight", "project.scale", "r_proj.weight")):
-            with torch.no_grad():
+def write_to(*endings):
+    """A write to the weights of these names, and to no others."""
+
+    @torch.no_grad()
+    def write(model):
+        for name, x in model.named_parameters():
+            if name.endswith(endings):
                 x.add_(0.3 * torch.randn_like(x))
 
-
-def change_scales(model):
-    for name, x in model.named_parameters():
-        if name.endswith("project.scale"):
-            with torch.no_grad():
-                x.mul_(-1.3)
+    return write
 
 
 CHANGES = {name: step_of(name) for name in ("sgd", "adam", "adam_foreach", "adam_fused")}
 CHANGES |= {"load_state_dict": load_state, "parameters": replace_weights, "data": point_elsewhere}
-CHANGES |= {"biases": change_biases, "scales": change_scales}
+CHANGES |= {"biases": write_to("relative_bias.table.weight", "r_proj.weight"), "scales": write_to("project.scale")}
 
 
 def without_derived(cache):
